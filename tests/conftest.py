@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: no network, two threads, where the real data sets lie."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import set_seed
+
+DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.set_num_threads(2)
+    datasets.disable_progress_bars()
+    set_seed(0)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of real data sets; `HFKDQ_DATA` names another place than `../shared/data`."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data sets at {DATA}; set HFKDQ_DATA to their folder")
+    return DATA
+
+
+@pytest.fixture
+def training_arguments(tmp_path):
+    """Makes plain, quiet `TrainingArguments` that write below `tmp_path`."""
+    from transformers import TrainingArguments
+
+    def make(folder: str = "out", cls=TrainingArguments, **kwargs):
+        settings = dict(
+            output_dir=str(tmp_path / folder), use_cpu=True, report_to=[], save_strategy="no", logging_steps=1,
+            disable_tqdm=True, learning_rate=1e-3, per_device_train_batch_size=8, seed=0,
+        )  # fmt: skip
+        return cls(**{**settings, **kwargs})
+
+    return make
