@@ -1,4 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """hfkdq: distil, prune and quantize Transformers models, and export what was trained to ONNX."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# Loaded on first use, so that `import hfkdq` costs nothing and needs no extra.
+_HOMES = {
+    "AttentionKD": "objectives",
+    "CompressionReport": "report",
+    "DistillationTrainer": "trainer",
+    "HiddenStateKD": "objectives",
+    "LogitKD": "objectives",
+    "PruningCallback": "pruning",
+    "PruningSpec": "specs",
+    "QATCallback": "quantization",
+    "QuantizationSpec": "specs",
+    "TaskLoss": "objectives",
+    "export_onnx": "export",
+    "load_quantized": "quantization",
+    "make_student": "students",
+    "prune": "pruning",
+    "push_to_hub": "hub",
+    "quantize": "quantization",
+}
+
+__all__ = [
+    "AttentionKD",
+    "CompressionReport",
+    "DistillationTrainer",
+    "HiddenStateKD",
+    "LogitKD",
+    "PruningCallback",
+    "PruningSpec",
+    "QATCallback",
+    "QuantizationSpec",
+    "TaskLoss",
+    "export_onnx",
+    "load_quantized",
+    "make_student",
+    "prune",
+    "push_to_hub",
+    "quantize",
+]
+
+if TYPE_CHECKING:
+    from .export import export_onnx
+    from .hub import push_to_hub
+    from .objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
+    from .pruning import PruningCallback, prune
+    from .quantization import QATCallback, load_quantized, quantize
+    from .report import CompressionReport
+    from .specs import PruningSpec, QuantizationSpec
+    from .students import make_student
+    from .trainer import DistillationTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfkdq' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: no network, two threads, where the real data sets lie."""
+"""What all tests share: no network, one thread, where the real data sets lie."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are tiny, and test processes share the cores
     datasets.disable_progress_bars()
     set_seed(0)
 

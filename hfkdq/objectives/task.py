@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student's own loss on the labels, as one objective among others.
+
+Takes the loss that `Trainer` computes; knows nothing of how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Batch, Objective, batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskLoss(Objective):
+    """The loss that the plain `Trainer` would train on: the model's own, or label smoothing, or `compute_loss_func`.
+
+    Args:
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+
+    Example:
+        ```python
+        >>> from hfkdq import TaskLoss
+        >>> from hfkdq.schedules import Linear
+        >>> TaskLoss(weight=Linear(1, 0)).name
+        'task_loss'
+
+        ```
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"loss"})
+    uses_teacher: ClassVar[bool] = False
+
+    def positions(self, batch: Batch) -> torch.Tensor | int:
+        labels = batch.get("labels")
+        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return batch_size(batch)
+        if labels.dim() > 1 and self._found.get("shifts_labels"):
+            labels = labels[..., 1:]
+        return labels.ne(-100).sum()
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+        return student_out.loss, self.positions(batch)
