@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One commit to the Hugging Face Hub with everything that `export_onnx` and `CompressionReport` know of a model.
+
+Reads the files of a folder as bytes; it knows neither models nor training nor ONNX, and it changes no local file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from hfkdq.report import CompressionReport
+
+logger = logging.get_logger(__name__)
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
+_TEXTS = frozenset(
+    {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".csv", ".py", ".jinja"}
+)
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+_ADVICE = {
+    401: "Log in with `hf auth login`, or pass a token with write access as `token`.",
+    403: "Pass a token with write access to this repository, push to one of your own, or open a pull request with "
+    "create_pr=True.",
+    404: "Check `repo_id` and `revision`, and that the token may see them.",
+    409: "Someone else committed meanwhile. Push again.",
+    412: "Someone else committed meanwhile. Push again.",
+    429: "Too many requests. Wait a few minutes and push again.",
+}
+_ADVICE_SERVER = "The fault is the Hub's. Wait a few minutes and push again."
+_ADVICE_REQUEST = "Correct what the answer names and push again."
+_ADVICE_CONNECTION = "Check the connection and the variables HF_ENDPOINT and HF_HUB_OFFLINE, and push again."
+
+_Contents = dict[str, Path | bytes]
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    report: CompressionReport | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload compressed model",
+) -> CommitInfo:
+    """Publishes a compressed model on the Hugging Face Hub in one commit.
+
+    Every file of the folder goes up, hidden ones aside, with the report's model card as `README.md`, its facts as
+    `report.json` and its plot as `report.png`. The repository is created where it does not exist. All local checks
+    come before the first request, no local file is written, and a push that failed can simply be repeated: what the
+    Hub has already is not sent again.
+
+    Args:
+        folder (`str` or `os.PathLike`): what [`export_onnx`] wrote: configuration, safetensors checkpoint, ONNX
+            files, tokenizer or processor.
+        repo_id (`str`): the repository, `"user/name"`, or `"name"` for one of the token's owner.
+        report ([`CompressionReport`], *optional*): what was measured. It takes the place of a `README.md`,
+            `report.json` and `report.png` in the folder; without it those are pushed as they are.
+        token (`str` or `bool`, *optional*): access token; that of `hf auth login` or `HF_TOKEN` by default.
+        private (`bool`, *optional*): whether a repository that this call creates is private. By default it is
+            public, unless its organization says otherwise. An existing repository stays what it is.
+        revision (`str`, *optional*): branch to commit to, created where it does not exist; `"main"` by default.
+        create_pr (`bool`, defaults to `False`): open a pull request with the commit; `revision` must then exist.
+        commit_message (`str`, defaults to `"Upload compressed model"`): first line of the commit's message.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: the commit, with its `oid`, `commit_url` and, for a pull request, `pr_url`. As
+        a string it is the URL.
+
+    Raises:
+        ValueError: no such folder or no `config.json` in it, an invalid `repo_id`, `token`, commit message or card,
+            pickled files, or an access token inside a text file.
+        RuntimeError: the Hub refused (401, 403, 404, 409, 5xx, ...) or could not be reached. The message says what
+            to do; the original error is its cause.
+
+    Example:
+        ```python
+        from hfkdq import export_onnx, push_to_hub
+
+        folder = export_onnx(model, "out/onnx", processing_class=tokenizer)
+        commit = push_to_hub(folder, "me/tiny-int8", private=True)
+        print(commit.commit_url)
+        ```
+    """
+    folder = Path(folder)
+    validate_repo_id(repo_id)
+    _check_arguments(token, commit_message)
+    contents = _contents(folder)
+    if report is not None:
+        contents.update(_report_files(report, repo_id))
+    _check_publishable(folder, contents)
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
+    try:
+        api = HfApi(token=token, library_name="hfkdq")
+        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(full_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            full_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+    # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
+    except Exception as error:
+        raise RuntimeError(_explain(error, folder, repo_id, token)) from error
+    logger.info(f"Pushed {len(operations)} files of {folder} to {commit.commit_url}")
+    return commit
+
+
+def _check_arguments(token: str | bool | None, commit_message: str) -> None:
+    """Refuses what the HTTP libraries would refuse later, with the token in their message."""
+    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(
+            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
+            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
+        )
+    if not commit_message.strip():
+        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
+
+
+def _contents(folder: Path) -> _Contents:
+    """Every file of the folder by its path in the repository, without hidden files and folders."""
+    if not (folder / "config.json").is_file():
+        found = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(
+            f"{folder} {found}. push_to_hub publishes a folder that export_onnx or save_pretrained wrote."
+        )
+    contents: _Contents = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            contents[name.as_posix()] = path
+    return contents
+
+
+def _report_files(report: CompressionReport, repo_id: str) -> _Contents:
+    """Card, facts and plot of a report, rendered without touching the user's folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plot = Path(scratch) / "report.png"
+        report.save_plot(plot)
+        return {
+            # A name without its owner is no id that the card's example could load from.
+            "README.md": report.to_card(repo_id if "/" in repo_id else None).encode(),
+            "report.json": report.to_json().encode(),
+            "report.png": plot.read_bytes(),
+        }
+
+
+def _check_publishable(folder: Path, contents: _Contents) -> None:
+    """Refuses pickles, access tokens in text files and a card that the Hub could not read."""
+    pickles = [name for name in contents if PurePosixPath(name).suffix.lower() in _PICKLES]
+    if pickles:
+        raise ValueError(
+            f"{folder} has files that are pickles by their names: {', '.join(pickles)}. Loading one runs whatever code "
+            "is in it, so only safetensors and ONNX weights are published; optimizer states and training arguments "
+            "are not for others. Push the folder that export_onnx wrote, or delete these files."
+        )
+    texts = [name for name in contents if PurePosixPath(name).suffix.lower() in _TEXTS]
+    leaks = [name for name in texts if _TOKEN.search(_read(contents[name]))]
+    if leaks:
+        raise ValueError(
+            f"{folder} has text with a Hugging Face access token in: {', '.join(leaks)}. Remove it from there and, as "
+            "it may have been seen, renew it at https://huggingface.co/settings/tokens."
+        )
+    if "README.md" in contents:
+        try:
+            ModelCard(_read(contents["README.md"]).decode())
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
+                "push a report, which brings its own."
+            ) from error
+
+
+def _read(data: Path | bytes) -> bytes:
+    return data if isinstance(data, bytes) else data.read_bytes()
+
+
+def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool | None) -> str:
+    """What happened, what to do, and that nothing is lost; never the token."""
+    status, answer = _answer(error)
+    if status is None:
+        happened, advice = f"{type(error).__name__}: {answer}", _ADVICE_CONNECTION
+    else:
+        happened = f"the Hub answered {status} ({answer})"
+        advice = _ADVICE.get(status, _ADVICE_SERVER if status >= 500 else _ADVICE_REQUEST)
+    text = f"Could not push {folder} to {repo_id}: {happened}. {advice} The files in {folder} are untouched."
+    if isinstance(token, str):
+        text = text.replace(token, "hf_***")
+    return _TOKEN.sub(b"hf_***", text.encode()).decode()
+
+
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """Status and message of the Hub's answer behind an error, which huggingface_hub may have wrapped."""
+    link: BaseException | None = error
+    said = ""
+    while link is not None:
+        response = getattr(link, "response", None)
+        # The address is left out: that of a large file carries a signature.
+        message = getattr(link, "server_message", None) or str(link).partition(" for url")[0]
+        message = " ".join(message.split()).rstrip(".")
+        if message not in said:
+            said = f"{said}; {message}" if said else message
+        if response is not None:  # not by its truth: in requests a failed response is false
+            return response.status_code, said
+        link = link.__cause__
+    return None, said or "no message"
