@@ -12,6 +12,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 WIDTH_FIELDS = ("intermediate_size", "hidden_dim", "d_ff", "ffn_dim")
+"""Configuration fields that hold the number of feed-forward neurons, under one name or another."""
+
+PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Configuration fields that hold a list with one entry per layer."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,25 @@ def find_feed_forwards(model: PreTrainedModel) -> list[FeedForward]:
     A linear layer belongs to it if one of its sides is the configured width and the other is not.
 
     Raises:
-        ValueError: no width in the configuration, or a layer without the two sides of such a block.
+        ValueError: no width in the configuration, or a layer that is not clearly one such block and attention: no
+            linear layer on one side of the neurons, several that read them, or a norm over them.
     """
     width = getattr(model.config, width_field(model.config))
     stack = find_layer_stack(model)
-    blocks = []
-    for index, layer in enumerate(stack.layers):
-        linears = [
-            (f"{stack.name}.{index}.{name}", m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)
-        ]
-        inputs = tuple((n, m) for n, m in linears if m.out_features == width and m.in_features != width)
-        outputs = tuple((n, m) for n, m in linears if m.in_features == width and m.out_features != width)
-        if not inputs or not outputs:
-            raise ValueError(
-                f"Layer {stack.name}.{index} of {type(model).__name__} has no linear layers into and out of "
-                f"{width} neurons ({width_field(model.config)}); its neurons cannot be told from its other parts."
-            )
-        blocks.append(FeedForward(inputs, outputs))
-    return blocks
+    return [_feed_forward(model, f"{stack.name}.{i}", layer, width) for i, layer in enumerate(stack.layers)]
+
+
+def _feed_forward(model: PreTrainedModel, name: str, layer: nn.Module, width: int) -> FeedForward:
+    linears = [(f"{name}.{n}", m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    inputs = tuple((n, m) for n, m in linears if m.out_features == width and m.in_features != width)
+    outputs = tuple((n, m) for n, m in linears if m.in_features == width and m.out_features != width)
+    known = {id(p) for _, m in inputs + outputs for p in m.parameters()}
+    others = [f"{name}.{n}" for n, p in layer.named_parameters() if width in p.shape and id(p) not in known]
+    if not inputs or len(outputs) != 1 or others:
+        found = ", ".join([n for n, _ in inputs + outputs] + others) or "none"
+        raise ValueError(
+            f"Layer {name} of {type(model).__name__} should have linear layers into {width} neurons "
+            f"({width_field(model.config)}) and one out of them, and nothing else of that width; found: {found}. "
+            "Its neurons cannot be told from its other parts, so they cannot be pruned; structure='weight' can."
+        )
+    return FeedForward(inputs, outputs)

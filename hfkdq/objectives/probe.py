@@ -7,6 +7,7 @@ implementations silently return nothing. Knows no objective.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,7 +90,9 @@ def attentions(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
 
 
 def _attention_maps(model: PreTrainedModel) -> tuple[torch.Tensor, ...] | None:
-    maps = getattr(probe(model, output_attentions=True), "attentions", None)
+    with warnings.catch_warnings():  # That there are none is what is asked here.
+        warnings.simplefilter("ignore")
+        maps = getattr(probe(model, output_attentions=True), "attentions", None)
     layers = getattr(model.config, "num_hidden_layers", None)
     if not maps or any(m is None for m in maps) or (layers is not None and len(maps) != layers):
         return None

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole chain on real images, without a download: scikit-learn's handwritten digits, in a few minutes on a CPU.
+
+Uses the same public calls as any other program; what it needs beyond them is data and sizes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
+
+from . import (
+    AttentionKD,
+    CompressionReport,
+    DistillationTrainer,
+    HiddenStateKD,
+    LogitKD,
+    PruningCallback,
+    PruningSpec,
+    QATCallback,
+    QuantizationSpec,
+    TaskLoss,
+    export_onnx,
+    make_student,
+)
+from .metrics import classification_metrics
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SIZE = 8
+PARTS = ("teacher", "onnx-float", "onnx-int8", "report.json", "report.png", "README.md")
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How large the demo is: epochs of teacher and student, layers and width of the teacher, rows of data."""
+
+    teacher_epochs: int = 25
+    student_epochs: int = 25
+    layers: int = 6
+    width: int = 192
+    rows: int | None = None
+
+
+TINY = DemoSize(teacher_epochs=1, student_epochs=1, layers=2, width=32, rows=200)
+
+
+def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bool = False) -> CompressionReport:
+    """Trains a teacher on handwritten digits, compresses it, and writes the result with its card, report and plot.
+
+    Args:
+        output_dir (`str` or `Path`): where to; gets `teacher`, `onnx-float` and `onnx-int8`.
+        size ([`DemoSize`], *optional*): a smaller demo, for tests.
+        overwrite (`bool`, defaults to `False`): replace what an earlier demo left there, and nothing else.
+
+    Returns:
+        [`CompressionReport`]: what was measured.
+
+    Raises:
+        FileExistsError: an earlier demo left its result there, and `overwrite` is `False`.
+        ImportError: scikit-learn or the exporter is missing.
+    """
+    size = size or DemoSize()
+    output_dir = _free(Path(output_dir), overwrite)
+    set_seed(42)
+    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    train, test = load_digits(processor, size.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        teacher = train_teacher(train, test, size, scratch)
+        student = compress(teacher, train, test, size, scratch)
+    return _publish(teacher, student, test, processor, output_dir)
+
+
+def load_digits(processor: ViTImageProcessor, rows: int | None = None) -> tuple[Dataset, Dataset]:
+    """1,797 images of 8 x 8 pixels as `pixel_values` of shape `(3, 8, 8)` with labels; about 400 are for the test."""
+    from datasets import Dataset
+    from PIL import Image
+
+    try:
+        from sklearn.datasets import load_digits as bundled
+    except ImportError as error:
+        raise ImportError('The demo needs scikit-learn for its images: pip install "hfkdq[demo]".') from error
+    digits = bundled()
+    images = [Image.fromarray(np.uint8(image * 255 / 16)).convert("RGB") for image in digits.images[:rows]]
+    pixels = processor(images, return_tensors="np")["pixel_values"].astype(np.float32)
+    data = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target[:rows]}).with_format("torch")
+    parts = data.train_test_split(test_size=400 / 1797, seed=0)
+    return parts["train"], parts["test"]
+
+
+def train_teacher(train: Dataset, test: Dataset, size: DemoSize, scratch: str) -> PreTrainedModel:
+    """A vision transformer, from scratch, by the plain Trainer."""
+    names = {str(digit): digit for digit in range(10)}
+    config = ViTConfig(
+        image_size=SIZE, patch_size=2, num_channels=3, hidden_size=size.width, num_hidden_layers=size.layers,
+        num_attention_heads=4, intermediate_size=4 * size.width, label2id=names,
+        id2label={digit: name for name, digit in names.items()}, hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    teacher = ViTForImageClassification(config)
+    _say(f"1/4 Training the teacher: ViT with {size.layers} layers, from scratch, on {len(train):,} images")
+    trainer = Trainer(
+        teacher, _arguments(scratch, size.teacher_epochs), train_dataset=train, eval_dataset=test,
+        compute_metrics=classification_metrics,
+    )  # fmt: skip
+    trainer.train()
+    return teacher
+
+
+def compress(teacher: PreTrainedModel, train: Dataset, test: Dataset, size: DemoSize, scratch: str) -> PreTrainedModel:
+    """Half of the layers, half of the neurons and 8 bits, in one run of the `DistillationTrainer`."""
+    student = make_student(teacher, num_layers=size.layers // 2)
+    _say(f"2/4 Distilling, pruning and quantizing a student with {size.layers // 2} layers, in one run")
+    trainer = DistillationTrainer(
+        student, _arguments(scratch, size.student_epochs), train_dataset=train, eval_dataset=test,
+        compute_metrics=classification_metrics, teacher_model=teacher,
+        objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0), HiddenStateKD(), AttentionKD(weight=0.1)],
+        callbacks=[PruningCallback(PruningSpec(sparsity=0.5, structure="neuron")), QATCallback(QuantizationSpec())],
+    )  # fmt: skip
+    trainer.train()
+    return trainer.model
+
+
+def _publish(
+    teacher: PreTrainedModel, student: PreTrainedModel, test: Dataset, processor: ViTImageProcessor, output_dir: Path
+) -> CompressionReport:
+    from rich.console import Console
+
+    _say("3/4 Exporting to ONNX and comparing every file with PyTorch")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    teacher.save_pretrained(output_dir / "teacher")
+    images = test.remove_columns("labels")
+    folders = {
+        "ONNX float": export_onnx(
+            student, output_dir / "onnx-float", processing_class=processor, calibration=images
+        ),
+        "ONNX int8": export_onnx(
+            student, output_dir / "onnx-int8", quantization=QuantizationSpec(), processing_class=processor, calibration=images
+        ),
+    }  # fmt: skip
+    _say("4/4 Measuring all four on the test images")
+    from .report import DatasetInfo
+
+    report = CompressionReport.measure(
+        teacher=teacher, student=student, onnx=folders, eval_dataset=test, processing_class=processor,
+        compute_metrics=classification_metrics, dataset=DatasetInfo(name="scikit-learn digits", split="test"),
+        license="apache-2.0",
+    )  # fmt: skip
+    written = [report.save(output_dir / "report.json"), report.save_plot(output_dir / "report.png")]
+    card = output_dir / "README.md"
+    card.write_text(report.to_card(), encoding="utf-8")
+    console = Console()
+    console.print(report.table())
+    for path in [*folders.values(), output_dir / "teacher", card, *written]:
+        console.print(f"  {path}", highlight=False)
+    return report
+
+
+def _free(output_dir: Path, overwrite: bool) -> Path:
+    """Makes room for the results of a demo; touches nothing but what an earlier one wrote."""
+    taken = [output_dir / name for name in PARTS if (output_dir / name).exists()]
+    if taken and not overwrite:
+        raise FileExistsError(
+            f"{output_dir} holds the result of an earlier demo. Name another folder, or pass --overwrite to replace it."
+        )
+    for path in taken:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return output_dir
+
+
+def _arguments(scratch: str, epochs: int) -> TrainingArguments:
+    return TrainingArguments(
+        scratch, num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=1e-3, warmup_steps=50,
+        lr_scheduler_type="cosine", weight_decay=0.01, logging_strategy="epoch", eval_strategy="no",
+        save_strategy="no", report_to=[], seed=42,
+    )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console().print(f"\n[bold]{text}[/bold]")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs an ONNX file on the CPU, arrays in and arrays out.
+
+Knows neither torch nor transformers, so that a process that times a file carries nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+Array = np.ndarray[Any, Any]
+_TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32}
+_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
+
+
+class OnnxSession:
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    Args:
+        path (`str` or `Path`): the `.onnx` file.
+        threads (`int`, *optional*): threads that work on one call. ONNX Runtime chooses by default.
+
+    Attributes:
+        input_names (`list[str]`): what a call takes.
+        output_names (`list[str]`): what a call returns, in the order of the file.
+
+    Raises:
+        ValueError: `threads` is less than 1, or there is no such file.
+
+    Example:
+        ```python
+        session = OnnxSession("out/onnx/model.onnx")
+        logits = session({"input_ids": ids, "attention_mask": mask})["logits"]
+        ```
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads!r}. Leave it out to let ONNX Runtime choose.")
+        if not Path(path).is_file():
+            raise ValueError(
+                f"There is no ONNX file at {str(path)!r}. `export_onnx` writes one: model.onnx in its folder."
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._types = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
+        self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
+        self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs the file once.
+
+        Args:
+            inputs (`Mapping[str, np.ndarray]`): an array per input; what the file does not take is ignored. As a
+                Transformers model does, a missing `attention_mask` counts as ones and missing `token_type_ids` as
+                zeros.
+
+        Returns:
+            `dict[str, np.ndarray]`: an array per output.
+
+        Raises:
+            ValueError: another input of the file is missing.
+            TypeError: an array cannot become what the file takes without loss of kind, as floats for integers.
+        """
+        feed = {name: self._fill(name, inputs) for name in self.input_names}
+        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
+
+    def _fill(self, name: str, inputs: Mapping[str, Array]) -> Array:
+        if name in inputs:
+            return inputs[name].astype(self._types[name], casting="same_kind", copy=False)
+        if name in _DEFAULTS and "input_ids" in inputs:
+            return np.full(inputs["input_ids"].shape, _DEFAULTS[name], self._types[name])
+        raise ValueError(f"The file takes {', '.join(self.input_names)}; {name} is missing: got {', '.join(inputs)}.")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares an ONNX file with the torch model it came from, on real or random batches.
+
+Knows how to run both and to measure the difference; what was exported, and how, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+
+if TYPE_CHECKING:
+    from .runtime import OnnxSession
+
+Batch = Mapping[str, Any]
+Collator = Callable[[list[Any]], Batch]
+# Enough to see every code path and a few hundred logits; more would only cost time.
+MAX_BATCHES = 8
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an ONNX file is from the torch model, over all outputs and all positions that are not padding.
+
+    Args:
+        samples (`int`): examples compared.
+        max_abs_diff (`float`): largest absolute difference of any output value.
+        mean_abs_diff (`float`): mean absolute difference.
+        max_abs_logit (`float`): largest absolute output value of the torch model.
+        top1_agreement (`float`, *optional*): share of the positions where both have the largest logit at the same
+            place, in [0, 1]; `None` where there are no classes.
+    """
+
+    samples: int
+    max_abs_diff: float
+    mean_abs_diff: float
+    max_abs_logit: float
+    top1_agreement: float | None
+
+
+def iterate_batches(
+    data: Dataset | Iterable[Batch], model: PreTrainedModel, processing_class: Any, data_collator: Collator | None
+) -> Iterator[Batch]:
+    """Batches from a data set, collated as the Trainer does it, or from an iterable of batches.
+
+    Args:
+        data (`datasets.Dataset` or iterable of `dict`): examples, or batches of tensors.
+        model (`PreTrainedModel`): its forward signature tells which columns to keep.
+        processing_class (tokenizer or processor, *optional*): pads the examples if it can.
+        data_collator (`DataCollator`, *optional*): used instead of padding, on all columns.
+
+    Raises:
+        ValueError: the data set has no column that the model takes.
+    """
+    if not isinstance(data, (Dataset, IterableDataset)):
+        yield from data
+        return
+    if data_collator is None:
+        accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
+        columns = list(data.column_names or next(iter(data)))
+        kept = [name for name in columns if name in accepted]
+        if not kept:
+            raise ValueError(
+                f"calibration has the columns {', '.join(columns)}; {type(model).__name__} takes none of them. "
+                "Tokenize or process it first, or pass the data_collator that does."
+            )
+        data = data.remove_columns([name for name in columns if name not in kept])
+        pads = hasattr(processing_class, "pad")
+        data_collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
+    yield from DataLoader(data, batch_size=BATCH_SIZE, collate_fn=data_collator)
+
+
+def sample_batches(batches: Iterator[Batch]) -> list[Batch]:
+    """The first batches of an iterator, as many as a comparison needs.
+
+    Raises:
+        ValueError: there is none, or it is no batch.
+    """
+    samples = list(islice(batches, MAX_BATCHES))
+    if not samples:
+        raise ValueError(
+            "calibration is empty: there is nothing to compare the exported file on. Give it some batches."
+        )
+    wrong = next((batch for batch in samples if not isinstance(batch, Mapping)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"calibration must be a datasets.Dataset or an iterable of batches (dictionaries of tensors), "
+            f"got an iterable of {type(wrong).__name__}."
+        )
+    return samples
+
+
+@torch.no_grad()
+def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+    """The outputs of a model on each batch, labels left out.
+
+    Args:
+        model (`PreTrainedModel`): the reference, in eval mode on the CPU.
+        batches (iterable of `dict`): inputs by name.
+
+    Returns:
+        `list[dict[str, Tensor]]`: output tensors by name.
+    """
+    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
+    results = []
+    for batch in batches:
+        outputs = model(**{name: torch.as_tensor(value).cpu() for name, value in batch.items() if name in accepted})
+        results.append({name: value for name, value in outputs.items() if isinstance(value, Tensor)})
+    return results
+
+
+def compare(session: OnnxSession, batches: Iterable[Batch], expected: Iterable[Mapping[str, Tensor]]) -> Parity:
+    """Runs a file on batches and measures how far it is from what torch gave.
+
+    Args:
+        session (`OnnxSession`): the file.
+        batches (iterable of `dict`): inputs by name; what the file does not take is left out.
+        expected (iterable of `dict`): what `run_torch` gave for them.
+
+    Returns:
+        [`Parity`]: the differences, in float64.
+
+    Raises:
+        RuntimeError: one of them gives NaN or infinity, or the file has an output that torch has not, or of another
+            shape.
+    """
+    samples, largest, peak, total, count, agree, places = 0, 0.0, 0.0, 0.0, 0, 0, 0
+    for batch, wanted in zip(batches, expected, strict=True):
+        outputs = session({name: torch.as_tensor(value).cpu().numpy() for name, value in batch.items()})
+        samples += len(batch[session.input_names[0]])
+        for name, array in outputs.items():
+            want, got = _aligned(name, wanted, torch.from_numpy(array), batch.get("attention_mask"))
+            difference = (want - got).abs()
+            largest, peak = max(largest, float(difference.max())), max(peak, float(want.abs().max()))
+            total, count = total + float(difference.sum()), count + difference.numel()
+            if name == "logits" and want.shape[-1] > 1:
+                agree += int((want.argmax(-1) == got.argmax(-1)).sum())
+                places += want[..., 0].numel()
+    return Parity(samples, largest, total / count, peak, agree / places if places else None)
+
+
+def _aligned(name: str, expected: Mapping[str, Tensor], got: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """An output of both as float64, without the positions that are padding."""
+    if name not in expected:
+        raise RuntimeError(f"The exported file has an output {name!r}; the torch model gives {', '.join(expected)}.")
+    want = expected[name]
+    if want.shape != got.shape:
+        raise RuntimeError(
+            f"Output {name!r} has shape {tuple(got.shape)} in the exported file, {tuple(want.shape)} in torch."
+        )
+    if mask is not None and want.ndim > 2 and want.shape[:2] == mask.shape:
+        valid = torch.as_tensor(mask).cpu().bool()
+        want, got = want[valid], got[valid]
+    for owner, tensor in (("The torch model", want), ("The exported file", got)):
+        if not tensor.isfinite().all():
+            raise RuntimeError(f"{owner} gives NaN or infinity in {name!r}. Nothing was exported.")
+    return want.double(), got.double()

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization without training, and loading a quantized model back.
+
+Knows models, data and recorded facts; never a trainer or the exported file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+from transformers.utils import logging
+
+from ..specs import QuantizationSpec
+from .convert import (
+    activation_quantizers,
+    activation_ranges,
+    prepare_qat_,
+    quantized_spec,
+    record_ranges,
+    recorded_quantization,
+    set_activation_ranges_,
+    strip_quantizers_,
+)
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+Batches = Iterable[Mapping[str, Any]]
+
+
+def quantize(
+    model: PreTrainedModel,
+    spec: QuantizationSpec,
+    calibration: Batches | Dataset | None = None,
+    *,
+    batch_size: int = 8,
+    data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    processing_class: Any = None,
+) -> PreTrainedModel:
+    """Quantizes a trained model in place: fake quantizers, with the ranges that calibration data shows.
+
+    Args:
+        model (`PreTrainedModel`): the model to change; its weights stay what they are.
+        spec (`QuantizationSpec`): what to quantize, and how.
+        calibration (iterable of `dict` or `datasets.Dataset`, *optional*): batches of model inputs, or examples to make
+            them from. Needed unless `spec.activation_bits` is `None`; some hundred examples are usual.
+        batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
+        data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
+        processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
+
+    Returns:
+        `PreTrainedModel`: the same model, in the mode it came in.
+
+    Raises:
+        ValueError: calibration data that are missing, empty or not finite, `range_estimator="learned"`, which needs
+            training, or a model that already has fake quantizers. The model is left as it was.
+
+    Example:
+        ```python
+        from hfkdq import QuantizationSpec, quantize
+
+        quantize(model, QuantizationSpec(), train.select(range(256)), processing_class=tokenizer)
+        model.save_pretrained("int8")
+        ```
+    """
+    if quantized_spec(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} already has fake quantizers. Remove them first with strip_quantizers_(model)."
+        )
+    observes = spec.activation_bits is not None
+    if observes and spec.range_estimator == "learned":
+        raise ValueError(
+            "range_estimator='learned' learns from a loss, and there is no training here. Use 'moving_average' or "
+            "'min_max', or train with QATCallback."
+        )
+    if observes and calibration is None:
+        raise ValueError("Quantized activations need calibration data: batches of model inputs or a datasets.Dataset.")
+    prepare_qat_(model, spec)
+    if observes:
+        try:
+            _calibrate(model, _batches(model, calibration, batch_size, data_collator, processing_class))
+        except BaseException:
+            strip_quantizers_(model)
+            raise
+    record_ranges(model)
+    return model
+
+
+def _batches(
+    model: PreTrainedModel, calibration: Any, batch_size: int, data_collator: Any, processing_class: Any
+) -> Batches:
+    if not isinstance(calibration, Dataset):
+        return calibration  # type: ignore[no-any-return]
+    accepted = set(signature(model.forward).parameters)
+    unused = [column for column in calibration.column_names if column not in {*accepted, "label", "label_ids"}]
+    if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
+        data_collator = DataCollatorWithPadding(processing_class)
+    return DataLoader(
+        calibration.remove_columns(unused), batch_size=batch_size, collate_fn=data_collator or default_data_collator
+    )
+
+
+def _calibrate(model: PreTrainedModel, batches: Batches) -> None:
+    training = model.training
+    model.eval()
+    for quantizer in activation_quantizers(model).values():
+        quantizer.train()  # the quantizers observe, all else stays in eval mode
+    count = 0
+    try:
+        for count, batch in enumerate(logging.tqdm(batches, desc="Calibrating", unit="batch"), start=1):
+            _check_finite(batch, count)
+            with torch.no_grad():
+                model(
+                    **{
+                        name: value.to(model.device) if torch.is_tensor(value) else value
+                        for name, value in batch.items()
+                    }
+                )
+    finally:
+        model.train(training)
+    if not count:
+        raise ValueError("The calibration data hold no batch, so there is no range to find. Give at least one.")
+    _check_ranges(model)
+
+
+def _check_finite(batch: Mapping[str, Any], number: int) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"Calibration batch {number} is a {type(batch).__name__}. Expected a dict of model inputs, or a "
+            "datasets.Dataset instead of batches."
+        )
+    for name, value in batch.items():
+        if torch.is_tensor(value) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(
+                f"{name} of calibration batch {number} is not finite (NaN or infinite), and would make the range of "
+                "every layer behind it meaningless. Remove or repair these examples."
+            )
+
+
+def _check_ranges(model: PreTrainedModel) -> None:
+    try:
+        activation_ranges(model)
+    except RuntimeError as error:
+        raise ValueError(f"The model does not stay finite on the calibration data. {error}") from error
+
+
+def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Loads a checkpoint together with the fake quantizers that its configuration records.
+
+    The same logits as the model that was saved, bit for bit; `from_pretrained` loads the same weights without them.
+
+    Args:
+        path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
+        kwargs (*optional*): passed to `from_pretrained`; `dtype` is that of the file by default.
+
+    Returns:
+        `PreTrainedModel`: the quantized model, in eval mode.
+
+    Raises:
+        ValueError: the configuration records no quantization, or names no class of Transformers.
+
+    Example:
+        ```python
+        from hfkdq import load_quantized
+
+        model = load_quantized("out/checkpoint-500")
+        ```
+    """
+    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+    recorded = recorded_quantization(config)
+    if recorded is None:
+        raise ValueError(
+            f"The configuration of {path} records no quantization by hfkdq. Load it with from_pretrained, and "
+            "quantize it with quantize(model, spec, calibration)."
+        )
+    architectures = config.architectures or []
+    model_class = getattr(transformers, architectures[0], None) if architectures else None
+    if model_class is None:
+        raise ValueError(
+            f"The configuration of {path} names {architectures} as its architecture, which transformers "
+            f"{transformers.__version__} does not have. Load the model yourself, then use prepare_qat_ and "
+            "set_activation_ranges_."
+        )
+    model = model_class.from_pretrained(path, **{"dtype": "auto", **kwargs})
+    spec, ranges = recorded
+    return set_activation_ranges_(prepare_qat_(model, spec), ranges).eval()

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured facts about a compressed model, and what is rendered from them: tables, the model card, the plot.
+
+Loads its parts when they are first used, so that the process that times an ONNX file carries no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compression import CompressionReport, DatasetInfo, Engine, Latency
+
+__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import compression
+
+        return getattr(compression, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders a report as a model card: recorded and measured facts, and nothing that is not in the report.
+
+Knows the report's fields and the Hub's metadata; what is missing leaves no line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .table import count, markdown_table, metric_names
+
+if TYPE_CHECKING:
+    from .compression import CompressionReport, Engine
+
+_PARITY = {
+    "max_abs_diff": ("Largest difference", "{:.2e}"),
+    "mean_abs_diff": ("Mean difference", "{:.2e}"),
+    "max_abs_logit": ("Largest logit", "{:.3g}"),
+    "top1_agreement": ("Same top class (%)", "{:.2%}"),
+    "samples": ("Examples", "{:,}"),
+    "tolerance": ("Bound (% of largest logit)", "{:.3%}"),
+}
+_PIPELINE_ARGUMENT = {
+    "AutoTokenizer": "tokenizer",
+    "AutoImageProcessor": "image_processor",
+    "AutoFeatureExtractor": "feature_extractor",
+    "AutoProcessor": "processor",
+}
+
+
+def render_card(report: CompressionReport, repo_id: str | None) -> str:
+    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hfkdq", "templates"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    body = environment.get_template("model_card.md.j2").render(
+        report=report,
+        title=_title(report),
+        done=_done(report),
+        parity=_parity(report),
+        quantized="quantization" in report.facts,
+        zeroed=_zeroed(report),
+        usage=_usage(report, repo_id),
+    )
+    return str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}"))
+
+
+def _title(report: CompressionReport) -> str:
+    origin = report.base_model.split("/")[-1] if report.base_model else report.architecture
+    return f"{origin}, compressed with hfkdq"
+
+
+def _metadata(report: CompressionReport) -> ModelCardData:
+    results = _eval_results(report)
+    return ModelCardData(
+        base_model=report.base_model,
+        datasets=[report.dataset.id] if report.dataset is not None and report.dataset.id else None,
+        language=report.language,
+        library_name="transformers",
+        license=report.license,
+        metrics=metric_names(report) or None,
+        pipeline_tag=report.task,
+        tags=_tags(report),
+        model_name=_title(report) if results else None,
+        eval_results=results or None,
+    )
+
+
+def _tags(report: CompressionReport) -> list[str]:
+    facts, last = report.facts, report.engines[-1]
+    dynamic = (last.parity or {}).get("kind") == "dynamic"
+    done = {
+        "distillation": "teacher" in facts.get("distillation", {}),
+        "pruning": "pruning" in facts or "student" in facts,
+        "quantization": "quantization" in facts or dynamic,
+        "int8": "quantization" in facts or dynamic,
+        "onnx": last.kind == "onnx",
+    }
+    return ["hfkdq", *(tag for tag, is_done in done.items() if is_done)]
+
+
+def _eval_results(report: CompressionReport) -> list[EvalResult]:
+    """The metrics of the last row, which is the exported file, if it is known what they were measured on."""
+    if report.task is None or report.dataset is None:
+        return []
+    data = report.dataset
+    return [
+        EvalResult(
+            task_type=report.task,
+            dataset_type=data.id or re.sub(r"[^\w.-]+", "-", data.name).strip("-").lower(),
+            dataset_name=data.name,
+            dataset_config=data.config,
+            dataset_split=data.split,
+            dataset_revision=data.revision,
+            metric_type=metric,
+            metric_value=round(value, 6),
+            metric_name=f"{metric} ({report.engines[-1].name})",
+        )
+        for metric, value in report.engines[-1].metrics.items()
+    ]
+
+
+def _done(report: CompressionReport) -> list[str]:
+    """A line for every recorded step, in the order in which the steps follow one another."""
+    facts = report.facts
+    steps = [
+        _layers(facts.get("student", {})),
+        _distillation(facts.get("distillation", {})),
+        _pruning(facts.get("pruning", {})),
+        _quantization(facts.get("quantization", {})),
+        _export(report.engines[-1]),
+    ]
+    return [step for step in steps if step]
+
+
+def _layers(fact: dict[str, Any]) -> str:
+    if not fact.get("layers") or "teacher_layers" not in fact:
+        return ""
+    kept = ", ".join(map(str, fact["layers"]))
+    return (
+        f"**Layers**: {len(fact['layers'])} of the teacher's {fact['teacher_layers']} layers, copied from it "
+        f"(numbers {kept}, counted from 1)."
+    )
+
+
+def _distillation(fact: dict[str, Any]) -> str:
+    objectives = ", ".join(f"`{_call(objective)}`" for objective in fact.get("objectives", []))
+    if not objectives:
+        return ""
+    verb = f"**Distillation** from a `{fact['teacher']}`" if "teacher" in fact else "**Training**"
+    steps = f", {fact['steps']:,} optimizer steps" if "steps" in fact else ""
+    return f"{verb}{steps}: {objectives}."
+
+
+def _call(objective: dict[str, Any]) -> str:
+    settings = ", ".join(f"{key}={value}" for key, value in objective.items() if key != "name")
+    return f"{objective.get('name', 'objective')}({settings})"
+
+
+def _pruning(fact: dict[str, Any]) -> str:
+    spec = fact.get("spec", {})
+    what = {
+        "neuron": "of the feed-forward neurons of every layer are removed, so the layers are smaller",
+        "weight": "of the weights of the pruned linear layers are zero; their shapes are unchanged",
+    }.get(spec.get("structure", ""))
+    if what is None or "achieved_sparsity" not in fact:
+        return ""
+    line = f"**Pruning**: {fact['achieved_sparsity']:.1%} {what}"
+    if "criterion" in spec:
+        line += f"; chosen by {spec['criterion']}"
+    if fact.get("parameters_before", 0) > fact.get("parameters_after", 0) > 0:
+        line += f". Parameters: {count(fact['parameters_before'])} before, {count(fact['parameters_after'])} after"
+    return f"{line}."
+
+
+def _quantization(fact: dict[str, Any]) -> str:
+    spec = fact.get("spec", {})
+    if "weight_bits" not in spec:
+        return ""
+    line = f"**Quantization**: {spec['weight_bits']}-bit weights (symmetric, linear layers per output channel)"
+    if spec.get("activation_bits"):
+        ranges = str(spec.get("range_estimator", "")).replace("_", " ")
+        line += f", {spec['activation_bits']}-bit activations (affine, per tensor{f', ranges: {ranges}' if ranges else ''})"
+    left_out = spec.get("exclude_modules")
+    if left_out:
+        names = [left_out] if isinstance(left_out, str) else left_out
+        line += f"; in floating point: {', '.join(f'`{name}`' for name in names)}"
+    return f"{line}."
+
+
+def _export(engine: Engine) -> str:
+    if engine.parity is None:
+        return ""
+    how = {
+        "float": "in floating point",
+        "dynamic": "with 8-bit weights; the ranges of activations are found while it runs",
+        "int8": "with the quantization above",
+    }.get(str(engine.parity.get("kind")))
+    opset = f", opset {engine.parity['opset']}" if "opset" in engine.parity else ""
+    line = f"**Export** to ONNX{opset}{f', {how}' if how else ''}"
+    if "fused_linears" in engine.parity and "quantized_linears" in engine.parity:
+        line += (
+            f". Of its {engine.parity['quantized_linears']} quantized linear layers, ONNX Runtime ran "
+            f"{engine.parity['fused_linears']} on integers where it was exported"
+        )
+    return f"{line}."
+
+
+def _parity(report: CompressionReport) -> str:
+    """How far the logits of every exported file are from the model's, as a table."""
+    engines = [engine for engine in report.engines if engine.parity is not None]
+    keys = [key for key in _PARITY if any((engine.parity or {}).get(key) is not None for engine in engines)]
+    if "max_abs_diff" not in keys:
+        return ""
+
+    def cell(engine: Engine, key: str) -> str:
+        value = (engine.parity or {}).get(key)
+        return "" if value is None else _PARITY[key][1].format(value).rstrip("%")
+
+    rows = [[engine.name, *(cell(engine, key) for key in keys)] for engine in engines]
+    return markdown_table(["File", *(_PARITY[key][0] for key in keys)], rows)
+
+
+def _zeroed(report: CompressionReport) -> bool:
+    return bool(report.facts.get("pruning", {}).get("spec", {}).get("structure") == "weight")
+
+
+def _usage(report: CompressionReport, repo_id: str | None) -> dict[str, str]:
+    """The names that the code in the card is made of."""
+    head = re.search(r"For[A-Z]\w*$", report.architecture)
+    known = head is not None and report.task is not None
+    return {
+        "source": repo_id or ".",
+        "comment": "" if repo_id else "  # the folder of this file",
+        "auto": f"AutoModel{head.group()}" if known and head else report.architecture,
+        "ort": f"ORTModel{head.group()}" if known and head else "",
+        "processor": report.processor or "",
+        "argument": _PIPELINE_ARGUMENT.get(report.processor or "", ""),
+    }

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`CompressionReport`: the measured facts as data, in memory and as JSON.
+
+Knows nothing of how a fact is measured; what renders the facts gets this and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformers import EvalPrediction, PreTrainedModel
+
+from .card import render_card
+from .plots import draw_plot
+from .table import render_markdown, render_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.table import Table
+
+_Data = TypeVar("_Data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """What the metrics were measured on, for people and for the Hub.
+
+    Args:
+        name (`str`): name to read, such as `"Rotten Tomatoes"`.
+        id (`str`, *optional*): id on the Hub, such as `"cornell-movie-review-data/rotten_tomatoes"`.
+        config (`str`, *optional*): the configuration given to `load_dataset`.
+        split (`str`, *optional*): the split, such as `"test"`.
+        revision (`str`, *optional*): commit of the data set.
+    """
+
+    name: str
+    id: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one call.
+
+    Args:
+        median_ms (`float`): median of all timed calls.
+        min_ms (`float`): the fastest of them.
+        calls (`int`): how many were timed.
+    """
+
+    median_ms: float
+    min_ms: float
+    calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One row of the report: a model in PyTorch or a file in ONNX Runtime.
+
+    Args:
+        name (`str`): name of the row.
+        kind (`str`): `"torch"` or `"onnx"`.
+        metrics (`dict[str, float]`): what `compute_metrics` gave.
+        size (`int`): bytes on disk: `model.safetensors`, or `model.onnx` with its external data.
+        parameters (`int`, *optional*): parameters in the checkpoint; for PyTorch.
+        sparsity (`float`, *optional*): share of zeros in the weights of linear layers; for PyTorch.
+        latency ([`Latency`], *optional*): if it was timed.
+        parity (`dict`, *optional*): what the export recorded about the file's difference from the model; for ONNX.
+    """
+
+    name: str
+    kind: str
+    metrics: dict[str, float]
+    size: int
+    parameters: int | None = None
+    sparsity: float | None = None
+    latency: Latency | None = None
+    parity: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionReport:
+    """Measured facts about a compressed model; [`~CompressionReport.measure`] makes one.
+
+    Args:
+        engines (`tuple` of [`Engine`]): the rows, the reference of all ratios first.
+        architecture (`str`): class of the student, such as `"BertForSequenceClassification"`.
+        samples (`int`): number of examples that the metrics were measured on.
+        task (`str`, *optional*): pipeline tag of the Hub, such as `"text-classification"`.
+        processor (`str`, *optional*): the Auto class that loads the tokenizer or processor.
+        facts (`dict`): what was done to the student, from its `config.hfkdq`.
+        timing (`dict`): how latency was measured: `device`, `threads`, `rounds`, `inputs` (name to shape).
+        environment (`dict[str, str]`): processor, platform and versions.
+        dataset ([`DatasetInfo`], *optional*): what the metrics were measured on.
+        base_model (`str`, *optional*): Hub id of the model that the student comes from.
+        license (`str`, *optional*): license of the student, in the Hub's spelling.
+        language (`str` or `list[str]`, *optional*): language of the data, as an ISO 639 code.
+    """
+
+    engines: tuple[Engine, ...]
+    architecture: str
+    samples: int
+    task: str | None = None
+    processor: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    dataset: DatasetInfo | None = None
+    base_model: str | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+
+    @classmethod
+    def measure(
+        cls,
+        *,
+        student: PreTrainedModel,
+        onnx: str | Path | Mapping[str, str | Path],
+        eval_dataset: Dataset,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
+        teacher: PreTrainedModel | None = None,
+        processing_class: Any = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        batch_size: int = 32,
+        latency_rounds: int = 3,
+        threads: int | None = None,
+        dataset: DatasetInfo | None = None,
+        base_model: str | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+    ) -> CompressionReport:
+        """Measures teacher, student and ONNX files on the same examples.
+
+        All metrics come from `Trainer.predict` with the same collator and the same `compute_metrics`; for an ONNX file
+        the Trainer runs it in ONNX Runtime in place of the student. A student that carries fake quantizers is measured
+        with them; its latency is that of its checkpoint, in floating point. Latency is that of the first example
+        alone, on the CPU.
+
+        Args:
+            student ([`PreTrainedModel`]): the compressed model.
+            onnx (`str`, `Path` or mapping of row names to them): folders that `export_onnx` wrote. The last one is
+                the file that the model card is about.
+            eval_dataset (`datasets.Dataset`): examples with labels, ready for the collator. Columns that the model does
+                not take are left out, unless the data set has a transform of its own (`with_transform`).
+            compute_metrics (`Callable`): as for `Trainer`; `hfkdq.metrics.classification_metrics` is one. Values that
+                are not numbers are left out.
+            teacher ([`PreTrainedModel`], *optional*): the model that the ratios refer to; the student without one.
+            processing_class (*optional*): tokenizer or processor, as for `Trainer`.
+            data_collator (`Callable`, *optional*): as for `Trainer`, with the same default.
+            batch_size (`int`, defaults to 32): examples in a batch for the metrics.
+            latency_rounds (`int`, defaults to 3): how often each engine has its turn of about half a second; 0 leaves
+                latency out.
+            threads (`int`, *optional*): threads of each engine while it is timed. As many as PyTorch uses by default.
+            dataset ([`DatasetInfo`], *optional*): what `eval_dataset` is.
+            base_model (`str`, *optional*): Hub id of the model that the student comes from. Taken from the student's
+                configuration by default, if that names one.
+            license (`str`, *optional*): license of the student, such as `"apache-2.0"`.
+            language (`str` or `list[str]`, *optional*): language of the data, such as `"en"`.
+
+        Returns:
+            [`CompressionReport`]: the report.
+
+        Raises:
+            ValueError: a folder without `model.onnx`, an empty or unlabelled data set, a metric that is not finite.
+            TypeError: an argument of the wrong type.
+            RuntimeError: a process that timed an engine died, or this is one of several distributed processes.
+        """
+        from .measure import measure_report
+
+        return measure_report(
+            student=student, onnx=onnx, eval_dataset=eval_dataset, compute_metrics=compute_metrics, teacher=teacher,
+            processing_class=processing_class, data_collator=data_collator, batch_size=batch_size,
+            latency_rounds=latency_rounds, threads=threads, dataset=dataset, base_model=base_model, license=license,
+            language=language,
+        )  # fmt: skip
+
+    def size_ratio(self, engine: Engine) -> float:
+        """Bytes of `engine` as a share of those of the first row."""
+        return engine.size / self.engines[0].size
+
+    def speedup(self, engine: Engine) -> float | None:
+        """How many times faster than the first row `engine` is, by median latency; `None` if that is unknown."""
+        first = self.engines[0].latency
+        return None if first is None or engine.latency is None else first.median_ms / engine.latency.median_ms
+
+    def to_json(self) -> str:
+        """The report as JSON; `from_json` gives the equal report back."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: text that is no such report.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or not isinstance(data.get("engines"), list) or not data["engines"]:
+            raise ValueError("This JSON is no compression report: it has no list `engines`. `to_json` writes one.")
+        data["engines"] = tuple(_engine(engine) for engine in data["engines"])
+        if data.get("dataset") is not None:
+            data["dataset"] = _build(DatasetInfo, data["dataset"])
+        return _build(cls, data)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the report as JSON; whoever reads `path` sees the old file or the whole new one."""
+        return _replace(path, lambda temporary: temporary.write_text(self.to_json(), encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompressionReport:
+        """The report that `save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def table(self) -> Table:
+        """The rows as a table for the terminal: `rich.print(report.table())`."""
+        return render_table(self)
+
+    def to_markdown(self) -> str:
+        """The rows as a table in Markdown."""
+        return render_markdown(self)
+
+    def to_card(self, repo_id: str | None = None) -> str:
+        """The model card, a complete `README.md` with its metadata; a fact that is missing leaves no line.
+
+        Args:
+            repo_id (`str`, *optional*): Hub id that the model will have, for the code that loads it.
+
+        Returns:
+            `str`: Markdown that starts with a YAML block which `huggingface_hub.ModelCard` reads.
+        """
+        return render_card(self, repo_id)
+
+    def save_plot(self, path: str | Path) -> Path:
+        """Draws metric, size and latency of every row into a PNG file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return _replace(path, lambda temporary: draw_plot(self, temporary))
+
+
+def _engine(data: Any) -> Engine:
+    latency = data.get("latency") if isinstance(data, dict) else None
+    return _build(Engine, data if latency is None else {**data, "latency": _build(Latency, latency)})
+
+
+def _build(cls: type[_Data], data: Any) -> _Data:
+    names = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - names) if isinstance(data, dict) else [repr(data)]
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(names))}. Was the "
+            "report written by another version of hfkdq?"
+        )
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise ValueError(f"This JSON is no compression report: {error}.") from error
+
+
+def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times engines side by side, each in a process of its own, in turn.
+
+Knows files, arrays and processes; what an engine computes, and how well, is not its business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from .compression import Latency
+
+TURN_SECONDS = 0.5
+# The threads of ONNX Runtime keep a core busy for about 20 ms after its last call.
+SETTLE_SECONDS = 0.05
+STDERR_TAIL = 2000
+
+
+@dataclass(frozen=True)
+class TimedEngine:
+    """What a worker needs to know: row name, `"torch"` or `"onnx"`, checkpoint folder or ONNX file, and inputs."""
+
+    name: str
+    engine: str
+    path: Path
+    inputs: Mapping[str, np.ndarray[Any, Any]]
+
+
+class _Worker:
+    """The process of one engine, from its start until `close`."""
+
+    def __init__(self, engine: TimedEngine, folder: Path, number: int, threads: int) -> None:
+        self.name = engine.name
+        inputs = folder / f"{number}.npz"
+        np.savez(inputs, **engine.inputs)  # type: ignore[arg-type]
+        task = {"engine": engine.engine, "path": str(engine.path), "inputs": str(inputs), "threads": threads}
+        root = str(Path(__file__).parents[2])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        self._errors = (folder / f"{number}.stderr").open("w+", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hfkdq.report.worker", json.dumps(task)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+        )
+
+    def wait_until_ready(self) -> None:
+        self._read()
+
+    def time(self, seconds: float) -> list[float]:
+        """Milliseconds of each call of a turn."""
+        if self._process.stdin is None:
+            raise RuntimeError(f"The process that times {self.name!r} has no input.")
+        with contextlib.suppress(BrokenPipeError):  # _read tells why it is gone
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
+        return list(map(float, json.loads(self._read())))
+
+    def close(self) -> None:
+        """Ends the process: its input ends, and if that does not do it, it is killed."""
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+
+    def _read(self) -> str:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if line:
+            return line
+        code = self._process.wait()
+        self._errors.seek(0)
+        tail = self._errors.read()[-STDERR_TAIL:].strip()
+        raise RuntimeError(
+            f"The process that times {self.name!r} ended with code {code}. Measure with latency_rounds=0 to leave "
+            f"latency out. The end of what it said:\n{tail}"
+        )
+
+
+def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> list[Latency]:
+    """Latency of each engine, timed in turn (A B C A B C ...), each in a process of its own.
+
+    The spinning threads of an idle ONNX Runtime session slow other engines in the same process, and machines drift;
+    so engines share no process, and none has a stretch of time to itself.
+
+    Args:
+        engines (`Sequence[TimedEngine]`): what to time.
+        threads (`int`): threads of each engine.
+        rounds (`int`): how often each engine has its turn. A turn is about half a second, 10 to 100 calls, after 3
+            that do not count.
+
+    Returns:
+        `list[Latency]`: minimum and median over all turns, in the order of `engines`.
+
+    Raises:
+        RuntimeError: a process ended early; the message holds the end of what it wrote to its standard error.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        workers = []
+        for number, engine in enumerate(engines):
+            workers.append(_Worker(engine, Path(folder), number, threads))
+            stack.callback(workers[-1].close)
+        for worker in workers:
+            worker.wait_until_ready()
+        timings: list[list[float]] = [[] for _ in workers]
+        turns = [(index, worker) for _ in range(rounds) for index, worker in enumerate(workers)]
+        bar = logging.tqdm(turns, desc="Latency")
+        for index, worker in bar:
+            time.sleep(SETTLE_SECONDS)
+            timings[index] += worker.time(TURN_SECONDS)
+    return [Latency(median_ms=statistics.median(ms), min_ms=min(ms), calls=len(ms)) for ms in timings]

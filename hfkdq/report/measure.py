@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a report: metrics through the Trainer, files by their bytes, latency in processes of their own.
+
+Knows models, files and data; how a fact is rendered is not its business.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    EvalPrediction,
+    FeatureExtractionMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from ..export.runtime import OnnxSession
+from ..facts import read_facts
+from .compression import CompressionReport, DatasetInfo, Engine
+from .environment import describe_environment, publishable
+from .evaluation import Evaluation
+from .latency import TimedEngine, time_engines
+
+_KINDS = {"float": "ONNX float", "dynamic": "ONNX dynamic int8", "int8": "ONNX int8"}
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+}
+_PROCESSORS = {
+    PreTrainedTokenizerBase: "AutoTokenizer",
+    BaseImageProcessor: "AutoImageProcessor",
+    ProcessorMixin: "AutoProcessor",
+    FeatureExtractionMixin: "AutoFeatureExtractor",
+}
+
+
+def measure_report(
+    *,
+    student: PreTrainedModel,
+    onnx: str | Path | Mapping[str, str | Path],
+    eval_dataset: Any,
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
+    teacher: PreTrainedModel | None,
+    processing_class: Any,
+    data_collator: Any,
+    batch_size: int,
+    latency_rounds: int,
+    threads: int | None,
+    dataset: DatasetInfo | None,
+    base_model: str | None,
+    license: str | None,
+    language: str | list[str] | None,
+) -> CompressionReport:
+    """Does what `CompressionReport.measure` describes."""
+    threads = torch.get_num_threads() if threads is None else threads
+    _check_numbers(batch_size=(batch_size, 1), latency_rounds=(latency_rounds, 0), threads=(threads, 1))
+    _check_data(eval_dataset, dataset)
+    models = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
+    _check_models(models)
+    folders = _onnx_folders(onnx, models)
+    with tempfile.TemporaryDirectory() as temporary:
+        evaluation = Evaluation(
+            eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer"
+        )
+        engines, timed = [], []
+        bar = logging.tqdm([*models, *folders], desc="Quality")
+        for name in bar:
+            bar.set_postfix_str(name)
+            if name in models:
+                row = _measure_torch(name, models[name], evaluation, Path(temporary, f"torch-{name}"))
+            else:
+                row = _measure_onnx(name, student, folders[name], evaluation)
+            engines.append(row[0])
+            timed.append(row[1])
+        if latency_rounds:
+            latencies = time_engines(timed, threads=threads, rounds=latency_rounds)
+            engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
+    inputs = {name: list(array.shape) for name, array in timed[len(models) - 1].inputs.items()}
+    timing = {"device": "cpu", "threads": threads, "rounds": latency_rounds, "inputs": inputs}
+    return CompressionReport(
+        engines=tuple(engines),
+        architecture=type(student).__name__,
+        samples=len(eval_dataset),
+        task=_task(student),
+        processor=next((auto for cls, auto in _PROCESSORS.items() if isinstance(processing_class, cls)), None),
+        facts=_facts(student),
+        timing=timing if latency_rounds else {},
+        environment=describe_environment(),
+        dataset=dataset,
+        base_model=base_model or _hub_id(student),
+        license=license,
+        language=language,
+    )
+
+
+def _measure_torch(
+    name: str, model: PreTrainedModel, evaluation: Evaluation, folder: Path
+) -> tuple[Engine, TimedEngine]:
+    metrics = evaluation.metrics(name, model)
+    model.save_pretrained(folder)
+    # Learned ranges of fake quantizers are parameters in memory, but not of the checkpoint.
+    saved = model.state_dict().keys()
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    total = sum(weight.numel() for weight in weights)
+    engine = Engine(
+        name=name,
+        kind="torch",
+        metrics=metrics,
+        size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        parameters=sum(value.numel() for key, value in model.named_parameters() if key in saved),
+        sparsity=sum(int((weight == 0).sum()) for weight in weights) / total if total else None,
+    )
+    return engine, TimedEngine(name, "torch", folder, evaluation.first_example(model))
+
+
+def _measure_onnx(
+    name: str, student: PreTrainedModel, folder: Path, evaluation: Evaluation
+) -> tuple[Engine, TimedEngine]:
+    file = folder / "model.onnx"
+    engine = Engine(
+        name=name,
+        kind="onnx",
+        metrics=evaluation.metrics(name, student, OnnxSession(file)),
+        size=sum(part.stat().st_size for part in folder.glob("model.onnx*")),
+        parity=publishable(json.loads((folder / "export.json").read_text(encoding="utf-8"))),
+    )
+    return engine, TimedEngine(name, "onnx", file, evaluation.first_example(student))
+
+
+def _check_numbers(**limits: tuple[int, int]) -> None:
+    for name, (value, least) in limits.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_data(eval_dataset: Any, info: DatasetInfo | None) -> None:
+    if not hasattr(eval_dataset, "__len__") or not hasattr(eval_dataset, "__getitem__"):
+        raise TypeError(f"eval_dataset must be a data set with a length, got {type(eval_dataset).__name__}.")
+    if len(eval_dataset) == 0:
+        raise ValueError("eval_dataset has no examples; there is nothing to measure on.")
+    if info is not None and not isinstance(info, DatasetInfo):
+        raise TypeError(f"dataset must be a DatasetInfo, got {info!r}. For a dict: DatasetInfo(**dataset).")
+
+
+def _check_models(models: Mapping[str, Any]) -> None:
+    for name, model in models.items():
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"The {name} must be a PreTrainedModel in memory, got {type(model).__name__}.")
+        if getattr(model, "is_quantized", False):
+            raise ValueError(
+                f"The {name} was loaded with integer weights (quantization_config), which the Trainer does not evaluate. "
+                "Load it in floating point to measure it."
+            )
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"This is one of {distributed.get_world_size()} distributed processes, whose timings would disturb one "
+            "another. Measure the saved model in a process of its own."
+        )
+
+
+def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
+    named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
+    for name, folder in named.items():
+        missing = [file for file in ("model.onnx", "export.json") if not (folder / file).is_file()]
+        if missing:
+            raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")
+        if name in taken:
+            raise ValueError(f"An ONNX row cannot be called {name!r}; that is the row of a model in memory.")
+    if not named:
+        raise ValueError("onnx names no folder. Pass one that `export_onnx` wrote, or a mapping of names to folders.")
+    if list(named) == [""]:
+        kind = json.loads((named[""] / "export.json").read_text(encoding="utf-8")).get("kind")
+        return {_KINDS.get(kind, f"ONNX {kind}" if kind else "ONNX"): named[""]}
+    return named
+
+
+def _task(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
+    task = next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+    # An audio model can be called ForSequenceClassification too.
+    is_text = task in ("text-classification", "token-classification", "question-answering", "fill-mask")
+    return None if is_text and model.main_input_name != "input_ids" else task
+
+
+def _facts(student: PreTrainedModel) -> dict[str, Any]:
+    facts = read_facts(student)
+    if isinstance(facts.get("quantization"), dict):
+        facts["quantization"].pop("ranges", None)
+    return dict(publishable(facts))
+
+
+def _hub_id(model: PreTrainedModel) -> str | None:
+    """The Hub id in the model's configuration, unless what stands there is a local folder."""
+    name = str(getattr(model.config, "_name_or_path", ""))
+    looks_like_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and "/checkpoint-" not in name
+    return name if looks_like_one and not Path(name).exists() else None

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the rows of a report as a table, for the terminal and in Markdown.
+
+Knows only the report's numbers and how people read them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .compression import CompressionReport, Engine
+
+SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "auc")
+_NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
+
+
+def metric_names(report: CompressionReport) -> list[str]:
+    """All metrics of the report, in the order in which they first occur."""
+    return list(dict.fromkeys(name for engine in report.engines for name in engine.metrics))
+
+
+def is_share(report: CompressionReport, metric: str) -> bool:
+    """Whether a metric reads best in percent: one of the known shares, and in [0, 1] in every row."""
+    values = [engine.metrics[metric] for engine in report.engines if metric in engine.metrics]
+    return any(part in metric for part in SHARES) and all(0.0 <= value <= 1.0 for value in values)
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB of a million, with three digits."""
+    return three_digits(size / 1e6)
+
+
+def three_digits(value: float) -> str:
+    """A positive number with three digits, or all of them before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def count(value: int) -> str:
+    """A number of parameters, such as `22.7M`."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{three_digits(value / unit)}{name}"
+    return str(value)
+
+
+def cells(report: CompressionReport) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text; columns that no row has a value for are left out."""
+    metrics = metric_names(report)
+    header = [
+        "Model",
+        *(f"{name} (%)" if is_share(report, name) else name for name in metrics),
+        "Params",
+        "Zeros (%)",
+        "Size (MB)",
+        "Size ratio",
+        "Latency (ms)",
+        "Fastest (ms)",
+        "Speed-up",
+    ]
+    rows = [[engine.name, *_metrics(report, engine, metrics), *_numbers(report, engine)] for engine in report.engines]
+    # Hardly any dense model is without a zero; a column of zeros is for those that were pruned.
+    if all((engine.sparsity or 0.0) < 0.01 for engine in report.engines):
+        for row in rows:
+            row[header.index("Zeros (%)")] = _NONE
+    used = [index for index in range(len(header)) if any(row[index] != _NONE for row in rows)]
+    return [header[index] for index in used], [[row[index] for index in used] for row in rows]
+
+
+def _metrics(report: CompressionReport, engine: Engine, names: list[str]) -> list[str]:
+    def text(name: str) -> str:
+        if name not in engine.metrics:
+            return _NONE
+        value = engine.metrics[name]
+        return f"{100 * value:.2f}" if is_share(report, name) else f"{value:.4g}"
+
+    return [text(name) for name in names]
+
+
+def _numbers(report: CompressionReport, engine: Engine) -> list[str]:
+    latency, speedup = engine.latency, report.speedup(engine)
+    return [
+        _NONE if engine.parameters is None else count(engine.parameters),
+        _NONE if engine.sparsity is None else f"{100 * engine.sparsity:.1f}",
+        megabytes(engine.size),
+        f"{report.size_ratio(engine):.2f}",
+        _NONE if latency is None else three_digits(latency.median_ms),
+        _NONE if latency is None else three_digits(latency.min_ms),
+        _NONE if speedup is None else f"{three_digits(speedup)}x",
+    ]
+
+
+def render_table(report: CompressionReport) -> Table:
+    """The rows for the terminal; latency is the median, the fastest call beside it in dim print."""
+    header, rows = cells(report)
+    title = f"{report.architecture}, {report.samples:,} examples"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", padding=0)
+    for name in header:
+        left = name == "Model"
+        style = "dim" if name.startswith("Fastest") else None
+        # rich shrinks wide columns in proportion, into words; with two lines to a name none is wide.
+        table.add_column(name.replace(" ", "\n", 1), justify="left" if left else "right", style=style, no_wrap=left)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def render_markdown(report: CompressionReport) -> str:
+    """The rows as a table in Markdown, without a line break at the end."""
+    return markdown_table(*cells(report))
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown: first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs in its `--tiny` form."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {
+    "distill_text_classifier.py": [
+        "--tiny",
+        "--use_cpu",
+        "--max_steps",
+        "6",
+        "--report_to",
+        "none",
+        "--neuron_sparsity",
+        "0.5",
+    ]
+}
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_example_runs(script, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    arguments = [str(ROOT / "examples" / script), "--output_dir", str(tmp_path / "out"), *OPTIONS[script]]
+    done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ONNX int8" in done.stdout
+    for name in ("README.md", "report.json", "report.png", "model.safetensors", "onnx-int8/model.onnx"):
+        assert (tmp_path / "out" / name).is_file(), name

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from hfkdq import QATCallback, QuantizationSpec, export_onnx
+from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec, strip_quantizers_
+
+from . import tiny
+
+ON_V5 = Version(transformers.__version__) >= Version("4.58")
+optimum_line = pytest.mark.skipif(ON_V5, reason="Optimum's exporter needs transformers<4.58")
+INT8 = QuantizationSpec()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Tiny models gain nothing from more, and sessions that wait for work would compete with torch.
+    torch.set_num_threads(1)
+
+
+def batches(model, count=3):
+    return [tiny.batch(model, size=8, seed=seed) for seed in range(count)]
+
+
+def facts(folder):
+    return json.loads((folder / "export.json").read_text())
+
+
+def trained(make, spec, training_arguments, **kwargs):
+    """A model after three steps of quantization-aware training with the plain Trainer."""
+    model = make()
+    text = model.main_input_name == "input_ids"
+    trainer = Trainer(
+        model,
+        training_arguments(max_steps=3, **kwargs),
+        train_dataset=tiny.text_dataset() if text else tiny.image_dataset(),
+        data_collator=DataCollatorWithPadding(tiny.tokenizer()) if text else None,
+        callbacks=[QATCallback(spec)] if spec else None,
+    )
+    trainer.train()
+    return trainer.model
+
+
+def nodes(folder):
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx").graph
+    return graph, {op: [node for node in graph.node if node.op_type == op] for op in {n.op_type for n in graph.node}}
+
+
+def constants(graph):
+    from onnx import numpy_helper
+
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def ort_logits(ort_class, folder, batch):
+    import optimum.onnxruntime
+
+    return getattr(optimum.onnxruntime, ort_class).from_pretrained(folder)(**batch).logits
+
+
+@pytest.mark.skipif(not ON_V5, reason="for the line without Optimum's exporter")
+def test_the_v5_line_says_what_to_install(tmp_path):
+    with pytest.raises(RuntimeError, match=r'needs transformers<4\.58; here is transformers 5.*"hfkdq\[optimum\]"'):
+        export_onnx(tiny.bert(), tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@optimum_line
+@pytest.mark.parametrize(
+    ("make", "task", "ort_class"),
+    [
+        (tiny.bert, "text-classification", "ORTModelForSequenceClassification"),
+        (tiny.distilbert, "text-classification", "ORTModelForSequenceClassification"),
+        (tiny.vit, "image-classification", "ORTModelForImageClassification"),
+        (tiny.bert_mlm, "fill-mask", "ORTModelForMaskedLM"),
+    ],
+)
+def test_float(make, task, ort_class, tmp_path):
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    folder = export_onnx(model, tmp_path / "new" / "onnx", calibration=batches(model))
+    assert folder == tmp_path / "new" / "onnx"
+    assert {file.name for file in folder.iterdir()} <= {
+        "model.onnx", "model.safetensors", "config.json", "generation_config.json", "export.json"
+    }  # fmt: skip
+    written = facts(folder)
+    assert (written["kind"], written["task"], written["opset"], written["samples"]) == ("float", task, 18, 24)
+    assert written["max_abs_diff"] <= 1e-5 * written["max_abs_logit"]
+    assert written["top1_agreement"] == 1.0
+    assert written["bytes"] == (folder / "model.onnx").stat().st_size
+    assert written["spec"] is None
+    batch = tiny.batch(model, size=3, seed=7)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        reloaded = type(model).from_pretrained(folder)(**batch).logits
+    torch.testing.assert_close(ort_logits(ort_class, folder, batch), expected, rtol=0, atol=1e-5)
+    assert torch.equal(reloaded, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@optimum_line
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (tiny.bert, INT8),
+        (tiny.bert, QuantizationSpec(range_estimator="learned")),
+        (tiny.bert, QuantizationSpec(activation_bits=None)),
+        (tiny.distilbert, QuantizationSpec(range_estimator="min_max", exclude_modules=["classifier"])),
+        (tiny.vit, INT8),
+    ],
+)
+def test_trained_int8(make, spec, tmp_path, training_arguments):
+    model = trained(make, spec, training_arguments).eval()
+    state = copy.deepcopy(model.state_dict())
+    folder = export_onnx(model, tmp_path / "onnx", quantization=spec, calibration=batches(model))
+    written = facts(folder)
+    assert written["kind"] == "int8"
+    assert written["max_abs_diff"] <= 0.05 * written["max_abs_logit"]
+    assert QuantizationSpec.from_dict(written["spec"]) == spec
+    linears = {n: m for n, m in quantized_modules(model).items() if isinstance(m, torch.nn.Linear)}
+    assert written["quantized_linears"] == len(linears)
+    assert written["fused_linears"] == (len(linears) if spec.activation_bits else 0)
+
+    graph, operators = nodes(folder)
+    values = constants(graph)
+    codes = [value for value in values.values() if value.dtype == np.int8]
+    for module in quantized_modules(model).values():
+        wanted = module.integer_weight().numpy()
+        wanted = wanted.T if isinstance(module, torch.nn.Linear) else wanted
+        assert any(np.array_equal(wanted, value) for value in codes)
+    quantizers = {(values[n.input[1]].item(), values[n.input[2]].item()) for n in operators.get("QuantizeLinear", [])}
+    assert quantizers == {(r["scale"], r["zero_point"]) for r in activation_ranges(model).values()}
+
+    assert quantized_spec(model) == spec
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert set(load_file(folder / "model.safetensors")) == set(make().state_dict())
+    recorded = json.loads((folder / "config.json").read_text())["hfkdq"]["quantization"]
+    assert recorded["ranges"] == activation_ranges(model)
+
+
+@optimum_line
+def test_int8_logits_through_optimum_equal_torch_under_padding(tmp_path, training_arguments):
+    model = trained(tiny.bert, INT8, training_arguments).eval()
+    folder = export_onnx(model, tmp_path / "onnx", quantization=INT8)
+    batch = tiny.batch(model, size=4, seed=5)
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        unquantized = strip_quantizers_(copy.deepcopy(model))(**batch).logits
+    got = ort_logits("ORTModelForSequenceClassification", folder, batch)
+    # One code that a rounding tie moves is the most that may differ; quantization itself is larger.
+    assert (got - expected).abs().mean() < 0.2 * (unquantized - expected).abs().mean()
+
+
+@optimum_line
+def test_query_key_and_value_share_one_quantizer(tmp_path, training_arguments):
+    model = trained(tiny.bert, INT8, training_arguments)
+    _, operators = nodes(export_onnx(model, tmp_path / "onnx", quantization=INT8))
+    assert len(operators["QuantizeLinear"]) == 2 * 4 + 2  # a layer has four inputs; then pooler and classifier
+
+
+@optimum_line
+def test_dynamic(tmp_path):
+    model = tiny.bert()
+    folder = export_onnx(model, tmp_path / "onnx", quantization="dynamic", calibration=batches(model))
+    written = facts(folder)
+    assert written["kind"] == "dynamic"
+    assert 1e-4 < written["max_abs_diff"] / written["max_abs_logit"] < 0.3
+    assert "MatMulInteger" in nodes(folder)[1]
+    export_onnx(tiny.vit(), tmp_path / "vit", quantization="dynamic")
+
+
+@optimum_line
+def test_int8_file_is_a_quarter_of_the_float_file(tmp_path):
+    model = tiny.bert(hidden=256, layers=2)
+    int8 = export_onnx(model, tmp_path / "int8", quantization=INT8, calibration=batches(model, 1), tolerance=1.0)
+    weights = QuantizationSpec(activation_bits=None)
+    weight_only = export_onnx(model, tmp_path / "weights", quantization=weights)
+    size = facts(export_onnx(model, tmp_path / "float"))["bytes"]
+    assert facts(int8)["bytes"] <= 0.30 * size
+    assert facts(weight_only)["bytes"] <= 0.30 * size
+
+
+@optimum_line
+def test_float_and_dynamic_of_a_trained_model_use_its_float_weights(tmp_path, training_arguments):
+    model = trained(tiny.vit, INT8, training_arguments).eval()
+    folder = export_onnx(model, tmp_path / "float")
+    batch = tiny.batch(model)
+    with torch.no_grad():
+        expected = strip_quantizers_(copy.deepcopy(model))(**batch).logits
+    got = ort_logits("ORTModelForImageClassification", folder, batch)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert quantized_spec(model) == INT8
+
+
+@optimum_line
+def test_calibration_quantizes_a_copy_of_an_untrained_model(tmp_path):
+    model = tiny.bert()
+    folder = export_onnx(
+        model,
+        tmp_path / "onnx",
+        quantization=INT8,
+        processing_class=tiny.tokenizer(),
+        calibration=tiny.text_dataset(rows=80),
+        tolerance=0.2,
+    )
+    assert facts(folder)["samples"] == 64
+    assert facts(folder)["fused_linears"] == facts(folder)["quantized_linears"] == 14
+    assert quantized_spec(model) is None
+    assert not hasattr(model.config, "hfkdq")
+
+
+@optimum_line
+def test_all_of_a_one_shot_iterable_is_observed(tmp_path):
+    model = tiny.vit()
+    few = batches(model, 8)
+    wide = {"pixel_values": 100 * few[0]["pixel_values"]}  # the ninth batch: no comparison needs it
+    spec = QuantizationSpec(range_estimator="min_max")
+    observed = []
+    for name, data in (("few", iter(few)), ("all", iter([*few, wide]))):
+        folder = export_onnx(model, tmp_path / name, quantization=spec, calibration=data, tolerance=1.0)
+        ranges = json.loads((folder / "config.json").read_text())["hfkdq"]["quantization"]["ranges"]
+        observed.append({name: entry["scale"] for name, entry in ranges.items()})
+    assert any(observed[1][name] > scale for name, scale in observed[0].items())
+
+
+@optimum_line
+def test_processing_class_and_pipelines(tmp_path):
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    model = tiny.bert()
+    folder = export_onnx(model, tmp_path / "onnx", processing_class=tiny.tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["w1 w2 w3", "w4"]
+    torch_pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    ort_pipe = pipeline(
+        "text-classification", model=ORTModelForSequenceClassification.from_pretrained(folder), tokenizer=tokenizer
+    )
+    for expected, got in zip(torch_pipe(texts), ort_pipe(texts), strict=True):
+        assert got["label"] == expected["label"]
+        assert got["score"] == pytest.approx(expected["score"], abs=1e-5)
+    assert AutoModelForSequenceClassification.from_pretrained(folder).num_labels == 3
+    export_onnx(tiny.vit(), tmp_path / "vit", processing_class=ViTImageProcessor(size={"height": 8, "width": 8}))
+    assert (tmp_path / "vit" / "preprocessor_config.json").is_file()
+
+
+@optimum_line
+def test_mixed_precision_training_leaves_no_trace(tmp_path, training_arguments):
+    model = trained(tiny.bert, INT8, training_arguments, bf16=True)
+    folder = export_onnx(model, tmp_path / "onnx", quantization=INT8)
+    assert facts(folder)["fused_linears"] == 14
+    assert "_original_forward" in vars(model)  # as Accelerate left it
+    half = tiny.vit().to(torch.bfloat16)
+    export_onnx(half, tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+
+
+@optimum_line
+def test_a_decoder_without_cache(tmp_path):
+    model = tiny.llama()
+    written = facts(export_onnx(model, tmp_path / "float"))
+    assert written["task"] == "text-generation"
+    assert written["max_abs_diff"] <= 1e-5 * written["max_abs_logit"]
+
+
+@optimum_line
+def test_is_quiet_and_leaves_random_numbers_alone(tmp_path, capfd, caplog):
+    export_onnx(tiny.vit(), tmp_path / "first")
+    model = tiny.bert_mlm()
+    torch.rand(1), random.random(), np.random.rand()  # no longer where a seed would put them
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    capfd.readouterr()
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export_onnx(model, tmp_path / "a", quantization="dynamic")
+    assert not [str(warning.message) for warning in caught]
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def bad_arguments():
+    quantized = prepare_qat_(tiny.bert(), INT8)
+    text, image = tiny.text_dataset(), tiny.image_dataset()
+    encoder_decoder = T5ForConditionalGeneration(
+        T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    return {
+        "no model": (torch.nn.Linear(2, 2), {}, TypeError, "PreTrainedModel, got Linear"),
+        "unknown kind": (tiny.bert(), {"quantization": "int8"}, ValueError, "'int8' does not exist"),
+        "no spec": (tiny.bert(), {"quantization": 8}, TypeError, "QuantizationSpec, got int"),
+        "tolerance": (tiny.bert(), {"tolerance": 0.0}, ValueError, "must be a positive number"),
+        "untrained": (tiny.bert(), {"quantization": INT8}, ValueError, r"pass calibration="),
+        "no range seen": (quantized, {"quantization": INT8}, ValueError, "have seen no data"),
+        "other spec": (
+            quantized, {"quantization": QuantizationSpec(activation_bits=None)}, ValueError, "spec it was trained with"
+        ),
+        "task": (tiny.bert(), {"task": "image-classification"}, ValueError, "It can for: .*text-classification"),
+        "no such task": (tiny.bert(), {"task": "telepathy"}, ValueError, "'telepathy'"),
+        "encoder-decoder": (encoder_decoder, {}, ValueError, "encoder-decoder"),
+        "columns": (tiny.vit(), {"calibration": text}, ValueError, "columns input_ids.* takes none of them"),
+        "no batch": (tiny.vit(), {"calibration": []}, ValueError, "calibration is empty"),
+        "no batches": (tiny.vit(), {"calibration": [1]}, TypeError, "iterable of int"),
+        "learned": (
+            tiny.vit(),
+            {"quantization": QuantizationSpec(range_estimator="learned"), "calibration": image},
+            ValueError, "learned",
+        ),
+    }  # fmt: skip
+
+
+@optimum_line
+@pytest.mark.parametrize("case", bad_arguments())
+def test_bad_arguments(case, tmp_path):
+    model, arguments, error, message = bad_arguments()[case]
+    with pytest.raises(error, match=message):
+        export_onnx(model, tmp_path / "new" / "onnx", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_not_touched(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(FileExistsError, match=r"onnx exists\. Export to a new folder"):
+        export_onnx(tiny.bert(), tmp_path / "onnx")
+    assert not list((tmp_path / "onnx").iterdir())
+
+
+@optimum_line
+def test_a_difference_past_the_bound_leaves_nothing(tmp_path):
+    model = tiny.bert()
+    with pytest.raises(
+        RuntimeError, match=r"dynamic ONNX file differs .* up to 0\.\d+ .* largest logit .* allowed is"
+    ):
+        export_onnx(model, tmp_path / "new" / "onnx", quantization="dynamic", tolerance=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+@optimum_line
+def test_nan_never_passes(tmp_path):
+    model = tiny.bert()
+    model.classifier.bias.data[1] = float("nan")
+    with pytest.raises(RuntimeError, match="torch model gives NaN or infinity in 'logits'"):
+        export_onnx(model, tmp_path / "onnx", tolerance=1e9)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the house: which room may know which, what is public, what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hfkdq
+
+PACKAGE = Path(hfkdq.__file__).parent
+# Imports run strictly downward: a room may import rooms of lower levels only.
+LEVELS = {
+    "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "architecture": 0, "metrics": 0,
+    "objectives": 1, "quantization": 1, "pruning": 1, "students": 1,
+    "export": 2, "trainer": 2,
+    "report": 3,
+    "hub": 4,
+    "demo": 5, "cli": 6, "__main__": 7,
+}  # fmt: skip
+FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}
+ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "optimum", "onnxscript"}
+MODULES = sorted(
+    path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE
+)
+
+
+def room_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Rooms of hfkdq that a module imports, and top-level names of other packages."""
+    rooms, others = set(), set()
+    package = ["hfkdq", *path.parts[:-1]]
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            full = ".".join([*base, *([node.module] if node.module else [])])
+            names = [full] if full != "hfkdq" else [f"hfkdq.{home(alias.name)}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            (rooms if parts[0] == "hfkdq" else others).add(
+                parts[1] if parts[0] == "hfkdq" and len(parts) > 1 else parts[0]
+            )
+    return rooms - {"hfkdq", "__version__"}, others
+
+
+def home(name: str) -> str:
+    return hfkdq._HOMES.get(name, name)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_run_downward(path):
+    room = room_of(path)
+    assert room in LEVELS, f"{path}: give the new room a level"
+    for other in imports_of(path)[0] - {room}:
+        assert LEVELS[other] < LEVELS[room], f"{path} ({LEVELS[room]}) imports {other} ({LEVELS[other]})"
+        assert other not in FORBIDDEN.get(room, ()), f"{path} must not know {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_export_knows_onnx(path):
+    if room_of(path) != "export":
+        assert not imports_of(path)[1] & ONLY_IN_EXPORT
+
+
+def test_public_names_are_sorted_and_there():
+    assert hfkdq.__all__ == sorted(hfkdq.__all__) == sorted(hfkdq._HOMES)
+    for name in hfkdq.__all__:
+        assert getattr(hfkdq, name).__name__ == name
+        assert getattr(hfkdq, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = hfkdq.Nothing
+
+
+def test_import_is_light():
+    code = "import sys, hfkdq; print(*{n.split('.')[0] for n in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"onnx", "onnxruntime", "optimum", "bitsandbytes", "matplotlib", "torch", "transformers"} & set(loaded)
+
+
+def test_the_trainer_needs_no_extra():
+    code = "import sys; from hfkdq import *; print(*{n.split('.')[0] for n in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"onnx", "onnxruntime", "optimum", "bitsandbytes", "matplotlib"} & set(loaded)
+
+
+def test_modules_say_what_they_are():
+    for path in MODULES:
+        text = (PACKAGE / path).read_text(encoding="utf-8")
+        assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
+        assert ast.get_docstring(ast.parse(text)), path

@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import rich.console
+import torch
+from huggingface_hub import ModelCard
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from hfkdq.export.runtime import OnnxSession
+from hfkdq.facts import record_fact
+from hfkdq.metrics import classification_metrics
+from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency, latency
+from hfkdq.report.latency import TimedEngine, time_engines
+
+from . import tiny
+
+GOLDEN = Path(__file__).parent / "golden" / "model_card.md"
+SECRET = "hf_" + "A1b2C3d4E5" * 3
+
+
+def write_onnx(folder: Path, kind: str = "int8", labels: int = 3) -> np.ndarray:
+    """A bag of words as an export would write it: logits are the sum of a table's rows that the mask keeps."""
+    folder.mkdir(parents=True)
+    table = np.random.default_rng(7).normal(size=(len(tiny.VOCABULARY), labels)).astype("float32")
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["column"]),
+        helper.make_node("Mul", ["rows", "column"], ["kept"]),
+        helper.make_node("ReduceSum", ["kept", "sequence"], ["logits"], keepdims=0),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"])
+        for name in ("input_ids", "attention_mask")
+    ]
+    constants = {"table": table, "last": np.array([2]), "sequence": np.array([1])}
+    graph = helper.make_graph(
+        nodes, "bag", inputs, [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", labels])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx"
+    )
+    parity = {"kind": kind, "opset": 17, "max_abs_diff": 0.01, "samples": 4, "folder": str(folder), "note": SECRET}
+    (folder / "export.json").write_text(json.dumps(parity))
+    return table
+
+
+def measure(onnx, **kwargs) -> CompressionReport:
+    settings = dict(
+        student=tiny.bert(seed=1), onnx=onnx, eval_dataset=tiny.text_dataset(30), latency_rounds=0,
+        compute_metrics=classification_metrics, processing_class=tiny.tokenizer(), batch_size=8,
+    )  # fmt: skip
+    return CompressionReport.measure(**{**settings, **kwargs})
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_deterministic):
+    # Threads that wait for one another on a busy machine make tiny models slow.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_onnx(tmp_path / "onnx")
+    return tmp_path / "onnx"
+
+
+@pytest.fixture
+def report() -> CompressionReport:
+    """A report with every fact in it."""
+    parity = dict(max_abs_diff=0.031, mean_abs_diff=0.0042, max_abs_logit=4.21, top1_agreement=0.9961, samples=256)
+    engines = (
+        Engine(name="teacher", kind="torch", metrics={"accuracy": 0.8799, "f1": 0.8798}, size=90_864_000,
+               parameters=22_713_986, sparsity=0.0, latency=Latency(median_ms=7.3, min_ms=7.0, calls=210)),
+        Engine(name="student", kind="torch", metrics={"accuracy": 0.8621, "f1": 0.862}, size=69_560_000,
+               parameters=17_389_442, sparsity=0.5, latency=Latency(median_ms=3.9, min_ms=3.6, calls=300)),
+        Engine(name="ONNX float", kind="onnx", metrics={"accuracy": 0.863, "f1": 0.8629}, size=69_700_000,
+               latency=Latency(median_ms=1.6, min_ms=1.5, calls=300),
+               parity={**parity, "kind": "float", "max_abs_diff": 1.2e-6, "mean_abs_diff": 2e-7, "top1_agreement": 1.0,
+                       "tolerance": 1e-3}),
+        Engine(name="ONNX int8", kind="onnx", metrics={"accuracy": 0.8618, "f1": 0.8617}, size=17_600_000,
+               latency=Latency(median_ms=0.62, min_ms=0.55, calls=300),
+               parity={**parity, "kind": "int8", "tolerance": 0.1, "opset": 17,
+                       "quantized_linears": 20, "fused_linears": 19}),
+    )  # fmt: skip
+    objectives = [{"name": "TaskLoss", "weight": 0.5}, {"name": "LogitKD", "weight": 1.0, "temperature": 2.0}]
+    return CompressionReport(
+        engines=engines, architecture="BertForSequenceClassification", samples=1066, task="text-classification",
+        processor="AutoTokenizer",
+        facts={
+            "student": {"teacher_layers": 6, "layers": [2, 4, 6]},
+            "distillation": {"teacher": "BertForSequenceClassification", "objectives": objectives, "steps": 801},
+            "pruning": {
+                "spec": {"sparsity": 0.5, "structure": "weight", "criterion": "magnitude"}, "achieved_sparsity": 0.5,
+                "parameters_before": 17_389_442, "parameters_after": 17_389_442,
+            },
+            "quantization": {"spec": {"weight_bits": 8, "activation_bits": 8, "range_estimator": "moving_average",
+                                      "exclude_modules": ["classifier"]}},
+        },
+        timing={"device": "cpu", "threads": 2, "rounds": 3, "inputs": {"input_ids": [1, 32], "attention_mask": [1, 32]}},
+        environment={"processor": "Some CPU", "platform": "Linux x86_64", "hfkdq": "0.1.0", "torch": "2.13.0"},
+        dataset=DatasetInfo(name="Rotten Tomatoes", id="cornell-movie-review-data/rotten_tomatoes", split="test"),
+        base_model="sentence-transformers/all-MiniLM-L6-v2", license="apache-2.0", language="en",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def test_metric_of_the_file_equals_the_one_computed_by_hand(folder):
+    dataset, table = tiny.text_dataset(30), write_onnx(folder.parent / "again")
+    right = [int(table[row["input_ids"]].sum(0).argmax() == row["labels"]) for row in dataset]
+    engine = measure(folder).engines[-1]
+    assert engine.name == "ONNX int8"
+    assert engine.metrics["accuracy"] == pytest.approx(np.mean(right))
+    assert engine.size == (folder / "model.onnx").stat().st_size
+
+
+def test_metrics_of_the_models_equal_the_ones_computed_by_hand(folder):
+    teacher, student = tiny.bert(layers=3), tiny.bert(seed=1)
+    dataset = tiny.text_dataset(30)
+    report = measure(folder, teacher=teacher, student=student)
+    assert [engine.name for engine in report.engines] == ["teacher", "student", "ONNX int8"]
+    for engine, model in zip(report.engines, (teacher, student), strict=False):
+        with torch.no_grad():
+            logits = [model(input_ids=torch.tensor([row["input_ids"]])).logits for row in dataset]
+        right = [int(value.argmax()) == row["labels"] for value, row in zip(logits, dataset, strict=True)]
+        assert engine.metrics["accuracy"] == pytest.approx(np.mean(right))
+        assert engine.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_sizes_and_zeros_are_those_of_the_checkpoint(folder, tmp_path):
+    student = tiny.bert(seed=1)
+    linears = [module for module in student.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        linears[0].weight.zero_()
+    student.save_pretrained(tmp_path / "checkpoint")
+    engine = measure(folder, student=student).engines[0]
+    assert engine.size == (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
+    assert engine.sparsity == pytest.approx(linears[0].weight.numel() / sum(m.weight.numel() for m in linears))
+
+
+def test_measuring_leaves_the_model_as_it_was(folder):
+    student = tiny.bert(seed=1).train()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    measure(folder, student=student)
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_rows_keep_the_names_and_the_order_of_the_mapping(folder, tmp_path):
+    write_onnx(tmp_path / "float", kind="float")
+    report = measure({"small": folder, "plain": tmp_path / "float"})
+    assert [engine.name for engine in report.engines] == ["student", "small", "plain"]
+    assert [engine.parity["kind"] for engine in report.engines[1:]] == ["int8", "float"]
+    assert measure(tmp_path / "float").engines[-1].name == "ONNX float"
+
+
+def test_external_data_counts(folder):
+    before = measure(folder).engines[-1].size
+    (folder / "model.onnx_data").write_bytes(b"x" * 1000)
+    assert measure(folder).engines[-1].size == before + 1000
+
+
+def test_missing_masks_are_filled_as_models_do(folder):
+    report = measure(folder, eval_dataset=tiny.text_dataset(12).remove_columns("attention_mask"), batch_size=1,
+                     processing_class=None)  # fmt: skip
+    assert report.engines[-1].metrics == measure(folder, eval_dataset=tiny.text_dataset(12)).engines[-1].metrics
+
+
+def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
+    student = tiny.bert(seed=1)
+    student.config._name_or_path = str(tmp_path / "teacher")
+    record_fact(student, "quantization", {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0}}})
+    record_fact(student, "distillation", {"teacher": str(tmp_path / "teacher"), "notes": ["~/secret", SECRET, "kept"]})
+    report = measure(folder, student=student)
+    assert report.facts == {"quantization": {"spec": {"weight_bits": 8}}, "distillation": {"notes": ["kept"]}}
+    assert report.engines[-1].parity == {"kind": "int8", "opset": 17, "max_abs_diff": 0.01, "samples": 4}
+    assert report.base_model is None
+    for text in (report.to_json(), report.to_card()):
+        assert str(tmp_path) not in text
+        assert SECRET not in text
+        assert str(Path.home()) not in text
+    assert student.config.hfkdq["quantization"]["ranges"] == {"a": {"scale": 1.0}}
+
+
+def test_base_model_comes_from_the_configuration_if_it_names_one(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "local").mkdir(parents=True)
+    for name, expected in {"me/model": "me/model", "me/local": None, "out/checkpoint-5": None, "": None}.items():
+        student = tiny.bert(seed=1)
+        student.config._name_or_path = name
+        assert measure(folder, student=student).base_model == expected
+    assert measure(folder, base_model="me/other").base_model == "me/other"
+
+
+def test_environment_names_versions_and_processor(folder):
+    environment = measure(folder).environment
+    assert environment["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"platform", "python", "hfkdq", "transformers", "onnxruntime"} <= set(environment)
+
+
+def test_images_and_their_processor_need_no_tokenizer(folder, tmp_path):
+    write_image_onnx(tmp_path / "image")
+    report = measure(
+        tmp_path / "image", student=tiny.vit(), eval_dataset=tiny.image_dataset(12), processing_class=None
+    )
+    assert (report.task, report.processor) == ("image-classification", None)
+    assert report.engines[-1].metrics["accuracy"] == np.mean(
+        [int(row["pixel_values"].flatten()[:3].argmax() == row["labels"]) for row in tiny.image_dataset(12)]
+    )
+    assert "ORTModelForImageClassification" in report.to_card()
+    assert "pipeline(" not in report.to_card()
+
+
+def test_a_transform_finds_its_columns(folder):
+    def read(rows):
+        return {"input_ids": rows["words"], "attention_mask": rows["attention_mask"], "labels": rows["labels"]}
+
+    data = tiny.text_dataset(8)
+    lazy = data.rename_column("input_ids", "words").with_transform(read)
+    assert measure(folder, eval_dataset=lazy).engines == measure(folder, eval_dataset=data).engines
+
+
+def test_integer_weights_are_refused_before_anything_is_measured(folder):
+    teacher = tiny.bert()
+    teacher.is_quantized = True
+    with pytest.raises(ValueError, match="teacher was loaded with integer weights"):
+        measure(folder, teacher=teacher)
+
+
+def write_image_onnx(folder: Path) -> None:
+    """Logits are the first three pixels."""
+    folder.mkdir()
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["pixel_values"], ["flat"]),
+         helper.make_node("Slice", ["flat", "start", "end", "axis"], ["logits"])],
+        "pixels", [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(np.array([v]), n) for n, v in (("start", 0), ("end", 3), ("axis", 1))],
+    )  # fmt: skip
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx"
+    )
+    (folder / "export.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(onnx="nowhere"), ValueError, "no model.onnx and no export.json"),
+        (dict(onnx={}), ValueError, "names no folder"),
+        (dict(student=nn.Linear(2, 2)), TypeError, "student must be a PreTrainedModel"),
+        (dict(eval_dataset=iter([])), TypeError, "data set with a length"),
+        (dict(eval_dataset=tiny.text_dataset(4).select([])), ValueError, "no examples"),
+        (dict(eval_dataset=tiny.text_dataset(4).remove_columns("labels")), ValueError, "no labels"),
+        (dict(dataset={"name": "x"}), TypeError, "DatasetInfo"),
+        (dict(batch_size=0), ValueError, "batch_size must be an integer of at least 1"),
+        (dict(latency_rounds=-1), ValueError, "latency_rounds"),
+        (dict(threads=0), ValueError, "threads"),
+        (dict(compute_metrics=lambda p: {"accuracy": float("nan")}), ValueError, "accuracy=nan for 'student'"),
+    ],
+)
+def test_bad_input_gets_a_clear_error(folder, change, error, message):
+    with pytest.raises(error, match=message):
+        measure(**{"onnx": folder, **change})
+
+
+def test_a_row_of_a_file_cannot_take_the_name_of_a_model(folder):
+    with pytest.raises(ValueError, match="cannot be called 'student'"):
+        measure({"student": folder})
+
+
+# ------------------------------------------------------------------ latency
+
+
+def engine_of(folder: Path, name: str) -> TimedEngine:
+    ids = np.arange(6, dtype="int64")[None]
+    return TimedEngine(name, "onnx", folder / "model.onnx", {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+
+@pytest.fixture
+def processes(monkeypatch) -> list[subprocess.Popen]:
+    """The processes that are started."""
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(latency.subprocess, "Popen", Recorded)
+    return started
+
+
+def test_engines_are_timed_in_turn_and_their_processes_end(folder, processes, monkeypatch):
+    order, time = [], latency._Worker.time
+    monkeypatch.setattr(
+        latency._Worker, "time", lambda worker, seconds: order.append(worker.name) or time(worker, 0.01)
+    )
+    results = time_engines([engine_of(folder, "a"), engine_of(folder, "b")], threads=1, rounds=3)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    for result in results:
+        assert 0 < result.min_ms <= result.median_ms
+        assert 30 <= result.calls <= 300
+    assert len(processes) == 2
+    assert all(process.poll() == 0 for process in processes)
+
+
+def test_measured_latency_covers_torch_and_onnx(folder):
+    report = measure(folder, latency_rounds=1, threads=1)
+    assert all(engine.latency.calls >= 10 for engine in report.engines)
+    length = len(tiny.text_dataset(30)[0]["input_ids"])
+    assert report.timing == {
+        "device": "cpu", "threads": 1, "rounds": 1, "inputs": {"input_ids": [1, length], "attention_mask": [1, length]},
+    }  # fmt: skip
+    assert report.speedup(report.engines[0]) == 1.0
+    assert report.speedup(report.engines[1]) > 1.0
+
+
+def test_a_worker_that_cannot_start_says_why_and_leaves_no_process(folder, processes):
+    broken = TimedEngine("broken", "onnx", folder / "nothing.onnx", {"input_ids": np.zeros((1, 2), "int64")})
+    with pytest.raises(RuntimeError, match=r"times 'broken' ended with code 1(.|\n)*There is no ONNX file"):
+        time_engines([engine_of(folder, "a"), broken], threads=1, rounds=1)
+    assert [process.poll() is None for process in processes] == [False, False]
+
+
+def test_a_worker_that_dies_on_the_way_is_reported(folder, processes, monkeypatch):
+    time = latency._Worker.time
+
+    def kill_then_time(worker, seconds):
+        worker._process.kill()
+        worker._process.wait()
+        return time(worker, seconds)
+
+    monkeypatch.setattr(latency._Worker, "time", kill_then_time)
+    with pytest.raises(RuntimeError, match=r"times 'a' ended with code -9"):
+        time_engines([engine_of(folder, "a"), engine_of(folder, "b")], threads=1, rounds=1)
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_the_process_that_times_a_file_carries_no_torch():
+    code = "import sys, hfkdq.report.worker, hfkdq.export.runtime; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+# ------------------------------------------------------------------ JSON and tables
+
+
+def test_json_round_trip(report, tmp_path):
+    assert CompressionReport.from_json(report.to_json()) == report
+    path = report.save(tmp_path / "report.json")
+    assert CompressionReport.load(path) == report
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_failed_save_keeps_the_old_file(report, tmp_path):
+    path = report.save(tmp_path / "report.json")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        replace(report, facts={"student": {"layers": float("nan")}}).save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_json_that_is_no_report_is_refused(report):
+    with pytest.raises(ValueError, match="no list `engines`"):
+        CompressionReport.from_json("{}")
+    with pytest.raises(ValueError, match="CompressionReport has no field colour"):
+        CompressionReport.from_json(json.dumps({**json.loads(report.to_json()), "colour": 1}))
+    with pytest.raises(ValueError, match="no compression report"):
+        CompressionReport.from_json('{"engines": [{"name": "a"}]}')
+
+
+def test_table_fits_a_terminal(report):
+    console = rich.console.Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.table())
+    text = console.export_text()
+    assert "…" not in text
+    last = next(line.split() for line in text.splitlines() if "int8" in line)
+    assert last == ["ONNX", "int8", "86.18", "86.17", "–", "–", "17.6", "0.19", "0.620", "0.550", "11.8x"]  # noqa: RUF001
+
+
+def test_markdown_table(report):
+    lines = report.to_markdown().splitlines()
+    assert lines[0].startswith("| Model | accuracy (%) | f1 (%) | Params | Zeros (%) | Size (MB) | Size ratio |")
+    assert lines[2] == "| teacher | 87.99 | 87.98 | 22.7M | 0.0 | 90.9 | 1.00 | 7.30 | 7.00 | 1.00x |"
+    bare = replace(report, engines=tuple(replace(e, latency=None, sparsity=0.001, metrics={}) for e in report.engines))
+    assert bare.to_markdown().splitlines()[0] == "| Model | Params | Size (MB) | Size ratio |"
+
+
+def test_only_shares_are_percent(report):
+    engines = tuple(replace(engine, metrics={"mse": 0.25, "accuracy": 0.5}) for engine in report.engines)
+    assert "| mse | accuracy (%) |" in replace(report, engines=engines).to_markdown()
+    assert "| 0.25 | 50.00 |" in replace(report, engines=engines).to_markdown()
+
+
+# ------------------------------------------------------------------ card
+
+
+def test_card_equals_the_golden_file(report):
+    assert report.to_card(repo_id="me/tiny-int8") == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_card_is_accepted_and_its_results_are_those_of_the_file(report):
+    data = ModelCard(report.to_card()).data
+    assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    assert (data.pipeline_tag, data.library_name, data.license) == (
+        "text-classification",
+        "transformers",
+        "apache-2.0",
+    )
+    assert data.datasets == ["cornell-movie-review-data/rotten_tomatoes"]
+    assert data.tags == ["hfkdq", "distillation", "pruning", "quantization", "int8", "onnx"]
+    assert {r.metric_type: r.metric_value for r in data.eval_results} == report.engines[-1].metrics
+    result = data.eval_results[0]
+    assert (result.task_type, result.dataset_split, result.dataset_name) == (
+        "text-classification", "test", "Rotten Tomatoes",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [
+        (dict(base_model=None), "all-MiniLM"),
+        (dict(license=None), "license"),
+        (dict(language=None), "language"),
+        (dict(dataset=None), "Rotten|model-index|datasets"),
+        (dict(task=None), "model-index|pipeline|ORTModel|AutoModel"),
+        (dict(processor=None), "AutoTokenizer|pipeline\\("),
+        (dict(environment={}), "Environment|Some CPU"),
+        (dict(timing={}), "How latency|Latency is that"),
+        (dict(facts={}), "Distillation|Pruning|Quantization\\*|Layers|- (distillation|pruning|quantization|int8)\\n"),
+    ],
+)
+def test_a_missing_fact_leaves_no_line(report, change, gone):
+    assert re.search(gone, report.to_card())
+    card = replace(report, **change).to_card()
+    assert not re.search(gone, card)
+    assert "None" not in card
+    assert ModelCard(card).data.library_name == "transformers"
+    assert "\n\n\n" not in card
+
+
+def test_every_topic_has_its_own_line(report):
+    full = report.to_card().splitlines()
+    for topic, words in {
+        "student": "**Layers**",
+        "distillation": "**Distillation**",
+        "pruning": "**Pruning**",
+    }.items():
+        facts = {key: value for key, value in report.facts.items() if key != topic}
+        left = replace(report, facts=facts).to_card().splitlines()
+        assert any(words in line for line in full if line not in left)
+
+
+def test_parity_stands_in_the_card_as_it_was_recorded(report):
+    assert "| ONNX int8 | 3.10e-02 | 4.20e-03 | 4.21 | 99.61 | 256 | 10.000 |" in report.to_card()
+    engines = tuple(replace(engine, parity=None) for engine in report.engines)
+    assert "How close" not in replace(report, engines=engines).to_card()
+
+
+def test_training_without_a_teacher_is_not_called_distillation(report):
+    fact = {"objectives": [{"name": "TaskLoss", "weight": 1.0}], "steps": 10}
+    card = replace(report, facts={"distillation": fact}).to_card()
+    assert "**Training**, 10 optimizer steps: `TaskLoss(weight=1.0)`." in card
+    assert "istillation" not in card
+
+
+def test_a_data_set_that_is_not_on_the_hub_still_gives_results(report):
+    data = ModelCard(replace(report, dataset=DatasetInfo(name="scikit-learn digits")).to_card()).data
+    assert data.datasets is None
+    assert data.eval_results[0].dataset_type == "scikit-learn-digits"
+
+
+def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
+    pytest.importorskip("optimum.onnxruntime", reason="the card's second program is Optimum's, of the optimum line")
+    from hfkdq import QuantizationSpec, export_onnx, quantize
+
+    data, tokenizer = tiny.text_dataset(16), tiny.tokenizer()
+    student = quantize(tiny.bert(seed=1), QuantizationSpec(), data, processing_class=tokenizer)
+    settings = dict(processing_class=tokenizer, calibration=data)
+    folders = {
+        "ONNX float": export_onnx(student, tmp_path / "float", **settings),
+        "ONNX int8": export_onnx(student, tmp_path / "int8", quantization=QuantizationSpec(), **settings),
+    }
+    report = measure(folders, student=student, eval_dataset=data)
+    quantized, plain, small = report.engines
+    assert quantized.parameters == sum(p.numel() for p in tiny.bert(seed=1).parameters())
+    assert small.size < plain.size
+    assert small.parity["max_abs_diff"] <= small.parity["tolerance"] * small.parity["max_abs_logit"]
+    programs = re.findall(r"```python\n(.*?)```", report.to_card(), flags=re.DOTALL)
+    assert len(programs) == 2
+    monkeypatch.chdir(folders["ONNX int8"])
+    names = {}
+    for program in programs:
+        exec(program, names)
+    assert names["pipe"]("w1 w2 w3")[0]["label"] in student.config.label2id
+
+
+# ------------------------------------------------------------------ plot
+
+
+def test_plot_is_a_picture_of_sane_size(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = report.save_plot(tmp_path / "report.png")
+    data = path.read_bytes()
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert 800 < width < 3000
+    assert 300 < height < 1500
+    assert [file.name for file in tmp_path.iterdir()] == ["report.png"]
+
+
+def test_plot_leaves_out_what_was_not_measured(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    engines = tuple(replace(engine, latency=None, metrics={}) for engine in report.engines[-1:])
+    assert replace(report, engines=engines, timing={}).save_plot(tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_plot_without_matplotlib_says_what_to_install(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"hfkdq\[plots\]"):
+        report.save_plot(tmp_path / "report.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stand_in_file_runs(folder):
+    ids = np.array([[5, 6, 0]])
+    logits = OnnxSession(folder / "model.onnx")({"input_ids": ids, "attention_mask": np.array([[1, 1, 0]])})["logits"]
+    assert logits.shape == (1, 3)

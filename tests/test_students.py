@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    set_seed,
+)
+
+from hfkdq.architecture import find_layer_stack
+from hfkdq.facts import read_facts, record_fact
+from hfkdq.students import make_student
+
+from . import tiny
+
+
+def _roberta(layers):
+    settings = tiny.bert_config(layers=layers).to_dict()
+    return RobertaForSequenceClassification(RobertaConfig(**{**settings, "model_type": "roberta"})).eval()
+
+
+def _gpt2(layers):
+    config = GPT2Config(vocab_size=95, n_positions=64, n_embd=32, n_layer=layers, n_head=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+def _qwen2(layers):
+    config = Qwen2Config(
+        vocab_size=95, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, use_sliding_window=True,
+        layer_types=["full_attention" if i % 3 == 0 else "sliding_attention" for i in range(layers)],
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+FAMILIES = [tiny.bert, tiny.bert_mlm, tiny.distilbert, tiny.vit, tiny.llama, _roberta, _gpt2, _qwen2]
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(**tiny.batch(model)).logits
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_student_is_the_teacher_without_some_layers(make, tmp_path):
+    teacher = make(layers=5)
+    teacher.config.use_cache = False  # layers know their place in the cache; those of the reference keep the old one
+    student = make_student(teacher, layers=[1, 4, 5])
+    assert type(student) is type(teacher)
+    assert student.config.num_hidden_layers == 3
+
+    # The reference is the teacher with the other layers cut out in place.
+    cut = copy.deepcopy(teacher)
+    stack = find_layer_stack(cut)
+    for index in (2, 1):
+        del stack.layers[index]
+    cut.config = student.config
+    cut.base_model.config = student.config
+    assert torch.equal(_logits(student), _logits(cut))
+    assert student.state_dict().keys() == cut.state_dict().keys()
+    assert all(torch.equal(tensor, cut.state_dict()[name]) for name, tensor in student.state_dict().items())
+
+    student.save_pretrained(tmp_path)
+    assert torch.equal(_logits(type(student).from_pretrained(tmp_path)), _logits(student))
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "layers"),
+    [
+        (4, 4, [1, 2, 3, 4]),
+        (4, 2, [2, 4]),
+        (4, 1, [4]),
+        (4, 3, [1, 3, 4]),
+        (3, 2, [2, 3]),  # 1.5 is rounded up
+        (5, 2, [3, 5]),  # 2.5 too
+        (6, 4, [2, 3, 5, 6]),
+    ],
+)
+def test_layers_are_evenly_spaced_by_default(total, count, layers):
+    teacher = tiny.bert(layers=total)
+    student = make_student(teacher, count)
+    assert read_facts(student) == {"student": {"teacher_layers": total, "layers": layers}}
+    for layer, number in zip(find_layer_stack(student).layers, layers, strict=True):
+        expected = find_layer_stack(teacher).layers[number - 1].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_teacher_and_student_share_nothing():
+    teacher = tiny.bert(layers=4).train()
+    teacher.requires_grad_(False)
+    weights, config = copy.deepcopy(teacher.state_dict()), teacher.config.to_dict()
+    student = make_student(teacher, 2)
+    assert not student.training
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    student.config.id2label[0] = "changed"
+    assert teacher.config.to_dict() == config
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_what_was_recorded_of_the_teacher_is_not_said_of_the_student():
+    teacher = tiny.bert(layers=4)
+    record_fact(teacher, "pruning", {"achieved_sparsity": 0.5})
+    record_fact(teacher, "student", {"teacher_layers": 12, "layers": [3, 6, 9, 12]})
+    before = read_facts(teacher)
+    student = make_student(teacher, 2)
+    assert read_facts(student) == {"student": {"teacher_layers": 4, "layers": [2, 4]}}
+    assert read_facts(teacher) == before
+
+
+def test_the_random_number_generator_is_left_alone():
+    teacher = tiny.llama(layers=4)
+    state = torch.get_rng_state()
+    make_student(teacher, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dtype_and_attention_implementation_stay():
+    teacher = tiny.llama(layers=4).to(torch.bfloat16)
+    teacher.set_attn_implementation("eager")
+    student = make_student(teacher, 2)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert student.config._attn_implementation == "eager"
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_stay_tied(tied):
+    set_seed(0)
+    config = tiny.llama(layers=3).config
+    config.tie_word_embeddings = tied
+    teacher = type(tiny.llama())(config)
+    student = make_student(teacher, 2)
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) is tied
+    assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+
+
+def test_lists_with_an_entry_per_layer_follow_their_layers():
+    teacher = _qwen2(5)
+    student = make_student(teacher, layers=[1, 2, 4])
+    assert student.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    assert len(teacher.config.layer_types) == 5
+
+
+def test_the_generation_settings_come_along():
+    teacher = tiny.llama(layers=3)
+    teacher.generation_config.max_new_tokens = 7
+    student = make_student(teacher, 2)
+    assert student.generation_config.max_new_tokens == 7
+    ids = student.generate(**tiny.batch(student), do_sample=False, eos_token_id=None)
+    assert ids.shape[1] == 17
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "num_layers=None"),
+        ({"num_layers": 0}, "student can have 1 to 4"),
+        ({"num_layers": 5}, "student can have 1 to 4"),
+        ({"num_layers": 2.0}, r"num_layers=2\.0"),
+        ({"num_layers": 2, "layers": [1, 2]}, "Pass one of them"),
+        ({"layers": []}, "1 to 4"),
+        ({"layers": [0, 1]}, "1 to 4"),
+        ({"layers": [4, 5]}, "1 to 4"),
+        ({"layers": [2, 1]}, "each larger than the one before"),
+        ({"layers": [2, 2]}, "each larger than the one before"),
+        ({"layers": ["1"]}, "1 to 4"),
+    ],
+)
+def test_bad_choices_of_layers_say_what_is_possible(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_student(tiny.bert(layers=4), **arguments)
+
+
+def test_only_transformers_models_are_copied():
+    with pytest.raises(TypeError, match="got Linear"):
+        make_student(nn.Linear(2, 2), 1)
+
+
+def test_a_teacher_with_tensors_of_its_own_is_refused():
+    teacher = tiny.bert(layers=4)
+    teacher.classifier.activation_quantizer = nn.BatchNorm1d(1)
+    with pytest.raises(ValueError, match=r"differ in 5 tensors, such as classifier\.activation_quantizer"):
+        make_student(teacher, 2)
