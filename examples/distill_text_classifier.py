@@ -19,6 +19,8 @@ With local files, and a pretrained encoder that is fine-tuned as the teacher fir
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -49,6 +51,7 @@ from hfkdq import (
     QuantizationSpec,
     TaskLoss,
     export_onnx,
+    load_quantized,
     make_student,
     push_to_hub,
 )
@@ -85,12 +88,15 @@ class CompressionArguments:
     attention_weight: float = field(default=0.1, metadata={"help": "Weight of the distilled attentions."})
     neuron_sparsity: float = field(default=0.0, metadata={"help": "Share of the feed-forward neurons to remove."})
     float_only: bool = field(default=False, metadata={"help": "Leave quantization-aware training out."})
+    publish_only: bool = field(
+        default=False, metadata={"help": "Export and measure what an earlier call left in --output_dir."}
+    )
     tiny: bool = field(default=False, metadata={"help": "A made-up teacher and texts, to try the script in seconds."})
 
 
-def main(arguments: list[str] | None = None) -> CompressionReport:
+def main() -> None:
     parser = HfArgumentParser((DataArguments, CompressionArguments, TrainingArguments))
-    data_args, args, training_args = parser.parse_args_into_dataclasses(arguments)
+    data_args, args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
     # The push at the end is one commit of everything; the Trainer's own pushes would publish half of it.
     push, training_args.push_to_hub = training_args.push_to_hub, False
@@ -102,14 +108,32 @@ def main(arguments: list[str] | None = None) -> CompressionReport:
             sys.exit(f"{folder} exists already. Name another --output_dir, or move it away.")
 
     raw, labels = load_texts(data_args, args)
-    teacher, tokenizer = load_teacher(args, raw, labels)
+    output_dir = Path(training_args.output_dir)
+    if args.publish_only:
+        tokenizer = AutoTokenizer.from_pretrained(output_dir)
+        teacher = AutoModelForSequenceClassification.from_pretrained(output_dir / "teacher")
+        load = AutoModelForSequenceClassification.from_pretrained if args.float_only else load_quantized
+        student = load(output_dir)
+    else:
+        teacher, tokenizer = load_teacher(args, raw, labels)
     data = tokenize(raw, tokenizer, data_args)
-    if args.teacher_epochs:
-        finetune(teacher, tokenizer, data, training_args, args.teacher_epochs)
-    student = compress(teacher, tokenizer, data, training_args, args)
-    if training_args.process_index != 0:
-        return None
-    return publish(teacher, student, tokenizer, data, onnx_folders, data_args, training_args, push)
+    if not args.publish_only:
+        if args.teacher_epochs:
+            finetune(teacher, tokenizer, data, training_args, args.teacher_epochs)
+        student = compress(teacher, tokenizer, data, training_args, args)
+        if training_args.process_index == 0:
+            teacher.save_pretrained(output_dir / "teacher")
+        if training_args.world_size > 1:  # Timings want a process that the others leave alone.
+            return publish_alone() if training_args.process_index == 0 else None
+    publish(teacher, student, tokenizer, data, onnx_folders, data_args, training_args, push)
+
+
+def publish_alone() -> None:
+    """Runs the rest of this script in one process, outside of the distributed run."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "OMP_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    done = subprocess.run([sys.executable, *sys.argv, "--publish_only"], env=environment)
+    sys.exit(done.returncode)
 
 
 def load_texts(data_args: DataArguments, args: CompressionArguments) -> tuple[DatasetDict, list[str]]:
@@ -213,7 +237,7 @@ def publish(
     data_args: DataArguments,
     training_args: TrainingArguments,
     push: bool,
-) -> CompressionReport:
+) -> None:
     split = evaluation_split(data)
     for name, folder in onnx_folders.items():
         quantization = QuantizationSpec() if name == "ONNX int8" else None
@@ -246,7 +270,6 @@ def publish(
         repo_id = training_args.hub_model_id or output_dir.name
         info = push_to_hub(list(onnx_folders.values())[-1], repo_id, report=report, token=training_args.hub_token)
         print(f"Pushed to {info.repo_url}.")
-    return report
 
 
 def tiny_texts() -> tuple[DatasetDict, list[str]]:

@@ -25,11 +25,13 @@ OPTIONS = {
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
-def test_example_runs(script, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+def test_example_runs(script, processes, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--multi_gpu" if processes > 1 else "--cpu"]
     arguments = [str(ROOT / "examples" / script), "--output_dir", str(tmp_path / "out"), *OPTIONS[script]]
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,9 +17,11 @@ from huggingface_hub import ModelCard
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from hfkdq import QuantizationSpec, quantize
 from hfkdq.export.runtime import OnnxSession
 from hfkdq.facts import record_fact
 from hfkdq.metrics import classification_metrics
+from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency, latency
 from hfkdq.report.latency import TimedEngine, time_engines
 
@@ -150,6 +152,23 @@ def test_sizes_and_zeros_are_those_of_the_checkpoint(folder, tmp_path):
     engine = measure(folder, student=student).engines[0]
     assert engine.size == (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
     assert engine.sparsity == pytest.approx(linears[0].weight.numel() / sum(m.weight.numel() for m in linears))
+
+
+def test_a_student_with_fake_quantizers_is_measured_with_them(folder):
+    student = tiny.bert(seed=1)
+    prepare_qat_(student, QuantizationSpec(range_estimator="learned"))
+    student.train()(**tiny.batch(student))  # the first batch sets the ranges, which are parameters in memory
+    logits = []
+
+    def keep(prediction):
+        logits.append(prediction.predictions)
+        return classification_metrics(prediction)
+
+    engine = measure(folder, student=student, compute_metrics=keep).engines[0]
+    plain = measure(folder, compute_metrics=keep).engines[0]
+    assert (engine.size, engine.parameters) == (plain.size, plain.parameters)
+    assert not np.allclose(logits[0], logits[2], atol=1e-4)
+    assert engine.sparsity == plain.sparsity
 
 
 def test_measuring_leaves_the_model_as_it_was(folder):
@@ -371,8 +390,11 @@ def test_a_failed_save_keeps_the_old_file(report, tmp_path):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         replace(report, facts={"student": {"layers": float("nan")}}).save(path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        report.save(tmp_path / "folder")
     assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {"report.json", "folder"}
 
 
 def test_json_that_is_no_report_is_refused(report):
@@ -405,6 +427,8 @@ def test_only_shares_are_percent(report):
     engines = tuple(replace(engine, metrics={"mse": 0.25, "accuracy": 0.5}) for engine in report.engines)
     assert "| mse | accuracy (%) |" in replace(report, engines=engines).to_markdown()
     assert "| 0.25 | 50.00 |" in replace(report, engines=engines).to_markdown()
+    engines = tuple(replace(engine, metrics={"accuracy": 50.0}) for engine in report.engines)
+    assert "| Model | accuracy | Params" in replace(report, engines=engines).to_markdown()
 
 
 # ------------------------------------------------------------------ card
@@ -487,7 +511,7 @@ def test_a_data_set_that_is_not_on_the_hub_still_gives_results(report):
 
 def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     pytest.importorskip("optimum.onnxruntime", reason="the card's second program is Optimum's, of the optimum line")
-    from hfkdq import QuantizationSpec, export_onnx, quantize
+    from hfkdq import export_onnx
 
     data, tokenizer = tiny.text_dataset(16), tiny.tokenizer()
     student = quantize(tiny.bert(seed=1), QuantizationSpec(), data, processing_class=tokenizer)

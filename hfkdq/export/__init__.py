@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hfkdq.export.api import export_onnx
-    from hfkdq.export.runtime import OnnxSession
+    from .api import export_onnx
+    from .runtime import OnnxSession
 
 __all__ = ["OnnxSession", "export_onnx"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "export_onnx":
-        from hfkdq.export.api import export_onnx
+        from .api import export_onnx
 
         return export_onnx
     if name == "OnnxSession":
-        from hfkdq.export.runtime import OnnxSession
+        from .runtime import OnnxSession
 
         return OnnxSession
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

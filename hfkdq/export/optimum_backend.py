@@ -22,14 +22,13 @@ from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .graph import count_fused_linears, count_operators, tidy_graph
+from .graph import count_fused_linears, tidy_graph
 from .runtime import OnnxSession
 
 __all__ = [
     "OPSET",
     "OnnxSession",
     "count_fused_linears",
-    "count_operators",
     "dummy_batches",
     "quantize_dynamically",
     "resolve_task",
