@@ -491,9 +491,15 @@ def test_every_topic_has_its_own_line(report):
 
 
 def test_parity_stands_in_the_card_as_it_was_recorded(report):
-    assert "| ONNX int8 | 3.10e-02 | 4.20e-03 | 4.21 | 99.61 | 256 | 10.000 |" in report.to_card()
+    assert "| ONNX int8 | 3.10e-02 | 4.20e-03 | 4.21 | 99.61 | 256 | 10 |" in report.to_card()
     engines = tuple(replace(engine, parity=None) for engine in report.engines)
     assert "How close" not in replace(report, engines=engines).to_card()
+
+
+def test_a_busy_machine_stands_in_the_card(report):
+    assert "busy" not in report.to_card()
+    rough = replace(report.engines[0], latency=Latency(median_ms=14.1, min_ms=7.0, calls=30))
+    assert "The machine was busy" in replace(report, engines=(rough, *report.engines[1:])).to_card()
 
 
 def test_training_without_a_teacher_is_not_called_distillation(report):

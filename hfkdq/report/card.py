@@ -17,13 +17,14 @@ from .table import count, markdown_table, metric_names
 if TYPE_CHECKING:
     from .compression import CompressionReport, Engine
 
+# Title, factor and format of what an export records.
 _PARITY = {
-    "max_abs_diff": ("Largest difference", "{:.2e}"),
-    "mean_abs_diff": ("Mean difference", "{:.2e}"),
-    "max_abs_logit": ("Largest logit", "{:.3g}"),
-    "top1_agreement": ("Same top class (%)", "{:.2%}"),
-    "samples": ("Examples", "{:,}"),
-    "tolerance": ("Bound (% of largest logit)", "{:.3%}"),
+    "max_abs_diff": ("Largest difference", 1, "{:.2e}"),
+    "mean_abs_diff": ("Mean difference", 1, "{:.2e}"),
+    "max_abs_logit": ("Largest logit", 1, "{:.3g}"),
+    "top1_agreement": ("Same top class (%)", 100, "{:.2f}"),
+    "samples": ("Examples", 1, "{:,}"),
+    "tolerance": ("Bound (% of largest logit)", 100, "{:g}"),
 }
 _PIPELINE_ARGUMENT = {
     "AutoTokenizer": "tokenizer",
@@ -205,7 +206,8 @@ def _parity(report: CompressionReport) -> str:
 
     def cell(engine: Engine, key: str) -> str:
         value = (engine.parity or {}).get(key)
-        return "" if value is None else _PARITY[key][1].format(value).rstrip("%")
+        _, factor, form = _PARITY[key]
+        return "" if value is None else form.format(factor * value)
 
     rows = [[engine.name, *(cell(engine, key) for key in keys)] for engine in engines]
     return markdown_table(["File", *(_PARITY[key][0] for key in keys)], rows)

@@ -190,6 +190,11 @@ class CompressionReport:
         first = self.engines[0].latency
         return None if first is None or engine.latency is None else first.median_ms / engine.latency.median_ms
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a median is more than twice the fastest call: the machine did other work while latency was timed."""
+        return any(e.latency is not None and e.latency.median_ms > 2 * e.latency.min_ms for e in self.engines)
+
     def to_json(self) -> str:
         """The report as JSON; `from_json` gives the equal report back."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"

@@ -33,6 +33,8 @@ from .environment import describe_environment, publishable
 from .evaluation import Evaluation
 from .latency import TimedEngine, time_engines
 
+logger = logging.get_logger(__name__)
+
 _KINDS = {"float": "ONNX float", "dynamic": "ONNX dynamic int8", "int8": "ONNX int8"}
 _TASKS = {
     "ForSequenceClassification": "text-classification",
@@ -94,7 +96,7 @@ def measure_report(
             engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
     inputs = {name: list(array.shape) for name, array in timed[len(models) - 1].inputs.items()}
     timing = {"device": "cpu", "threads": threads, "rounds": latency_rounds, "inputs": inputs}
-    return CompressionReport(
+    report = CompressionReport(
         engines=tuple(engines),
         architecture=type(student).__name__,
         samples=len(eval_dataset),
@@ -108,6 +110,9 @@ def measure_report(
         license=license,
         language=language,
     )
+    if report.is_noisy:
+        logger.warning("Latencies are rough: a median is more than twice the fastest call. Is the machine busy?")
+    return report
 
 
 def _measure_torch(

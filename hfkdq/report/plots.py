@@ -58,7 +58,7 @@ def _title(report: CompressionReport) -> str:
 
 def _timing(report: CompressionReport) -> str:
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report.timing["inputs"].items())
-    return f"Latency: {report.timing['threads']} CPU threads, {shapes}. White mark: the fastest call."
+    return f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call."
 
 
 def _prepare(axis: Any, rows: int) -> None:
@@ -114,7 +114,7 @@ def _draw_latency(axis: Any, report: CompressionReport) -> None:
     ]
     _draw_bars(axis, [latency.median_ms for latency in latencies], labels, _colors(report))
     for row, latency in enumerate(latencies):
-        axis.plot([latency.min_ms] * 2, [row - 0.27, row + 0.27], color="white", linewidth=1.4)
+        axis.plot([latency.min_ms] * 2, [row - 0.33, row + 0.33], color=_INK, linewidth=1.2)
     _name_panel(axis, "latency, median (speed-up)")
 
 
