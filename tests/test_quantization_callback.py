@@ -122,6 +122,14 @@ def test_resumes_from_a_checkpoint_without_qat(training_arguments):
     assert state.stateful_callbacks["QATCallback"]["attributes"]["ranges"] == quantizer_states(trainer.model)
 
 
+def test_resuming_with_another_spec_is_refused(training_arguments):
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    make_trainer(training_arguments(**settings), QuantizationSpec()).train()
+    trainer = make_trainer(training_arguments(**settings), QuantizationSpec(range_estimator="min_max"))
+    with pytest.raises(ValueError, match="Resume with the same spec"):
+        trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
+
+
 class Watch(TrainerCallback):
     """Notes the ranges that the model has when a checkpoint is written."""
 

@@ -219,18 +219,20 @@ def test_state_dict_is_that_of_a_plain_layer():
 @pytest.mark.parametrize("estimator", QuantizationSpec.RANGE_ESTIMATORS)
 def test_quantizes_in_float32_under_autocast_and_in_bf16(estimator):
     layer = linear(range_estimator=estimator).train()
-    inputs = torch.randn(4, 8, dtype=torch.bfloat16)
+    inputs = torch.randn(64, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(inputs)
         out.float().sum().backward()
     assert out.dtype == torch.bfloat16
     assert layer.weight.grad.isfinite().all()
     assert all(tensor.dtype != torch.bfloat16 for tensor in layer.activation_quantizer.state_tensors())
-    scale = layer.activation_quantizer.qparams()[0].clone()
+    quantizer = layer.activation_quantizer.eval()
+    assert torch.equal(quantizer(inputs), quantizer(inputs.float()).bfloat16()), "rounded once, at the end"
+    scale = quantizer.qparams()[0].clone()
     layer.bfloat16().eval()
     assert layer.weight.dtype == torch.bfloat16
     assert layer(inputs).dtype == torch.bfloat16
-    assert torch.equal(layer.activation_quantizer.qparams()[0], scale), "ranges keep their precision"
+    assert torch.equal(quantizer.qparams()[0], scale), "ranges keep their precision"
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -29,7 +29,7 @@ class _QuantizeDequantize(torch.autograd.Function):
 
 
 class _Dequantize(torch.autograd.Function):
-    """`codes * scale`, with the scales along the last axis or one for all, traced as one DequantizeLinear."""
+    """`codes * scale`, with one scale per column or one for all, traced as one DequantizeLinear."""
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, scale: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, codes: Any, scale: Any) -> Any:
-        # The axis is ignored for a scalar scale; -1 is where the output channels of a transposed weight are.
-        return g.op("DequantizeLinear", codes, scale, axis_i=-1)
+        # Ignored for a scalar scale; in a transposed weight, 1 is the axis of the output channels.
+        return g.op("DequantizeLinear", codes, scale, axis_i=1)
 
 
 class _IntegerLinear(nn.Module):

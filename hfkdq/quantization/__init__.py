@@ -4,7 +4,6 @@
 Knows specs, models and the callback protocol; never the exported file.
 """
 
-from ..specs import QuantizationSpec
 from .callback import QATCallback
 from .convert import (
     activation_ranges,
@@ -20,7 +19,6 @@ from .post_training import load_quantized, quantize
 __all__ = [
     "ActivationQuantizer",
     "QATCallback",
-    "QuantizationSpec",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "activation_ranges",

@@ -47,6 +47,7 @@ class QATCallback(TrainerCallback, ExportableState):
         TypeError: `spec` is neither.
         RuntimeError: at the start of training, if scales are to be learned but the model got its fake quantizers after
             its optimizer.
+        ValueError: the spec matches no module, or training resumes from a checkpoint of another spec.
 
     Example:
         ```python
@@ -141,6 +142,11 @@ class QATCallback(TrainerCallback, ExportableState):
         saved = saved[0] if isinstance(saved, list) else saved
         if saved is None:
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
+        elif QuantizationSpec.from_dict(saved["args"]["spec"]) != self.spec:
+            raise ValueError(
+                f"The checkpoint was trained with QuantizationSpec.from_dict({saved['args']['spec']}), not with "
+                f"{self.spec}. Resume with the same spec, or start a new training from the weights."
+            )
         else:
             load_quantizer_states_(model, saved["attributes"]["ranges"])
 

@@ -61,7 +61,8 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     Example:
         ```python
         >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hfkdq.quantization import QuantizationSpec, prepare_qat_, quantized_modules
+        >>> from hfkdq import QuantizationSpec
+        >>> from hfkdq.quantization import prepare_qat_, quantized_modules
         >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
         >>> model = prepare_qat_(BertForSequenceClassification(config), QuantizationSpec(target_modules=["query"]))
         >>> list(quantized_modules(model))

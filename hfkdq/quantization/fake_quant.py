@@ -33,14 +33,12 @@ def _constant(tensor: Tensor) -> Tensor:
 
 
 def _fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """Rounds `values` to the grid, per tensor or per row, in float32 even under autocast; straight-through gradient."""
-    exact = values if values.dtype == torch.float32 else values.float()
+    """Rounds `values` to the grid, per tensor or per row, with the straight-through gradient."""
+    # The fused kernels compute in float32 for bfloat16 and float16 values too, and round once at the end.
     scale, zero_point = _constant(scale), _constant(zero_point)
     if scale.ndim:
-        rounded = torch.fake_quantize_per_channel_affine(exact, scale, zero_point, 0, low, high)
-    else:
-        rounded = torch.fake_quantize_per_tensor_affine(exact, scale, zero_point, low, high)
-    return rounded if values.dtype == torch.float32 else rounded.to(values.dtype)
+        return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, low, high)
+    return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, low, high)
 
 
 def _fake_quantize_symmetric(values: Tensor, scale: Tensor) -> Tensor:
