@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("out/bench"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=3, help="layers of the student")
-    parser.add_argument("--epochs", type=float, default=3, help="epochs of every student")
+    parser.add_argument("--epochs", type=float, default=2, help="epochs of every student")
     parser.add_argument("--teacher_epochs", type=float, default=2)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def arguments(folder: Path, epochs: float, seed: int) -> TrainingArguments:
     return TrainingArguments(
         str(folder), num_train_epochs=epochs, learning_rate=1e-4, warmup_steps=80, weight_decay=0.01, seed=seed,
         per_device_train_batch_size=32, per_device_eval_batch_size=64, save_strategy="no", report_to=[],
-        logging_steps=100,
+        logging_steps=100, group_by_length=True,
     )  # fmt: skip
 
 

@@ -108,24 +108,30 @@ def main() -> None:
             sys.exit(f"{folder} exists already. Name another --output_dir, or move it away.")
 
     raw, labels = load_texts(data_args, args)
-    output_dir = Path(training_args.output_dir)
-    if args.publish_only:
-        tokenizer = AutoTokenizer.from_pretrained(output_dir)
-        teacher = AutoModelForSequenceClassification.from_pretrained(output_dir / "teacher")
-        load = AutoModelForSequenceClassification.from_pretrained if args.float_only else load_quantized
-        student = load(output_dir)
-    else:
-        teacher, tokenizer = load_teacher(args, raw, labels)
-    data = tokenize(raw, tokenizer, data_args)
     if not args.publish_only:
-        if args.teacher_epochs:
-            finetune(teacher, tokenizer, data, training_args, args.teacher_epochs)
-        student = compress(teacher, tokenizer, data, training_args, args)
-        if training_args.process_index == 0:
-            teacher.save_pretrained(output_dir / "teacher")
+        train(raw, labels, data_args, args, training_args)
+        if training_args.process_index != 0:
+            return
         if training_args.world_size > 1:  # Timings want a process that the others leave alone.
-            return publish_alone() if training_args.process_index == 0 else None
-    publish(teacher, student, tokenizer, data, onnx_folders, data_args, training_args, push)
+            publish_alone()
+    publish(raw, onnx_folders, data_args, args, training_args, push)
+
+
+def train(
+    raw: DatasetDict,
+    labels: list[str],
+    data_args: DataArguments,
+    args: CompressionArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Leaves the student in `output_dir` and the teacher in `output_dir/teacher`."""
+    teacher, tokenizer = load_teacher(args, raw, labels)
+    data = tokenize(raw, tokenizer, data_args)
+    if args.teacher_epochs:
+        finetune(teacher, tokenizer, data, training_args, args.teacher_epochs)
+    compress(teacher, tokenizer, data, training_args, args)
+    if training_args.process_index == 0:
+        teacher.save_pretrained(Path(training_args.output_dir, "teacher"))
 
 
 def publish_alone() -> None:
@@ -199,7 +205,7 @@ def finetune(
 
 def compress(
     teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, training_args: TrainingArguments, args: CompressionArguments
-) -> PreTrainedModel:  # fmt: skip
+) -> None:  # fmt: skip
     student = make_student(teacher, num_layers=args.num_student_layers)
     objectives = [
         TaskLoss(weight=args.task_weight),
@@ -225,19 +231,22 @@ def compress(
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    return trainer.model
 
 
 def publish(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
+    raw: DatasetDict,
     onnx_folders: dict[str, Path],
     data_args: DataArguments,
+    args: CompressionArguments,
     training_args: TrainingArguments,
     push: bool,
 ) -> None:
+    """Exports and measures what `train` left, writes report, plot and card, and pushes them if asked to."""
+    output_dir = Path(training_args.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    teacher = AutoModelForSequenceClassification.from_pretrained(output_dir / "teacher")
+    student = (AutoModelForSequenceClassification.from_pretrained if args.float_only else load_quantized)(output_dir)
+    data = tokenize(raw, tokenizer, data_args)
     split = evaluation_split(data)
     for name, folder in onnx_folders.items():
         quantization = QuantizationSpec() if name == "ONNX int8" else None
@@ -260,7 +269,6 @@ def publish(
         ),
         license=data_args.dataset_license,
     )
-    output_dir = Path(training_args.output_dir)
     report.save(output_dir / "report.json")
     report.save_plot(output_dir / "report.png")
     (output_dir / "README.md").write_text(report.to_card(repo_id=training_args.hub_model_id), encoding="utf-8")

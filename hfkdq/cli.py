@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 
@@ -67,8 +68,9 @@ def _export(options: argparse.Namespace) -> None:
 
     from .export import export_onnx
     from .quantization import load_quantized, quantized_spec
+    from .specs import QuantizationSpec
 
-    quantization = None
+    quantization: QuantizationSpec | str | None
     if options.quantization == "trained":
         model = load_quantized(options.checkpoint)
         quantization = quantized_spec(model)
@@ -88,7 +90,7 @@ def _export(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{folder}\n")
 
 
-def _processing_class(checkpoint: str) -> object | None:
+def _processing_class(checkpoint: str) -> Any:
     """The checkpoint's tokenizer or processor, if it has one."""
     from transformers import AutoProcessor
 

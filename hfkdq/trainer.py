@@ -7,7 +7,6 @@ callbacks and functions of their own.
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.utils import ModelOutput, logging
 from .facts import record_fact
 from .objectives.base import Objective, as_objective
 from .objectives.hidden_states import Projections
+from .teachers import FrozenTeacher, forward_columns, requested
 
 logger = logging.get_logger(__name__)
 
@@ -51,18 +51,19 @@ class DistillationMixin(_TrainerBase):
     ) -> None:
         self.objectives = _validated(teacher_model, objectives)
         self.teacher_model = teacher_model
-        self._teacher: nn.Module | None = None
+        self._teacher: FrozenTeacher | None = None
         self._projections: Projections | None = None
         self._attached = self._in_training_step = False
         self._window: tuple[torch.Tensor, int] | None = None  # positions per objective, and processes they are of
         self._log_sums: torch.Tensor | None = None
         self._log_start = 0
-        self._nan_step: int | torch.Tensor = 0
         super().__init__(*args, **kwargs)
         if self.objectives:
             self._refuse_unsupported()
             self._attach(self.model)
-            self._prepare_teacher()
+            if teacher_model is not None:
+                self._teacher = FrozenTeacher(teacher_model, self.accelerator, self.label_names)
+                self._teacher_only = self._teacher.columns - forward_columns(self.model)
 
     # ------------------------------------------------------------------ before training
 
@@ -97,17 +98,6 @@ class DistillationMixin(_TrainerBase):
             objective.attach(student, self.teacher_model)
         self._projections = getattr(student, Projections.NAME, None)
         self._attached = True
-
-    def _prepare_teacher(self) -> None:
-        if self.teacher_model is None:
-            return
-        self.teacher_model.eval().requires_grad_(False)
-        prepared = len(self.accelerator._models)
-        self._teacher = self.accelerator.prepare_model(self.teacher_model, evaluation_mode=True)
-        # evaluate() prepares the student only while this list is empty.
-        del self.accelerator._models[prepared:]
-        self._teacher_columns = _forward_parameters(self.teacher_model)
-        self._teacher_only = self._teacher_columns - _forward_parameters(self.model)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
@@ -176,55 +166,23 @@ class DistillationMixin(_TrainerBase):
             )
         batch = dict(inputs)
         needs = frozenset[str]().union(*(o.needs for o in self.objectives))
-        teacher_out = self._run_teacher(batch, needs)
+        teacher_out = None
+        if self._teacher is not None and any(o.uses_teacher for o in self.objectives):
+            teacher_out = self._teacher(batch, needs, step=self.state.global_step + 1)
         student_out = self._run_student(model, student_inputs, needs, batch, num_items_in_batch)
         loss = self._weighted_sum(student_out, teacher_out, batch)
         return (loss, student_out) if return_outputs else loss
 
-    def _student_inputs(self, inputs: Any) -> dict[str, Any]:
-        only_teacher = self._teacher_only if self._teacher is not None else ()
-        return {key: value for key, value in inputs.items() if key not in only_teacher}
-
-    def _run_teacher(self, batch: dict[str, Any], needs: frozenset[str]) -> Any:
-        if self._teacher is None or not any(o.uses_teacher for o in self.objectives):
-            return None
-        self._teacher.eval()
-        inputs = {k: v for k, v in batch.items() if k in self._teacher_columns and k not in self.label_names}
-        if "use_cache" in self._teacher_columns:
-            inputs["use_cache"] = False
-        with torch.no_grad():
-            output = self._teacher(**inputs, **_request(needs), return_dict=True)
-        self._check_finite(output)
-        return output
-
-    def _check_finite(self, output: Any) -> None:
-        """Remembers the first step at which the teacher's logits were not finite; on CPU raises at once."""
-        logits = output.get("logits")
-        if logits is None:
-            return
-        step = self.state.global_step + 1
-        bad = ~torch.isfinite(logits).all()
-        if bad.device.type == "cpu":
-            self._nan_step = step if bad else 0
-            self._raise_if_nan()
-        else:  # Asking a GPU costs a synchronisation; `log` does it once per logging step.
-            before = torch.as_tensor(self._nan_step, device=bad.device)
-            self._nan_step = torch.where(bad & (before == 0), step, before)
-
-    def _raise_if_nan(self) -> None:
-        step = int(self._nan_step)
-        if step:
-            self._nan_step = 0
-            raise RuntimeError(
-                f"The teacher's logits were NaN or infinite at step {step}, so there is nothing to learn from them. Check the "
-                "teacher's weights and that step's inputs; a teacher in float16 may overflow, try bfloat16 or float32."
-            )
+    def _student_inputs(self, inputs: Any) -> Any:
+        if self._teacher is None or not self._teacher_only:
+            return inputs
+        return {key: value for key, value in inputs.items() if key not in self._teacher_only}
 
     def _run_student(
         self, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], batch: dict[str, Any], items: Any
     ) -> Any:
         """The student's output; its `loss` is the task loss, a mean over this micro batch."""
-        inputs = {**inputs, **_request(needs)}
+        inputs = {**inputs, **requested(needs)}
         if "loss" not in needs:
             output = model(**inputs)
         elif self.compute_loss_func is not None:
@@ -273,8 +231,8 @@ class DistillationMixin(_TrainerBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
-        if self.objectives:
-            self._raise_if_nan()
+        if self._teacher is not None:
+            self._teacher.raise_if_nan()
         if "loss" in logs and self._log_sums is not None:
             means = self.accelerator.gather(self._log_sums.unsqueeze(0)).mean(0)
             steps = max(self.state.global_step - self._log_start, 1)
@@ -376,11 +334,3 @@ def _unique_names(objectives: Sequence[Objective]) -> list[str]:
         count = sum(name == objective.name or name.startswith(f"{objective.name}_") for name in names)
         names.append(f"{objective.name}_{count + 1}" if count else objective.name)
     return names
-
-
-def _forward_parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
-
-
-def _request(needs: frozenset[str]) -> dict[str, bool]:
-    return {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}

@@ -113,7 +113,7 @@ def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -
     Args:
         engines (`Sequence[TimedEngine]`): what to time.
         threads (`int`): threads of each engine.
-        rounds (`int`): how often each engine has its turn. A turn is about half a second, 10 to 100 calls, after 3
+        rounds (`int`): how often each engine has its turn. A turn is about half a second, 10 to 2,000 calls, after 3
             that do not count.
 
     Returns:

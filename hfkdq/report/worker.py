@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 WARM_UP_CALLS = 3
-CALLS_PER_TURN = (10, 100)
+CALLS_PER_TURN = (10, 2000)
 
 
 def _onnx_call(path: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int) -> Callable[[], Any]:
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _time_turn(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Milliseconds of each call: as many as fit into `seconds`, but 10 at least and 100 at most."""
+    """Milliseconds of each call: as many as fit into `seconds`, but 10 at least and 2,000 at most."""
     for _ in range(WARM_UP_CALLS):
         call()
     fewest, most = CALLS_PER_TURN
