@@ -13,11 +13,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..losses import masked_mean, mean_squared_error
 from .base import Batch, Objective, attended_mask, batch_size
 from .probe import hidden_states, layer_map
+
+
+class _Projection(nn.Module):
+    """Linear, but no `nn.Linear`: what quantizes or prunes the linear layers of the student must not see it."""
+
+    def __init__(self, width: int, teacher_width: int) -> None:
+        super().__init__()
+        linear = nn.Linear(width, teacher_width)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(states, self.weight, self.bias)
 
 
 class Projections(nn.Module):
@@ -31,7 +44,7 @@ class Projections(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maps = nn.ModuleList()
+        self.maps = nn.ModuleDict()
         self.layers: list[int] = []
         self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
 
@@ -39,7 +52,7 @@ class Projections(nn.Module):
         """Adds a projection of hidden state `layer`; returns its place among the projections."""
         # The data order and dropout of the run must not depend on how many projections it has.
         with torch.random.fork_rng(devices=[]):
-            self.maps.append(nn.Linear(width, teacher_width).to(like.device))
+            self.maps[str(len(self.layers))] = _Projection(width, teacher_width).to(like.device)
         self.layers.append(layer)
         return len(self.layers) - 1
 
@@ -58,7 +71,10 @@ class Projections(nn.Module):
     def _append(self, student: nn.Module, args: Any, output: Any) -> Any:
         states = getattr(output, "hidden_states", None)
         if student.training and states:
-            output.hidden_states = (*states, *(p(states[i]) for p, i in zip(self.maps, self.layers, strict=True)))
+            output.hidden_states = (
+                *states,
+                *(p(states[i]) for p, i in zip(self.maps.values(), self.layers, strict=True)),
+            )
         return output
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
