@@ -29,8 +29,8 @@ COMMA := ,
 define setup
 test -n "$(PYTHON)" || { echo "hfkdq needs Python 3.10, 3.11 or 3.12; none was found. Name one: make PYTHON=/path/to/python3.11"; exit 1; }; \
 test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || exit 1; \
-echo "Installing hfkdq[$(3)] into $(1): about two minutes, PyTorch is large"; \
-$(1)/bin/python -m pip install --disable-pip-version-check -q --progress-bar on -c constraints/$(2).txt -e ".[$(3)]" && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
+echo "Installing hfkdq[$(3)] into $(1). PyTorch is large; on a slow line this takes minutes."; \
+$(1)/bin/python -m pip install --disable-pip-version-check -c constraints/$(2).txt -e ".[$(3)]" && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
 endef
 
 demo: .venv/.demo ## distil, prune, quantize and export a digit classifier: table, card, report and plot below out/demo
