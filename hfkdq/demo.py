@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -204,7 +205,7 @@ def _arguments(scratch: str, epochs: int) -> TrainingArguments:
     return TrainingArguments(
         scratch, num_train_epochs=epochs, per_device_train_batch_size=64, learning_rate=1e-3, warmup_steps=50,
         lr_scheduler_type="cosine", weight_decay=0.01, logging_strategy="epoch", eval_strategy="no",
-        save_strategy="no", report_to=[], seed=42,
+        save_strategy="no", report_to=[], seed=42, dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
 
