@@ -15,16 +15,22 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import set_seed
 
 DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
-def _deterministic():
+def _alone():
+    """Every test starts from the same random state, and leaves no mixed precision to the next one."""
     torch.set_num_threads(1)  # the models are tiny, and test processes share the cores
     datasets.disable_progress_bars()
     set_seed(0)
+    yield
+    # TrainingArguments(bf16=True) sets it for the whole process, and accelerate keeps what it once read.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

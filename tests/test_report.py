@@ -333,7 +333,7 @@ def test_engines_are_timed_in_turn_and_their_processes_end(folder, processes, mo
     assert order == ["a", "b", "a", "b", "a", "b"]
     for result in results:
         assert 0 < result.min_ms <= result.median_ms
-        assert 30 <= result.calls <= 300
+        assert 30 <= result.calls <= 6000
     assert len(processes) == 2
     assert all(process.poll() == 0 for process in processes)
 
