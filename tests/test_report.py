@@ -68,7 +68,7 @@ def measure(onnx, **kwargs) -> CompressionReport:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_deterministic):
+def _one_thread(_alone):
     # Threads that wait for one another on a busy machine make tiny models slow.
     torch.set_num_threads(1)
 
