@@ -71,7 +71,12 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
-    dataset_license: str | None = field(default=None, metadata={"help": "License of the model, for its card."})
+    model_license: str | None = field(default=None, metadata={"help": "License of the student, for its card."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id that the teacher comes from, for the card."}
+    )
+    dataset_id: str | None = field(default=None, metadata={"help": "Hub id of what the files hold, for the card."})
+    language: str | None = field(default=None, metadata={"help": "Language of the texts, such as en, for the card."})
 
 
 @dataclass
@@ -248,6 +253,7 @@ def publish(
     student = (AutoModelForSequenceClassification.from_pretrained if args.float_only else load_quantized)(output_dir)
     data = tokenize(raw, tokenizer, data_args)
     split = evaluation_split(data)
+    dataset_id = data_args.dataset_name or data_args.dataset_id
     for name, folder in onnx_folders.items():
         quantization = QuantizationSpec() if name == "ONNX int8" else None
         export_onnx(
@@ -262,12 +268,14 @@ def publish(
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
         dataset=DatasetInfo(
-            name=data_args.dataset_name or Path(data_args.train_file or "tiny").parent.name or "local files",
-            id=data_args.dataset_name,
+            name=(dataset_id or "local files").split("/")[-1],
+            id=dataset_id,
             config=data_args.dataset_config_name,
             split=split,
         ),
-        license=data_args.dataset_license,
+        base_model=data_args.base_model,
+        license=data_args.model_license,
+        language=data_args.language,
     )
     report.save(output_dir / "report.json")
     report.save_plot(output_dir / "report.png")
