@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -66,6 +67,27 @@ def find_layer_stack(model: PreTrainedModel) -> LayerStack:
 
 def _alike(layers: nn.ModuleList) -> bool:
     return all(any(True for _ in layer.parameters()) and type(layer) is type(layers[0]) for layer in layers)
+
+
+def evenly_spaced_layers(count: int, total: int) -> list[int]:
+    """`count` of `total` layers, numbered from 1: `round(i * total / count)`, halves up, so the last is among them."""
+    return [(2 * i * total + count) // (2 * count) for i in range(1, count + 1)]
+
+
+def checkpoint_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of Transformers that a checkpoint's configuration names.
+
+    Raises:
+        ValueError: it names none, or one that Transformers does not have.
+    """
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(
+            f"The configuration names {names} as its architecture, which transformers {transformers.__version__} does "
+            "not have. Load the model yourself, with the code it was made with."
+        )
+    return model_class  # type: ignore[no-any-return]
 
 
 def width_field(config: PretrainedConfig) -> str:

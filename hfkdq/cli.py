@@ -64,8 +64,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    import transformers
+    from transformers import AutoConfig
 
+    from .architecture import checkpoint_class
     from .export import export_onnx
     from .quantization import load_quantized, quantized_spec
     from .specs import QuantizationSpec
@@ -75,13 +76,8 @@ def _export(options: argparse.Namespace) -> None:
         model = load_quantized(options.checkpoint)
         quantization = quantized_spec(model)
     else:
-        config = transformers.AutoConfig.from_pretrained(options.checkpoint)
-        architecture = (config.architectures or ["none"])[0]
-        if not hasattr(transformers, architecture):
-            raise ValueError(
-                f"{options.checkpoint} is a checkpoint of {architecture}, which Transformers does not have."
-            )
-        model = getattr(transformers, architecture).from_pretrained(options.checkpoint)
+        config = AutoConfig.from_pretrained(options.checkpoint)
+        model = checkpoint_class(config).from_pretrained(options.checkpoint)
         quantization = "dynamic" if options.quantization == "dynamic" else None
     folder = export_onnx(
         model, options.folder, quantization=quantization, processing_class=_processing_class(options.checkpoint),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architecture import PER_LAYER_FIELDS, LayerStack, find_layer_stack
+from .architecture import PER_LAYER_FIELDS, LayerStack, evenly_spaced_layers, find_layer_stack
 from .facts import record_fact
 
 
@@ -74,13 +74,13 @@ def make_student(
 
 
 def _evenly_spaced(count: int | None, total: int) -> list[int]:
-    """Numbers, from 1, of `count` of `total` layers: `round(i * total / count)`, halves up."""
+    """Numbers of `count` of `total` layers, if there can be so many."""
     if not isinstance(count, int) or not 1 <= count <= total:
         raise ValueError(
             f"num_layers={count!r}: the teacher has {total} layers, so the student can have 1 to {total}. "
             "Pass num_layers, or choose the layers yourself with layers=[...]."
         )
-    return [(2 * i * total + count) // (2 * count) for i in range(1, count + 1)]
+    return evenly_spaced_layers(count, total)
 
 
 def _checked(layers: Sequence[int], num_layers: int | None, total: int) -> list[int]:

@@ -65,6 +65,10 @@ class DistillationMixin(_TrainerBase):
                 self._teacher = FrozenTeacher(teacher_model, self.accelerator, self.label_names)
                 self._teacher_only = self._teacher.columns - forward_columns(self.model)
 
+    @property
+    def _used_teacher(self) -> FrozenTeacher | None:
+        return self._teacher if any(o.uses_teacher for o in self.objectives) else None
+
     # ------------------------------------------------------------------ before training
 
     def _refuse_unsupported(self) -> None:
@@ -166,9 +170,8 @@ class DistillationMixin(_TrainerBase):
             )
         batch = dict(inputs)
         needs = frozenset[str]().union(*(o.needs for o in self.objectives))
-        teacher_out = None
-        if self._teacher is not None and any(o.uses_teacher for o in self.objectives):
-            teacher_out = self._teacher(batch, needs, step=self.state.global_step + 1)
+        teacher = self._used_teacher
+        teacher_out = None if teacher is None else teacher(batch, needs, step=self.state.global_step + 1)
         student_out = self._run_student(model, student_inputs, needs, batch, num_items_in_batch)
         loss = self._weighted_sum(student_out, teacher_out, batch)
         return (loss, student_out) if return_outputs else loss
@@ -250,7 +253,7 @@ class DistillationMixin(_TrainerBase):
     def _record(self) -> None:
         if self.objectives:
             fact = {"objectives": [o.describe() for o in self.objectives], "steps": self.state.global_step}
-            if self.teacher_model is not None:
+            if self._used_teacher is not None:
                 fact["teacher"] = type(self.teacher_model).__name__
             record_fact(self.model, "distillation", fact)
 

@@ -10,6 +10,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from hfkdq import architecture
 from hfkdq.architecture import find_feed_forwards, find_layer_stack, width_field
 
 from . import tiny
@@ -97,3 +98,13 @@ def test_a_norm_over_the_neurons_is_refused():
     find_layer_stack(model).layers[1].intermediate.norm = nn.LayerNorm(64)
     with pytest.raises(ValueError, match=r"layer\.1 .*intermediate\.norm\.weight"):
         find_feed_forwards(model)
+
+
+@pytest.mark.parametrize("names", [None, [], ["NoSuchModel"]])
+def test_a_checkpoint_of_an_unknown_class_is_refused(names):
+    config = tiny.bert_config()
+    config.architectures = names
+    with pytest.raises(ValueError, match="as its architecture"):
+        architecture.checkpoint_class(config)
+    config.architectures = ["BertForSequenceClassification"]
+    assert architecture.checkpoint_class(config) is type(tiny.bert())

@@ -236,6 +236,7 @@ def test_a_teacher_that_no_objective_uses_is_not_run(training_arguments):
     trainer = make_trainer(training_arguments(max_steps=1), [TaskLoss()], teacher=teacher)
     teacher.forward = lambda *args, **kwargs: pytest.fail("the teacher ran")
     trainer.train()
+    assert "teacher" not in trainer.model.config.hfkdq["distillation"]
 
 
 def test_weights_follow_their_schedule(training_arguments):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..architecture import evenly_spaced_layers
 from ..facts import read_facts
 
 
@@ -128,9 +129,7 @@ def layer_map(
             return dict(enumerate(kept, start=1))
         layers = "uniform"
     if layers == "uniform":
-        return {
-            i: (2 * i * teacher_layers + student_layers) // (2 * student_layers) for i in range(1, student_layers + 1)
-        }
+        return dict(enumerate(evenly_spaced_layers(student_layers, teacher_layers), start=1))
     if isinstance(layers, str):
         raise ValueError(f"layers={layers!r} is no strategy. Use 'uniform' or a dict such as {{1: 2, 2: 4}}.")
     bad = {s: t for s, t in layers.items() if not (0 <= s <= student_layers and 0 <= t <= teacher_layers)}

@@ -11,7 +11,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..architecture import checkpoint_class
 from ..specs import QuantizationSpec
 from .convert import (
     activation_quantizers,
@@ -184,14 +184,6 @@ def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
             f"The configuration of {path} records no quantization by hfkdq. Load it with from_pretrained, and "
             "quantize it with quantize(model, spec, calibration)."
         )
-    architectures = config.architectures or []
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None:
-        raise ValueError(
-            f"The configuration of {path} names {architectures} as its architecture, which transformers "
-            f"{transformers.__version__} does not have. Load the model yourself, then use prepare_qat_ and "
-            "set_activation_ranges_."
-        )
-    model = model_class.from_pretrained(path, **{"dtype": "auto", **kwargs})
+    model = checkpoint_class(config).from_pretrained(path, **{"dtype": "auto", **kwargs})
     spec, ranges = recorded
     return set_activation_ranges_(prepare_qat_(model, spec), ranges).eval()

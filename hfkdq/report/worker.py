@@ -29,11 +29,13 @@ def _onnx_call(path: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int)
 
 def _torch_call(folder: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int) -> Callable[[], Any]:
     import torch
-    import transformers
+    from transformers import AutoConfig
+
+    from hfkdq.architecture import checkpoint_class
 
     torch.set_num_threads(threads)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype="auto").eval()
+    config = AutoConfig.from_pretrained(folder)
+    model = checkpoint_class(config).from_pretrained(folder, dtype="auto").eval()
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     tensors = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
