@@ -19,6 +19,7 @@ _HOMES = {
     "PruningSpec": "specs",
     "QATCallback": "quantization",
     "QuantizationSpec": "specs",
+    "Seq2SeqDistillationTrainer": "trainer",
     "TaskLoss": "objectives",
     "export_onnx": "export",
     "load_quantized": "quantization",
@@ -38,6 +39,7 @@ __all__ = [
     "PruningSpec",
     "QATCallback",
     "QuantizationSpec",
+    "Seq2SeqDistillationTrainer",
     "TaskLoss",
     "export_onnx",
     "load_quantized",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from .report import CompressionReport
     from .specs import PruningSpec, QuantizationSpec
     from .students import make_student
-    from .trainer import DistillationTrainer
+    from .trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 
 
 def __getattr__(name: str) -> Any:

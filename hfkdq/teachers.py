@@ -1,59 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen model to learn from: where it runs, what it is fed, and that its answers are numbers.
+"""A frozen model to learn from: how it is loaded, where it runs, what it is fed, and that its answers are numbers.
 
 Knows accelerate and batches; objectives and the trainer ask it for outputs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DynamoBackend, send_to_device
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+from .architecture import base_of, checkpoint_class
+
+TEACHER_PREFIX = "teacher_"
+"""Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Loads a teacher from the Hub or a folder, as the class that its configuration names, from safetensors.
+
+    Args:
+        name_or_path (`str`): repository id or folder.
+        init_kwargs (`dict`, *optional*): arguments of `from_pretrained`, such as `dtype`, `device_map`, `revision` or
+            `quantization_config`.
+
+    Raises:
+        ValueError: the configuration names no class that Transformers has.
+        OSError: nothing there to load.
+    """
+    arguments = {"use_safetensors": True, **(init_kwargs or {})}
+    config = AutoConfig.from_pretrained(name_or_path, **{k: arguments[k] for k in _HUB_ARGUMENTS if k in arguments})
+    return checkpoint_class(config).from_pretrained(name_or_path, **arguments)
 
 
 def forward_columns(model: nn.Module) -> set[str]:
     """Names of what the forward pass of `model` takes."""
-    return set(inspect.signature(model.forward).parameters)
+    return set(inspect.signature(base_of(model).forward).parameters)
 
 
-def requested(needs: frozenset[str]) -> dict[str, bool]:
-    """Arguments that make a model return what objectives need."""
-    return {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
+def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
+    """Arguments that make a model return what objectives need: all hidden states, or those of `indices` alone."""
+    arguments: dict[str, Any] = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
+    # Transformers 4 has no way to select; delete the condition when it is no longer supported.
+    if "hidden_states" in needs and indices["hidden_states"] and int(transformers.__version__.split(".")[0]) >= 5:
+        arguments["output_hidden_states"] = sorted(indices["hidden_states"])
+    return arguments
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Class of a model and a hash of the names, types and shapes of its parameters and of 16 values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta":
+            sample = parameter.detach().reshape(-1)[:: max(parameter.numel() // 16, 1)]
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{type(base_of(model)).__name__} {digest.hexdigest()[:16]}"
 
 
 class FrozenTeacher:
     """A teacher in eval mode, without gradients, on the device and in the precision of the training.
 
+    A model that was loaded with a `device_map` or by bitsandbytes stays where it is; any other is moved to the device
+    of the training. Its forward pass runs under the autocast of the training, its outputs come back on its device.
+
     Args:
-        model (`PreTrainedModel`): the teacher; frozen in place.
+        model (`PreTrainedModel` or `PeftModel`): the teacher; frozen in place.
         accelerator (`Accelerator`): that of the trainer.
-        label_names (list of `str`): columns that are never fed to it.
+        label_names (list of `str`): columns that are not fed to it.
+        adapters_of (`PeftModel`, *optional*): the student, if the teacher is the student without its adapters. Nothing
+            is frozen then, and no second copy is kept.
     """
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, label_names: list[str]) -> None:
-        model.eval().requires_grad_(False)
+    def __init__(self, model: Any, accelerator: Accelerator, label_names: list[str], adapters_of: Any = None) -> None:
+        self._base: Any = base_of(model)
+        self._accelerator = accelerator
+        self._adapters_of = adapters_of
+        self._model = model if adapters_of is None else adapters_of
         self.columns = forward_columns(model) - set(label_names)
-        prepared = len(accelerator._models)
-        self._model = accelerator.prepare_model(model, evaluation_mode=True)
-        # Trainer.evaluate() prepares the student only while this list is empty.
-        del accelerator._models[prepared:]
-        self._nan_step: int | torch.Tensor = 0
+        # Of the first output that was not finite since the last look; 0 if there was none.
+        self.first_bad_step: int | torch.Tensor = 0
+        self.fingerprint = f"{type(self._base).__name__}, the student without its adapters"
+        if adapters_of is None:
+            self.fingerprint = fingerprint(model)
+            model.eval().requires_grad_(False)
+            self._model = _placed(model, accelerator)
 
-    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], step: int) -> Any:
-        """The teacher's output for a batch of optimizer step `step`, counted from 1."""
-        inputs = {name: value for name, value in batch.items() if name in self.columns}
-        if "use_cache" in self.columns:
-            inputs["use_cache"] = False
+    def __call__(
+        self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
+    ) -> Any:
+        """The teacher's output for a batch of optimizer step `step`, counted from 1.
+
+        Of hidden states and attentions, all but those of `indices` are `None`.
+        """
+        training = self._model.training
         self._model.eval()
-        with torch.no_grad():
-            output = self._model(**inputs, **requested(needs), return_dict=True)
+        try:
+            with torch.no_grad(), self._autocast(), self._without_adapters():
+                output = self._model(**self._inputs(batch), **requested(needs, indices), return_dict=True)
+        finally:
+            self._model.train(training and self._adapters_of is not None)
+        for name, read in indices.items():
+            states = output.get(name)
+            if states is not None and read is not None:
+                output[name] = tuple(state if i in read else None for i, state in enumerate(states))
+        output = send_to_device(output, self._accelerator.device)
         self._check_finite(output.get("logits"), step)
         return output
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # A cast weight that is cached here would have no gradient when the student reads it from the cache.
+        return self._accelerator.autocast(AutocastKwargs(cache_enabled=False))  # type: ignore[no-any-return]
+
+    def _without_adapters(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._adapters_of is None else self._adapters_of.disable_adapter()
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = {name: value for name, value in batch.items() if name in self.columns}
+        for name in self.columns:
+            if TEACHER_PREFIX + name in batch:
+                inputs[name] = batch[TEACHER_PREFIX + name]
+        inputs |= self._decoder_inputs(inputs, batch.get("labels"))
+        if "use_cache" in self.columns:
+            inputs["use_cache"] = False
+        if not _spread(self._base):
+            inputs = send_to_device(inputs, self._base.device)
+        kind = self._base.dtype
+        return {
+            name: value.to(kind) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+
+    def _decoder_inputs(self, inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
+        """What the decoder of a sequence-to-sequence teacher reads, where the batch does not bring it."""
+        if type(self._base).__name__ not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+            return {}
+        if labels is None or inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+            return {}
+        shift = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
+        return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
 
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
         """Remembers the first step at which a logit was not finite; on the CPU raises at once."""
@@ -61,22 +159,36 @@ class FrozenTeacher:
             return
         bad = ~torch.isfinite(logits).all()
         if bad.device.type == "cpu":
-            self._nan_step = step if bad else 0
-            self.raise_if_nan()
+            self.raise_if_bad(step if bad else 0)
         else:  # Asking a GPU costs a synchronisation; the trainer does it once per logging step.
-            before = torch.as_tensor(self._nan_step, device=bad.device)
-            self._nan_step = torch.where(bad & (before == 0), step, before)
+            before = torch.as_tensor(self.first_bad_step, device=bad.device)
+            self.first_bad_step = torch.where(bad & (before == 0), step, before)
 
-    def raise_if_nan(self) -> None:
-        """Raises if any output since the last call was not finite.
+    def raise_if_bad(self, step: int) -> None:
+        """Raises for the first step whose output was not finite, as read from `first_bad_step`; 0 is none.
 
         Raises:
-            RuntimeError: naming the first such step.
+            RuntimeError: naming the step.
         """
-        step, self._nan_step = int(self._nan_step), 0
+        self.first_bad_step = 0
         if step:
             raise RuntimeError(
                 f"The teacher's logits were NaN or infinite at step {step}, so there is nothing to learn from them. "
                 "Check the teacher's weights and that step's inputs; a teacher in float16 may overflow, try bfloat16 "
                 "or float32."
             )
+
+
+def _spread(model: Any) -> bool:
+    """Whether the model was loaded over several devices, so that hooks move its inputs."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def _placed(model: Any, accelerator: Accelerator) -> Any:
+    """The model on the device of the training, compiled if the training is."""
+    base = base_of(model)
+    if getattr(base, "hf_device_map", None) is None and not getattr(base, "is_quantized", False):
+        model.to(accelerator.device)
+    # Not `accelerator.prepare_model`: it would change the teacher's forward for every other use of it.
+    plugin = accelerator.state.dynamo_plugin
+    return model if plugin.backend == DynamoBackend.NO else torch.compile(model, **plugin.to_kwargs())

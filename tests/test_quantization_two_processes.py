@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,21 +13,11 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from hfkdq import QATCallback, QuantizationSpec
 from hfkdq.quantization.convert import quantizer_states
 from tests import tiny
+from tests.launch import accelerate_launch
 
 
 def test_ranges_are_equal_on_all_processes(tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    # On a machine without GPUs --multi_gpu means: one process per requested device, joined by gloo.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, *options, __file__, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    accelerate_launch(Path(__file__), tmp_path)
     first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert set(first) == {"moving_average", "learned"}
     assert all(len(results["ranges"]) == 8 for results in first.values())

@@ -61,6 +61,7 @@ class AttentionKD(Objective):
                     f"{tuple(targets[t - 1].shape)}. Use a student with as many heads, or HiddenStateKD alone."
                 )
         self._found.update(pairs=tuple(pairs.items()))
+        self._found.update(attentions=(frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())))
 
     def positions(self, batch: Batch) -> torch.Tensor | int:
         mask = attended_mask(batch)

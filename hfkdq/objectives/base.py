@@ -6,8 +6,9 @@ An objective knows two models and a batch; it knows neither the trainer nor how 
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..architecture import base_of
 from ..schedules import Schedule, extremes, value_at
 
 Batch = Mapping[str, Any]
@@ -53,7 +55,7 @@ class Objective:
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Checks that this objective fits the two models, and prepares them; raises `ValueError` where it does not."""
-        self._found.update(shifts_labels=type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        self._found.update(shifts_labels=type(base_of(student)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
     def set_progress(self, progress: float) -> None:
         """Tells how much of the training is done, in [0, 1], for the schedules."""
@@ -62,6 +64,10 @@ class Objective:
     def current(self, value: float | Schedule) -> float:
         """A number or schedule of this objective at the present progress."""
         return value_at(value, self._found.get("progress", 0.0))
+
+    def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
+        """Which entries of `"hidden_states"` or `"attentions"` it reads, of student and teacher; `None` for all."""
+        return self._found.get(need)
 
     def positions(self, batch: Batch) -> torch.Tensor | int:
         """Number of positions in `batch` that `__call__` takes its mean over; examples by default."""
@@ -80,6 +86,12 @@ class Objective:
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__(student_out, teacher_out, batch).")
 
+    def copy(self) -> Objective:
+        """The same objective, unattached, so that each trainer has its own."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "_found", {})
+        return twin
+
     def describe(self) -> dict[str, Any]:
         """Name and hyper-parameters, ready for JSON."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -89,7 +101,12 @@ class Objective:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return value
+    # What has no description of its own shows its address, which is another one in every process.
+    plain = "__repr__" not in {key for kind in type(value).__mro__[:-1] for key in vars(kind)}
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}" if plain else repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +140,15 @@ def as_objective(objective: Any) -> Objective:
         )
     label = getattr(objective, "__name__", type(objective).__name__)
     return _CallableObjective(function=objective, label=label, weight=getattr(objective, "weight", 1.0))
+
+
+def unique_names(objectives: Sequence[Objective]) -> list[str]:
+    """The names under which objectives are logged; of several with one name the later ones are numbered."""
+    names: list[str] = []
+    for objective in objectives:
+        count = sum(name == objective.name or name.startswith(f"{objective.name}_") for name in names)
+        names.append(f"{objective.name}_{count + 1}" if count else objective.name)
+    return names
 
 
 def batch_size(batch: Batch) -> int:

@@ -57,8 +57,11 @@ class Projections(nn.Module):
         return len(self.layers) - 1
 
     def install(self, student: nn.Module) -> None:
-        """Puts the projections into the student; does nothing where they are in already."""
-        if getattr(student, self.NAME, None) is not self:
+        """Puts the projections into the student, in place of others; does nothing where they are in already."""
+        present = getattr(student, self.NAME, None)
+        if present is not self:
+            if present is not None:
+                present.remove(student)
             student.add_module(self.NAME, self)
             self._hook = student.register_forward_hook(self._append)
 
@@ -137,6 +140,7 @@ class HiddenStateKD(Objective):
                 places[s, t] = len(states) + place
             projections.install(student)
         self._found.update(pairs=tuple(pairs.items()), places=places, returned=len(states))
+        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
 
     def positions(self, batch: Batch) -> torch.Tensor | int:
         mask = attended_mask(batch)

@@ -14,22 +14,23 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from ..architecture import base_of
 from ..losses import logit_kl, masked_mean
 from ..schedules import Schedule, extremes
 from .base import Batch, Objective, batch_size, token_mask
 from .probe import probe
 
+_DECODED = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()}
 _PER_TOKEN = {
-    name
-    for mapping in (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    )
-    for name in mapping.values()
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+    *_DECODED,
 }
 
 
@@ -70,7 +71,7 @@ class LogitKD(Objective):
         for role, model in (("student", student), ("teacher", teacher)):
             _check_head(role, model)
             logits = getattr(probe(model), "logits", None)
-            per_token = type(model).__name__ in _PER_TOKEN
+            per_token = type(base_of(model)).__name__ in _PER_TOKEN
             if not isinstance(logits, torch.Tensor) or logits.dim() != (3 if per_token else 2):
                 raise ValueError(
                     f"LogitKD distils class logits per example or per token; the {role} {type(model).__name__} gives "
@@ -84,9 +85,11 @@ class LogitKD(Objective):
                 "vocabulary in both; load the student with the teacher's num_labels or tokenizer, or leave LogitKD out."
             )
         _check_label_names(student, teacher)
-        self._found.update(per_token=len(shapes["student"]) == 3)
+        self._found.update(per_token=len(shapes["student"]) == 3, decoded=type(base_of(student)).__name__ in _DECODED)
 
     def _mask(self, batch: Batch) -> torch.Tensor | None:
+        if self._found["decoded"]:  # `attention_mask` is of the encoder's input
+            batch = {**batch, "attention_mask": batch.get("decoder_attention_mask")}
         return token_mask(batch, self._found["shifts_labels"]) if self._found["per_token"] else None
 
     def positions(self, batch: Batch) -> torch.Tensor | int:
@@ -109,7 +112,8 @@ class LogitKD(Objective):
         return masked_mean(divergence, self._mask(batch)), self.positions(batch)
 
 
-def _check_head(role: str, model: PreTrainedModel | None) -> None:
+def _check_head(role: str, model: Any) -> None:
+    model = base_of(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "problem_type", None) in ("multi_label_classification", "regression") or (
         type(model).__name__.endswith("Classification") and getattr(config, "num_labels", None) == 1
@@ -126,7 +130,7 @@ def _check_label_names(student: PreTrainedModel, teacher: PreTrainedModel | None
         labels = getattr(getattr(model, "config", None), "id2label", None) or {}
         names.append([str(labels[key]) for key in sorted(labels)])
     unnamed = any(all(name.startswith("LABEL_") for name in group) for group in names)
-    if type(student).__name__.endswith("Classification") and not unnamed and names[0] != names[1]:
+    if type(base_of(student)).__name__.endswith("Classification") and not unnamed and names[0] != names[1]:
         raise ValueError(
             f"Student and teacher give the same number of classes in another order or under other names: {names[0]} and "
             f"{names[1]}. Set the student's config.id2label and label2id to the teacher's, and encode labels by them."

@@ -23,14 +23,15 @@ def probe(model: PreTrainedModel, **request: bool) -> Any:
 
     Args:
         model (`PreTrainedModel`): a text model on `input_ids`, a vision model on `pixel_values`, or a speech model on
-            `input_values`. Its mode, its gradients and the random state stay as they are.
+            `input_values` or `input_features`; an encoder-decoder too. Its mode, its gradients and the random state
+            stay as they are.
         request (`bool`): `output_hidden_states=True`, `output_attentions=True`.
 
     Returns:
         `ModelOutput` with a batch of 1.
 
     Raises:
-        ValueError: another kind of model, such as an encoder-decoder.
+        ValueError: another kind of model.
     """
     mode = model.training
     model.eval()
@@ -42,22 +43,25 @@ def probe(model: PreTrainedModel, **request: bool) -> Any:
 
 
 def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    config, name, device = model.config, model.main_input_name, model.device
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder; this release distils encoders and decoders with one stack."
-        )
+    config, name = model.config, model.main_input_name
+    # A model that lies on disk has no device; where it runs, hooks move the input.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
     if name == "input_ids":
-        return {"input_ids": torch.full((1, 4), min(3, config.vocab_size - 1), device=device)}
+        ids = torch.full((1, 4), min(3, config.vocab_size - 1), device=device)
+        if getattr(config, "is_encoder_decoder", False):
+            ids[0, -1] = config.eos_token_id or 0  # some sequence classifiers read the state at the end token
+            return {"input_ids": ids, "decoder_input_ids": ids}
+        return {"input_ids": ids}
     if name == "pixel_values":
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return {"pixel_values": torch.zeros(1, config.num_channels, height, width, device=device, dtype=model.dtype)}
     if name == "input_values":
         return {"input_values": torch.zeros(1, 4000, device=device, dtype=model.dtype)}
-    raise ValueError(
-        f"{type(model).__name__} takes {name!r}; this release distils models of text, images and raw audio."
-    )
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        frames = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device, dtype=model.dtype)
+        return {"input_features": frames, "decoder_input_ids": torch.zeros(1, 4, dtype=torch.long, device=device)}
+    raise ValueError(f"{type(model).__name__} takes {name!r}; this release distils models of text, images and audio.")
 
 
 def hidden_states(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
@@ -68,7 +72,10 @@ def hidden_states(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
     """
     states = getattr(probe(model, output_hidden_states=True), "hidden_states", None)
     if not states:
-        raise ValueError(f"{type(model).__name__} returns no hidden states, so they cannot be compared.")
+        raise ValueError(
+            f"{type(model).__name__} returns no hidden states under that name, so they cannot be compared. Of "
+            "encoder-decoders this release distils the logits alone: LogitKD()."
+        )
     return tuple(states)
 
 

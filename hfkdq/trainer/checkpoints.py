@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint must hold besides the student so that distillation goes on exactly, and which one is whole.
+
+Knows files and tensors; what they mean belongs to the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "distillation.safetensors"
+"""The file of a checkpoint with projections and open log window, and with what it was trained by."""
+
+
+def save_state(folder: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON-ready facts to `STATE_FILE` of a checkpoint."""
+    whole = {key: value.detach().contiguous() for key, value in tensors.items()}
+    save_file(whole, Path(folder, STATE_FILE), metadata={"facts": json.dumps(facts)})
+
+
+def load_state(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and facts of `STATE_FILE`; both empty where the checkpoint has none."""
+    file = Path(folder, STATE_FILE)
+    if not file.is_file():
+        return {}, {}
+    with safe_open(file, framework="pt") as stream:
+        return {key: stream.get_tensor(key) for key in stream.keys()}, json.loads(stream.metadata()["facts"])  # noqa: SIM118
+
+
+def forget_whole(folder: str) -> None:
+    """Takes the last file of a checkpoint away before it is written anew, so that it is not taken for whole."""
+    Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def is_whole(folder: Path, processes: int = 1) -> bool:
+    """Whether all files of a checkpoint were written to the end, as `Trainer` writes its state last."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    # The other processes of a distributed training write theirs beside it.
+    states = [folder / f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
+    return not (folder / OPTIMIZER_NAME).is_file() or all(zipfile.is_zipfile(file) for file in states)
+
+
+def last_whole_checkpoint(output_dir: str, processes: int = 1) -> str | None:
+    """The newest checkpoint in a folder that was written to the end; warns of those after it that were not."""
+    found = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
+    for folder in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if is_whole(folder, processes):
+            return str(folder)
+        logger.warning(f"{folder} was cut off while it was written. The checkpoint before it is used.")
+    return None
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two descriptions disagree on, as a sentence part for an error; empty if nothing."""
+    parts = [f"{key}: {saved.get(key)!r} then, {now[key]!r} now" for key in now if saved.get(key) != now[key]]
+    return "; ".join(parts)
+
+
+class LogWindow:
+    """Sums of what is logged since the last log, as of now and as of the last finished optimizer step.
+
+    Args:
+        start (`int`): the optimizer step after which the window opened.
+        sums (`torch.Tensor` of shape `(terms,)`): what was summed up before, when training goes on.
+    """
+
+    def __init__(self, start: int, sums: torch.Tensor) -> None:
+        self.start, self.sums = start, sums
+        self._step, self._finished = start, sums
+
+    def add(self, values: torch.Tensor, step: int) -> None:
+        """Adds the values of one micro batch, while `step` optimizer steps are finished."""
+        if step != self._step:
+            self._step, self._finished = step, self.sums
+        self.sums = self.sums + values
+
+    def finished(self, step: int) -> torch.Tensor:
+        """The sums over whole optimizer steps, while `step` of them are finished."""
+        return self.sums if step != self._step else self._finished

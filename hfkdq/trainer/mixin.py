@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What distillation adds to a Transformers `Trainer`.
+
+Overrides small public hooks and always calls `super()`; knows neither quantization, pruning nor export, which are
+callbacks and functions of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..architecture import base_of
+from ..facts import record_fact
+from ..objectives.base import unique_names
+from ..objectives.hidden_states import Projections
+from ..teachers import TEACHER_PREFIX, FrozenTeacher, forward_columns, requested
+from .arguments import is_factory, loaded, refuse_unsupported, validated
+from .checkpoints import (
+    LogWindow,
+    differences,
+    forget_whole,
+    is_whole,
+    last_whole_checkpoint,
+    load_state,
+    save_state,
+)
+
+logger = logging.get_logger(__name__)
+
+
+if TYPE_CHECKING:  # What the methods of the mixin may count on; the class that uses it puts a trainer behind it.
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object
+
+
+class DistillationMixin(_TrainerBase):
+    """What `DistillationTrainer` adds to a `Trainer`; put it before a trainer class of your own.
+
+    `class MyDistillationTrainer(DistillationMixin, MyTrainer)` calls your `compute_loss` for the task loss, in training
+    and in evaluation. A subclass of `DistillationTrainer` that overrides `compute_loss` gets the sum of all objectives
+    from `super().compute_loss(...)` instead.
+    """
+
+    model_accepts_loss_kwargs: bool
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher_model: Any = None,
+        teacher_init_kwargs: Mapping[str, Any] | None = None,
+        objectives: Any = None,
+        strict_resume: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._make_objectives: Any = objectives if is_factory(objectives) else None
+        self._make_callbacks: Any = kwargs.get("callbacks") if is_factory(kwargs.get("callbacks")) else None
+        self._made_callbacks: list[Any] = []
+        if self._make_callbacks is not None:
+            self._made_callbacks = kwargs["callbacks"] = list(self._make_callbacks(None))
+        self.objectives = validated(
+            teacher_model, objectives if self._make_objectives is None else self._make_objectives(None)
+        )
+        self.teacher_model = loaded(teacher_model, teacher_init_kwargs)
+        self.strict_resume = strict_resume
+        self._teacher: FrozenTeacher | None = None
+        self._projections: Projections | None = None
+        self._attached = self._in_training = self._in_training_step = False
+        self._positions: tuple[torch.Tensor, int] | None = None  # per objective, and the processes they are of
+        self._terms: torch.Tensor | None = None
+        self._log_window: LogWindow | None = None
+        self._resumed_window: LogWindow | None = None
+        super().__init__(*args, **kwargs)
+        if self.objectives:
+            refuse_unsupported(self)
+            itself = self._attach(self.model)
+            if self.teacher_model is not None:
+                self._teacher = FrozenTeacher(
+                    self.teacher_model, self.accelerator, self.label_names, adapters_of=self.model if itself else None
+                )
+
+    @property
+    def _used_teacher(self) -> FrozenTeacher | None:
+        return self._teacher if any(o.uses_teacher for o in self.objectives) else None
+
+    # ------------------------------------------------------------------ before training
+
+    def _attach(self, student: Any) -> bool:
+        """Lets every objective check the pair before anything is trained; whether the student teaches itself."""
+        if not isinstance(base_of(student), PreTrainedModel):
+            raise TypeError(
+                f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
+                "PreTrainedModel, or a PeftModel around one."
+            )
+        itself = base_of(student) is not student and self.teacher_model is base_of(student)
+        if itself and self.model_init is not None:
+            raise ValueError(
+                "model_init makes a new student for every training, whose base model is not the teacher_model given. "
+                "Give the student as model, or a teacher that was loaded on its own."
+            )
+        trained = {id(p) for p in student.parameters() if p.requires_grad}
+        teacher = None if itself else self.teacher_model
+        if teacher is student or (teacher is not None and any(id(p) in trained for p in teacher.parameters())):
+            raise ValueError(
+                "teacher_model shares its parameters with the student, so it would be trained and frozen at once. "
+                "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
+                "teacher_model=model.get_base_model()."
+            )
+        left_behind = getattr(student, Projections.NAME, None)
+        if left_behind is not None:  # by another trainer of this student
+            left_behind.remove(student)
+        for objective in self.objectives:
+            objective.attach(student, self.teacher_model)
+        self._projections = getattr(student, Projections.NAME, None)
+        self._attached = True
+        return itself
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """As `Trainer.call_model_init`; makes objectives and callbacks anew where they were given as functions."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "callback_handler"):  # not while the trainer itself is being made
+            if self._make_objectives is not None:
+                self.objectives = validated(self.teacher_model, self._make_objectives(trial))
+            if self.objectives:
+                self._attach(model)
+            if self._make_callbacks is not None:
+                self._replace_callbacks(list(self._make_callbacks(trial)), model)
+        return model
+
+    def _replace_callbacks(self, made: list[Any], model: PreTrainedModel) -> None:
+        callbacks = self.callback_handler.callbacks
+        old = [type(callback) if isinstance(callback, type) else callback for callback in self._made_callbacks]
+        place = min((i for i, callback in enumerate(callbacks) if callback in old), default=len(callbacks))
+        for callback in old:
+            self.remove_callback(callback)
+        callbacks[place:place] = made
+        self._made_callbacks = made
+        for callback in made:
+            callback.on_init_end(self.args, self.state, self.control, model=model)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._teacher is not None:
+            columns = self._teacher.columns | {TEACHER_PREFIX + name for name in self._teacher.columns}
+            self._signature_columns += sorted(columns - set(self._signature_columns))
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; afterwards the student is as it was built, without projections.
+
+        `resume_from_checkpoint=True` goes on from the newest checkpoint that was written to the end.
+
+        Raises:
+            ValueError: the checkpoint was cut off, or written with another teacher or other objectives.
+        """
+        if not self.objectives:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        resume_from_checkpoint = self._whole(resume_from_checkpoint)
+        self._log_window = self._resumed_window = None
+        self._in_training = True
+        if self._projections is not None:
+            self._projections.install(self.model)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._in_training = False
+            self._positions = self._log_window = self._resumed_window = None
+            if self._projections is not None:
+                self._projections.remove(self.model)
+        self._record()
+        return output
+
+    def _whole(self, checkpoint: str | bool | None) -> str | bool | None:
+        processes = self.args.world_size
+        if checkpoint is True:
+            return last_whole_checkpoint(str(self.args.output_dir), processes) or True
+        if checkpoint and not is_whole(Path(checkpoint), processes):
+            raise ValueError(
+                f"{checkpoint} is no checkpoint, or was cut off while it was written. Name another one, or give "
+                "resume_from_checkpoint=True for the newest whole one of the output folder."
+            )
+        return checkpoint
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self.objectives and batches:
+            counts = torch.stack(
+                [torch.stack([torch.as_tensor(o.positions(b)) for b in batches]).sum() for o in self.objectives]
+            ).to(self.args.device)
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            if processes > 1:
+                counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
+            self._positions = counts, processes
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.training_step`, on the sum of all objectives."""
+        if not self.objectives:
+            return super().training_step(model, inputs, *args, **kwargs)
+        # Trainer then divides by the accumulation steps on every version, which `compute_loss` counts on.
+        self._forward_takes_items = self.model_accepts_loss_kwargs
+        self.model_accepts_loss_kwargs, self._in_training_step = False, True
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except BaseException:
+            self._log_window = None  # auto_find_batch_size begins again
+            raise
+        finally:
+            self.model_accepts_loss_kwargs, self._in_training_step = self._forward_takes_items, False
+        return self._to_log(loss)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """In training the weighted sum of all objectives, elsewhere the task loss as `Trainer` computes it."""
+        student_inputs = self._student_inputs(inputs)
+        if not self._in_training_step:
+            return super().compute_loss(
+                model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        batch = dict(inputs)
+        needs = frozenset[str]().union(*(o.needs for o in self.objectives))
+        teacher = self._used_teacher
+        teacher_out = None
+        if teacher is not None:
+            teacher_out = teacher(batch, needs, self._read_of(1), step=self.state.global_step + 1)
+        student_out = self._run_student(model, student_inputs, needs, batch, num_items_in_batch)
+        loss = self._weighted_sum(student_out, teacher_out, batch)
+        return (loss, student_out) if return_outputs else loss
+
+    def _student_inputs(self, inputs: Any) -> Any:
+        if self._teacher is None:
+            return inputs
+        own = forward_columns(self.model)
+        foreign = {k for k in inputs if k not in own and (k in self._teacher.columns or k.startswith(TEACHER_PREFIX))}
+        return {key: value for key, value in inputs.items() if key not in foreign} if foreign else inputs
+
+    def _read_of(self, role: int) -> dict[str, frozenset[int] | None]:
+        """Which hidden states and attentions objectives read of the student (0) or the teacher (1)."""
+        read: dict[str, frozenset[int] | None] = {}
+        for need in ("hidden_states", "attentions"):
+            parts = [o.indices(need) for o in self.objectives if need in o.needs]
+            read[need] = None if None in parts else frozenset[int]().union(*(part[role] for part in parts if part))
+        return read
+
+    def _run_student(
+        self, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], batch: dict[str, Any], items: Any
+    ) -> Any:
+        """The student's output; its `loss` is the task loss, a mean over this micro batch."""
+        inputs = {**inputs, **requested(needs, self._read_of(0))}
+        if not getattr(self.model.config, "return_dict", True):
+            inputs["return_dict"] = True
+        if self.args.use_liger_kernel and "skip_logits" in forward_columns(self.model):
+            inputs["skip_logits"] = "logits" not in needs
+        if "loss" not in needs:
+            output = model(**inputs)
+        elif self.compute_loss_func is not None:
+            task, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        else:
+            if self._forward_takes_items:
+                task_loss = next(o for o in self.objectives if "loss" in o.needs)
+                inputs["num_items_in_batch"] = torch.as_tensor(task_loss.positions(batch)).clamp(min=1)
+            task, output = super().compute_loss(model, inputs, return_outputs=True)
+        if isinstance(output, Mapping) and not isinstance(output, ModelOutput):
+            output = ModelOutput(output)
+        if not isinstance(output, ModelOutput) or ("logits" in needs and output.get("logits") is None):
+            found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
+            raise TypeError(
+                f"{type(base_of(self.model)).__name__} returned {found} in training; objectives read a ModelOutput"
+                f"{' with logits' if 'logits' in needs else ''}. Return one from its forward pass."
+            )
+        if "loss" in needs:
+            output.loss = task
+        return output
+
+    def _weighted_sum(self, student_out: Any, teacher_out: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Sum of weight * (sum over this micro batch) / (positions of the window), per objective."""
+        # A `compute_loss_func` normalises by itself, and Trainer then does not divide by the accumulation steps.
+        own_scale = self.compute_loss_func is not None
+        steps = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        means, factors, weights = [], [], []
+        for index, objective in enumerate(self.objectives):
+            objective.set_progress(progress)
+            with torch.autocast(self.args.device.type, enabled=False):
+                mean, count = objective(student_out, teacher_out, batch)
+            count = torch.as_tensor(count, device=mean.device)
+            total, processes = (
+                (count, 1) if self._positions is None else (self._positions[0][index], self._positions[1])
+            )
+            done = own_scale and "loss" in objective.needs
+            factors.append(torch.ones_like(mean) if done else count / total.clamp(min=1) * processes)
+            # The mean over no position at all is NaN in most models.
+            means.append(mean if done else torch.where(count > 0, mean, torch.zeros_like(mean)))
+            weights.append(objective.current(objective.weight))
+        terms = torch.stack([m.float() * f for m, f in zip(means, factors, strict=True)])
+        self._terms = terms.detach()
+        return (terms * terms.new_tensor(weights)).sum() * steps
+
+    # ------------------------------------------------------------------ logs
+
+    def _to_log(self, loss: torch.Tensor) -> torch.Tensor:
+        """Adds terms and loss of a micro batch to what is logged next; returns the loss for Trainer's own sum."""
+        if self._terms is None:  # a `compute_loss` of the user's that does not call this one
+            return loss
+        values = torch.cat([self._terms, loss.detach().float().reshape(1)])
+        self._terms = None
+        step, resumed = self.state.global_step, self._resumed_window
+        if resumed is not None:
+            # Trainer forgets what it summed up since its last log; this makes it go on from there.
+            self._log_window, self._resumed_window = resumed, None
+            self._globalstep_last_logged = resumed.start
+            loss = resumed.sums[-1].to(loss.dtype) + loss
+        if self._log_window is None:
+            self._log_window = LogWindow(step, torch.zeros_like(values))
+        self._log_window.add(values, step)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
+        if "loss" in logs and self._log_window is not None:
+            window, self._log_window = self._log_window, None
+            bad = window.sums.new_tensor(0.0)
+            if self._teacher is not None:
+                bad = torch.as_tensor(self._teacher.first_bad_step, device=bad.device).to(bad)
+            row = torch.cat([window.sums[:-1], bad.reshape(1)])
+            rows = self.accelerator.gather(row.unsqueeze(0)).tolist()  # the one synchronisation of a logging step
+            *sums, _ = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+            self._raise_if_bad(max(int(row[-1]) for row in rows))
+            steps = max(self.state.global_step - window.start, 1)
+            for name, value in zip(unique_names(self.objectives), sums, strict=True):
+                logs[name] = float(f"{value / steps:.5g}")
+        elif "train_loss" in logs and self._teacher is not None:
+            self._raise_if_bad(int(self._teacher.first_bad_step))
+        super().log(logs, *args, **kwargs)
+
+    def _raise_if_bad(self, step: int) -> None:
+        if self._teacher is not None:
+            self._teacher.raise_if_bad(step)
+
+    # ------------------------------------------------------------------ evaluation and files
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.prediction_step`, without the columns that are the teacher's alone."""
+        return super().prediction_step(model, self._student_inputs(inputs), *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`, with the tag `distillation`."""
+        if self.objectives and len(args) < 3:
+            tags = kwargs.get("tags") or []
+            kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "distillation"]
+        super().create_model_card(*args, **kwargs)
+
+    def _record(self) -> None:
+        if self.objectives:
+            fact = {"objectives": [o.describe() for o in self.objectives], "steps": self.state.global_step}
+            if self._used_teacher is not None:
+                fact["teacher"] = type(base_of(self.teacher_model)).__name__
+            record_fact(self.model, "distillation", fact)
+
+    def _made_with(self) -> dict[str, Any]:
+        teacher = None if self._used_teacher is None else self._used_teacher.fingerprint
+        return {"teacher": teacher, "objectives": [o.describe() for o in self.objectives]}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._record()
+        folder = output_dir or str(self.args.output_dir)
+        if self._in_training and self.args.should_save:
+            forget_whole(folder)
+        super()._save(output_dir, state_dict)
+        if self._in_training and self.args.should_save:
+            tensors, facts = {}, self._made_with()
+            if self._projections is not None:
+                tensors.update(self._projections.maps.state_dict())
+            if self._log_window is not None:
+                tensors["log_window"] = self._log_window.finished(self.state.global_step)
+                facts["log_start"] = self._log_window.start
+            save_state(folder, tensors, facts)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.objectives:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        tensors, facts = load_state(resume_from_checkpoint)
+        self._refuse_other(resume_from_checkpoint, facts)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        window = tensors.pop("log_window", None)
+        if window is not None and len(window) == len(self.objectives) + 1:
+            self._resumed_window = LogWindow(facts["log_start"], window.to(self.args.device))
+        if self._projections is not None:
+            own = self._projections.maps.state_dict()
+            fitting = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+            self._projections.maps.load_state_dict({**own, **fitting})
+
+    def _refuse_other(self, checkpoint: str, facts: Mapping[str, Any]) -> None:
+        told = differences(facts, self._made_with())
+        if not told:
+            return
+        if self.strict_resume:
+            raise ValueError(
+                f"{checkpoint} was written by another training than this one ({told}). Resume with the same teacher and "
+                "objectives; or give strict_resume=False to go on with the new ones."
+            )
+        logger.warning(f"Going on from {checkpoint}, which was written by another training ({told}).")

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a script under `accelerate launch` in several processes on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def accelerate_launch(script: Path, *arguments: object, processes: int = 2, options: tuple[str, ...] = ()) -> str:
+    """Standard output of all processes; fails with the end of their errors."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    # On a machine without GPUs --multi_gpu means: one process per requested device, joined by gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    count = ["--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(processes)]
+    command = [*launch, *count, *(options or ("--multi_gpu",)), str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
