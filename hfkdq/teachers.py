@@ -20,6 +20,7 @@ from accelerate.utils import AutocastKwargs, DynamoBackend, send_to_device
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import ModelOutput
 
 from .architecture import base_of, checkpoint_class
 
@@ -38,17 +39,36 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
             `quantization_config`.
 
     Raises:
-        ValueError: the configuration names no class that Transformers has.
+        ValueError: the configuration names no class that Transformers has, or `trust_remote_code` is set.
         OSError: nothing there to load.
     """
     arguments = {"use_safetensors": True, **(init_kwargs or {})}
-    config = AutoConfig.from_pretrained(name_or_path, **{k: arguments[k] for k in _HUB_ARGUMENTS if k in arguments})
+    if arguments.get("trust_remote_code"):
+        raise ValueError(
+            "trust_remote_code is set, but a teacher that is named is loaded as a class of Transformers, never with code "
+            "of its repository. Load it yourself and give the model as teacher_model."
+        )
+    hub = {k: arguments[k] for k in _HUB_ARGUMENTS if k in arguments}
+    # Without this Transformers asks at the terminal whether to run the code.
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
     return checkpoint_class(config).from_pretrained(name_or_path, **arguments)
 
 
 def forward_columns(model: nn.Module) -> set[str]:
     """Names of what the forward pass of `model` takes."""
     return set(inspect.signature(base_of(model).forward).parameters)
+
+
+def by_name(model: nn.Module) -> dict[str, Any]:
+    """Arguments that make a model return its outputs by name where its configuration asks for tuples."""
+    config = base_of(model).config
+    tuples = not getattr(config, "return_dict", True) or getattr(config, "torchscript", False)
+    return {"return_dict": True} if tuples else {}
+
+
+def as_output(output: Any) -> Any:
+    """The output of a model with its parts as attributes, where a model of the user's own returns a plain dict."""
+    return ModelOutput(output) if isinstance(output, Mapping) and not isinstance(output, ModelOutput) else output
 
 
 def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
@@ -61,10 +81,13 @@ def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | Non
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Class of a model and a hash of the names, types and shapes of its parameters and of 16 values of each."""
+    """Class of a model and a hash of its parameters: names and types, and shapes and 16 values of those in floats."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {parameter.dtype}".encode())
+        if not parameter.is_floating_point():  # kernels of bitsandbytes repack it when they first use it
+            continue
+        digest.update(f" {tuple(parameter.shape)}".encode())
         if parameter.device.type != "meta":
             sample = parameter.detach().reshape(-1)[:: max(parameter.numel() // 16, 1)]
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -110,7 +133,9 @@ class FrozenTeacher:
         self._model.eval()
         try:
             with torch.no_grad(), self._autocast(), self._without_adapters():
-                output = self._model(**self._inputs(batch), **requested(needs, indices), return_dict=True)
+                output = as_output(
+                    self._model(**self._inputs(batch), **requested(needs, indices), **by_name(self._base))
+                )
         finally:
             self._model.train(training and self._adapters_of is not None)
         for name, read in indices.items():
@@ -122,6 +147,9 @@ class FrozenTeacher:
         return output
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        # One in half precision stays in its own: another may overflow in it, or mix types that no kernel takes.
+        if self._base.dtype in (torch.float16, torch.bfloat16):
+            return torch.autocast(self._accelerator.device.type, enabled=False)
         # A cast weight that is cached here would have no gradient when the student reads it from the cache.
         return self._accelerator.autocast(AutocastKwargs(cache_enabled=False))  # type: ignore[no-any-return]
 
@@ -161,7 +189,9 @@ class FrozenTeacher:
         if bad.device.type == "cpu":
             self.raise_if_bad(step if bad else 0)
         else:  # Asking a GPU costs a synchronisation; the trainer does it once per logging step.
-            before = torch.as_tensor(self.first_bad_step, device=bad.device)
+            before = self.first_bad_step
+            if not isinstance(before, torch.Tensor):
+                before = torch.zeros((), dtype=torch.long, device=bad.device)
             self.first_bad_step = torch.where(bad & (before == 0), step, before)
 
     def raise_if_bad(self, step: int) -> None:
@@ -180,8 +210,9 @@ class FrozenTeacher:
 
 
 def _spread(model: Any) -> bool:
-    """Whether the model was loaded over several devices, so that hooks move its inputs."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    """Whether the model was loaded over several devices or lies on disk, so that hooks move its inputs."""
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(devices) > 1 or "disk" in devices
 
 
 def _placed(model: Any, accelerator: Accelerator) -> Any:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..architecture import evenly_spaced_layers
 from ..facts import read_facts
+from ..teachers import as_output, by_name
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
@@ -37,7 +38,7 @@ def probe(model: PreTrainedModel, **request: bool) -> Any:
     model.eval()
     try:
         with torch.no_grad():
-            return model(**_example(model), return_dict=True, **request)
+            return as_output(model(**_example(model), **by_name(model), **request))
     finally:
         model.train(mode)
 

@@ -20,7 +20,7 @@ from ..architecture import base_of
 from ..facts import record_fact
 from ..objectives.base import unique_names
 from ..objectives.hidden_states import Projections
-from ..teachers import TEACHER_PREFIX, FrozenTeacher, forward_columns, requested
+from ..teachers import TEACHER_PREFIX, FrozenTeacher, as_output, by_name, forward_columns, requested
 from .arguments import is_factory, loaded, refuse_unsupported, validated
 from .checkpoints import (
     LogWindow,
@@ -80,6 +80,7 @@ class DistillationMixin(_TrainerBase):
         super().__init__(*args, **kwargs)
         if self.objectives:
             refuse_unsupported(self)
+            self._show_terms_in_notebooks()
             itself = self._attach(self.model)
             if self.teacher_model is not None:
                 self._teacher = FrozenTeacher(
@@ -89,6 +90,14 @@ class DistillationMixin(_TrainerBase):
     @property
     def _used_teacher(self) -> FrozenTeacher | None:
         return self._teacher if any(o.uses_teacher for o in self.objectives) else None
+
+    def _show_terms_in_notebooks(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        for place, callback in enumerate(callbacks):
+            if type(callback).__name__ == "NotebookProgressCallback":
+                from .notebook import NotebookTermsCallback
+
+                callbacks[place] = NotebookTermsCallback(lambda: unique_names(self.objectives))
 
     # ------------------------------------------------------------------ before training
 
@@ -166,7 +175,7 @@ class DistillationMixin(_TrainerBase):
         resume_from_checkpoint = self._whole(resume_from_checkpoint)
         self._log_window = self._resumed_window = None
         self._in_training = True
-        if self._projections is not None:
+        if self._projections is not None and self.model_init is None:  # else `call_model_init` makes new ones
             self._projections.install(self.model)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -193,9 +202,7 @@ class DistillationMixin(_TrainerBase):
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self.objectives and batches:
-            counts = torch.stack(
-                [torch.stack([torch.as_tensor(o.positions(b)) for b in batches]).sum() for o in self.objectives]
-            ).to(self.args.device)
+            counts = torch.stack([self._count(sum(o.positions(b) for b in batches)) for o in self.objectives])
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             if processes > 1:
                 counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
@@ -261,9 +268,7 @@ class DistillationMixin(_TrainerBase):
         self, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], batch: dict[str, Any], items: Any
     ) -> Any:
         """The student's output; its `loss` is the task loss, a mean over this micro batch."""
-        inputs = {**inputs, **requested(needs, self._read_of(0))}
-        if not getattr(self.model.config, "return_dict", True):
-            inputs["return_dict"] = True
+        inputs = {**inputs, **requested(needs, self._read_of(0)), **by_name(self.model)}
         if self.args.use_liger_kernel and "skip_logits" in forward_columns(self.model):
             inputs["skip_logits"] = "logits" not in needs
         if "loss" not in needs:
@@ -275,8 +280,7 @@ class DistillationMixin(_TrainerBase):
                 task_loss = next(o for o in self.objectives if "loss" in o.needs)
                 inputs["num_items_in_batch"] = torch.as_tensor(task_loss.positions(batch)).clamp(min=1)
             task, output = super().compute_loss(model, inputs, return_outputs=True)
-        if isinstance(output, Mapping) and not isinstance(output, ModelOutput):
-            output = ModelOutput(output)
+        output = as_output(output)
         if not isinstance(output, ModelOutput) or ("logits" in needs and output.get("logits") is None):
             found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
             raise TypeError(
@@ -293,23 +297,28 @@ class DistillationMixin(_TrainerBase):
         own_scale = self.compute_loss_func is not None
         steps = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        means, factors, weights = [], [], []
+        terms: list[torch.Tensor] = []
+        loss: Any = 0.0
         for index, objective in enumerate(self.objectives):
             objective.set_progress(progress)
             with torch.autocast(self.args.device.type, enabled=False):
                 mean, count = objective(student_out, teacher_out, batch)
-            count = torch.as_tensor(count, device=mean.device)
-            total, processes = (
-                (count, 1) if self._positions is None else (self._positions[0][index], self._positions[1])
-            )
-            done = own_scale and "loss" in objective.needs
-            factors.append(torch.ones_like(mean) if done else count / total.clamp(min=1) * processes)
-            # The mean over no position at all is NaN in most models.
-            means.append(mean if done else torch.where(count > 0, mean, torch.zeros_like(mean)))
-            weights.append(objective.current(objective.weight))
-        terms = torch.stack([m.float() * f for m, f in zip(means, factors, strict=True)])
-        self._terms = terms.detach()
-        return (terms * terms.new_tensor(weights)).sum() * steps
+            if not (own_scale and "loss" in objective.needs):
+                # The mean over no position at all is NaN in most models.
+                count = self._count(count)
+                mean = torch.where(count > 0, mean.float(), torch.zeros_like(mean, dtype=torch.float32))
+                if self._positions is not None:
+                    mean = mean * (count / self._positions[0][index].clamp(min=1) * self._positions[1])
+            terms.append(mean.float())
+            loss = loss + objective.current(objective.weight) * terms[-1]
+        self._terms = torch.stack(terms).detach()
+        return loss * steps  # type: ignore[no-any-return]
+
+    def _count(self, positions: torch.Tensor | int) -> torch.Tensor:
+        """A number of positions on the device; copying one there would make the host wait."""
+        if isinstance(positions, torch.Tensor):
+            return positions.to(self.args.device)
+        return torch.full((), positions, device=self.args.device)
 
     # ------------------------------------------------------------------ logs
 
