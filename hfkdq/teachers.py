@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DynamoBackend, send_to_device
+from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from .architecture import base_of, checkpoint_class
+from .sharding import is_spread, place_frozen
 
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
@@ -81,15 +82,16 @@ def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | Non
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Class of a model and a hash of its parameters: names and types, and shapes and 16 values of those in floats."""
+    """Class of a model and a hash of its parameters: names, and shapes and 16 values of those in floats."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype}".encode())
-        if not parameter.is_floating_point():  # kernels of bitsandbytes repack it when they first use it
+        digest.update(name.encode())
+        # When first used, bitsandbytes repacks weights in integers and casts biases up.
+        if not parameter.is_floating_point():
             continue
         digest.update(f" {tuple(parameter.shape)}".encode())
         if parameter.device.type != "meta":
-            sample = parameter.detach().reshape(-1)[:: max(parameter.numel() // 16, 1)]
+            sample = parameter.detach().reshape(-1)[:: max(parameter.numel() // 16, 1)].float()
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{type(base_of(model)).__name__} {digest.hexdigest()[:16]}"
 
@@ -116,11 +118,13 @@ class FrozenTeacher:
         self.columns = forward_columns(model) - set(label_names)
         # Of the first output that was not finite since the last look; 0 if there was none.
         self.first_bad_step: int | torch.Tensor = 0
-        self.fingerprint = f"{type(self._base).__name__}, the student without its adapters"
+        self.name = type(self._base).__name__  # FSDP changes the class
+        self.fingerprint = f"{self.name}, the student without its adapters"
         if adapters_of is None:
             self.fingerprint = fingerprint(model)
             model.eval().requires_grad_(False)
-            self._model = _placed(model, accelerator)
+            self._model = place_frozen(model, accelerator)
+        self._stays = self._model is model and not is_spread(self._base)
 
     def __call__(
         self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
@@ -153,8 +157,19 @@ class FrozenTeacher:
         # A cast weight that is cached here would have no gradient when the student reads it from the cache.
         return self._accelerator.autocast(AutocastKwargs(cache_enabled=False))  # type: ignore[no-any-return]
 
-    def _without_adapters(self) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._adapters_of is None else self._adapters_of.disable_adapter()
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        if self._adapters_of is None:
+            yield
+            return
+        kept = [(p, p.requires_grad) for p in self._adapters_of.parameters()]
+        try:
+            with self._adapters_of.disable_adapter():
+                yield
+        finally:  # PEFT makes every weight of the active adapter trainable, those frozen by the user too.
+            for parameter, trained in kept:
+                if parameter.requires_grad != trained:
+                    parameter.requires_grad_(trained)
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = {name: value for name, value in batch.items() if name in self.columns}
@@ -164,7 +179,7 @@ class FrozenTeacher:
         inputs |= self._decoder_inputs(inputs, batch.get("labels"))
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
-        if not _spread(self._base):
+        if self._stays:  # where it was loaded, which may be another device
             inputs = send_to_device(inputs, self._base.device)
         kind = self._base.dtype
         return {
@@ -207,19 +222,3 @@ class FrozenTeacher:
                 "Check the teacher's weights and that step's inputs; a teacher in float16 may overflow, try bfloat16 "
                 "or float32."
             )
-
-
-def _spread(model: Any) -> bool:
-    """Whether the model was loaded over several devices or lies on disk, so that hooks move its inputs."""
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    return len(devices) > 1 or "disk" in devices
-
-
-def _placed(model: Any, accelerator: Accelerator) -> Any:
-    """The model on the device of the training, compiled if the training is."""
-    base = base_of(model)
-    if getattr(base, "hf_device_map", None) is None and not getattr(base, "is_quantized", False):
-        model.to(accelerator.device)
-    # Not `accelerator.prepare_model`: it would change the teacher's forward for every other use of it.
-    plugin = accelerator.state.dynamo_plugin
-    return model if plugin.backend == DynamoBackend.NO else torch.compile(model, **plugin.to_kwargs())

@@ -9,13 +9,21 @@ import sys
 from pathlib import Path
 
 
-def accelerate_launch(script: Path, *arguments: object, processes: int = 2, options: tuple[str, ...] = ()) -> str:
-    """Standard output of all processes; fails with the end of their errors."""
+def accelerate_launch(
+    script: Path, *arguments: object, processes: int = 2, options: tuple[str, ...] = (), device: str = ""
+) -> str:
+    """Standard output of all processes; fails with the end of their errors.
+
+    `options` replace `--multi_gpu`; with a `device` accelerate is told that rather than to use the CPU, which would make
+    it ignore that it should shard.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
+        **(
+            {"ACCELERATE_TORCH_DEVICE": device, "DS_ACCELERATOR": device} if device else {"ACCELERATE_USE_CPU": "true"}
+        ),
     }
     # On a machine without GPUs --multi_gpu means: one process per requested device, joined by gloo.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]

@@ -14,7 +14,7 @@ PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
     "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "architecture": 0, "metrics": 0,
-    "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "teachers": 1,
+    "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1, "teachers": 1,
     "export": 2, "trainer": 2,
     "report": 3,
     "hub": 4,

@@ -46,6 +46,8 @@ class Projections(nn.Module):
         super().__init__()
         self.maps = nn.ModuleDict()
         self.layers: list[int] = []
+        # FSDP and DeepSpeed save and load by the student's state dict, where they must see the projections.
+        self.in_state_dict = False
         self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
 
     def add(self, layer: int, width: int, teacher_width: int, like: torch.Tensor) -> int:
@@ -81,7 +83,9 @@ class Projections(nn.Module):
         return output
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: `maps.state_dict()` has the weights."""
+        """Nothing unless `in_state_dict`: `maps.state_dict()` has the weights."""
+        if self.in_state_dict:
+            return super().state_dict(*args, destination=destination, **kwargs)
         return {} if destination is None else destination
 
 
@@ -129,7 +133,8 @@ class HiddenStateKD(Objective):
             if states[s].shape[:-1] != targets[t].shape[:-1]:
                 raise ValueError(
                     f"Hidden state {s} of the student and {t} of the teacher have the shapes {tuple(states[s].shape)} "
-                    f"and {tuple(targets[t].shape)} for the same example; all axes but the last must agree."
+                    f"and {tuple(targets[t].shape)} for the same example; all axes but the last must agree. Virtual tokens, for "
+                    "example of prompt tuning, add positions."
                 )
             if states[s].shape[-1] != targets[t].shape[-1]:
                 needed.append((s, t))

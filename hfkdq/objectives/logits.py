@@ -78,6 +78,12 @@ class LogitKD(Objective):
                     f"{'no logits' if logits is None else f'logits of shape {tuple(logits.shape)}'} for one example."
                 )
             shapes[role] = logits.shape
+        if len(shapes["student"]) == len(shapes["teacher"]) == 3 and shapes["student"][1] != shapes["teacher"][1]:
+            raise ValueError(
+                f"Student and teacher give logits at {shapes['student'][1]} and {shapes['teacher'][1]} positions for the "
+                "same text, so they cannot be compared: one has virtual tokens, for example of prompt tuning. Train "
+                "adapters such as LoRA, which have none."
+            )
         if shapes["student"] != shapes["teacher"]:
             raise ValueError(
                 f"Student and teacher predict different things: the last axes of their logits are "

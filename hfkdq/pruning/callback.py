@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..schedules import Cubic
@@ -22,7 +23,7 @@ from .targets import PruningTarget, find_targets
 logger = logging.get_logger(__name__)
 
 
-class PruningCallback(TrainerCallback):
+class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model of a `Trainer` along the schedule of a [`PruningSpec`].
 
     After every optimizer step the share `s(t)` of the weights or neurons is zero, so that evaluation and checkpoints
@@ -34,11 +35,14 @@ class PruningCallback(TrainerCallback):
     sparsity is reached, the best model is searched anew: `load_best_model_at_end` cannot bring back a denser one.
 
     Args:
-        spec (`PruningSpec`): what to prune, how much and when.
+        spec (`PruningSpec` or `dict`): what to prune, how much and when; a dictionary as `spec.to_dict()` gives it,
+            which is what a Trainer that restores its callbacks passes.
+        strict_resume (`bool`, defaults to `True`): refuse to resume from a checkpoint of another spec; `False` warns
+            instead.
 
     Raises:
-        TypeError: `spec` is no `PruningSpec`; or, as training is set up, the model is no `PreTrainedModel`.
-        ValueError: as training is set up, the spec does not fit the model.
+        TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
+        ValueError: as training is set up, the spec does not fit the model, or the checkpoint is one of another spec.
         RuntimeError: as training starts, the optimizer does not hold the weights to prune. A `Trainer` that has
             removed neurons once cannot train again; make a new one.
 
@@ -52,12 +56,18 @@ class PruningCallback(TrainerCallback):
         ```
     """
 
-    def __init__(self, spec: PruningSpec) -> None:
+    def __init__(self, spec: PruningSpec | dict[str, Any], strict_resume: bool = True) -> None:
+        if isinstance(spec, dict):
+            spec = PruningSpec.from_dict(spec)
         if not isinstance(spec, PruningSpec):
             raise TypeError(f"PruningCallback takes a PruningSpec, got {type(spec).__name__}.")
         self.spec = spec
+        self.strict_resume = strict_resume
         self._schedule = Cubic(0.0, spec.sparsity, spec.begin, spec.end)
         self._masks = Masks([])
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"spec": self.spec.to_dict()}, "attributes": {}}
 
     def on_init_end(
         self,
@@ -81,6 +91,10 @@ class PruningCallback(TrainerCallback):
         targets = find_targets(model, self.spec)
         if optimizer is not None:
             _check_trained_by(optimizer, targets)
+        if state.global_step > 0:
+            self._check_resumed(state)
+        # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._masks = Masks(targets, from_zeros=self._schedule(state.global_step / state.max_steps) > 0)
 
     def on_optimizer_step(
@@ -110,6 +124,21 @@ class PruningCallback(TrainerCallback):
             )
         self._masks = Masks([])
         prune(model, self.spec)
+
+    def _check_resumed(self, state: TrainerState) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is None:
+            logger.warning("The checkpoint was saved without PruningCallback: only what is zero already is pruned.")
+            return
+        then = [entry["args"]["spec"] for entry in (saved if isinstance(saved, list) else [saved])]
+        if self.spec not in [PruningSpec.from_dict(spec) for spec in then]:
+            told = f"The checkpoint was trained with PruningSpec.from_dict({then[0]}), not with {self.spec}."
+            if self.strict_resume:
+                raise ValueError(
+                    f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
+                    "a new training from the weights."
+                )
+            logger.warning(f"{told} Training goes on with the new one.")
 
 
 def _check_trained_by(optimizer: Optimizer, targets: Sequence[PruningTarget]) -> None:

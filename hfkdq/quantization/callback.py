@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..specs import QuantizationSpec
 from .convert import (
+    activation_quantizers,
     load_quantizer_states_,
     prepare_qat_,
     quantized_spec,
@@ -42,6 +43,8 @@ class QATCallback(TrainerCallback, ExportableState):
     Args:
         spec (`QuantizationSpec` or `dict`): what to quantize, and how; a dictionary as `spec.to_dict()` gives it, which
             is what a Trainer that restores its callbacks passes.
+        strict_resume (`bool`, defaults to `True`): refuse to resume from a checkpoint of another spec; `False` warns
+            instead, and takes over the ranges that fit.
 
     Raises:
         TypeError: `spec` is neither.
@@ -59,7 +62,7 @@ class QATCallback(TrainerCallback, ExportableState):
         ```
     """
 
-    def __init__(self, spec: QuantizationSpec | dict[str, Any]) -> None:
+    def __init__(self, spec: QuantizationSpec | dict[str, Any], strict_resume: bool = True) -> None:
         if isinstance(spec, dict):
             spec = QuantizationSpec.from_dict(spec)
         if not isinstance(spec, QuantizationSpec):
@@ -67,6 +70,7 @@ class QATCallback(TrainerCallback, ExportableState):
                 f"QATCallback takes a QuantizationSpec, got {type(spec).__name__}: QATCallback(QuantizationSpec())."
             )
         self.spec = spec
+        self.strict_resume = strict_resume
         self.ranges: dict[str, dict[str, float]] = {}
 
     def state(self) -> dict[str, Any]:
@@ -105,7 +109,7 @@ class QATCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._refresh(model)
 
-    def on_step_end(
+    def on_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -113,7 +117,7 @@ class QATCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        # After each step, because what saves a model next may be a callback that runs after this one.
+        # Not at the end of the step, where a callback that runs before this one may save the model.
         self._refresh(model)
 
     def on_train_end(
@@ -142,13 +146,19 @@ class QATCallback(TrainerCallback, ExportableState):
         saved = saved[0] if isinstance(saved, list) else saved
         if saved is None:
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
-        elif QuantizationSpec.from_dict(saved["args"]["spec"]) != self.spec:
-            raise ValueError(
-                f"The checkpoint was trained with QuantizationSpec.from_dict({saved['args']['spec']}), not with "
-                f"{self.spec}. Resume with the same spec, or start a new training from the weights."
-            )
-        else:
-            load_quantizer_states_(model, saved["attributes"]["ranges"])
+            return
+        then, ranges = saved["args"]["spec"], saved["attributes"]["ranges"]
+        if QuantizationSpec.from_dict(then) != self.spec:
+            told = f"The checkpoint was trained with QuantizationSpec.from_dict({then}), not with {self.spec}."
+            if self.strict_resume:
+                raise ValueError(
+                    f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
+                    "a new training from the weights."
+                )
+            logger.warning(f"{told} Training goes on with the new one.")
+            own = activation_quantizers(model)
+            ranges = {k: v for k, v in ranges.items() if k in own and v.keys() == set(own[k].state_names)}
+        load_quantizer_states_(model, ranges)
 
     def _refresh(self, model: PreTrainedModel) -> None:
         """Makes the ranges of all processes equal, and the records of them current."""

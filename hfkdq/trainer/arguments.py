@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..architecture import base_of
 from ..objectives.base import Objective, as_objective
+from ..sharding import was_split_while_loaded
 from ..teachers import load_teacher
 
 logger = logging.get_logger(__name__)
@@ -73,6 +74,17 @@ def loaded(teacher: Any, init_kwargs: Mapping[str, Any] | None) -> Any:
     return teacher
 
 
+def keep_gradient_(student: Any) -> None:
+    """Keeps the 4-bit layers of a student from repacking their weights when they run without gradient.
+
+    On a CPU with AVX512-BF16 bitsandbytes does so for a kernel that passes no gradient on, in later training neither.
+    """
+    for module in student.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks what ran already
+
+
 def refuse_unsupported(trainer: Any) -> None:
     """Checks how a trainer with objectives is to run; makes gradient checkpointing keep attentions in the gradient.
 
@@ -81,10 +93,13 @@ def refuse_unsupported(trainer: Any) -> None:
         ValueError: gradient checkpointing that would cut attentions off.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
+        raise NotImplementedError("FSDP1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+    models = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    if any(was_split_while_loaded(model) for model in models):
         raise NotImplementedError(
-            "This release distils on one device or under DDP; FSDP and DeepSpeed would need the teacher to be "
-            "sharded too. Launch without them."
+            "DeepSpeed ZeRO-3 split a model over the processes while it was loaded, so objectives cannot look at it. "
+            "Load student and teacher before the TrainingArguments are made."
         )
     if args.n_gpu > 1:
         raise NotImplementedError(

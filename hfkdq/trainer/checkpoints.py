@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -31,7 +32,7 @@ def save_state(folder: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[
     save_file(whole, Path(folder, STATE_FILE), metadata={"facts": json.dumps(facts)})
 
 
-def load_state(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and facts of `STATE_FILE`; both empty where the checkpoint has none."""
     file = Path(folder, STATE_FILE)
     if not file.is_file():
@@ -45,26 +46,65 @@ def forget_whole(folder: str) -> None:
     Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
-def is_whole(folder: Path, processes: int = 1) -> bool:
+def archives(args: TrainingArguments, sharded: bool) -> list[str]:
+    """The files of a checkpoint, on this machine, without which training does not go on exactly."""
+    if args.save_only_model:
+        return []
+    states = [] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME]
+    if args.world_size == 1:
+        return [*states, "rng_state.pth"]
+    ranks = [args.process_index] if args.save_on_each_node else range(args.world_size)
+    return [*states, *(f"rng_state_{rank}.pth" for rank in ranks)]
+
+
+def is_whole(folder: Path) -> bool:
     """Whether all files of a checkpoint were written to the end, as `Trainer` writes its state last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
+        files = load_state(folder)[1].get("archives", [])
+    except (OSError, ValueError, SafetensorError):
         return False
-    # The other processes of a distributed training write theirs beside it.
-    states = [folder / f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
-    return not (folder / OPTIMIZER_NAME).is_file() or all(zipfile.is_zipfile(file) for file in states)
+    # Other processes write theirs meanwhile, and a checkpoint that was being deleted may lack any of them.
+    return all(zipfile.is_zipfile(folder / file) for file in files)
 
 
-def last_whole_checkpoint(output_dir: str, processes: int = 1) -> str | None:
-    """The newest checkpoint in a folder that was written to the end; warns of those after it that were not."""
+def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
+    """Whether the optimizer state of a checkpoint, if it has one, is of parameters as those of `groups`."""
+    file = Path(folder, OPTIMIZER_NAME)
+    if not file.is_file():
+        return True
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in groups]:
+        return False
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # Moments have as many axes as their parameter; counters and factors of moments have fewer.
+    return all(
+        value.dim() != parameter.dim() or value.shape == parameter.shape
+        for number, parameter in zip(numbers, parameters, strict=True)
+        for value in saved["state"].get(number, {}).values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint in a folder that was written to the end; warns of those after it that were not.
+
+    Raises:
+        ValueError: there are checkpoints, but none was written to the end.
+    """
     found = [
         path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
     ]
     for folder in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if is_whole(folder, processes):
+        if is_whole(folder):
             return str(folder)
         logger.warning(f"{folder} was cut off while it was written. The checkpoint before it is used.")
+    if found:
+        raise ValueError(
+            f"No checkpoint in {output_dir} was written to the end, so there is nothing to go on from. Start anew, "
+            "without resume_from_checkpoint."
+        )
     return None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import ModelOutput, logging
 
 from ..architecture import base_of
@@ -21,14 +22,16 @@ from ..facts import record_fact
 from ..objectives.base import unique_names
 from ..objectives.hidden_states import Projections
 from ..teachers import TEACHER_PREFIX, FrozenTeacher, as_output, by_name, forward_columns, requested
-from .arguments import is_factory, loaded, refuse_unsupported, validated
+from .arguments import is_factory, keep_gradient_, loaded, refuse_unsupported, validated
 from .checkpoints import (
     LogWindow,
+    archives,
     differences,
     forget_whole,
     is_whole,
     last_whole_checkpoint,
     load_state,
+    optimizer_fits,
     save_state,
 )
 
@@ -77,6 +80,7 @@ class DistillationMixin(_TrainerBase):
         self._terms: torch.Tensor | None = None
         self._log_window: LogWindow | None = None
         self._resumed_window: LogWindow | None = None
+        self._is_another = False  # the training that wrote the checkpoint to go on from
         super().__init__(*args, **kwargs)
         if self.objectives:
             refuse_unsupported(self)
@@ -90,6 +94,10 @@ class DistillationMixin(_TrainerBase):
     @property
     def _used_teacher(self) -> FrozenTeacher | None:
         return self._teacher if any(o.uses_teacher for o in self.objectives) else None
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _show_terms_in_notebooks(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -114,6 +122,12 @@ class DistillationMixin(_TrainerBase):
                 "model_init makes a new student for every training, whose base model is not the teacher_model given. "
                 "Give the student as model, or a teacher that was loaded on its own."
             )
+        if itself and student.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "teacher_model is the base model of a student with virtual tokens, and PEFT cannot run every such student "
+                "without them. Load the base model a second time and give that."
+            )
+        keep_gradient_(student)
         trained = {id(p) for p in student.parameters() if p.requires_grad}
         teacher = None if itself else self.teacher_model
         if teacher is student or (teacher is not None and any(id(p) in trained for p in teacher.parameters())):
@@ -128,7 +142,8 @@ class DistillationMixin(_TrainerBase):
         for objective in self.objectives:
             objective.attach(student, self.teacher_model)
         self._projections = getattr(student, Projections.NAME, None)
-        self._attached = True
+        if self._projections is not None:
+            self._projections.in_state_dict = self._sharded
         return itself
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
@@ -174,6 +189,8 @@ class DistillationMixin(_TrainerBase):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         resume_from_checkpoint = self._whole(resume_from_checkpoint)
         self._log_window = self._resumed_window = None
+        if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
+            self._take_up(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
         self._in_training = True
         if self._projections is not None and self.model_init is None:  # else `call_model_init` makes new ones
             self._projections.install(self.model)
@@ -188,10 +205,9 @@ class DistillationMixin(_TrainerBase):
         return output
 
     def _whole(self, checkpoint: str | bool | None) -> str | bool | None:
-        processes = self.args.world_size
         if checkpoint is True:
-            return last_whole_checkpoint(str(self.args.output_dir), processes) or True
-        if checkpoint and not is_whole(Path(checkpoint), processes):
+            return last_whole_checkpoint(str(self.args.output_dir)) or True
+        if checkpoint and not is_whole(Path(checkpoint)):
             raise ValueError(
                 f"{checkpoint} is no checkpoint, or was cut off while it was written. Name another one, or give "
                 "resume_from_checkpoint=True for the newest whole one of the output folder."
@@ -216,6 +232,9 @@ class DistillationMixin(_TrainerBase):
         # Trainer then divides by the accumulation steps on every version, which `compute_loss` counts on.
         self._forward_takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs, self._in_training_step = False, True
+        alone = None if self._in_training else self._projections  # a step that the user takes without `train`
+        if alone is not None:
+            alone.install(self.model)
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
@@ -223,6 +242,8 @@ class DistillationMixin(_TrainerBase):
             raise
         finally:
             self.model_accepts_loss_kwargs, self._in_training_step = self._forward_takes_items, False
+            if alone is not None:
+                alone.remove(self.model)
         return self._to_log(loss)
 
     def compute_loss(
@@ -288,7 +309,7 @@ class DistillationMixin(_TrainerBase):
                 f"{' with logits' if 'logits' in needs else ''}. Return one from its forward pass."
             )
         if "loss" in needs:
-            output.loss = task
+            output["loss"] = task
         return output
 
     def _weighted_sum(self, student_out: Any, teacher_out: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -378,7 +399,7 @@ class DistillationMixin(_TrainerBase):
         if self.objectives:
             fact = {"objectives": [o.describe() for o in self.objectives], "steps": self.state.global_step}
             if self._used_teacher is not None:
-                fact["teacher"] = type(base_of(self.teacher_model)).__name__
+                fact["teacher"] = self._used_teacher.name
             record_fact(self.model, "distillation", fact)
 
     def _made_with(self) -> dict[str, Any]:
@@ -387,36 +408,60 @@ class DistillationMixin(_TrainerBase):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self._record()
-        folder = output_dir or str(self.args.output_dir)
-        if self._in_training and self.args.should_save:
-            forget_whole(folder)
+        if state_dict is not None:
+            state_dict = {key: value for key, value in state_dict.items() if Projections.NAME not in key}
         super()._save(output_dir, state_dict)
-        if self._in_training and self.args.should_save:
-            tensors, facts = {}, self._made_with()
-            if self._projections is not None:
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; into a checkpoint also what training goes on with: projections, open log window."""
+        folder = str(output_dir or self.args.output_dir)
+        is_checkpoint = self._in_training and _internal_call and Path(folder) != Path(str(self.args.output_dir))
+        if is_checkpoint and self.args.should_save:
+            forget_whole(folder)
+        super().save_model(output_dir, _internal_call)
+        if not is_checkpoint:
+            return
+        tensors, facts = {}, {**self._made_with(), "archives": archives(self.args, self._sharded)}
+        if self._log_window is not None:
+            rows = self._log_window.finished(self.state.global_step).unsqueeze(0)
+            # On a signal every process saves when it gets to it, so none may wait for the others.
+            if not getattr(self.args, "enable_jit_checkpoint", False):
+                rows = self.accelerator.gather(rows)
+            tensors["log_window"], facts["log_start"] = rows, self._log_window.start
+        if self.args.should_save:
+            if self._projections is not None and not self._sharded:
                 tensors.update(self._projections.maps.state_dict())
-            if self._log_window is not None:
-                tensors["log_window"] = self._log_window.finished(self.state.global_step)
-                facts["log_start"] = self._log_window.start
             save_state(folder, tensors, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.objectives:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        tensors, facts = load_state(resume_from_checkpoint)
-        self._refuse_other(resume_from_checkpoint, facts)
+        if self.objectives and not self.is_deepspeed_enabled:
+            self._take_up(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        window = tensors.pop("log_window", None)
-        if window is not None and len(window) == len(self.objectives) + 1:
-            self._resumed_window = LogWindow(facts["log_start"], window.to(self.args.device))
-        if self._projections is not None:
-            own = self._projections.maps.state_dict()
-            fitting = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
-            self._projections.maps.load_state_dict({**own, **fitting})
+
+    def _take_up(self, checkpoint: str) -> None:
+        """Goes on where a checkpoint left off, in all that is not the student's or the optimizer's."""
+        tensors, facts = load_state(checkpoint)
+        self._refuse_other(checkpoint, facts)
+        rows = tensors.pop("log_window", None)
+        if rows is not None and rows.shape[1] == len(self.objectives) + 1:
+            same_processes = len(rows) == self.args.world_size
+            own = rows[self.args.process_index] if same_processes else rows.mean(0)
+            self._resumed_window = LogWindow(facts["log_start"], own.to(self.args.device))
+        if self._projections is not None and not self._sharded:
+            maps = self._projections.maps.state_dict()
+            fitting = {k: v for k, v in tensors.items() if k in maps and v.shape == maps[k].shape}
+            self._projections.maps.load_state_dict({**maps, **fitting})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._is_another and not optimizer_fits(self.optimizer.param_groups, checkpoint):
+            logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            return
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _refuse_other(self, checkpoint: str, facts: Mapping[str, Any]) -> None:
         told = differences(facts, self._made_with())
+        self._is_another = bool(told)
         if not told:
             return
         if self.strict_resume:

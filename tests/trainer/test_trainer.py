@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
-    DataCollatorForTokenClassification,
     Trainer,
     TrainerCallback,
 )
@@ -19,7 +16,6 @@ from hfkdq.schedules import Linear
 from hfkdq.trainer import DistillationMixin, DistillationTrainer
 from hfkdq.trainer.checkpoints import STATE_FILE
 from tests import tiny
-from tests.launch import accelerate_launch
 
 from .common import ALL_TERMS, StopAt, assert_equal_weights, losses, make_trainer, teacher_of, weights
 
@@ -75,81 +71,6 @@ def test_evaluation_is_plain_and_runs_no_teacher(training_arguments):
     plain = make_trainer(training_arguments(), student=student, cls=Trainer)
     assert ours["eval_loss"] == plain.evaluate()["eval_loss"]
     np.testing.assert_array_equal(predictions.predictions, plain.predict(plain.eval_dataset).predictions)
-
-
-# ---------------------------------------------------------------------- loss scaling
-
-
-def update(arguments, objectives, tokens=False, rows=24, **kwargs):
-    if tokens:
-        models = tiny.bert_tokens(0), tiny.bert_tokens(1, layers=4, hidden=48)
-        kwargs.update(
-            train_dataset=tiny.token_dataset(rows), data_collator=DataCollatorForTokenClassification(tiny.tokenizer())
-        )
-    else:
-        models = tiny.bert(0), teacher_of()
-        kwargs.update(train_dataset=tiny.text_dataset(rows))
-    trainer = make_trainer(arguments, copy.deepcopy(objectives), *models, **kwargs)
-    trainer.train()
-    return losses(trainer, "loss", "grad_norm"), trainer.model
-
-
-@pytest.mark.parametrize("tokens", [False, True], ids=["classes", "tokens"])
-@pytest.mark.parametrize("terms", ALL_TERMS)
-def test_accumulated_micro_batches_give_the_update_of_one_batch(training_arguments, terms, tokens):
-    """Rows are of uneven length, so micro batches hold uneven numbers of tokens; 22 rows leave a short last window."""
-    results = []
-    for size, steps in ((16, 1), (4, 4), (2, 8)):
-        arguments = training_arguments(
-            f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, num_train_epochs=2, optim="sgd", learning_rate=0.1
-        )  # fmt: skip
-        results.append(update(arguments, ALL_TERMS[terms], tokens, rows=22))
-    for other in results[1:]:
-        np.testing.assert_allclose(results[0][0], other[0], rtol=2e-3)
-        assert_equal_weights(results[0][1], other[1], rtol=1e-3, atol=2e-5)
-
-
-def test_two_processes_give_the_update_of_one(training_arguments, tmp_path):
-    accelerate_launch(Path(__file__).with_name("two_processes.py"), tmp_path / "two")
-    ranks = [json.loads((tmp_path / "two" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    states = [load_file(tmp_path / "two" / f"rank{rank}.safetensors") for rank in (0, 1)]
-    assert ranks[0]["logs"] == ranks[1]["logs"]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert any("projection" in key for key in states[0])
-    from .two_processes import run
-
-    arguments = training_arguments("one", per_device_train_batch_size=8, gradient_accumulation_steps=2)
-    trainer, projections = run(arguments)
-    np.testing.assert_allclose(
-        ranks[0]["logs"], losses(trainer, "loss", "grad_norm", "logit_kd", "hidden_state_kd"), rtol=2e-3
-    )
-    for key, value in {**weights(trainer.model), **projections}.items():
-        torch.testing.assert_close(states[0][key], value, rtol=1e-3, atol=2e-5)
-
-
-def test_label_smoothing_is_part_of_the_task_loss(training_arguments):
-    plain = make_trainer(training_arguments("plain", max_steps=3, label_smoothing_factor=0.2), cls=Trainer)
-    ours = make_trainer(
-        training_arguments("ours", max_steps=3, label_smoothing_factor=0.2), [TaskLoss(), LogitKD(weight=0.0)]
-    )
-    plain.train()
-    ours.train()
-    np.testing.assert_allclose(losses(plain, "loss", "grad_norm"), losses(ours, "loss", "grad_norm"), rtol=1e-4)
-
-
-def test_compute_loss_func_normalises_by_itself(training_arguments):
-    def summed(outputs, labels, num_items_in_batch=None):
-        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
-    results = []
-    for size, steps in ((16, 1), (4, 4)):
-        arguments = training_arguments(
-            f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
-        )
-        trainer = make_trainer(arguments, [TaskLoss(), LogitKD()], compute_loss_func=summed)
-        trainer.train()
-        results.append(losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd"))
-    np.testing.assert_allclose(*results, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------- what is trained and logged

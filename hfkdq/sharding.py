@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a frozen model lives while a student is trained: on one device, sharded by FSDP2, or in a DeepSpeed engine.
+
+Knows accelerate's plugins; nothing of what the model is asked.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+from .architecture import base_of
+
+
+def place_frozen(model: Any, accelerator: Accelerator) -> Any:
+    """A frozen model as it is to be called beside the student that `accelerator` trains.
+
+    A model that was loaded with a `device_map` or by bitsandbytes stays where it is. Any other is sharded where the
+    student's parameters are (FSDP2, DeepSpeed ZeRO-3) and moved to the device of the training elsewhere, and compiled if
+    the training is.
+    """
+    base = base_of(model)
+    if getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False):
+        return model
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return _by_fsdp2(model, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _by_deepspeed(model, accelerator)
+    model.to(accelerator.device)
+    # Not `accelerator.prepare_model`: it would change the model's forward for every other use of it.
+    plugin = accelerator.state.dynamo_plugin
+    return model if plugin.backend == DynamoBackend.NO else torch.compile(model, **plugin.to_kwargs())
+
+
+def is_spread(model: Any) -> bool:
+    """Whether hooks move what a model is given to its parts on several devices."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def was_split_while_loaded(model: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 took the parameters apart as the model was made, so that nothing can look at them."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _by_fsdp2(model: Any, accelerator: Accelerator) -> Any:
+    plugin = accelerator.state.fsdp_plugin
+    # accelerate writes the layers of the model it wraps into the plugin, where the student's would be looked for.
+    names, policy = plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = _layers_to_wrap(model, names)
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = names, policy
+
+
+def _layers_to_wrap(model: Any, names: list[str] | None) -> list[str]:
+    """Classes of the layers of `model` to shard one by one: those configured if it has them, else its own."""
+    present = {type(module).__name__: module for module in model.modules()}
+    own = [name for name in names or () if name in present] or list(base_of(model)._no_split_modules or ())
+    embeddings = model.get_input_embeddings()
+    # accelerate shards the input embeddings by themselves, which fails within a block that is sharded already.
+    return [name for name in own if name in present and all(m is not embeddings for m in present[name].modules())]
+
+
+def _by_deepspeed(model: Any, accelerator: Accelerator) -> Any:
+    import deepspeed
+
+    student = accelerator.state.deepspeed_plugin.deepspeed_config
+    kept = ("bf16", "fp16", "train_micro_batch_size_per_gpu")
+    config = {key: copy.deepcopy(student[key]) for key in kept if isinstance(student.get(key), (int, dict))}
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    zero = student.get("zero_optimization", {})
+    # Below stage 3 only gradients and optimizer states are sharded, and a frozen model has neither.
+    config["zero_optimization"] = {"stage": 3 if zero.get("stage") == 3 else 0}
+    if config["zero_optimization"]["stage"] == 3 and "offload_param" in zero:
+        config["zero_optimization"]["offload_param"] = copy.deepcopy(zero["offload_param"])
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by `accelerate launch` with FSDP2 or DeepSpeed: a few steps, a checkpoint, and the steps after it once more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from hfkdq.trainer import DistillationTrainer
+from tests import tiny
+from tests.trainer.common import ALL_TERMS, losses
+
+
+def arguments_for(folder: str, processes: int = 1, **kwargs) -> TrainingArguments:
+    return TrainingArguments(
+        folder, report_to=[], save_strategy="steps", save_steps=2, logging_steps=1, disable_tqdm=True, seed=0,
+        max_steps=3, learning_rate=0.05, lr_scheduler_type="constant",
+        per_device_train_batch_size=8 // processes, gradient_accumulation_steps=2, **kwargs,
+    )  # fmt: skip
+
+
+def make(arguments: TrainingArguments, models) -> DistillationTrainer:
+    student, teacher = models
+    # Adam would make large what is small: the gradient of a key's bias is 0 up to rounding.
+    optimizer = torch.optim.SGD, {"lr": arguments.learning_rate, "momentum": 0.9}
+    return DistillationTrainer(
+        student, arguments, train_dataset=tiny.text_dataset(64), processing_class=tiny.tokenizer(),
+        teacher_model=teacher, objectives=ALL_TERMS["sum"],
+        optimizer_cls_and_kwargs=optimizer,
+    )  # fmt: skip
+
+
+def loaded(folder: Path):
+    """Student and teacher as `from_pretrained` gives them, as users have them."""
+    return [AutoModelForSequenceClassification.from_pretrained(folder / name) for name in ("student", "teacher")]
+
+
+def whole_weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
+    named = list(trainer.model.named_parameters())
+    named += [(f"projection.{name}", p) for name, p in trainer._projections.maps.named_parameters()]
+    gathered = contextlib.nullcontext
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.zero import GatheredParameters as gathered
+    weights = {}
+    for name, parameter in named:
+        with gathered([parameter]) if trainer.is_deepspeed_enabled else contextlib.nullcontext():
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            weights[name] = whole.detach().clone().contiguous()
+    return weights
+
+
+def main(folder: str) -> None:
+    # accelerate shards on GPUs only, unless it takes the CPU for one.
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    out = Path(folder)
+    early = [loaded(out), loaded(out)]  # before the TrainingArguments: DeepSpeed splits what is loaded after them
+    arguments = arguments_for(str(out / "run"), processes=2)
+    trainer = make(arguments, early[0])
+    facts = {
+        "type": str(trainer.accelerator.distributed_type),
+        "teacher": sum(
+            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.teacher_model.parameters()
+        ),
+        "prepared": len(trainer.accelerator._models),
+    }
+    trainer.train()
+    facts["logs"] = losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd", "hidden_state_kd", "attention_kd")
+    facts["recorded"] = trainer.model.config.hfkdq["distillation"]["teacher"]
+    states = {"whole": whole_weights(trainer)}
+    trainer.save_model(str(out / "final"))
+    again = make(arguments, early[1])
+    again.train(resume_from_checkpoint=str(out / "run" / "checkpoint-2"))
+    states["resumed"] = whole_weights(again)
+    if trainer.is_deepspeed_enabled:
+        try:
+            make(arguments, loaded(out))
+        except NotImplementedError as error:
+            facts["late"] = str(error)
+    rank = arguments.process_index
+    for name, state in states.items():
+        save_file(state, out / f"{name}{rank}.safetensors")
+    (out / f"facts{rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

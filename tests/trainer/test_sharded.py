@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FSDP2 and DeepSpeed give the updates of one process, with the configurations in `examples/accelerate_configs`."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hfkdq.trainer.arguments import refuse_unsupported
+from tests import tiny
+from tests.launch import accelerate_launch
+
+from .common import losses, make_trainer
+from .sharded_runs import arguments_for, loaded, make, whole_weights
+
+CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+NEEDS_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed; no extra of hfkdq needs it"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fsdp2", "DistributedType.FSDP"),
+        pytest.param("deepspeed_zero2", "DistributedType.DEEPSPEED", marks=NEEDS_DEEPSPEED),
+        pytest.param("deepspeed_zero3", "DistributedType.DEEPSPEED", marks=NEEDS_DEEPSPEED),
+    ],
+)
+def test_a_sharded_training_gives_the_updates_of_one_process_and_resumes(tmp_path, name, kind):
+    tiny.bert(0).save_pretrained(tmp_path / "student")
+    tiny.bert(1, layers=4, hidden=48).save_pretrained(tmp_path / "teacher")
+    accelerate_launch(
+        Path(__file__).with_name("sharded_runs.py"), tmp_path,
+        options=("--config_file", str(CONFIGURATIONS / f"{name}.yaml")), device="cpu",
+    )  # fmt: skip
+    facts = [json.loads((tmp_path / f"facts{rank}.json").read_text()) for rank in (0, 1)]
+    states = [{s: load_file(tmp_path / f"{s}{rank}.safetensors") for s in ("whole", "resumed")} for rank in (0, 1)]
+    one = make(arguments_for(str(tmp_path / "one"), use_cpu=True), loaded(tmp_path))
+    one.train()
+    expected = losses(one, "loss", "grad_norm", "task_loss", "logit_kd", "hidden_state_kd", "attention_kd")
+    weights = whole_weights(one)
+    parameters = sum(p.numel() for p in one.teacher_model.parameters())
+    for fact, state in zip(facts, states, strict=True):
+        assert fact["type"] == kind
+        assert fact["prepared"] == 0  # else Trainer.evaluate() would not prepare the student
+        assert fact["recorded"] == "BertForSequenceClassification"
+        np.testing.assert_allclose(fact["logs"], expected, rtol=1e-3)
+        assert state["whole"].keys() == weights.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(
+                state["whole"][key], value, rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+            )
+            assert torch.equal(state["whole"][key], state["resumed"][key]), key
+    if name == "deepspeed_zero2":
+        assert [fact["teacher"] for fact in facts] == [parameters] * 2
+    else:
+        assert all(fact["teacher"] < 0.6 * parameters for fact in facts)
+    if "deepspeed" in name:
+        assert all(("late" in fact) == (name == "deepspeed_zero3") for fact in facts)
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
+    assert saved.state_dict().keys() == tiny.bert(0).state_dict().keys()
+    for key, value in saved.named_parameters():
+        torch.testing.assert_close(value, states[0]["whole"][key], rtol=0, atol=0)
+
+
+def test_fsdp1_is_refused(training_arguments):
+    trainer = make_trainer(training_arguments(), teacher=None)
+    trainer.is_fsdp_enabled = True  # as where accelerate was configured with fsdp_version 1
+    with pytest.raises(NotImplementedError, match="fsdp_version: 2"):
+        refuse_unsupported(trainer)
