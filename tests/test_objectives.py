@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hfkdq.losses import attention_kl, logit_kl, mean_squared_error
@@ -156,6 +157,28 @@ def renamed(model, names):
 def test_pairs_that_do_not_fit_are_refused_at_attach(objective, student, teacher, message):
     with pytest.raises(ValueError, match=message):
         objective.attach(student(), teacher())
+
+
+def wav2vec2(layerdrop):
+    config = Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=(16, 16),
+        conv_stride=(20, 10), conv_kernel=(20, 10), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, layerdrop=layerdrop, num_labels=3, classifier_proj_size=16, vocab_size=32,
+    )  # fmt: skip
+    return Wav2Vec2ForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("objective", [HiddenStateKD(), AttentionKD()])
+def test_a_student_that_drops_layers_at_random_is_refused_where_layers_are_compared(objective):
+    with pytest.raises(ValueError, match="drops layers at random"):
+        objective.attach(wav2vec2(0.1), wav2vec2(0.1))
+    student = wav2vec2(0.1)
+    student.config.layerdrop = 0
+    objective.attach(student, wav2vec2(0.1))
+    torch.manual_seed(0)
+    for _ in range(20):  # none of its layers is dropped any more
+        states = student.train()(torch.randn(1, 4000), output_hidden_states=True).hidden_states
+        assert len({state.data_ptr() for state in states}) == 3
 
 
 class _NoAttentions(tiny.BertForSequenceClassification):

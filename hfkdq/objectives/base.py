@@ -103,10 +103,10 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
-    # What has no description of its own shows its address, which is another one in every process.
-    plain = "__repr__" not in {key for kind in type(value).__mro__[:-1] for key in vars(kind)}
-    kind = value if hasattr(value, "__qualname__") else type(value)
-    return f"{kind.__module__}.{kind.__qualname__}" if plain else repr(value)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    # An address is another one in every process.
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 @dataclass(frozen=True, kw_only=True)

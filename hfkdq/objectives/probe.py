@@ -111,7 +111,8 @@ def _attention_maps(model: PreTrainedModel) -> tuple[torch.Tensor, ...] | None:
 def _no_attentions(model: PreTrainedModel) -> str:
     return (
         f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} gives no attention "
-        'probabilities. Load it with attn_implementation="eager" if it has that, or leave AttentionKD out.'
+        'probabilities. Load it with attn_implementation="eager" if it has that, or leave AttentionKD out. Of '
+        "encoder-decoders this release distils the logits alone: LogitKD()."
     )
 
 
@@ -128,8 +129,15 @@ def layer_map(
         teacher_layers (`int`): number of layers of the teacher.
 
     Raises:
-        ValueError: an unknown strategy, an empty map, or a layer out of range. 0 stands for the embeddings.
+        ValueError: an unknown strategy, an empty map, or a layer out of range (0 stands for the embeddings); or a
+            student that drops layers at random while it is trained.
     """
+    dropped = getattr(student.config, "layerdrop", 0.0)
+    if dropped:
+        raise ValueError(
+            f"The student drops layers at random in training (config.layerdrop={dropped}), so its layers cannot be "
+            "compared with the teacher's one by one. Set student.config.layerdrop = 0."
+        )
     if layers is None:
         origin = read_facts(student).get("student", {})
         kept = origin.get("layers", [])

@@ -44,12 +44,17 @@ def loaded(folder: Path):
 def whole_weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
     named = list(trainer.model.named_parameters())
     named += [(f"projection.{name}", p) for name, p in trainer._projections.maps.named_parameters()]
-    gathered = contextlib.nullcontext
-    if trainer.is_deepspeed_enabled:
-        from deepspeed.zero import GatheredParameters as gathered
+
+    def gathered(parameter):
+        if not trainer.is_deepspeed_enabled:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter])
+
     weights = {}
     for name, parameter in named:
-        with gathered([parameter]) if trainer.is_deepspeed_enabled else contextlib.nullcontext():
+        with gathered(parameter):
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             weights[name] = whole.detach().clone().contiguous()
     return weights
