@@ -395,6 +395,7 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """
     server = HubServer()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # of functions such as create_repo
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", server.token)
