@@ -7,10 +7,10 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow check fix bench constraints clean
+.PHONY: help demo test test-slow check fix bench bench-overhead constraints clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # A stamp per environment and purpose, so that the demo installs no test tools. `pip` writes only what is missing.
 .venv/.demo: $(PROJECT)
@@ -46,6 +46,9 @@ test-slow: .venv/.bench ## what is too long for every run, on the optimum line
 bench: .venv/.bench ## DATA=folder of rotten_tomatoes: what distillation adds, over three seeds
 	@test -d "$(DATA)" || { echo "Name the data: make bench DATA=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }
 	$(O)/python benchmarks/text_classification.py --data "$(DATA)"
+
+bench-overhead: .venv/.dev ## a step of the trainer against the same work written by hand: time and peak memory
+	$(O)/python benchmarks/trainer_overhead.py
 
 check: .venv/.dev ## lint, format, types and import order, without changing anything
 	$(O)/ruff check .

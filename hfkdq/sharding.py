@@ -38,8 +38,9 @@ def place_frozen(model: Any, accelerator: Accelerator) -> Any:
 
 
 def is_spread(model: Any) -> bool:
-    """Whether hooks move what a model is given to its parts on several devices."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    """Whether hooks move what a model is given to its parts, on several devices or on disk."""
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(devices) > 1 or "disk" in devices
 
 
 def was_split_while_loaded(model: Any) -> bool:

@@ -19,7 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 from transformers.utils import ModelOutput
 
 from .architecture import base_of, checkpoint_class
@@ -70,6 +73,16 @@ def by_name(model: nn.Module) -> dict[str, Any]:
 def as_output(output: Any) -> Any:
     """The output of a model with its parts as attributes, where a model of the user's own returns a plain dict."""
     return ModelOutput(output) if isinstance(output, Mapping) and not isinstance(output, ModelOutput) else output
+
+
+def without_gradient(output: Mapping[str, Any], needs: Collection[str]) -> bool:
+    """Whether of something that objectives need no part leads back to weights, though it is there."""
+    for need in ("logits", "hidden_states", "attentions"):
+        value = output.get(need) if need in needs else None
+        parts = [value] if isinstance(value, torch.Tensor) else [part for part in value or () if part is not None]
+        if parts and not any(part.requires_grad for part in parts):
+            return True
+    return False
 
 
 def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
@@ -189,7 +202,8 @@ class FrozenTeacher:
 
     def _decoder_inputs(self, inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
         """What the decoder of a sequence-to-sequence teacher reads, where the batch does not bring it."""
-        if type(self._base).__name__ not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        decoded = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+        if all(type(self._base).__name__ not in names.values() for names in decoded):
             return {}
         if labels is None or inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             return {}

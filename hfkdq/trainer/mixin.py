@@ -21,7 +21,7 @@ from ..architecture import base_of
 from ..facts import record_fact
 from ..objectives.base import unique_names
 from ..objectives.hidden_states import Projections
-from ..teachers import TEACHER_PREFIX, FrozenTeacher, as_output, by_name, forward_columns, requested
+from ..teachers import TEACHER_PREFIX, FrozenTeacher, as_output, by_name, forward_columns, requested, without_gradient
 from .arguments import is_factory, keep_gradient_, loaded, refuse_unsupported, validated
 from .checkpoints import (
     LogWindow,
@@ -194,6 +194,7 @@ class DistillationMixin(_TrainerBase):
         self._in_training = True
         if self._projections is not None and self.model_init is None:  # else `call_model_init` makes new ones
             self._projections.install(self.model)
+            self._add_projections_to_optimizer()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -203,6 +204,14 @@ class DistillationMixin(_TrainerBase):
                 self._projections.remove(self.model)
         self._record()
         return output
+
+    def _add_projections_to_optimizer(self) -> None:
+        """Lets an optimizer that was made before the projections train them too."""
+        if self.optimizer is not None and self._projections is not None:
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            missing = [p for p in self._projections.maps.parameters() if id(p) not in held]
+            # In a group of its own they would be one more than a learning rate schedule knows of.
+            self.optimizer.param_groups[0]["params"] += missing
 
     def _whole(self, checkpoint: str | bool | None) -> str | bool | None:
         if checkpoint is True:
@@ -274,7 +283,9 @@ class DistillationMixin(_TrainerBase):
         if self._teacher is None:
             return inputs
         own = forward_columns(self.model)
-        foreign = {k for k in inputs if k not in own and (k in self._teacher.columns or k.startswith(TEACHER_PREFIX))}
+        # A signature of `**inputs` alone does not tell what the student takes.
+        others = self._teacher.columns if base_of(self.model).main_input_name in own else set[str]()
+        foreign = {k for k in inputs if k not in own and (k in others or k.startswith(TEACHER_PREFIX))}
         return {key: value for key, value in inputs.items() if key not in foreign} if foreign else inputs
 
     def _read_of(self, role: int) -> dict[str, frozenset[int] | None]:
@@ -302,6 +313,12 @@ class DistillationMixin(_TrainerBase):
                 inputs["num_items_in_batch"] = torch.as_tensor(task_loss.positions(batch)).clamp(min=1)
             task, output = super().compute_loss(model, inputs, return_outputs=True)
         output = as_output(output)
+        if "loss" in needs and isinstance(output, ModelOutput) and without_gradient(output, needs):
+            logger.warning_once(
+                f"The compute_loss that {type(self).__name__} inherits returns outputs without gradient, so the student "
+                "runs a second time in every step for the objectives."
+            )
+            output = as_output(model(**{k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}))
         if not isinstance(output, ModelOutput) or ("logits" in needs and output.get("logits") is None):
             found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
             raise TypeError(

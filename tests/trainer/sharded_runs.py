@@ -61,39 +61,31 @@ def whole_weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
 
 
 def main(folder: str) -> None:
+    """The second launch into the same folder goes on from the checkpoint of the first."""
     # accelerate shards on GPUs only, unless it takes the CPU for one.
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     out = Path(folder)
-    early = [loaded(out), loaded(out)]  # before the TrainingArguments: DeepSpeed splits what is loaded after them
+    models = loaded(out)  # before the TrainingArguments: DeepSpeed splits what is loaded after them
     arguments = arguments_for(str(out / "run"), processes=2)
-    trainer = make(arguments, early[0])
+    rank = arguments.process_index
+    trainer = make(arguments, models)
+    teacher = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.teacher_model.parameters()]
     facts = {
         "type": str(trainer.accelerator.distributed_type),
-        "teacher": sum(
-            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.teacher_model.parameters()
-        ),
+        "teacher": sum(p.numel() for p in teacher),
         "prepared": len(trainer.accelerator._models),
     }
-    trainer.train()
+    checkpoint = out / "run" / "checkpoint-2"
+    name = "resumed" if checkpoint.is_dir() else "whole"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if name == "resumed" else None)
     facts["logs"] = losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd", "hidden_state_kd", "attention_kd")
     facts["recorded"] = trainer.model.config.hfkdq["distillation"]["teacher"]
-    states = {"whole": whole_weights(trainer)}
+    save_file(whole_weights(trainer), out / f"{name}{rank}.safetensors")
+    (out / f"{name}{rank}.json").write_text(json.dumps(facts))
     trainer.save_model(str(out / "final"))
-    again = make(arguments, early[1])
-    again.train(resume_from_checkpoint=str(out / "run" / "checkpoint-2"))
-    states["resumed"] = whole_weights(again)
-    if trainer.is_deepspeed_enabled:
-        try:
-            make(arguments, loaded(out))
-        except NotImplementedError as error:
-            facts["late"] = str(error)
-    rank = arguments.process_index
-    for name, state in states.items():
-        save_file(state, out / f"{name}{rank}.safetensors")
-    (out / f"facts{rank}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
