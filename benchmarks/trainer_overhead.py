@@ -96,7 +96,7 @@ def dataset(options: argparse.Namespace) -> Dataset:
 def bare_steps(variant: str, student: torch.nn.Module, teacher: torch.nn.Module, rows: Dataset, options) -> Iterator:
     """The same training written by hand; one step for every item asked of it."""
     hidden = "hidden" in variant
-    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)  # as Trainer does
     student.train()
     for batch in DataLoader(rows, options.batch_size, collate_fn=default_data_collator):
         batch = {key: value.to(options.device) for key, value in batch.items()}
