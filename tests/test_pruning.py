@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer_callback import TrainerState
 
 from hfkdq.architecture import find_feed_forwards, find_layer_stack, width_field
 from hfkdq.facts import read_facts
@@ -325,15 +327,76 @@ def test_what_is_pruned_stays_pruned_whatever_the_optimizer_does(training_argume
     assert _zero_weights(trainer.model) == _expected_zeros(trainer.model, 0.6)
 
 
+@pytest.mark.parametrize("restore_callbacks", [False, True])
 @pytest.mark.parametrize("spec", [WEIGHT, NEURON, PruningSpec(sparsity=0.6, begin=0.6, end=0.9)])
-def test_a_resumed_run_equals_an_uninterrupted_one(spec, training_arguments, tmp_path):
-    args = training_arguments(max_steps=8, save_strategy="steps", save_steps=4)
+def test_a_resumed_run_equals_an_uninterrupted_one(spec, restore_callbacks, training_arguments, tmp_path):
+    args = training_arguments(
+        max_steps=8, save_strategy="steps", save_steps=4, restore_callback_states_from_checkpoint=restore_callbacks
+    )
     whole = _trainer(args, spec, before=[_Push()])
     whole.train()
     resumed = _trainer(args, spec, before=[_Push()], model=tiny.bert(seed=1))
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert _same(whole.model, resumed.model)
     assert read_facts(whole.model) == read_facts(resumed.model)
+
+
+@pytest.fixture
+def resumed(training_arguments, tmp_path, monkeypatch):
+    """Trains one step with callbacks, resumes with others, and gives that trainer and what it warned of."""
+
+    def resume(then, now):
+        warnings = []
+        monkeypatch.setattr("hfkdq.pruning.callback.logger.warning", warnings.append)
+        args = training_arguments(max_steps=2, save_strategy="steps", save_steps=1)
+        data, collator = tiny.text_dataset(32), DataCollatorWithPadding(tiny.tokenizer())
+        Trainer(tiny.bert(), args, collator, data, callbacks=then).train()
+        trainer = Trainer(tiny.bert(), args, collator, data, callbacks=now)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+        return trainer, warnings
+
+    return resume
+
+
+def _recorded_spec(trainer):
+    path = os.path.join(trainer.args.output_dir, "checkpoint-2", "trainer_state.json")
+    return TrainerState.load_from_json(path).stateful_callbacks["PruningCallback"]["args"]["spec"]
+
+
+SPARSER = PruningSpec(sparsity=0.8, exclude_modules=["query"])
+
+
+def test_a_checkpoint_of_another_spec_is_refused(resumed):
+    with pytest.raises(ValueError, match=r"was trained with PruningSpec.*0\.6.*not with.*0\.8.*strict_resume=False"):
+        resumed([PruningCallback(WEIGHT)], [PruningCallback(SPARSER)])
+
+
+def test_a_checkpoint_of_another_spec_is_gone_on_from_if_told_to(resumed):
+    trainer, warnings = resumed([PruningCallback(WEIGHT)], [PruningCallback(SPARSER, strict_resume=False)])
+    assert len(warnings) == 1
+    assert "goes on with the new one" in warnings[0]
+    assert read_facts(trainer.model)["pruning"]["spec"] == _recorded_spec(trainer) == SPARSER.to_dict()
+    pruned = [
+        count
+        for name, count in zip(_linears(trainer.model), _zero_weights(trainer.model), strict=True)
+        if "query" not in name
+    ]
+    sizes = [linear.weight.numel() for name, linear in _linears(trainer.model).items() if "query" not in name]
+    assert pruned == [size - round(size * 0.2) for size in sizes]
+
+
+def test_a_checkpoint_without_pruning_is_gone_on_from(resumed):
+    trainer, warnings = resumed([], [PruningCallback(WEIGHT)])
+    assert len(warnings) == 1
+    assert "saved without PruningCallback" in warnings[0]
+    assert _recorded_spec(trainer) == WEIGHT.to_dict()
+
+
+def test_several_callbacks_resume_together(resumed):
+    both = [WEIGHT, PruningSpec(sparsity=0.1, target_modules=["classifier"])]
+    trainer, warnings = resumed([PruningCallback(spec) for spec in both], [PruningCallback(spec) for spec in both])
+    assert not warnings
+    assert int((trainer.model.classifier.weight == 0).sum()) == 10
 
 
 @pytest.mark.parametrize("spec", [WEIGHT, NEURON])

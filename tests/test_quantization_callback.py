@@ -130,6 +130,59 @@ def test_resuming_with_another_spec_is_refused(training_arguments):
         trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
 
 
+class Begin(TrainerCallback):
+    """Notes the quantizers' states that training begins with."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if not hasattr(self, "states"):
+            self.states = quantizer_states(model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [
+        (dict(range_estimator="min_max"), 8),
+        (dict(exclude_modules=["classifier"]), 7),
+        (dict(activation_bits=None), 0),
+    ],
+)
+def test_resuming_with_another_spec_takes_over_what_fits_if_told_to(training_arguments, monkeypatch, changed, taken):
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    make_trainer(training_arguments(**settings), QuantizationSpec()).train()
+    folder = Path(training_arguments(**settings).output_dir, "checkpoint-1")
+    state = TrainerState.load_from_json(folder / "trainer_state.json")
+    warnings, begin, spec = [], Begin(), QuantizationSpec(**changed)
+    monkeypatch.setattr("hfkdq.quantization.callback.logger.warning", warnings.append)
+    trainer = make_trainer(training_arguments(**settings), callbacks=[QATCallback(spec, strict_resume=False), begin])
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert len(warnings) == 1
+    assert "goes on with the new one" in warnings[0]
+    assert len(begin.states) == taken
+    ranges = state.stateful_callbacks["QATCallback"]["attributes"]["ranges"]
+    assert begin.states == {name: ranges[name] for name in begin.states}
+    state = TrainerState.load_from_json(folder.with_name("checkpoint-2") / "trainer_state.json")
+    assert state.stateful_callbacks["QATCallback"]["args"]["spec"] == spec.to_dict()
+
+
+class SaveFirst(TrainerCallback):
+    """Saves at the end of a step, before every callback that the Trainer was given."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+
+def test_a_callback_that_saves_before_this_one_saves_the_ranges_of_its_step(training_arguments):
+    whole = make_trainer(training_arguments(max_steps=4), QuantizationSpec())
+    first = SaveFirst()
+    first.trainer = whole
+    whole.callback_handler.callbacks.insert(0, first)
+    whole.train()
+    resumed = make_trainer(training_arguments(max_steps=4), QuantizationSpec())
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert_same(whole.model, resumed.model)
+
+
 class Watch(TrainerCallback):
     """Notes the ranges that the model has when a checkpoint is written."""
 
