@@ -6,9 +6,7 @@ Knows names and shapes only; copying layers and removing neurons is done by thos
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any
 
 import transformers
 from torch import nn
@@ -19,12 +17,6 @@ WIDTH_FIELDS = ("intermediate_size", "hidden_dim", "d_ff", "ffn_dim")
 
 PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Configuration fields that hold a list with one entry per layer."""
-
-
-def base_of(model: Any) -> Any:
-    """The Transformers model within a PEFT wrapper, or `model` itself where there is none."""
-    peft = sys.modules.get("peft")  # who has a PeftModel has imported it
-    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
 @dataclass(frozen=True)

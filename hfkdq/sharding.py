@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-from .architecture import base_of
+from .forwards import base_of
 
 
 def place_frozen(model: Any, accelerator: Accelerator) -> Any:
@@ -24,8 +24,7 @@ def place_frozen(model: Any, accelerator: Accelerator) -> Any:
     student's parameters are (FSDP2, DeepSpeed ZeRO-3) and moved to the device of the training elsewhere, and compiled if
     the training is.
     """
-    base = base_of(model)
-    if getattr(base, "hf_device_map", None) is not None or getattr(base, "is_quantized", False):
+    if stays_put(base_of(model)):
         return model
     if accelerator.distributed_type == DistributedType.FSDP:
         return _by_fsdp2(model, accelerator)
@@ -35,6 +34,11 @@ def place_frozen(model: Any, accelerator: Accelerator) -> Any:
     # Not `accelerator.prepare_model`: it would change the model's forward for every other use of it.
     plugin = accelerator.state.dynamo_plugin
     return model if plugin.backend == DynamoBackend.NO else torch.compile(model, **plugin.to_kwargs())
+
+
+def stays_put(model: Any) -> bool:
+    """Whether a model is to run where it was loaded, which may be another device than that of the training."""
+    return getattr(model, "hf_device_map", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def is_spread(model: Any) -> bool:

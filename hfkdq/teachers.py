@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
@@ -23,10 +21,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
-from transformers.utils import ModelOutput
 
-from .architecture import base_of, checkpoint_class
-from .sharding import is_spread, place_frozen
+from .architecture import checkpoint_class
+from .forwards import as_output, base_of, by_name, forward_columns, requested
+from .sharding import is_spread, place_frozen, stays_put
 
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
@@ -56,42 +54,6 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
     # Without this Transformers asks at the terminal whether to run the code.
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
     return checkpoint_class(config).from_pretrained(name_or_path, **arguments)
-
-
-def forward_columns(model: nn.Module) -> set[str]:
-    """Names of what the forward pass of `model` takes."""
-    return set(inspect.signature(base_of(model).forward).parameters)
-
-
-def by_name(model: nn.Module) -> dict[str, Any]:
-    """Arguments that make a model return its outputs by name where its configuration asks for tuples."""
-    config = base_of(model).config
-    tuples = not getattr(config, "return_dict", True) or getattr(config, "torchscript", False)
-    return {"return_dict": True} if tuples else {}
-
-
-def as_output(output: Any) -> Any:
-    """The output of a model with its parts as attributes, where a model of the user's own returns a plain dict."""
-    return ModelOutput(output) if isinstance(output, Mapping) and not isinstance(output, ModelOutput) else output
-
-
-def without_gradient(output: Mapping[str, Any], needs: Collection[str]) -> bool:
-    """Whether of something that objectives need no part leads back to weights, though it is there."""
-    for need in ("logits", "hidden_states", "attentions"):
-        value = output.get(need) if need in needs else None
-        parts = [value] if isinstance(value, torch.Tensor) else [part for part in value or () if part is not None]
-        if parts and not any(part.requires_grad for part in parts):
-            return True
-    return False
-
-
-def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
-    """Arguments that make a model return what objectives need: all hidden states, or those of `indices` alone."""
-    arguments: dict[str, Any] = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
-    # Transformers 4 has no way to select; delete the condition when it is no longer supported.
-    if "hidden_states" in needs and indices["hidden_states"] and int(transformers.__version__.split(".")[0]) >= 5:
-        arguments["output_hidden_states"] = sorted(indices["hidden_states"])
-    return arguments
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -137,7 +99,7 @@ class FrozenTeacher:
             self.fingerprint = fingerprint(model)
             model.eval().requires_grad_(False)
             self._model = place_frozen(model, accelerator)
-        self._stays = self._model is model and not is_spread(self._base)
+        self._stays = adapters_of is None and stays_put(self._base) and not is_spread(self._base)
 
     def __call__(
         self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
@@ -192,7 +154,7 @@ class FrozenTeacher:
         inputs |= self._decoder_inputs(inputs, batch.get("labels"))
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
-        if self._stays:  # where it was loaded, which may be another device
+        if self._stays:
             inputs = send_to_device(inputs, self._base.device)
         kind = self._base.dtype
         return {
@@ -203,7 +165,7 @@ class FrozenTeacher:
     def _decoder_inputs(self, inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
         """What the decoder of a sequence-to-sequence teacher reads, where the batch does not bring it."""
         decoded = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
-        if all(type(self._base).__name__ not in names.values() for names in decoded):
+        if all(self.name not in names.values() for names in decoded):
             return {}
         if labels is None or inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             return {}

@@ -13,10 +13,11 @@ import hfkdq
 PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
-    "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "architecture": 0, "metrics": 0,
-    "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1, "teachers": 1,
-    "export": 2, "trainer": 2,
-    "report": 3,
+    "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "architecture": 0, "forwards": 0,
+    "metrics": 0,
+    "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1,
+    "export": 2, "teachers": 2,
+    "report": 3, "trainer": 3,
     "hub": 4,
     "demo": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip

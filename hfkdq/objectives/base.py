@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..architecture import base_of
+from ..forwards import base_of
 from ..schedules import Schedule, extremes, value_at
 
 Batch = Mapping[str, Any]

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..architecture import base_of
+from ..forwards import base_of
 from ..losses import logit_kl, masked_mean
 from ..schedules import Schedule, extremes
 from .base import Batch, Objective, batch_size, token_mask

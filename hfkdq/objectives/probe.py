@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..architecture import evenly_spaced_layers
 from ..facts import read_facts
-from ..teachers import as_output, by_name
+from ..forwards import as_output, by_name
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
-from ..architecture import base_of
+from ..forwards import base_of
 from ..objectives.base import Objective, as_objective
 from ..sharding import was_split_while_loaded
 from ..teachers import load_teacher

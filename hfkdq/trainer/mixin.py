@@ -8,43 +8,24 @@ callbacks and functions of their own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import ModelOutput, logging
 
-from ..architecture import base_of
-from ..facts import record_fact
+from ..forwards import as_output, base_of, by_name, forward_columns, requested, without_gradient
 from ..objectives.base import unique_names
 from ..objectives.hidden_states import Projections
-from ..teachers import TEACHER_PREFIX, FrozenTeacher, as_output, by_name, forward_columns, requested, without_gradient
+from ..teachers import TEACHER_PREFIX, FrozenTeacher
 from .arguments import is_factory, keep_gradient_, loaded, refuse_unsupported, validated
-from .checkpoints import (
-    LogWindow,
-    archives,
-    differences,
-    forget_whole,
-    is_whole,
-    last_whole_checkpoint,
-    load_state,
-    optimizer_fits,
-    save_state,
-)
+from .keeping import KeepingMixin
 
 logger = logging.get_logger(__name__)
 
 
-if TYPE_CHECKING:  # What the methods of the mixin may count on; the class that uses it puts a trainer behind it.
-    from transformers import Trainer as _TrainerBase
-else:
-    _TrainerBase = object
-
-
-class DistillationMixin(_TrainerBase):
+class DistillationMixin(KeepingMixin):
     """What `DistillationTrainer` adds to a `Trainer`; put it before a trainer class of your own.
 
     `class MyDistillationTrainer(DistillationMixin, MyTrainer)` calls your `compute_loss` for the task loss, in training
@@ -75,12 +56,8 @@ class DistillationMixin(_TrainerBase):
         self.strict_resume = strict_resume
         self._teacher: FrozenTeacher | None = None
         self._projections: Projections | None = None
-        self._attached = self._in_training = self._in_training_step = False
+        self._in_training = self._in_training_step = False
         self._positions: tuple[torch.Tensor, int] | None = None  # per objective, and the processes they are of
-        self._terms: torch.Tensor | None = None
-        self._log_window: LogWindow | None = None
-        self._resumed_window: LogWindow | None = None
-        self._is_another = False  # the training that wrote the checkpoint to go on from
         super().__init__(*args, **kwargs)
         if self.objectives:
             refuse_unsupported(self)
@@ -90,14 +67,6 @@ class DistillationMixin(_TrainerBase):
                 self._teacher = FrozenTeacher(
                     self.teacher_model, self.accelerator, self.label_names, adapters_of=self.model if itself else None
                 )
-
-    @property
-    def _used_teacher(self) -> FrozenTeacher | None:
-        return self._teacher if any(o.uses_teacher for o in self.objectives) else None
-
-    @property
-    def _sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _show_terms_in_notebooks(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -212,16 +181,6 @@ class DistillationMixin(_TrainerBase):
             missing = [p for p in self._projections.maps.parameters() if id(p) not in held]
             # In a group of its own they would be one more than a learning rate schedule knows of.
             self.optimizer.param_groups[0]["params"] += missing
-
-    def _whole(self, checkpoint: str | bool | None) -> str | bool | None:
-        if checkpoint is True:
-            return last_whole_checkpoint(str(self.args.output_dir)) or True
-        if checkpoint and not is_whole(Path(checkpoint)):
-            raise ValueError(
-                f"{checkpoint} is no checkpoint, or was cut off while it was written. Name another one, or give "
-                "resume_from_checkpoint=True for the newest whole one of the output folder."
-            )
-        return checkpoint
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
@@ -358,48 +317,7 @@ class DistillationMixin(_TrainerBase):
             return positions.to(self.args.device)
         return torch.full((), positions, device=self.args.device)
 
-    # ------------------------------------------------------------------ logs
-
-    def _to_log(self, loss: torch.Tensor) -> torch.Tensor:
-        """Adds terms and loss of a micro batch to what is logged next; returns the loss for Trainer's own sum."""
-        if self._terms is None:  # a `compute_loss` of the user's that does not call this one
-            return loss
-        values = torch.cat([self._terms, loss.detach().float().reshape(1)])
-        self._terms = None
-        step, resumed = self.state.global_step, self._resumed_window
-        if resumed is not None:
-            # Trainer forgets what it summed up since its last log; this makes it go on from there.
-            self._log_window, self._resumed_window = resumed, None
-            self._globalstep_last_logged = resumed.start
-            loss = resumed.sums[-1].to(loss.dtype) + loss
-        if self._log_window is None:
-            self._log_window = LogWindow(step, torch.zeros_like(values))
-        self._log_window.add(values, step)
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
-        if "loss" in logs and self._log_window is not None:
-            window, self._log_window = self._log_window, None
-            bad = window.sums.new_tensor(0.0)
-            if self._teacher is not None:
-                bad = torch.as_tensor(self._teacher.first_bad_step, device=bad.device).to(bad)
-            row = torch.cat([window.sums[:-1], bad.reshape(1)])
-            rows = self.accelerator.gather(row.unsqueeze(0)).tolist()  # the one synchronisation of a logging step
-            *sums, _ = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-            self._raise_if_bad(max(int(row[-1]) for row in rows))
-            steps = max(self.state.global_step - window.start, 1)
-            for name, value in zip(unique_names(self.objectives), sums, strict=True):
-                logs[name] = float(f"{value / steps:.5g}")
-        elif "train_loss" in logs and self._teacher is not None:
-            self._raise_if_bad(int(self._teacher.first_bad_step))
-        super().log(logs, *args, **kwargs)
-
-    def _raise_if_bad(self, step: int) -> None:
-        if self._teacher is not None:
-            self._teacher.raise_if_bad(step)
-
-    # ------------------------------------------------------------------ evaluation and files
+    # ------------------------------------------------------------------ evaluation and card
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, without the columns that are the teacher's alone."""
@@ -411,79 +329,3 @@ class DistillationMixin(_TrainerBase):
             tags = kwargs.get("tags") or []
             kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "distillation"]
         super().create_model_card(*args, **kwargs)
-
-    def _record(self) -> None:
-        if self.objectives:
-            fact = {"objectives": [o.describe() for o in self.objectives], "steps": self.state.global_step}
-            if self._used_teacher is not None:
-                fact["teacher"] = self._used_teacher.name
-            record_fact(self.model, "distillation", fact)
-
-    def _made_with(self) -> dict[str, Any]:
-        teacher = None if self._used_teacher is None else self._used_teacher.fingerprint
-        return {"teacher": teacher, "objectives": [o.describe() for o in self.objectives]}
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self._record()
-        if state_dict is not None:
-            state_dict = {key: value for key, value in state_dict.items() if Projections.NAME not in key}
-        super()._save(output_dir, state_dict)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; into a checkpoint also what training goes on with: projections, open log window."""
-        folder = str(output_dir or self.args.output_dir)
-        is_checkpoint = self._in_training and _internal_call and Path(folder) != Path(str(self.args.output_dir))
-        if is_checkpoint and self.args.should_save:
-            forget_whole(folder)
-        super().save_model(output_dir, _internal_call)
-        if not is_checkpoint:
-            return
-        tensors, facts = {}, {**self._made_with(), "archives": archives(self.args, self._sharded)}
-        if self._log_window is not None:
-            rows = self._log_window.finished(self.state.global_step).unsqueeze(0)
-            # On a signal every process saves when it gets to it, so none may wait for the others.
-            if not getattr(self.args, "enable_jit_checkpoint", False):
-                rows = self.accelerator.gather(rows)
-            tensors["log_window"], facts["log_start"] = rows, self._log_window.start
-        if self.args.should_save:
-            if self._projections is not None and not self._sharded:
-                tensors.update(self._projections.maps.state_dict())
-            save_state(folder, tensors, facts)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.objectives and not self.is_deepspeed_enabled:
-            self._take_up(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _take_up(self, checkpoint: str) -> None:
-        """Goes on where a checkpoint left off, in all that is not the student's or the optimizer's."""
-        tensors, facts = load_state(checkpoint)
-        self._refuse_other(checkpoint, facts)
-        rows = tensors.pop("log_window", None)
-        if rows is not None and rows.shape[1] == len(self.objectives) + 1:
-            same_processes = len(rows) == self.args.world_size
-            own = rows[self.args.process_index] if same_processes else rows.mean(0)
-            self._resumed_window = LogWindow(facts["log_start"], own.to(self.args.device))
-        if self._projections is not None and not self._sharded:
-            maps = self._projections.maps.state_dict()
-            fitting = {k: v for k, v in tensors.items() if k in maps and v.shape == maps[k].shape}
-            self._projections.maps.load_state_dict({**maps, **fitting})
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._is_another and not optimizer_fits(self.optimizer.param_groups, checkpoint):
-            logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
-            return
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _refuse_other(self, checkpoint: str, facts: Mapping[str, Any]) -> None:
-        told = differences(facts, self._made_with())
-        self._is_another = bool(told)
-        if not told:
-            return
-        if self.strict_resume:
-            raise ValueError(
-                f"{checkpoint} was written by another training than this one ({told}). Resume with the same teacher and "
-                "objectives; or give strict_resume=False to go on with the new ones."
-            )
-        logger.warning(f"Going on from {checkpoint}, which was written by another training ({told}).")

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass of a model: whose it is under a wrapper, what it takes, and in which form it answers.
+
+Knows signatures and outputs; nothing of layers, losses or training.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import ModelOutput
+
+
+def base_of(model: Any) -> Any:
+    """The Transformers model within a PEFT wrapper, or `model` itself where there is none."""
+    peft = sys.modules.get("peft")  # who has a PeftModel has imported it
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def forward_columns(model: nn.Module) -> set[str]:
+    """Names of what the forward pass of `model` takes."""
+    return set(inspect.signature(base_of(model).forward).parameters)
+
+
+def by_name(model: nn.Module) -> dict[str, Any]:
+    """Arguments that make a model return its outputs by name where its configuration asks for tuples."""
+    config = base_of(model).config
+    tuples = not getattr(config, "return_dict", True) or getattr(config, "torchscript", False)
+    return {"return_dict": True} if tuples else {}
+
+
+def as_output(output: Any) -> Any:
+    """The output of a model with its parts as attributes, where a model of the user's own returns a plain dict."""
+    return ModelOutput(output) if isinstance(output, Mapping) and not isinstance(output, ModelOutput) else output
+
+
+def without_gradient(output: Mapping[str, Any], needs: Collection[str]) -> bool:
+    """Whether of something that objectives need no part leads back to weights, though it is there."""
+    for need in ("logits", "hidden_states", "attentions"):
+        value = output.get(need) if need in needs else None
+        parts = [value] if isinstance(value, torch.Tensor) else [part for part in value or () if part is not None]
+        if parts and not any(part.requires_grad for part in parts):
+            return True
+    return False
+
+
+def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
+    """Arguments that make a model return what objectives need: all hidden states, or those of `indices` alone."""
+    arguments: dict[str, Any] = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
+    # Transformers 4 has no way to select; delete the condition when it is no longer supported.
+    if "hidden_states" in needs and indices["hidden_states"] and int(transformers.__version__.split(".")[0]) >= 5:
+        arguments["output_hidden_states"] = sorted(indices["hidden_states"])
+    return arguments
