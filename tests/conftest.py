@@ -23,13 +23,16 @@ DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / 
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """Every test starts from the same random state, and leaves no mixed precision to the next one."""
+    """Every test starts from the same random state, and leaves no mixed precision or compiler to the next one."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     torch.set_num_threads(1)  # the models are tiny, and test processes share the cores
     datasets.disable_progress_bars()
     set_seed(0)
     yield
-    # TrainingArguments(bf16=True) sets it for the whole process, and accelerate keeps what it once read.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    # TrainingArguments set bf16 and torch_compile for the whole process, and accelerate keeps what it once read.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(environment)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
