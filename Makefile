@@ -7,7 +7,7 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow check fix bench bench-overhead constraints clean
+.PHONY: help demo test test-slow test-gpu check fix bench bench-overhead constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the
 
 test-slow: .venv/.bench ## what is too long for every run, on the optimum line
 	$(O)/python -m pytest -m slow
+
+test-gpu: .venv/.dev ## what needs a CUDA GPU, on the optimum line
+	$(O)/python -m pytest -m gpu
 
 bench: .venv/.bench ## DATA=folder of rotten_tomatoes: what distillation adds, over three seeds
 	@test -d "$(DATA)" || { echo "Name the data: make bench DATA=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }

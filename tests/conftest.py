@@ -36,6 +36,12 @@ def _alone():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def pytest_runtest_setup(item):
+    """Tests marked `gpu` skip where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
 @pytest.fixture
 def data_folder() -> Path:
     """The folder of real data sets; `HFKDQ_DATA` names another place than `../shared/data`."""

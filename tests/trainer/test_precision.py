@@ -130,7 +130,6 @@ def test_bf16_full_eval_is_that_of_trainer_and_leaves_the_student_trainable(trai
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_fp16_on_a_gpu_scales_the_sum_of_all_terms(training_arguments):
     arguments = [training_arguments(f"{fp16}", max_steps=4, fp16=fp16, use_cpu=False) for fp16 in (False, True)]
     whole, half = (run(a) for a in arguments)
@@ -317,7 +316,6 @@ def test_a_fused_loss_that_skips_logits_is_told_whether_they_are_needed(training
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_liger_kernels_train_on_the_same_terms(training_arguments):
     pytest.importorskip("liger_kernel")
     results = []
