@@ -39,7 +39,9 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(tmp_path, kind, 
 
 def test_two_processes_give_the_update_of_one(tmp_path):
     """Every term and their sum, 2 x 16 rows against 1 x 32, in one launch."""
-    accelerate_launch(Path(__file__).with_name("scaling_runs.py"), tmp_path / "two")
+    configuration = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "ddp.yaml"
+    script = Path(__file__).with_name("scaling_runs.py")
+    accelerate_launch(script, tmp_path / "two", options=("--config_file", str(configuration)))
     for number, (kind, terms) in enumerate(RUNS):
         files = [tmp_path / "two" / f"{number}-rank{rank}" for rank in (0, 1)]
         logs = [json.loads(Path(f"{file}.json").read_text()) for file in files]
