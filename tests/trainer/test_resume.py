@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import random
@@ -211,11 +212,12 @@ def steps(training_arguments):
 
 
 @pytest.fixture
-def warned(monkeypatch):
-    found = []
-    for module in ("trainer.mixin", "trainer.checkpoints"):
-        monkeypatch.setattr(f"hfkdq.{module}.logger.warning", found.append)
-    return found
+def warned():
+    found, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("hfkdq").addHandler(handler)
+    yield found
+    logging.getLogger("hfkdq").removeHandler(handler)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over_or_refused_by_name(steps, tmp_path, warned):
