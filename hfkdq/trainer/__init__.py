@@ -36,7 +36,8 @@ class DistillationTrainer(DistillationMixin, Trainer):
         ValueError: no objectives for a teacher, objectives that need one where there is none, a teacher that shares
             parameters with the student, or an objective that does not fit the pair.
         TypeError: a student or teacher that is no Transformers model, or an objective that cannot be called.
-        NotImplementedError: `torch.nn.DataParallel`, or tensor, context or sequence parallelism.
+        NotImplementedError: FSDP1, `torch.nn.DataParallel`, tensor, context or sequence parallelism; or a model that
+            DeepSpeed ZeRO-3 split while it was loaded.
         RuntimeError: while training, at the first step at which the teacher's logits are not finite.
 
     Example:

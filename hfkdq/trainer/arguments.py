@@ -7,7 +7,7 @@ Knows what arguments mean together; nothing of how training goes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback
@@ -27,6 +27,11 @@ def is_factory(value: Any) -> bool:
     if not callable(value) or isinstance(value, (type, Objective, TrainerCallback)):
         return False
     return bool(number_of_arguments(value) == 1)
+
+
+def instances(callbacks: Iterable[Any]) -> list[Any]:
+    """Callbacks, made where a class stands for one, as `Trainer` allows."""
+    return [callback() if isinstance(callback, type) else callback for callback in callbacks]
 
 
 def validated(teacher: Any, objectives: Any) -> list[Objective]:

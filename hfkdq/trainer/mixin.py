@@ -19,7 +19,7 @@ from ..forwards import as_output, base_of, by_name, forward_columns, requested, 
 from ..objectives.base import unique_names
 from ..objectives.hidden_states import Projections
 from ..teachers import TEACHER_PREFIX, FrozenTeacher
-from .arguments import is_factory, keep_gradient_, loaded, refuse_unsupported, validated
+from .arguments import instances, is_factory, keep_gradient_, loaded, refuse_unsupported, validated
 from .keeping import KeepingMixin
 
 logger = logging.get_logger(__name__)
@@ -48,7 +48,7 @@ class DistillationMixin(KeepingMixin):
         self._make_callbacks: Any = kwargs.get("callbacks") if is_factory(kwargs.get("callbacks")) else None
         self._made_callbacks: list[Any] = []
         if self._make_callbacks is not None:
-            self._made_callbacks = kwargs["callbacks"] = list(self._make_callbacks(None))
+            self._made_callbacks = kwargs["callbacks"] = instances(self._make_callbacks(None))
         self.objectives = validated(
             teacher_model, objectives if self._make_objectives is None else self._make_objectives(None)
         )
@@ -124,12 +124,12 @@ class DistillationMixin(KeepingMixin):
             if self.objectives:
                 self._attach(model)
             if self._make_callbacks is not None:
-                self._replace_callbacks(list(self._make_callbacks(trial)), model)
+                self._replace_callbacks(instances(self._make_callbacks(trial)), model)
         return model
 
     def _replace_callbacks(self, made: list[Any], model: PreTrainedModel) -> None:
         callbacks = self.callback_handler.callbacks
-        old = [type(callback) if isinstance(callback, type) else callback for callback in self._made_callbacks]
+        old = self._made_callbacks
         place = min((i for i, callback in enumerate(callbacks) if callback in old), default=len(callbacks))
         for callback in old:
             self.remove_callback(callback)

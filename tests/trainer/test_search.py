@@ -112,6 +112,20 @@ def test_learned_ranges_are_trained_in_every_trial(training_arguments):
     assert all(id(p) in trained for p in trainer.model.parameters() if p.requires_grad)
 
 
+def test_a_class_stands_for_a_callback_of_its_own_in_every_trial(training_arguments):
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(self)
+
+    trainer = searching(training_arguments(max_steps=1), [LogitKD()], lambda trial: [Count])
+    trainer.train()
+    trainer.train()
+    assert len(seen) == 2
+    assert seen[0] is not seen[1]
+
+
 @pytest.mark.parametrize("objectives", [lambda: [LogitKD()], lambda a, b, c: 0, LogitKD()])
 def test_what_is_no_list_and_no_function_of_a_trial_is_refused(training_arguments, objectives):
     with pytest.raises(TypeError, match="must be a list"):
