@@ -13,6 +13,7 @@ _HOMES = {
     "AttentionKD": "objectives",
     "CompressionReport": "report",
     "DistillationTrainer": "trainer",
+    "EnsembleKD": "objectives",
     "HiddenStateKD": "objectives",
     "LogitKD": "objectives",
     "PruningCallback": "pruning",
@@ -33,6 +34,7 @@ __all__ = [
     "AttentionKD",
     "CompressionReport",
     "DistillationTrainer",
+    "EnsembleKD",
     "HiddenStateKD",
     "LogitKD",
     "PruningCallback",
@@ -52,7 +54,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .export import export_onnx
     from .hub import push_to_hub
-    from .objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
+    from .objectives import AttentionKD, EnsembleKD, HiddenStateKD, LogitKD, TaskLoss
     from .pruning import PruningCallback, prune
     from .quantization import QATCallback, load_quantized, quantize
     from .report import CompressionReport

@@ -7,10 +7,12 @@ A schedule is any callable from progress in [0, 1] to a number; it knows neither
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Schedule = Callable[[float], float]
+LayerSchedule = Callable[[float, int], Sequence[float]]
+"""From progress and a number of layers to a weight for each of them."""
 
 
 def value_at(value: float | Schedule, progress: float) -> float:
@@ -92,3 +94,83 @@ class Step:
 
     def __call__(self, progress: float) -> float:
         return self.end if progress >= self.at else self.start
+
+
+@dataclass(frozen=True)
+class Exponential(_Ramp):
+    """`start * (end / start) ** t`: by the same factor in equal times; arguments as for every ramp.
+
+    Raises:
+        ValueError: unless `start` and `end` are larger than 0.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not min(self.start, self.end) > 0:
+            raise ValueError(
+                f"Exponential multiplies, so start and end must be larger than 0, got {self.start!r} and {self.end!r}."
+            )
+
+    def __call__(self, progress: float) -> float:
+        done = min(max((progress - self.begin) / (self.until - self.begin), 0.0), 1.0)
+        return float(self.start * (self.end / self.start) ** done)
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """Straight lines between points.
+
+    Args:
+        points (sequence of pairs): `(progress, value)` by rising progress; constant before the first and after the last.
+
+    Raises:
+        ValueError: no point, progress outside of [0, 1] or not rising.
+
+    Example:
+        ```python
+        >>> from hfkdq.schedules import Piecewise
+        >>> Piecewise([(0.0, 1.0), (0.5, 1.0), (1.0, 0.0)])(0.75)
+        0.5
+
+        ```
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        places = [place for place, _ in self.points]
+        if not places or places != sorted(set(places)) or not 0.0 <= places[0] <= places[-1] <= 1.0:
+            raise ValueError(f"Piecewise needs points at rising progress in [0, 1], got {self.points!r}.")
+
+    def __call__(self, progress: float) -> float:
+        before = [(place, value) for place, value in self.points if place <= progress]
+        after = [(place, value) for place, value in self.points if place > progress]
+        if not before or not after:
+            return float((before or after)[-1 if before else 0][1])
+        (a, low), (b, high) = before[-1], after[0]
+        return low + (high - low) * (progress - a) / (b - a)
+
+
+@dataclass(frozen=True)
+class BottomUp:
+    """Layers by stages of equal length, the lowest first.
+
+    Args:
+        cumulative (`bool`, defaults to `True`): layers stay when others are added; else one at a time.
+    """
+
+    cumulative: bool = True
+
+    def __call__(self, progress: float, layers: int) -> list[float]:
+        """1 for the layers that count at `progress`, 0 for the others, the lowest first."""
+        stage = min(int(progress * layers), layers - 1)
+        return [float(i <= stage if self.cumulative else i == stage) for i in range(layers)]
+
+
+@dataclass(frozen=True)
+class TopDown(BottomUp):
+    """Layers by stages of equal length, the highest first; arguments as for [`BottomUp`]."""
+
+    def __call__(self, progress: float, layers: int) -> list[float]:
+        """1 for the layers that count at `progress`, 0 for the others, the lowest first."""
+        return super().__call__(progress, layers)[::-1]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from hfkdq.losses import attention_kl, logit_kl, masked_mean, mean_squared_error
+from hfkdq.losses import attention_kl, forward_kl, masked_mean, mean_squared_error
 
 
 def test_masked_mean_counts_valid_positions_only():
@@ -14,28 +14,28 @@ def test_masked_mean_counts_valid_positions_only():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_logit_kl_is_the_divergence_of_softened_distributions(temperature):
+def test_forward_kl_is_the_divergence_of_softened_distributions(temperature):
     student, teacher = torch.randn(5, 7), torch.randn(5, 7)
     p, q = (torch.softmax(x.double() / temperature, -1) for x in (teacher, student))
     expected = temperature**2 * (p * (p / q).log()).sum(-1)
-    torch.testing.assert_close(logit_kl(student, teacher, temperature).double(), expected, rtol=1e-5, atol=1e-6)
-    assert logit_kl(student, student, temperature).abs().max() < 1e-6
+    torch.testing.assert_close(forward_kl(student, teacher, temperature).double(), expected, rtol=1e-5, atol=1e-6)
+    assert forward_kl(student, student, temperature).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("temperature", [0.5, 20.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logit_kl_is_finite_for_extreme_logits(temperature, dtype):
+def test_forward_kl_is_finite_for_extreme_logits(temperature, dtype):
     student = torch.tensor([[1e4, -1e4, 0.0]], dtype=dtype, requires_grad=True)
-    loss = logit_kl(student, torch.tensor([[-1e4, 1e4, 0.0]], dtype=dtype), temperature).sum()
+    loss = forward_kl(student, torch.tensor([[-1e4, 1e4, 0.0]], dtype=dtype), temperature).sum()
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()
 
 
-def test_gradient_of_logit_kl_does_not_shrink_with_the_temperature():
+def test_gradient_of_forward_kl_does_not_shrink_with_the_temperature():
     # At high temperatures T^2 * KL tends to half the squared distance of centred logits (Hinton et al. 2015).
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
-    (gradient,) = torch.autograd.grad(logit_kl(student, teacher, 1000.0).sum(), student)
+    (gradient,) = torch.autograd.grad(forward_kl(student, teacher, 1000.0).sum(), student)
     centred = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
     torch.testing.assert_close(gradient, centred.detach() / 4, rtol=1e-2, atol=1e-3)
 

@@ -6,10 +6,10 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hfkdq.losses import attention_kl, logit_kl, mean_squared_error
+from hfkdq.losses import attention_kl, forward_kl, mean_squared_error
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, Objective, TaskLoss, as_objective
-from hfkdq.objectives.hidden_states import Projections
-from hfkdq.objectives.probe import layer_map
+from hfkdq.objectives.outline import layer_map
+from hfkdq.objectives.projections import Projections
 from hfkdq.schedules import Linear
 
 from . import tiny
@@ -25,7 +25,7 @@ def test_logit_kd_is_the_mean_over_examples():
     objective.attach(student, teacher)
     out = outputs(student, teacher, batch)
     mean, count = objective(*out, batch)
-    torch.testing.assert_close(mean, logit_kl(out[0].logits, out[1].logits, 3.0).mean())
+    torch.testing.assert_close(mean, forward_kl(out[0].logits, out[1].logits, 3.0).mean())
     assert count == objective.positions(batch) == 4
 
 
@@ -38,7 +38,7 @@ def test_token_logits_count_labelled_tokens_only():
     objective.attach(student, teacher)
     out = outputs(student, teacher, batch)
     mean, count = objective(*out, {**batch, "labels": labels})
-    divergence = logit_kl(out[0].logits, out[1].logits, 2.0)
+    divergence = forward_kl(out[0].logits, out[1].logits, 2.0)
     torch.testing.assert_close(mean, divergence[labels != -100].mean())
     assert count == (labels != -100).sum()
     without_labels, count = objective(*out, batch)
@@ -55,7 +55,7 @@ def test_causal_logits_are_compared_where_the_next_token_is_a_label():
     task.attach(student, teacher)
     out = outputs(student, teacher, batch)
     mean, count = objective(*out, {**batch, "labels": labels})
-    divergence = logit_kl(out[0].logits[:, :-1], out[1].logits[:, :-1])
+    divergence = forward_kl(out[0].logits[:, :-1], out[1].logits[:, :-1])
     torch.testing.assert_close(mean, divergence[labels[:, 1:] != -100].mean())
     assert count == (labels[:, 1:] != -100).sum() == task.positions({"labels": labels})
 
@@ -145,8 +145,8 @@ def renamed(model, names):
         (
             LogitKD(),
             lambda: tiny.bert(problem_type="multi_label_classification"),
-            lambda: tiny.bert(problem_type="multi_label_classification"),
-            "multi_label_classification",
+            tiny.bert,
+            "gives several labels at once and BertForSequenceClassification gives a class per example",
         ),
         (HiddenStateKD(layers={3: 1}), tiny.bert, tiny.bert, "out of range"),
         (AttentionKD(layers={1: 9}), tiny.bert, tiny.bert, "out of range"),
@@ -225,7 +225,8 @@ def test_objectives_are_values():
     with pytest.raises(AttributeError):
         LogitKD().temperature = 5
     assert copy.deepcopy(HiddenStateKD(layers={1: 2})) == HiddenStateKD(layers={1: 2})
-    assert LogitKD().describe() == {"name": "LogitKD", "weight": 1.0, "temperature": 2.0}
+    settings = {"weight": 1.0, "divergence": "forward_kl", "temperature": 2.0, "per": "token"}
+    assert LogitKD().describe() == {"name": "LogitKD", **settings}
     assert "Linear" in LogitKD(weight=Linear(0, 1)).describe()["weight"]
 
 
@@ -235,7 +236,7 @@ def test_schedules_follow_progress():
     objective.attach(student, teacher)
     out = outputs(student, teacher, batch)
     objective.set_progress(0.5)
-    torch.testing.assert_close(objective(*out, batch)[0], logit_kl(out[0].logits, out[1].logits, 2.0).mean())
+    torch.testing.assert_close(objective(*out, batch)[0], forward_kl(out[0].logits, out[1].logits, 2.0).mean())
 
 
 def test_plain_callables_are_objectives():

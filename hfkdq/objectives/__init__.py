@@ -3,8 +3,9 @@
 
 from .attentions import AttentionKD
 from .base import Objective, as_objective
+from .ensemble import EnsembleKD
 from .hidden_states import HiddenStateKD
 from .logits import LogitKD
 from .task import TaskLoss
 
-__all__ = ["AttentionKD", "HiddenStateKD", "LogitKD", "Objective", "TaskLoss", "as_objective"]
+__all__ = ["AttentionKD", "EnsembleKD", "HiddenStateKD", "LogitKD", "Objective", "TaskLoss", "as_objective"]

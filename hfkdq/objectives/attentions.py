@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..losses import attention_kl, masked_mean
-from .base import Batch, Objective, attended_mask, batch_size
-from .probe import attentions, layer_map
+from .base import Objective
+from .masks import Batch, Positions, valid_count
+from .outline import Outline, layer_map, outline_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,31 +48,30 @@ class AttentionKD(Objective):
 
     layers: Mapping[int, int] | str | None = None
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
-        maps, targets = attentions(student), attentions(teacher)
+        maps, targets = outline_of(student).maps(), outline_of(teacher).maps()
         pairs = layer_map(self.layers, student, len(maps), len(targets))
         for s, t in pairs.items():
             if s == 0 or t == 0:
                 raise ValueError(f"layers={self.layers!r}: layer 0 is the embeddings, which attend to nothing.")
-            if maps[s - 1].shape != targets[t - 1].shape:
+            if maps[s - 1] != targets[t - 1]:
                 raise ValueError(
                     f"AttentionKD compares head with head: layer {s} of the student gives attentions of shape "
-                    f"{tuple(maps[s - 1].shape)} (batch, heads, queries, keys), layer {t} of the teacher "
-                    f"{tuple(targets[t - 1].shape)}. Use a student with as many heads, or HiddenStateKD alone."
+                    f"{maps[s - 1]} (batch, heads, queries, keys), layer {t} of the teacher "
+                    f"{targets[t - 1]}. Use a student with as many heads, or HiddenStateKD alone."
                 )
         self._found.update(pairs=tuple(pairs.items()))
         self._found.update(attentions=(frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())))
 
-    def positions(self, batch: Batch) -> torch.Tensor | int:
-        mask = attended_mask(batch)
-        return batch_size(batch) if mask is None else mask.sum()
+    def positions(self, batch: Batch) -> Positions:
+        return valid_count(batch, self.state_mask(batch))
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
         divergence = torch.stack(
             [
                 attention_kl(student_out.attentions[s - 1], teacher_out.attentions[t - 1])
                 for s, t in self._found["pairs"]
             ]
         ).mean(0)  # (batch, queries)
-        return masked_mean(divergence, attended_mask(batch)), self.positions(batch)
+        return masked_mean(divergence, self.state_mask(batch)), self.positions(batch)

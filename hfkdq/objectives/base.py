@@ -6,11 +6,13 @@ An objective knows two models and a batch; it knows neither the trainer nor how 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -18,8 +20,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..forwards import base_of
 from ..schedules import Schedule, extremes, value_at
+from .masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
+from .outline import Outline, outline_of
 
-Batch = Mapping[str, Any]
+
+class Passes(Protocol):
+    """How an objective runs the models of the training by itself: as they are wrapped, and under their autocast."""
+
+    model: Any
+    """The student without the wrappers of the training."""
+
+    def student(self, batch: Batch, needs: frozenset[str] = ..., indices: Any = ...) -> Any:
+        """The student's output for a batch, in training mode, with a gradient if that is enabled."""
+
+    def teacher(self, batch: Batch, needs: frozenset[str] = ..., indices: Any = ...) -> Any:
+        """The output of this objective's teacher for a batch, without a gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,32 +45,60 @@ class Objective:
 
     Args:
         weight (`float` or schedule, defaults to 1.0): factor of this term, or a function of training progress.
+        teacher (`str`, *optional*): the name of the teacher to learn from, where there are several.
 
     Class attributes:
         needs (`frozenset` of `str`): what the models must return for it, out of `"loss"` (the student's own task
             loss), `"logits"`, `"hidden_states"` and `"attentions"`.
         uses_teacher (`bool`): whether it compares with a teacher.
+        every_teacher (`bool`): whether it is given a dict of all teachers and their outputs, by their names.
+        passes_first (`bool`): whether it runs the models itself, in `before`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     uses_teacher: ClassVar[bool] = True
+    every_teacher: ClassVar[bool] = False
+    passes_first: ClassVar[bool] = False
 
     weight: float | Schedule = 1.0
+    teacher: str | None = None
     # What `attach` found out about the pair; not part of the objective's identity.
     _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if extremes(self.weight)[0] < 0:
             raise ValueError(f"{type(self).__name__}: weight must not be negative, got {self.weight!r}.")
+        if self.teacher is not None and not self.uses_teacher:
+            raise ValueError(f"{type(self).__name__} learns from no teacher; leave teacher={self.teacher!r} out.")
 
     @property
     def name(self) -> str:
         """The name under which this term is logged: `"logit_kd"` for `LogitKD`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-        """Checks that this objective fits the two models, and prepares them; raises `ValueError` where it does not."""
-        self._found.update(shifts_labels=type(base_of(student)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        """Checks that this objective fits the two models, and prepares them; raises `ValueError` where it does not.
+
+        Of a teacher whose outputs were cached there is an [`Outline`] alone.
+        """
+        self._found.update(
+            shifts_labels=outline_of(student).model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            frames=frame_lengths(base_of(student)),
+        )
+
+    def detach(self) -> None:
+        """Forgets both models."""
+        self._found.clear()
+
+    def before(self, passes: Passes, batch: Batch) -> None:
+        """Runs the models as this objective wants them, before they run on the batch as it is.
+
+        Called where `passes_first` is set. What it keeps, `__call__` reads.
+        """
+
+    def observe(self) -> AbstractContextManager[Any]:
+        """What lasts while teacher and student run on a batch, such as hooks that look into them."""
+        return contextlib.nullcontext()
 
     def set_progress(self, progress: float) -> None:
         """Tells how much of the training is done, in [0, 1], for the schedules."""
@@ -69,11 +112,16 @@ class Objective:
         """Which entries of `"hidden_states"` or `"attentions"` it reads, of student and teacher; `None` for all."""
         return self._found.get(need)
 
-    def positions(self, batch: Batch) -> torch.Tensor | int:
+    def state_mask(self, batch: Batch) -> torch.Tensor | None:
+        """Which positions of hidden states count, `(batch, seq)`: those attended to; of sound, the frames of it."""
+        frames = self._found.get("frames")
+        return attended_mask(batch) if frames is None else frame_mask(batch, frames)
+
+    def positions(self, batch: Batch) -> Positions:
         """Number of positions in `batch` that `__call__` takes its mean over; examples by default."""
         return batch_size(batch)
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
         """The term for one batch.
 
         Args:
@@ -90,15 +138,24 @@ class Objective:
         """The same objective, unattached, so that each trainer has its own."""
         twin = copy.copy(self)
         object.__setattr__(twin, "_found", {})
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.init and (isinstance(value, Objective) or hasattr(value, "adapt")):
+                object.__setattr__(twin, f.name, value.copy())
         return twin
 
     def describe(self) -> dict[str, Any]:
-        """Name and hyper-parameters, ready for JSON."""
+        """Name and hyper-parameters, ready for JSON; without those that are off."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        return {"name": type(self).__name__, **{key: _plain(value) for key, value in settings.items()}}
+        told = {key: _plain(value) for key, value in settings.items() if value is not None and value is not False}
+        return {"name": type(self).__name__, **told}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Objective):
+        return value.describe()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (int, float, str, bool, type(None))):
@@ -120,7 +177,7 @@ class _CallableObjective(Objective):
     def name(self) -> str:
         return self.label
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
         value = self.function(student_out, teacher_out, batch)
         return value if isinstance(value, tuple) else (value, self.positions(batch))
 
@@ -149,36 +206,3 @@ def unique_names(objectives: Sequence[Objective]) -> list[str]:
         count = sum(name == objective.name or name.startswith(f"{objective.name}_") for name in names)
         names.append(f"{objective.name}_{count + 1}" if count else objective.name)
     return names
-
-
-def batch_size(batch: Batch) -> int:
-    """Number of examples in a batch."""
-    for value in batch.values():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            return value.shape[0]
-    raise ValueError(f"No tensor in the batch tells its size; it has: {', '.join(batch) or 'nothing'}.")
-
-
-def attended_mask(batch: Batch) -> torch.Tensor | None:
-    """`attention_mask` of the batch, of shape `(batch, seq)`; `None` where there is none and every position counts."""
-    mask = batch.get("attention_mask")
-    return mask.ne(0) if isinstance(mask, torch.Tensor) else None
-
-
-def token_mask(batch: Batch, shifts_labels: bool) -> torch.Tensor | None:
-    """Which token positions count: those with a label other than -100, else those attended to.
-
-    Args:
-        batch (`dict`): with `labels` or `attention_mask` of shape `(batch, seq)`, or neither.
-        shifts_labels (`bool`): whether the model predicts the next token, so that the first label is never used.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, seq)`, or `(batch, seq - 1)` if labels are shifted; `None` where nothing
-        says which positions are padding.
-    """
-    labels = batch.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        mask: torch.Tensor | None = labels.ne(-100)
-    else:
-        mask = attended_mask(batch)
-    return mask[:, 1:] if mask is not None and shifts_labels else mask

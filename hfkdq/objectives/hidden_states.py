@@ -1,119 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distillation of hidden states, with learned projections where the widths differ.
 
-The projections ride in the student while it is trained, so that gradients, clipping, devices and processes are
-handled as for any weight; they never reach its files.
+Knows which layers are compared, how, and when; how a map is learned belongs to the projections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..losses import masked_mean, mean_squared_error
-from .base import Batch, Objective, attended_mask, batch_size
-from .probe import hidden_states, layer_map
+from ..losses import cosine_distance, masked_mean, mean_squared_error, normalized_squared_error
+from ..schedules import LayerSchedule
+from .base import Objective
+from .masks import Batch, Positions, valid_count
+from .outline import Outline, layer_map, outline_of
+from .projections import Projection, add_projection
 
-
-class _Projection(nn.Module):
-    """Linear, but no `nn.Linear`: what quantizes or prunes the linear layers of the student must not see it."""
-
-    def __init__(self, width: int, teacher_width: int) -> None:
-        super().__init__()
-        linear = nn.Linear(width, teacher_width)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-
-class Projections(nn.Module):
-    """Linear maps from the student's width to the teacher's, computed within the student's forward pass.
-
-    Results are appended to the `hidden_states` that the student returns while training. The state dict of the
-    student neither holds nor misses them; the trainer keeps them in a file of their own.
-    """
-
-    NAME: ClassVar[str] = "hfkdq_projections"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps = nn.ModuleDict()
-        self.layers: list[int] = []
-        # FSDP and DeepSpeed save and load by the student's state dict, where they must see the projections.
-        self.in_state_dict = False
-        self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
-
-    def add(self, layer: int, width: int, teacher_width: int, like: torch.Tensor) -> int:
-        """Adds a projection of hidden state `layer`; returns its place among the projections."""
-        # The data order and dropout of the run must not depend on how many projections it has.
-        with torch.random.fork_rng(devices=[]):
-            self.maps[str(len(self.layers))] = _Projection(width, teacher_width).to(like.device)
-        self.layers.append(layer)
-        return len(self.layers) - 1
-
-    def install(self, student: nn.Module) -> None:
-        """Puts the projections into the student, in place of others; does nothing where they are in already."""
-        present = getattr(student, self.NAME, None)
-        if present is not self:
-            if present is not None:
-                present.remove(student)
-            student.add_module(self.NAME, self)
-            self._hook = student.register_forward_hook(self._append)
-
-    def remove(self, student: nn.Module) -> None:
-        """Takes the projections out of the student; they keep their weights."""
-        if getattr(student, self.NAME, None) is self:
-            delattr(student, self.NAME)
-            self._hook.remove()
-
-    def _append(self, student: nn.Module, args: Any, output: Any) -> Any:
-        states = getattr(output, "hidden_states", None)
-        if student.training and states:
-            output.hidden_states = (
-                *states,
-                *(p(states[i]) for p, i in zip(self.maps.values(), self.layers, strict=True)),
-            )
-        return output
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing unless `in_state_dict`: `maps.state_dict()` has the weights."""
-        if self.in_state_dict:
-            return super().state_dict(*args, destination=destination, **kwargs)
-        return {} if destination is None else destination
-
-
-def _forget_missing(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if Projections.NAME not in key]
+_DISTANCES = {"mse": mean_squared_error, "cosine": cosine_distance, "normalized_mse": normalized_squared_error}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStateKD(Objective):
-    """Mean squared error between hidden states of matched layers.
+    """Distance between hidden states of matched layers.
 
-    `mean over pairs (s, t) of MSE(W_s h_student[s], h_teacher[t])`, mean over the positions attended to. `W_s` is
+    `mean over pairs (s, t) of d(W_s h_student[s], h_teacher[t])`, mean over the positions attended to. `W_s` is
     learned where the widths differ, and absent where they are equal. Romero et al., "FitNets" (2015); Jiao et al.,
-    "TinyBERT" (2020).
+    "TinyBERT" (2020); Sun et al., "Patient Knowledge Distillation for BERT Model Compression" (2019).
 
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings;
-            or `"uniform"`. By default the layers that `make_student` copied, or uniform.
+            or, for layer `i` of `S` and `T` layers of the teacher, `"uniform"` (`round(i * T / S)`), `"last"`
+            (`T - S + i`), `"skip"` (`i * (T // S)`) or `"dynamic"` (the nearest teacher layer, found anew in every
+            batch; Xia et al., "CoFi", 2022). By default the layers that `make_student` copied, or uniform.
+        embeddings (`bool`, defaults to `False`): compare the embeddings too, as `{0: 0}` does.
+        distance (`str`, defaults to `"mse"`): `"mse"`, `"cosine"` (`1 - cos`) or `"normalized_mse"` (of states scaled to
+            length 1, summed over the width).
+        projection (`bool`, *optional*): learn `W_s` for every pair, or for none. By default where widths differ.
+        active (callable, *optional*): which pairs count when: a schedule over layers such as `BottomUp()` or
+            `TopDown()` of `hfkdq.schedules`. By default all of them, always.
         weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
 
     Raises:
-        ValueError: at `attach`, a layer out of range, models that return no hidden states, or states over different
-            numbers of positions.
+        ValueError: an unknown distance; at `attach`, a layer out of range, models that return no hidden states, states
+            over different numbers of positions, or widths that differ with `projection=False`.
 
     Example:
         ```python
         >>> from hfkdq import HiddenStateKD
-        >>> HiddenStateKD(layers={1: 2, 2: 4}).needs
+        >>> HiddenStateKD(layers={1: 2, 2: 4}, distance="cosine").needs
         frozenset({'hidden_states'})
 
         ```
@@ -122,41 +62,66 @@ class HiddenStateKD(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     layers: Mapping[int, int] | str | None = None
+    embeddings: bool = False
+    distance: Literal["mse", "cosine", "normalized_mse"] = "mse"
+    projection: bool | None = None
+    active: LayerSchedule | None = None
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distance not in _DISTANCES:
+            raise ValueError(f"HiddenStateKD: distance={self.distance!r} is none of {', '.join(_DISTANCES)}.")
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
-        states, targets = hidden_states(student), hidden_states(teacher)
-        pairs = layer_map(self.layers, student, len(states) - 1, len(targets) - 1)
-        places: dict[tuple[int, int], int] = {}
-        needed = []
-        for s, t in pairs.items():
-            if states[s].shape[:-1] != targets[t].shape[:-1]:
-                raise ValueError(
-                    f"Hidden state {s} of the student and {t} of the teacher have the shapes {tuple(states[s].shape)} "
-                    f"and {tuple(targets[t].shape)} for the same example; all axes but the last must agree. Virtual tokens, for "
-                    "example of prompt tuning, add positions."
-                )
-            if states[s].shape[-1] != targets[t].shape[-1]:
-                needed.append((s, t))
-        if needed:
-            projections = getattr(student, Projections.NAME, None) or Projections()
-            for s, t in needed:
-                place = projections.add(s, states[s].shape[-1], targets[t].shape[-1], like=states[s])
-                places[s, t] = len(states) + place
-            projections.install(student)
-        self._found.update(pairs=tuple(pairs.items()), places=places)
-        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
+        states, targets = outline_of(student).states(), outline_of(teacher).states()
+        every = range(1, len(targets))
+        if self.layers == "dynamic":
+            groups = {s: tuple(every) for s in range(1, len(states))}
+        else:
+            pairs = layer_map(self.layers, student, len(states) - 1, len(targets) - 1)
+            groups = {s: (t,) for s, t in pairs.items()}
+        if self.embeddings:
+            groups = {0: (0,), **groups}
+        for s, ts in groups.items():
+            for t in ts:
+                self._check(s, states[s], t, targets[t])
+        places = {}
+        for s, ts in groups.items():
+            width, teacher_width = states[s][-1], targets[ts[0]][-1]
+            if self.projection or (self.projection is None and width != teacher_width):
+                places[s] = add_projection(student, s, partial(Projection, width, teacher_width), len(states))
+        self._found.update(groups=tuple(groups.items()), places=places)
+        self._found.update(hidden_states=(frozenset(groups), frozenset(t for ts in groups.values() for t in ts)))
 
-    def positions(self, batch: Batch) -> torch.Tensor | int:
-        mask = attended_mask(batch)
-        return batch_size(batch) if mask is None else mask.sum()
+    def _check(self, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]) -> None:
+        if state[:-1] != target[:-1]:
+            raise ValueError(
+                f"Hidden state {s} of the student and {t} of the teacher have the shapes {state} and {target} for the "
+                "same example; all axes but the last must agree. Virtual tokens, for example of prompt tuning, add "
+                "positions; feature maps of convolutions are for FeatureMapKD."
+            )
+        if self.projection is False and state[-1] != target[-1]:
+            raise ValueError(
+                f"projection=False, but layer {s} of the student is {state[-1]} wide and layer {t} of the teacher "
+                f"{target[-1]}. Leave projection out, so that a map between them is learned."
+            )
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def positions(self, batch: Batch) -> Positions:
+        return valid_count(batch, self.state_mask(batch))
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
         states, targets = student_out.hidden_states, teacher_out.hidden_states
-        distance = torch.stack(
-            [
-                mean_squared_error(states[self._found["places"].get((s, t), s)], targets[t])
-                for s, t in self._found["pairs"]
-            ]
-        ).mean(0)  # (batch, positions)
-        return masked_mean(distance, attended_mask(batch)), self.positions(batch)
+        groups, places = self._found["groups"], self._found["places"]
+        distance, mask = _DISTANCES[self.distance], self.state_mask(batch)
+        terms = []
+        for s, ts in groups:
+            state = states[places.get(s, s)]
+            candidates = [masked_mean(distance(state, targets[t]), mask) for t in ts]
+            terms.append(torch.stack(candidates).min() if len(ts) > 1 else candidates[0])
+        values = torch.stack(terms)
+        if self.active is None:
+            return values.mean(), self.positions(batch)
+        # A pair that does not count keeps a gradient of 0, so that every projection has one in every process.
+        weights = values.new_tensor(self.active(self._found.get("progress", 0.0), len(groups)))
+        return (values * weights).sum() / weights.sum().clamp(min=1e-12), self.positions(batch)

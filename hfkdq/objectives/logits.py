@@ -1,143 +1,198 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of logits: of a class per example, a class per token, or the next token.
+"""Distillation of what a model predicts, whatever that is: one divergence over the head that both models have.
 
-Finds out at `attach` which of these the pair of models predicts.
+Knows how predictions become one number per position; what they are and where they count belongs to the heads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
 
-from ..forwards import base_of
-from ..losses import logit_kl, masked_mean
+from ..losses import DIVERGENCES, Divergence, masked_mean
+from ..losses.divergences import TopLogits, coarse_log_probabilities, in_chunks, standardized
 from ..schedules import Schedule, extremes
-from .base import Batch, Objective, batch_size, token_mask
-from .probe import probe
-
-_DECODED = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()}
-_PER_TOKEN = {
-    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-    *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
-    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
-    *_DECODED,
-}
+from .base import Objective
+from .heads import Head, Prediction, find_head
+from .masks import Batch, Positions, batch_size
+from .outline import Outline, outline_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitKD(Objective):
-    """Forward KL divergence between the softened predictions of teacher and student.
+    """Divergence between the softened predictions of teacher and student.
 
-    `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, mean over examples, or over tokens with a label (those
-    attended to where there are no labels). Hinton et al., "Distilling the Knowledge in a Neural Network" (2015).
+    By default `T^2 * KL(softmax(teacher / T) || softmax(student / T))`. Hinton et al., "Distilling the Knowledge in a
+    Neural Network" (2015). It knows what the pair of models predicts:
+
+    | head | compared, mean over |
+    |---|---|
+    | class of a text, image or sound | classes; examples |
+    | several labels at once (`problem_type="multi_label_classification"`) | yes and no of each label; examples |
+    | numbers (`"regression"`, or one label) | the numbers, `divergence="mse"` only; examples |
+    | tags, masked language models | classes or tokens; positions with a label |
+    | next tokens, encoder-decoders | the vocabulary; positions whose (next) token has a label |
+    | span of an answer | the positions of the text, for start and end; examples |
+    | CTC | symbols, the blank included; frames of sound |
+    | object queries (DETR, YOLOS, …) | classes, query by matched query; images |
+
+    Where there are no labels the positions attended to count. Over large vocabularies it is computed in chunks, and
+    once more in the backward pass, so that no float32 copy of the logits is ever made.
 
     Args:
-        temperature (`float` or schedule, defaults to 2.0): `T`, larger than 0.
+        divergence (`str` or `Divergence`, defaults to `"forward_kl"`): `"forward_kl"`, `"reverse_kl"`, `"jsd"`,
+            `"soft_ce"`, `"mse"` (of the logits), `"dkd"` or `"dist"`; or an object with settings of its own, such as
+            `JSD(beta=0.1)`, `DKD(alpha=1, beta=4)` or `DIST(beta=2, gamma=1)` of `hfkdq.losses`.
+        temperature (`float` or schedule, defaults to 2.0): `T`, larger than 0; `"mse"` has none.
+        standardize (`bool`, defaults to `False`): scale the logits of both models to mean 0 and deviation 1 over the
+            classes first. Sun et al., "Logit Standardization in Knowledge Distillation" (2024).
+        top_k (`int`, *optional*): keep only the teacher's `k` likeliest classes apart, and take all others as one.
+        per (`str`, defaults to `"token"`): mean over all positions alike, or over those of each `"sample"` first.
         weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
 
     Raises:
-        ValueError: a temperature that is not larger than 0; at `attach`, classes or vocabularies that differ, or a
-            head that this release cannot distil (several labels at once, regression, question answering, detection).
+        ValueError: an unknown divergence, a temperature that is not larger than 0; at `attach`, heads, classes or
+            vocabularies that differ, a head that this release does not know, or a divergence that makes no sense for it.
 
     Example:
         ```python
         >>> from hfkdq import LogitKD
-        >>> LogitKD(temperature=4.0, weight=0.5)
-        LogitKD(weight=0.5, temperature=4.0)
+        >>> LogitKD(divergence="reverse_kl", temperature=4.0).name
+        'logit_kd'
 
         ```
     """
 
+    divergence: str | Divergence = "forward_kl"
     temperature: float | Schedule = 2.0
+    standardize: bool = False
+    top_k: int | None = None
+    per: Literal["token", "sample"] = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not extremes(self.temperature)[0] > 0:
             raise ValueError(f"LogitKD: temperature must be larger than 0, got {self.temperature!r}.")
+        if not isinstance(self.divergence, Divergence) and self.divergence not in DIVERGENCES:
+            raise ValueError(
+                f"LogitKD: divergence={self.divergence!r} is none of {', '.join(map(repr, DIVERGENCES))}, nor a Divergence "
+                "such as JSD(beta=0.1) of hfkdq.losses."
+            )
+        if self.per not in ("token", "sample"):
+            raise ValueError(f"LogitKD: per must be 'token' or 'sample', got {self.per!r}.")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k > 0):
+            raise ValueError(f"LogitKD: top_k must be a positive integer, got {self.top_k!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    @property
+    def _divergence(self) -> Divergence:
+        return self.divergence if isinstance(self.divergence, Divergence) else DIVERGENCES[self.divergence]()
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
-        shapes = {}
-        for role, model in (("student", student), ("teacher", teacher)):
-            _check_head(role, model)
-            logits = getattr(probe(model), "logits", None)
-            per_token = type(base_of(model)).__name__ in _PER_TOKEN
-            if not isinstance(logits, torch.Tensor) or logits.dim() != (3 if per_token else 2):
-                raise ValueError(
-                    f"LogitKD distils class logits per example or per token; the {role} {type(model).__name__} gives "
-                    f"{'no logits' if logits is None else f'logits of shape {tuple(logits.shape)}'} for one example."
-                )
-            shapes[role] = logits.shape
-        if len(shapes["student"]) == len(shapes["teacher"]) == 3 and shapes["student"][1] != shapes["teacher"][1]:
+        head = find_head(student, teacher)
+        self._check_divergence(head, outline_of(teacher))
+        self._found.update(head=head)
+
+    def _check_divergence(self, head: Head, teacher: Outline) -> None:
+        given, name = self._divergence, teacher.model_class
+        kinds = {kind: key for key, kind in DIVERGENCES.items()}
+        own = kinds.get(type(given), type(given).__name__)
+        if not head.softmax and given.uses_temperature:
             raise ValueError(
-                f"Student and teacher give logits at {shapes['student'][1]} and {shapes['teacher'][1]} positions for the "
-                "same text, so they cannot be compared: one has virtual tokens, for example of prompt tuning. Train "
-                "adapters such as LoRA, which have none."
+                f"{name} predicts numbers, for regression, which have no distribution to compare by divergence={own!r}. "
+                'Use LogitKD(divergence="mse").'
             )
-        if shapes["student"] != shapes["teacher"]:
+        if own in head.refused:
             raise ValueError(
-                f"Student and teacher predict different things: the last axes of their logits are "
-                f"{tuple(shapes['student'][1:])} and {tuple(shapes['teacher'][1:])}. LogitKD needs the same labels or "
-                "vocabulary in both; load the student with the teacher's num_labels or tokenizer, or leave LogitKD out."
-            )
-        _check_label_names(student, teacher)
-        self._found.update(per_token=len(shapes["student"]) == 3, decoded=type(base_of(student)).__name__ in _DECODED)
-
-    def _mask(self, batch: Batch) -> torch.Tensor | None:
-        if self._found["decoded"]:  # `attention_mask` is of the encoder's input
-            batch = {**batch, "attention_mask": batch.get("decoder_attention_mask")}
-        return token_mask(batch, self._found["shifts_labels"]) if self._found["per_token"] else None
-
-    def positions(self, batch: Batch) -> torch.Tensor | int:
-        if not self._found["per_token"]:
-            return batch_size(batch)
-        mask = self._mask(batch)
-        return batch_size(batch) if mask is None else mask.sum()
-
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
-        labels = batch.get("labels")
-        if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+                f"divergence={own!r} makes no sense for {name}: "
+                + ("it looks for the class on a label." if given.uses_target else "its classes are not the same throughout a batch.")
+                + ' Use divergence="forward_kl".'
+            )  # fmt: skip
+        cached = teacher.temperature
+        if self.top_k is None and cached is None:
+            return
+        classes = teacher.shape(head.outputs[0])
+        if not given.uses_temperature or given.uses_target or given.across_rows or self.standardize or head.refused:
             raise ValueError(
-                f"LogitKD compares softmax distributions, but the labels are {labels.dtype}: regression or several "
-                "labels at once. Leave LogitKD out for this task."
+                f"Of a teacher's likeliest classes and the rest together (top_k) LogitKD computes the divergences "
+                f"'forward_kl', 'reverse_kl', 'jsd' and 'soft_ce' of tokens or classes, without standardize; got "
+                f"{self!r} for {name}."
             )
-        student, teacher = student_out.logits, teacher_out.logits
-        if self._found["per_token"] and self._found["shifts_labels"]:
-            student, teacher = student[:, :-1], teacher[:, :-1]  # (batch, seq - 1, vocab)
-        divergence = logit_kl(student, teacher, self.current(self.temperature))
-        return masked_mean(divergence, self._mask(batch)), self.positions(batch)
+        if self.top_k is not None and classes is not None and self.top_k >= classes[-1]:
+            raise ValueError(f"top_k={self.top_k} of {classes[-1]} classes leaves none out. Leave top_k out.")
+        if cached is not None and self.temperature != cached:
+            raise ValueError(
+                f"The likeliest tokens of the teacher were cached at temperature {cached}, and what is left beside them is "
+                f"known at that temperature alone; LogitKD has temperature={self.temperature!r}. Use the same one, or "
+                "cache the outputs anew."
+            )
+
+    def positions(self, batch: Batch) -> Positions:
+        return batch_size(batch) if self.per == "sample" else self._found["head"].positions(batch)
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        values, mask = self.values(student_out, teacher_out, batch)
+        return self.reduced(values, mask), self.positions(batch)
+
+    def values(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The divergence per position, `(batch,)` or `(batch, seq)`, and which positions count."""
+        predictions = self.predictions(student_out, teacher_out, batch)
+        return torch.stack([self._values(p) for p in predictions]).mean(0), predictions[0].mask
+
+    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+        """What is compared, as the head of both models has it."""
+        return self._found["head"].predictions(student_out, teacher_out, batch)  # type: ignore[no-any-return]
+
+    def reduced(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The mean that `per` asks for, of one value per position."""
+        if self.per == "sample" and values.dim() > 1:
+            counts = torch.ones_like(values) if mask is None else mask.to(values)
+            sums = values if mask is None else values.masked_fill(~mask, 0.0)
+            return (sums.sum(1) / counts.sum(1).clamp(min=1)).mean()
+        return masked_mean(values, mask)
+
+    def _values(self, p: Prediction) -> torch.Tensor:
+        shape = p.student.shape[:-1]
+        rows = [_rows(x, len(shape)) for x in (p.student, p.teacher, p.support, p.target)]
+        if self._divergence.across_rows and p.mask is not None:  # only what counts may be correlated
+            valid = p.mask.reshape(-1)
+            found = self._of_rows(*(None if x is None else x[valid] for x in rows))
+            values = found.new_zeros(valid.shape).masked_scatter(valid, found)
+        elif self._divergence.across_rows:
+            values = self._of_rows(*rows)
+        elif isinstance(p.teacher, TopLogits):
+            values = in_chunks(self._of_top, rows[0], rows[1].log_probabilities, rows[1].indices)
+        else:
+            values = in_chunks(self._of_rows, *rows)
+        values = values.reshape(shape)
+        if p.shares is None:
+            return values
+        return (values * p.shares).flatten(1).sum(1)
+
+    def _of_rows(self, student: Any, teacher: Any, support: Any = None, target: Any = None) -> torch.Tensor:
+        if self.top_k is not None:
+            indices = teacher.topk(self.top_k, dim=-1).indices
+            temperature = self.current(self.temperature)
+            return self._of_top(student, coarse_log_probabilities(teacher, indices, temperature), indices)
+        if self.standardize:
+            student, teacher = standardized(student, support), standardized(teacher, support)
+        return self._divergence(student, teacher, self.current(self.temperature), support, target)
+
+    def _of_top(self, student: Any, log_teacher: Any, indices: Any) -> torch.Tensor:
+        temperature = self.current(self.temperature)
+        # The log probabilities of a distribution are logits of it.
+        log_student = coarse_log_probabilities(student, indices, temperature)
+        return self._divergence(log_student, log_teacher) * temperature**2
 
 
-def _check_head(role: str, model: Any) -> None:
-    model = base_of(model)
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "problem_type", None) in ("multi_label_classification", "regression") or (
-        type(model).__name__.endswith("Classification") and getattr(config, "num_labels", None) == 1
-    ):
-        raise ValueError(
-            f"LogitKD compares softmax distributions over classes; the {role} {type(model).__name__} is configured for "
-            f"{config.problem_type or 'regression (num_labels=1)'}. Leave LogitKD out for this task."
-        )
-
-
-def _check_label_names(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    names = []
-    for model in (student, teacher):
-        labels = getattr(getattr(model, "config", None), "id2label", None) or {}
-        names.append([str(labels[key]) for key in sorted(labels)])
-    unnamed = any(all(name.startswith("LABEL_") for name in group) for group in names)
-    if type(base_of(student)).__name__.endswith("Classification") and not unnamed and names[0] != names[1]:
-        raise ValueError(
-            f"Student and teacher give the same number of classes in another order or under other names: {names[0]} and "
-            f"{names[1]}. Set the student's config.id2label and label2id to the teacher's, and encode labels by them."
-        )
+def _rows(tensor: Any, axes: int) -> Any:
+    """One row per position."""
+    if tensor is None:
+        return None
+    if isinstance(tensor, TopLogits):
+        return TopLogits(*(x.flatten(0, axes - 1) for x in (tensor.log_probabilities, tensor.indices)))
+    return tensor.flatten(0, axes - 1)

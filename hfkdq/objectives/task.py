@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Batch, Objective, batch_size
+from .base import Objective
+from .masks import Batch, Positions, batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class TaskLoss(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"loss"})
     uses_teacher: ClassVar[bool] = False
 
-    def positions(self, batch: Batch) -> torch.Tensor | int:
+    def positions(self, batch: Batch) -> Positions:
         labels = batch.get("labels")
         if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
             return batch_size(batch)
@@ -42,5 +43,5 @@ class TaskLoss(Objective):
             labels = labels[..., 1:]
         return labels.ne(-100).sum()
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | int]:
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
         return student_out.loss, self.positions(batch)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..facts import record_fact
 from ..objectives.base import Objective, unique_names
-from ..objectives.hidden_states import Projections
+from ..objectives.projections import Projections
 from ..teachers import FrozenTeacher
 from .checkpoints import (
     LogWindow,

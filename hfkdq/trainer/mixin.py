@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..forwards import as_output, base_of, by_name, forward_columns, requested, without_gradient
 from ..objectives.base import unique_names
-from ..objectives.hidden_states import Projections
+from ..objectives.projections import Projections
 from ..teachers import TEACHER_PREFIX, FrozenTeacher
 from .arguments import instances, is_factory, keep_gradient_, loaded, refuse_unsupported, validated
 from .keeping import KeepingMixin

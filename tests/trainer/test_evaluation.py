@@ -12,7 +12,7 @@ from datasets import DatasetDict
 from safetensors.torch import load_file
 from transformers import DataCollatorWithPadding, PretrainedConfig, PreTrainedModel, Trainer
 
-from hfkdq.losses import logit_kl
+from hfkdq.losses import forward_kl
 from hfkdq.objectives import HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.pruning import PruningCallback
 from hfkdq.quantization import QATCallback
@@ -305,7 +305,7 @@ def test_models_that_return_a_plain_dict_are_student_and_teacher(training_argume
     batch = DataCollatorWithPadding(tiny.tokenizer())(list(tiny.text_dataset(8)))
     with torch.no_grad():
         outputs = student(**batch), teacher(**batch)
-    distance = logit_kl(outputs[0]["logits"], outputs[1]["logits"], 2.0).mean()
+    distance = forward_kl(outputs[0]["logits"], outputs[1]["logits"], 2.0).mean()
     shapes = []
 
     def metrics(prediction):
@@ -360,7 +360,7 @@ def test_a_configuration_that_asks_for_tuples_changes_nothing(training_arguments
 def expected_loss(model, teacher, batch):
     model.train()
     ours, theirs = model(**batch), teacher(**{k: v for k, v in batch.items() if k != "labels"})
-    return 0.5 * ours.loss + logit_kl(ours.logits, theirs.logits, 2.0).mean()
+    return 0.5 * ours.loss + forward_kl(ours.logits, theirs.logits, 2.0).mean()
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from hfkdq.losses import logit_kl, masked_mean
+from hfkdq.losses import forward_kl, masked_mean
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.trainer import Seq2SeqDistillationTrainer
 from tests import tiny
@@ -123,7 +123,7 @@ def test_terms_are_those_of_the_models_own_outputs(arguments, kind, collator):
     assert ("decoder_input_ids" in batch) == (collator is DataCollatorForSeq2Seq)
     with torch.no_grad():
         ours, theirs = (model.eval()(**batch) for model in (trainer.model, trainer.teacher_model))
-    divergence = masked_mean(logit_kl(ours.logits, theirs.logits, 3.0), batch["labels"].ne(-100))
+    divergence = masked_mean(forward_kl(ours.logits, theirs.logits, 3.0), batch["labels"].ne(-100))
     expected = [0.5 * ours.loss.item() + divergence.item(), ours.loss.item(), divergence.item()]
     assert losses(trainer, "loss", "task_loss", "logit_kd")[0] == pytest.approx(expected, rel=1e-3)
 
@@ -214,7 +214,7 @@ def test_speech_is_transcribed_as_the_teacher_does(arguments):
     with torch.no_grad():
         batch = {key: data[:][key] for key in rows}
         ours, theirs = (model.eval()(**batch).logits for model in (trainer.model, trainer.teacher_model))
-    expected = masked_mean(logit_kl(ours, theirs), batch["labels"].ne(-100)).item()
+    expected = masked_mean(forward_kl(ours, theirs), batch["labels"].ne(-100)).item()
     trainer.train()
     (first,), *_, (last,) = losses(trainer, "logit_kd")
     assert first == pytest.approx(expected, rel=1e-3)

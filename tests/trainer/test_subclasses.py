@@ -10,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 
-from hfkdq.losses import logit_kl, masked_mean
+from hfkdq.losses import forward_kl, masked_mean
 from hfkdq.objectives import LogitKD, TaskLoss
 from hfkdq.trainer import DistillationMixin, DistillationTrainer
 from tests import tiny
@@ -137,7 +137,7 @@ def test_the_mixin_distils_with_the_sft_trainer_of_trl(training_arguments, adapt
     ours, theirs = student(**inputs).logits[:, :-1], teacher(**inputs).logits[:, :-1].detach()
     labels = batch["labels"][:, 1:]
     task = torch.nn.functional.cross_entropy(ours.flatten(0, 1), labels.flatten())
-    divergence = masked_mean(logit_kl(ours, theirs, 2.0), labels.ne(-100))
+    divergence = masked_mean(forward_kl(ours, theirs, 2.0), labels.ne(-100))
     total = 0.5 * task + divergence
     assert row["task_loss"] == pytest.approx(task.item(), rel=1e-3)
     assert row["logit_kd"] == pytest.approx(divergence.item(), rel=1e-3)

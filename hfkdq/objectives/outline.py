@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..architecture import evenly_spaced_layers
 from ..facts import read_facts
-from ..forwards import as_output, by_name
+from ..forwards import as_output, base_of, by_name
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
@@ -65,37 +65,89 @@ def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     raise ValueError(f"{type(model).__name__} takes {name!r}; this release distils models of text, images and audio.")
 
 
-def hidden_states(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
-    """Embeddings and the output of every layer, for one small example.
+class Outline:
+    """Class, configuration and shapes of the outputs of a model, without the model where they were written down.
 
-    Raises:
-        ValueError: the model returns none.
+    Args:
+        model_class (`str`): name of the model's class.
+        config (`PretrainedConfig`): its configuration.
+        shapes (`dict`, *optional*): by the name of an output, its shape for one example, or for `"hidden_states"` and
+            `"attentions"` a list of them.
+        model (`PreTrainedModel`, *optional*): the model, which is run once for every output that is asked of.
+        temperature (`float`, *optional*): of the outputs that were cached as their likeliest classes, at which they
+            were.
     """
-    states = getattr(probe(model, output_hidden_states=True), "hidden_states", None)
-    if not states:
-        raise ValueError(
-            f"{type(model).__name__} returns no hidden states under that name, so they cannot be compared. Of "
-            "encoder-decoders this release distils the logits alone: LogitKD()."
-        )
-    return tuple(states)
+
+    def __init__(
+        self,
+        model_class: str,
+        config: Any,
+        shapes: Mapping[str, Any] | None = None,
+        model: Any = None,
+        temperature: float | None = None,
+    ) -> None:
+        self.model_class, self.config, self.temperature = model_class, config, temperature
+        self._shapes, self._model = dict(shapes or {}), model
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the output `name` for one example; `None` where the model gives no such tensor."""
+        if name not in self._shapes and self._model is not None:
+            output = probe(self._model)
+            self._shapes.update({k: tuple(v.shape) for k, v in output.items() if isinstance(v, torch.Tensor)})
+        shape = self._shapes.get(name)
+        return None if shape is None else tuple(shape)
+
+    def states(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the embeddings and of the output of every layer.
+
+        Raises:
+            ValueError: the model returns none, or they were not written down.
+        """
+        if "hidden_states" not in self._shapes and self._model is not None:
+            states = getattr(probe(self._model, output_hidden_states=True), "hidden_states", None)
+            self._shapes["hidden_states"] = [tuple(state.shape) for state in states or ()]
+        states = self._shapes.get("hidden_states")
+        if not states:
+            raise ValueError(
+                f"{self.model_class} returns no hidden states under that name, so they cannot be compared. Of "
+                "encoder-decoders this release distils the logits alone: LogitKD(). Cached outputs hold them if "
+                "cache_teacher_outputs was asked to: hidden_states=[layers]."
+            )
+        return tuple(tuple(state) for state in states)
+
+    def maps(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the attention probabilities of every layer, after a switch to eager attention if needed.
+
+        Raises:
+            ValueError: the model returns none, with eager attention neither; or there is no model to run.
+        """
+        if self._model is None:
+            raise ValueError(
+                "Cached outputs hold no attention probabilities, which are as large as the square of a text. Give the "
+                "teacher itself, or leave AttentionKD out."
+            )
+        maps = _attention_maps(self._model)
+        if maps is None:
+            try:
+                self._model.set_attn_implementation("eager")
+            except Exception as error:
+                raise ValueError(_no_attentions(self._model)) from error
+            maps = _attention_maps(self._model)
+        if maps is None:
+            raise ValueError(_no_attentions(self._model))
+        return tuple(tuple(m.shape) for m in maps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Class, configuration and the shapes known so far, ready for JSON."""
+        return {"model_class": self.model_class, "config": self.config.to_dict(), "shapes": self._shapes}
 
 
-def attentions(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
-    """Attention probabilities of every layer for one small example, after a switch to eager attention if needed.
-
-    Raises:
-        ValueError: the model returns none, with eager attention neither.
-    """
-    maps = _attention_maps(model)
-    if maps is None:
-        try:
-            model.set_attn_implementation("eager")
-        except Exception as error:
-            raise ValueError(_no_attentions(model)) from error
-        maps = _attention_maps(model)
-    if maps is None:
-        raise ValueError(_no_attentions(model))
-    return maps
+def outline_of(model: Any) -> Outline:
+    """The outline of a model, or `model` itself where it is one."""
+    if isinstance(model, Outline):
+        return model
+    base = base_of(model)
+    return Outline(type(base).__name__, base.config, model=model)
 
 
 def _attention_maps(model: PreTrainedModel) -> tuple[torch.Tensor, ...] | None:
@@ -122,8 +174,9 @@ def layer_map(
     """Resolves what a user said of layers into `{student layer: teacher layer}`, numbered from 1.
 
     Args:
-        layers (`dict` or `str`, *optional*): the map itself; `"uniform"` for layer `i` of `S` to `round(i * T / S)` of
-            `T`; `None` for the layers the student was copied from, or uniform where that is not recorded.
+        layers (`dict` or `str`, *optional*): the map itself; for layer `i` of `S` to one of `T`, `"uniform"` for
+            `round(i * T / S)`, `"last"` for `T - S + i` and `"skip"` for `i * (T // S)`; `None` for the layers the student
+            was copied from, or uniform where that is not recorded.
         student (`PreTrainedModel`): the student, whose configuration may say where its layers came from.
         student_layers (`int`): number of layers of the student.
         teacher_layers (`int`): number of layers of the teacher.
@@ -146,8 +199,20 @@ def layer_map(
         layers = "uniform"
     if layers == "uniform":
         return dict(enumerate(evenly_spaced_layers(student_layers, teacher_layers), start=1))
+    if layers in ("last", "skip") and student_layers > teacher_layers:
+        raise ValueError(
+            f"layers={layers!r} needs a teacher with as many layers as the student or more; they have {teacher_layers} "
+            f"and {student_layers}. Use 'uniform' or a dict."
+        )
+    if layers == "last":
+        return {i: teacher_layers - student_layers + i for i in range(1, student_layers + 1)}
+    if layers == "skip":
+        return {i: i * (teacher_layers // student_layers) for i in range(1, student_layers + 1)}
     if isinstance(layers, str):
-        raise ValueError(f"layers={layers!r} is no strategy. Use 'uniform' or a dict such as {{1: 2, 2: 4}}.")
+        raise ValueError(
+            f"layers={layers!r} is no strategy. Use 'uniform', 'last', 'skip' or a dict such as {{1: 2, 2: 4}}; "
+            "HiddenStateKD also takes 'dynamic'."
+        )
     bad = {s: t for s, t in layers.items() if not (0 <= s <= student_layers and 0 <= t <= teacher_layers)}
     if bad or not layers:
         raise ValueError(

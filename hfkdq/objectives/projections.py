@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned maps between the hidden states of a student and a teacher.
+
+They ride in the student while it is trained, so that gradients, clipping, devices and processes are handled as for any
+weight; they never reach its files. Knows no losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Projection(nn.Module):
+    """Linear, but no `nn.Linear`: what quantizes or prunes the linear layers of the student must not see it."""
+
+    def __init__(self, width: int, teacher_width: int) -> None:
+        super().__init__()
+        linear = nn.Linear(width, teacher_width)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(states, self.weight, self.bias)
+
+
+class Projections(nn.Module):
+    """Learned maps from hidden states of the student to what is compared with the teacher's, such as its width.
+
+    They are computed within the student's forward pass.
+
+    Results are appended to the `hidden_states` that the student returns while training. The state dict of the
+    student neither holds nor misses them; the trainer keeps them in a file of their own.
+    """
+
+    NAME: ClassVar[str] = "hfkdq_projections"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleDict()
+        self.layers: list[int] = []
+        # FSDP and DeepSpeed save and load by the student's state dict, where they must see the projections.
+        self.in_state_dict = False
+        self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
+
+    def add(self, layer: int, make: Callable[[], nn.Module], like: torch.device) -> int:
+        """Adds a map of hidden state `layer`, made by `make`; returns its place among the maps."""
+        # The data order and dropout of the run must not depend on how many projections it has.
+        with torch.random.fork_rng(devices=[]):
+            self.maps[str(len(self.layers))] = make().to(like)
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+    def install(self, student: nn.Module) -> None:
+        """Puts the projections into the student, in place of others; does nothing where they are in already."""
+        present = getattr(student, self.NAME, None)
+        if present is not self:
+            if present is not None:
+                present.remove(student)
+            student.add_module(self.NAME, self)
+            self._hook = student.register_forward_hook(self._append)
+
+    def remove(self, student: nn.Module) -> None:
+        """Takes the projections out of the student; they keep their weights."""
+        if getattr(student, self.NAME, None) is self:
+            delattr(student, self.NAME)
+            self._hook.remove()
+
+    def _append(self, student: nn.Module, args: Any, output: Any) -> Any:
+        states = getattr(output, "hidden_states", None)
+        if student.training and states:
+            output.hidden_states = (
+                *states,
+                *(p(states[i]) for p, i in zip(self.maps.values(), self.layers, strict=True)),
+            )
+        return output
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing unless `in_state_dict`: `maps.state_dict()` has the weights."""
+        if self.in_state_dict:
+            return super().state_dict(*args, destination=destination, **kwargs)
+        return {} if destination is None else destination
+
+
+def _forget_missing(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if Projections.NAME not in key]
+
+
+def add_projection(student: nn.Module, layer: int, make: Callable[[], nn.Module], states: int) -> int:
+    """Puts a learned map of hidden state `layer` into the student.
+
+    Args:
+        student (`PreTrainedModel`): the student; [`Projections`] are installed in it if there are none yet.
+        layer (`int`): the hidden state, 0 for the embeddings.
+        make (callable): returns the module, which holds no `nn.Linear`.
+        states (`int`): number of hidden states that the student returns by itself.
+
+    Returns:
+        `int`: where in the student's `hidden_states` the result is found while it is trained.
+    """
+    projections = getattr(student, Projections.NAME, None) or Projections()
+    place = projections.add(layer, make, like=next(student.parameters()).device)
+    projections.install(student)
+    return states + place
