@@ -57,3 +57,17 @@ def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | Non
     if "hidden_states" in needs and indices["hidden_states"] and int(transformers.__version__.split(".")[0]) >= 5:
         arguments["output_hidden_states"] = sorted(indices["hidden_states"])
     return arguments
+
+
+def no_logits(output: Mapping[str, Any]) -> bool:
+    """Whether an output holds no logits under any of the names that the heads of Transformers have for them."""
+    return all(output.get(name) is None for name in ("logits", "start_logits"))
+
+
+def accepts_items(model: Any) -> bool:
+    """Whether `Trainer` would give a model the number of items in the batch: it says so, or takes any argument."""
+    said = getattr(model, "accepts_loss_kwargs", None)
+    if said is not None:
+        return bool(said)
+    parameters = inspect.signature(base_of(model).forward).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -17,7 +17,7 @@ LEVELS = {
     "metrics": 0,
     "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1,
     "export": 2, "teachers": 2,
-    "report": 3, "trainer": 3,
+    "report": 3, "trainer": 4,
     "hub": 4,
     "demo": 5, "cli": 6, "__main__": 7,
 }  # fmt: skip

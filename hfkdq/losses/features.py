@@ -36,19 +36,115 @@ def normalized_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> to
     return (F.normalize(student.float(), dim=-1) - F.normalize(teacher.float(), dim=-1)).square().sum(-1)
 
 
+def gaussian_nll(mean: torch.Tensor, log_variance: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of `target` under a Gaussian per channel, without its constant.
+
+    `mean over channels c of 1/2 * (log v_c + (target_c - mean_c)^2 / v_c)`. It can be negative. Ahn et al.,
+    "Variational Information Distillation for Knowledge Transfer" (2019), equation 5, as a mean over the channels.
+
+    Args:
+        mean (`torch.Tensor` of shape `(..., channels)`): what is predicted.
+        log_variance (`torch.Tensor` of shape `(..., channels)`): `log v`, how sure that is.
+        target (`torch.Tensor` of shape `(..., channels)`): states of the teacher.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, float32.
+    """
+    log_variance = log_variance.float()
+    return 0.5 * (log_variance + (target.float() - mean.float()).square() * (-log_variance).exp()).mean(-1)
+
+
+def mean_state(states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """One vector per example: the mean of its states over the positions that count.
+
+    Args:
+        states (`torch.Tensor`): of shape `(batch, seq, width)`; feature maps of shape `(batch, channels, height, width)`;
+            or vectors of shape `(batch, width)` already.
+        mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): which positions count; all without it, and always
+            those of maps.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, width)`, float32; 0 for an example of which no position counts.
+
+    Raises:
+        ValueError: a mask over another number of positions.
+    """
+    states = states.float()
+    if states.dim() != 3:
+        return states.flatten(2).mean(-1) if states.dim() > 3 else states
+    if mask is None:
+        return states.mean(1)
+    if mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"States over {states.shape[1]} positions do not fit a mask of shape {tuple(mask.shape)}. Virtual tokens, "
+            "for example of prompt tuning, add positions; a teacher that is fed other texts needs a mask of its own."
+        )
+    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def attention_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL divergence of the student's attention distributions from the teacher's, mean over the heads.
 
     `1/H * sum_h KL(teacher[h, q] || student[h, q])` per query `q`, as in the attention transfer of Sun et al.,
-    "MobileBERT" (2020).
+    "MobileBERT" (2020). Different numbers of heads are compared by the mean of each model's heads.
 
     Args:
         student (`torch.Tensor` of shape `(batch, heads, queries, keys)`): attention probabilities.
-        teacher (`torch.Tensor` of shape `(batch, heads, queries, keys)`): attention probabilities.
+        teacher (`torch.Tensor` of shape `(batch, teacher_heads, queries, keys)`): attention probabilities.
 
     Returns:
         `torch.Tensor` of shape `(batch, queries)`, float32. Keys to which the teacher gives 0 (padding) add nothing.
     """
-    smallest = torch.finfo(torch.float32).tiny
-    log_student = student.float().clamp(min=smallest).log()
-    return F.kl_div(log_student, teacher.float(), reduction="none").sum(-1).mean(1)
+    student, teacher = _paired_heads(student, teacher)
+    log_student = student.clamp(min=torch.finfo(torch.float32).tiny).log()
+    return F.kl_div(log_student, teacher, reduction="none").sum(-1).mean(1)
+
+
+def attention_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared difference of attention probabilities, mean over the heads and over the keys that count.
+
+    `1/(H K) * sum_h sum_k (student[h, q, k] - teacher[h, q, k])^2` per query `q`. Jiao et al., "TinyBERT" (2020),
+    equation 7, which takes it of the scores before the softmax rather than of the probabilities after it.
+    Different numbers of heads are compared by the mean of each model's heads.
+
+    Args:
+        student (`torch.Tensor` of shape `(batch, heads, queries, keys)`): attention probabilities.
+        teacher (`torch.Tensor` of shape `(batch, teacher_heads, queries, keys)`): attention probabilities.
+        mask (`torch.BoolTensor` of shape `(batch, keys)`, *optional*): which keys count; all without it.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, queries)`, float32.
+    """
+    student, teacher = _paired_heads(student, teacher)
+    squares = (student - teacher).square().mean(1)  # (batch, queries, keys)
+    if mask is None:
+        return squares.mean(-1)
+    return squares.masked_fill(~mask.unsqueeze(1), 0.0).sum(-1) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _paired_heads(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    student, teacher = student.float(), teacher.float()
+    if student.shape[1] == teacher.shape[1]:
+        return student, teacher
+    return student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+
+
+def activation_map_distance(student: torch.Tensor, teacher: torch.Tensor, power: float = 2.0) -> torch.Tensor:
+    """Squared distance between where two feature maps are active, one number per example.
+
+    `|q_student / |q_student| - q_teacher / |q_teacher||^2` with `q = vec(sum over channels c of |F_c|^p)`. Zagoruyko and
+    Komodakis, "Paying More Attention to Attention" (2017), equation 2. The larger map is pooled to the size of the other.
+
+    Args:
+        student (`torch.Tensor` of shape `(batch, channels, height, width)`): feature maps of the student.
+        teacher (`torch.Tensor` of shape `(batch, teacher_channels, teacher_height, teacher_width)`): of the teacher.
+        power (`float`, defaults to 2.0): `p`, at least 1.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32.
+    """
+    maps = [features.float().abs().pow(power).sum(1) for features in (student, teacher)]  # (batch, height, width)
+    size = tuple(min(sides) for sides in zip(*(m.shape[-2:] for m in maps), strict=True))
+    ours, theirs = (F.normalize(F.adaptive_avg_pool2d(m, size).flatten(1), dim=-1) for m in maps)
+    return (ours - theirs).square().sum(-1)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from ..losses import attention_kl, masked_mean
+from ..losses.features import attention_kl, attention_mse
+from ..losses.reduction import masked_mean
 from .base import Objective
 from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, outline_of
@@ -21,24 +22,29 @@ from .outline import Outline, layer_map, outline_of
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionKD(Objective):
-    """KL divergence between attention distributions of matched layers.
+    """Distance between attention distributions of matched layers.
 
-    `mean over pairs (s, t) and heads h of KL(A_teacher[t, h, q] || A_student[s, h, q])`, mean over the queries `q`
-    attended to. Sun et al., "MobileBERT" (2020). Both models are switched to eager attention.
+    `mean over pairs (s, t) and heads h of D(A_teacher[t, h, q], A_student[s, h, q])`, mean over the queries `q` attended
+    to. `D` is `KL(teacher || student)`, of Sun et al., "MobileBERT" (2020), or the mean over the keys attended to of the
+    squared difference, after Jiao et al., "TinyBERT" (2020). Models with different numbers of heads are compared by
+    the mean of each one's heads, others head by head. Both models are switched to eager attention; [`RelationKD`] needs
+    no such switch.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`. By
-            default the layers that `make_student` copied, or uniform.
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
+            or `"skip"`. By default the layers that `make_student` copied, or uniform.
+        distance (`str`, defaults to `"kl"`): `"kl"` or `"mse"`.
         weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
 
     Raises:
-        ValueError: at `attach`, a layer out of range, a model that gives no attention probabilities, or different
-            numbers of heads.
+        ValueError: an unknown distance; at `attach`, a layer out of range, a model that gives no attention
+            probabilities, or models that attend over different numbers of positions.
 
     Example:
         ```python
         >>> from hfkdq import AttentionKD
-        >>> AttentionKD(weight=0.1).name
+        >>> AttentionKD(distance="mse", weight=0.1).name
         'attention_kd'
 
         ```
@@ -47,6 +53,12 @@ class AttentionKD(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"attentions"})
 
     layers: Mapping[int, int] | str | None = None
+    distance: Literal["kl", "mse"] = "kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distance not in ("kl", "mse"):
+            raise ValueError(f"AttentionKD: distance must be 'kl' or 'mse', got {self.distance!r}.")
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
@@ -55,11 +67,11 @@ class AttentionKD(Objective):
         for s, t in pairs.items():
             if s == 0 or t == 0:
                 raise ValueError(f"layers={self.layers!r}: layer 0 is the embeddings, which attend to nothing.")
-            if maps[s - 1] != targets[t - 1]:
+            if maps[s - 1][2:] != targets[t - 1][2:]:
                 raise ValueError(
-                    f"AttentionKD compares head with head: layer {s} of the student gives attentions of shape "
-                    f"{maps[s - 1]} (batch, heads, queries, keys), layer {t} of the teacher "
-                    f"{targets[t - 1]}. Use a student with as many heads, or HiddenStateKD alone."
+                    f"AttentionKD compares position with position: layer {s} of the student gives attentions of shape "
+                    f"{maps[s - 1]} (batch, heads, queries, keys), layer {t} of the teacher {targets[t - 1]} for the same "
+                    "example. Use a student with as many positions, or objectives that compare examples: LogitKD, RKD."
                 )
         self._found.update(pairs=tuple(pairs.items()))
         self._found.update(attentions=(frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())))
@@ -68,10 +80,9 @@ class AttentionKD(Objective):
         return valid_count(batch, self.state_mask(batch))
 
     def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        divergence = torch.stack(
-            [
-                attention_kl(student_out.attentions[s - 1], teacher_out.attentions[t - 1])
-                for s, t in self._found["pairs"]
-            ]
-        ).mean(0)  # (batch, queries)
-        return masked_mean(divergence, self.state_mask(batch)), self.positions(batch)
+        mask = self.state_mask(batch)
+        values = []
+        for s, t in self._found["pairs"]:
+            ours, theirs = student_out.attentions[s - 1], teacher_out.attentions[t - 1]
+            values.append(attention_kl(ours, theirs) if self.distance == "kl" else attention_mse(ours, theirs, mask))
+        return masked_mean(torch.stack(values).mean(0), mask), self.positions(batch)

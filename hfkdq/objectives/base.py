@@ -147,17 +147,18 @@ class Objective:
     def describe(self) -> dict[str, Any]:
         """Name and hyper-parameters, ready for JSON; without those that are off."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        told = {key: _plain(value) for key, value in settings.items() if value is not None and value is not False}
+        told = {key: plain(value) for key, value in settings.items() if value is not None and value is not False}
         return {"name": type(self).__name__, **told}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A setting as JSON has it."""
     if isinstance(value, Objective):
         return value.describe()
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (int, float, str, bool, type(None))):
         return value
     if hasattr(value, "__qualname__"):

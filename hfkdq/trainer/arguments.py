@@ -10,14 +10,17 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
 from ..forwards import base_of
+from ..objectives import LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
 from ..sharding import was_split_while_loaded
-from ..teachers import load_teacher
+from ..teachers import CoTrainedTeacher, EMATeacher, load_teacher
+from .terms import SINGLE, STUDENT, sources_of
 
 logger = logging.get_logger(__name__)
 
@@ -34,49 +37,99 @@ def instances(callbacks: Iterable[Any]) -> list[Any]:
     return [callback() if isinstance(callback, type) else callback for callback in callbacks]
 
 
-def validated(teacher: Any, objectives: Any) -> list[Objective]:
-    """The objectives for a teacher, each a copy of its own.
+def named(teacher: Any) -> dict[str, Any]:
+    """The teachers by their names; a single one that was given without a name is called "teacher".
 
     Raises:
-        TypeError: a teacher or objectives of the wrong type.
-        ValueError: nothing to train on, or nobody to learn from.
+        TypeError: a teacher of the wrong type.
+        ValueError: an empty dict, or a name that is no name.
     """
-    if not (
-        teacher is None or isinstance(teacher, (str, os.PathLike)) or isinstance(base_of(teacher), PreTrainedModel)
-    ):
-        raise TypeError(
-            f"teacher_model must be a PreTrainedModel, or the Hub id or folder of one, got {type(teacher).__name__}."
-        )
+    if isinstance(teacher, Mapping):
+        bad = [name for name in teacher if not (isinstance(name, str) and name.isidentifier()) or name == STUDENT]
+        if bad or not teacher:
+            raise ValueError(
+                f"teacher_model is a dict with the names {list(teacher)}; teachers need names such as 'large' or 'base', "
+                "which their terms are logged under."
+            )
+    given = {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {SINGLE: teacher}
+    for one in given.values():
+        model = one.model if isinstance(one, CoTrainedTeacher) else one
+        if not (isinstance(one, (str, os.PathLike, EMATeacher)) or isinstance(base_of(model), PreTrainedModel)):
+            raise TypeError(
+                "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
+                f"or a dict of such by name, got {type(model).__name__}."
+            )
+    return given
+
+
+def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
+    """The objectives for the teachers, each a copy of its own.
+
+    Raises:
+        TypeError: objectives of the wrong type.
+        ValueError: nothing to train on, or a teacher that is not there.
+    """
     if objectives is not None and not isinstance(objectives, (list, tuple)):
         raise TypeError(f"objectives must be a list, got {objectives!r}. Write objectives=[{objectives!r}].")
-    if not objectives and (teacher is not None or objectives is not None):
+    if not objectives and (teachers or objectives is not None):
         raise ValueError(
             "objectives is empty, so there is nothing to train on. Give for example "
             "objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0)], or neither teacher nor objectives."
         )
     terms = [as_objective(objective).copy() for objective in objectives or ()]
-    orphans = [o.name for o in terms if o.uses_teacher]
-    if teacher is None and orphans:
-        raise ValueError(f"{', '.join(orphans)} compare with a teacher, but teacher_model is None. Give one.")
-    if teacher is not None and not orphans:
-        logger.warning("No objective uses the teacher, so it will not be run. Add LogitKD() to learn from it.")
+    used = {name for objective in terms for name in sources_of(objective, list(teachers))}
+    for name in teachers.keys() - used:
+        logger.warning(
+            f"No objective uses the teacher{'' if name == SINGLE else f' {name}'}, so it will not be run. Add LogitKD() to "
+            "learn from it."
+        )
     return terms
 
 
-def loaded(teacher: Any, init_kwargs: Mapping[str, Any] | None) -> Any:
-    """The teacher itself, loaded if it was named.
+def refuse_orphans(objectives: Iterable[Objective], teachers: Mapping[str, Any]) -> None:
+    """Checks that there is somebody to learn from.
 
     Raises:
-        ValueError: arguments to load it with, but it is loaded already.
+        ValueError: objectives that compare with a teacher, and none is there.
     """
-    if isinstance(teacher, (str, os.PathLike)):
-        return load_teacher(str(teacher), init_kwargs)
-    if init_kwargs is not None:
+    orphans = [o.name for o in objectives if o.uses_teacher]
+    if orphans and not teachers:
+        raise ValueError(
+            f"{', '.join(orphans)} compare with a teacher, but teacher_model is None, and train_dataset holds no outputs of "
+            "one. Give a teacher, or a data set from cache_teacher_outputs."
+        )
+
+
+def peer_objectives(teacher: CoTrainedTeacher) -> list[Objective]:
+    """What a peer learns, each a copy of its own.
+
+    Raises:
+        ValueError: an objective that cannot be learned by a peer.
+    """
+    given = [TaskLoss(), LogitKD(temperature=1.0)] if teacher.objectives is None else teacher.objectives
+    objectives = [as_objective(objective).copy() for objective in given]
+    bad = [o.name for o in objectives if o.passes_first or o.every_teacher or o.teacher is not None]
+    if bad or not objectives:
+        raise ValueError(
+            f"The objectives of a CoTrainedTeacher compare it with the student alone; got {', '.join(bad) or 'none'}. Use "
+            "for example [TaskLoss(), LogitKD(temperature=1.0)]."
+        )
+    return objectives
+
+
+def loaded(teachers: Mapping[str, Any], init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The teachers themselves, those loaded that were named.
+
+    Raises:
+        ValueError: arguments to load them with, but they are loaded already.
+    """
+    by_name = [name for name, one in teachers.items() if isinstance(one, (str, os.PathLike))]
+    if init_kwargs is not None and not by_name:
         raise ValueError(
             "teacher_init_kwargs says how to load a teacher, but teacher_model is "
-            f"{'None' if teacher is None else 'loaded already'}. Give its Hub id or folder, or leave them out."
+            f"{'loaded already' if teachers else 'None'}. Give its Hub id or folder, or leave them out."
         )
-    return teacher
+    return {n: load_teacher(str(one), init_kwargs) if n in by_name else one for n, one in teachers.items()}
 
 
 def keep_gradient_(student: Any) -> None:
@@ -100,7 +153,16 @@ def refuse_unsupported(trainer: Any) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
-    models = [model for model in (trainer.model, trainer.teacher_model) if model is not None]
+    moving = [
+        type(t).__name__ for t in trainer.given_teachers.values() if isinstance(t, (EMATeacher, CoTrainedTeacher))
+    ]
+    moving += [type(o).__name__ for o in trainer.objectives if o.passes_first]
+    if moving and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise NotImplementedError(
+            f"{', '.join(moving)} does not work where FSDP or DeepSpeed shard the student. Use one process, or several "
+            "under DDP."
+        )
+    models = [trainer.model, *(t for t in trainer.given_teachers.values() if isinstance(t, nn.Module))]
     if any(was_split_while_loaded(model) for model in models):
         raise NotImplementedError(
             "DeepSpeed ZeRO-3 split a model over the processes while it was loaded, so objectives cannot look at it. "

@@ -15,9 +15,9 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
 
 from ..facts import record_fact
-from ..objectives.base import Objective, unique_names
+from ..objectives.base import Objective
 from ..objectives.projections import Projections
-from ..teachers import FrozenTeacher
+from ..teachers import AveragedTeacher, Companions, Peer
 from .checkpoints import (
     LogWindow,
     archives,
@@ -29,6 +29,7 @@ from .checkpoints import (
     optimizer_fits,
     save_state,
 )
+from .terms import SINGLE, Term
 
 logger = logging.get_logger(__name__)
 
@@ -43,17 +44,27 @@ class KeepingMixin(_TrainerBase):
 
     objectives: Sequence[Objective]
     strict_resume: bool
-    _teacher: FrozenTeacher | None
+    teachers: dict[str, Any]
+    _terms: list[Term]
     _projections: Projections | None
     _in_training: bool
-    _terms: torch.Tensor | None = None  # of the last micro batch
+    _term_values: torch.Tensor | None = None  # of the last micro batch
     _log_window: LogWindow | None = None
     _resumed_window: LogWindow | None = None
     _is_another = False  # the training that wrote the checkpoint to go on from
 
     @property
-    def _used_teacher(self) -> FrozenTeacher | None:
-        return self._teacher if any(o.uses_teacher for o in self.objectives) else None
+    def _used_teachers(self) -> dict[str, Any]:
+        used = {source for term in self._terms for source in term.sources}
+        return {name: teacher for name, teacher in self.teachers.items() if name in used}
+
+    def _follow(self) -> None:
+        """Lets moving averages see the last optimizer step."""
+        raise NotImplementedError
+
+    def _moving(self) -> dict[str, Any]:
+        """The teachers that change while the student is trained."""
+        return {name: t for name, t in self.teachers.items() if isinstance(t, (AveragedTeacher, Peer))}
 
     @property
     def _sharded(self) -> bool:
@@ -63,10 +74,10 @@ class KeepingMixin(_TrainerBase):
 
     def _to_log(self, loss: torch.Tensor) -> torch.Tensor:
         """Adds terms and loss of a micro batch to what is logged next; returns the loss for Trainer's own sum."""
-        if self._terms is None:  # a `compute_loss` of the user's that does not call this one
+        if self._term_values is None:  # a `compute_loss` of the user's that does not call this one
             return loss
-        values = torch.cat([self._terms, loss.detach().float().reshape(1)])
-        self._terms = None
+        values = torch.cat([self._term_values, loss.detach().float().reshape(1)])
+        self._term_values = None
         step, resumed = self.state.global_step, self._resumed_window
         if resumed is not None:
             # Trainer forgets what it summed up since its last log; this makes it go on from there.
@@ -82,23 +93,19 @@ class KeepingMixin(_TrainerBase):
         """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
         if "loss" in logs and self._log_window is not None:
             window, self._log_window = self._log_window, None
-            bad = window.sums.new_tensor(0.0)
-            if self._teacher is not None:
-                bad = torch.as_tensor(self._teacher.first_bad_step, device=bad.device).to(bad)
-            row = torch.cat([window.sums[:-1], bad.reshape(1)])
+            bad = [torch.as_tensor(t.first_bad_step, device=window.sums.device) for t in self.teachers.values()]
+            row = torch.cat([window.sums[:-1], *(step.to(window.sums).reshape(1) for step in bad)])
             rows = self.accelerator.gather(row.unsqueeze(0)).tolist()  # the one synchronisation of a logging step
-            *sums, _ = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-            self._raise_if_bad(max(int(row[-1]) for row in rows))
+            columns = list(zip(*rows, strict=True))
+            for teacher, found in zip(self.teachers.values(), columns[len(self._terms) :], strict=True):
+                teacher.raise_if_bad(int(max(found)))
             steps = max(self.state.global_step - window.start, 1)
-            for name, value in zip(unique_names(self.objectives), sums, strict=True):
-                logs[name] = float(f"{value / steps:.5g}")
-        elif "train_loss" in logs and self._teacher is not None:
-            self._raise_if_bad(int(self._teacher.first_bad_step))
+            for term, column in zip(self._terms, columns, strict=False):
+                logs[term.name] = float(f"{sum(column) / len(rows) / steps:.5g}")
+        elif "train_loss" in logs:
+            for teacher in self.teachers.values():
+                teacher.raise_if_bad(int(teacher.first_bad_step))
         super().log(logs, *args, **kwargs)
-
-    def _raise_if_bad(self, step: int) -> None:
-        if self._teacher is not None:
-            self._teacher.raise_if_bad(step)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -115,23 +122,31 @@ class KeepingMixin(_TrainerBase):
     def _record(self) -> None:
         if self.objectives:
             fact = {"objectives": [o.describe() for o in self.objectives], "steps": self.state.global_step}
-            if self._used_teacher is not None:
-                fact["teacher"] = self._used_teacher.name
+            if self._used_teachers:
+                fact["teacher"] = ", ".join(teacher.name for teacher in self._used_teachers.values())
             record_fact(self.model, "distillation", fact)
 
     def _made_with(self) -> dict[str, Any]:
-        teacher = None if self._used_teacher is None else self._used_teacher.fingerprint
-        return {"teacher": teacher, "objectives": [o.describe() for o in self.objectives]}
+        teachers = {name: teacher.fingerprint for name, teacher in self._used_teachers.items()}
+        return {
+            "teacher": teachers.get(SINGLE) if teachers.keys() <= {SINGLE} else teachers,
+            "objectives": [term.objective.describe() for term in self._terms],
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self._record()
         if state_dict is not None:
-            state_dict = {key: value for key, value in state_dict.items() if Projections.NAME not in key}
+            state_dict = {
+                key: value
+                for key, value in state_dict.items()
+                if Projections.NAME not in key and Companions.NAME not in key
+            }
         super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; into a checkpoint also what training goes on with: projections, open log window."""
         folder = str(output_dir or self.args.output_dir)
+        self._follow()
         is_checkpoint = self._in_training and _internal_call and Path(folder) != Path(str(self.args.output_dir))
         if is_checkpoint and self.args.should_save:
             forget_whole(folder)
@@ -148,6 +163,8 @@ class KeepingMixin(_TrainerBase):
         if self.args.should_save:
             if self._projections is not None and not self._sharded:
                 tensors.update(self._projections.maps.state_dict())
+            for name, teacher in self._moving().items():
+                tensors.update({f"{name}/{key}": value.clone() for key, value in teacher.state().items()})
             save_state(folder, tensors, facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -160,10 +177,14 @@ class KeepingMixin(_TrainerBase):
         tensors, facts = load_state(checkpoint)
         self._refuse_other(checkpoint, facts)
         rows = tensors.pop("log_window", None)
-        if rows is not None and rows.shape[1] == len(self.objectives) + 1:
+        if rows is not None and rows.shape[1] == len(self._terms) + 1:
             same_processes = len(rows) == self.args.world_size
-            own = rows[self.args.process_index] if same_processes else rows.mean(0)
-            self._resumed_window = LogWindow(facts["log_start"], own.to(self.args.device))
+            row = rows[self.args.process_index] if same_processes else rows.mean(0)
+            self._resumed_window = LogWindow(facts["log_start"], row.to(self.args.device))
+        for name, teacher in self._moving().items():
+            own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
+            if own:
+                teacher.load_state(own)
         if self._projections is not None and not self._sharded:
             maps = self._projections.maps.state_dict()
             fitting = {k: v for k, v in tensors.items() if k in maps and v.shape == maps[k].shape}

@@ -7,6 +7,7 @@ callbacks and functions of their own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,42 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..forwards import as_output, base_of, by_name, forward_columns, requested, without_gradient
-from ..objectives.base import unique_names
+from ..forwards import (
+    accepts_items,
+    as_output,
+    base_of,
+    by_name,
+    forward_columns,
+    no_logits,
+    requested,
+    without_gradient,
+)
 from ..objectives.projections import Projections
-from ..teachers import TEACHER_PREFIX, FrozenTeacher
-from .arguments import instances, is_factory, keep_gradient_, loaded, refuse_unsupported, validated
+from ..teachers import (
+    TEACHER_PREFIX,
+    AveragedTeacher,
+    Companions,
+    CoTrainedTeacher,
+    EMATeacher,
+    FrozenTeacher,
+    Peer,
+    averaged_copy,
+    without_graph,
+)
+from .arguments import (
+    instances,
+    is_factory,
+    keep_gradient_,
+    loaded,
+    named,
+    peer_objectives,
+    refuse_orphans,
+    refuse_unsupported,
+    validated,
+)
 from .keeping import KeepingMixin
+from .passes import TermPasses, not_synchronised
+from .terms import SINGLE, STUDENT, Term, asked_of, sources_of, terms_of
 
 logger = logging.get_logger(__name__)
 
@@ -49,24 +80,32 @@ class DistillationMixin(KeepingMixin):
         self._made_callbacks: list[Any] = []
         if self._make_callbacks is not None:
             self._made_callbacks = kwargs["callbacks"] = instances(self._make_callbacks(None))
+        self.given_teachers = named(teacher_model)
         self.objectives = validated(
-            teacher_model, objectives if self._make_objectives is None else self._make_objectives(None)
+            self.given_teachers, objectives if self._make_objectives is None else self._make_objectives(None)
         )
-        self.teacher_model = loaded(teacher_model, teacher_init_kwargs)
+        self.given_teachers = loaded(self.given_teachers, teacher_init_kwargs)
         self.strict_resume = strict_resume
-        self._teacher: FrozenTeacher | None = None
+        self.teachers: dict[str, Any] = {}
+        self.models_of_teachers: dict[str, Any] = {}
+        self._terms: list[Term] = []
         self._projections: Projections | None = None
+        self._companions: Companions | None = None
+        self._followed: int | None = None  # optimizer steps that the moving averages have seen
         self._in_training = self._in_training_step = False
-        self._positions: tuple[torch.Tensor, int] | None = None  # per objective, and the processes they are of
+        self._positions: tuple[torch.Tensor, int] | None = None  # per term, and the processes they are of
         super().__init__(*args, **kwargs)
         if self.objectives:
+            refuse_orphans(self.objectives, self.given_teachers)
             refuse_unsupported(self)
             self._show_terms_in_notebooks()
-            itself = self._attach(self.model)
-            if self.teacher_model is not None:
-                self._teacher = FrozenTeacher(
-                    self.teacher_model, self.accelerator, self.label_names, adapters_of=self.model if itself else None
-                )
+            self._attach(self.model)
+
+    @property
+    def teacher_model(self) -> Any:
+        """The model to learn from; of several teachers a dict of them by name."""
+        models = self.models_of_teachers or self.given_teachers
+        return models.get(SINGLE) if models.keys() <= {SINGLE} else dict(models)
 
     def _show_terms_in_notebooks(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -74,53 +113,84 @@ class DistillationMixin(KeepingMixin):
             if type(callback).__name__ == "NotebookProgressCallback":
                 from .notebook import NotebookTermsCallback
 
-                callbacks[place] = NotebookTermsCallback(lambda: unique_names(self.objectives))
+                callbacks[place] = NotebookTermsCallback(lambda: [term.name for term in self._terms])
 
     # ------------------------------------------------------------------ before training
 
-    def _attach(self, student: Any) -> bool:
-        """Lets every objective check the pair before anything is trained; whether the student teaches itself."""
+    def _attach(self, student: Any) -> None:
+        """Lets every objective check its pair before anything is trained, and puts the teachers where they run."""
         if not isinstance(base_of(student), PreTrainedModel):
             raise TypeError(
                 f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
                 "PreTrainedModel, or a PeftModel around one."
             )
-        itself = base_of(student) is not student and self.teacher_model is base_of(student)
-        if itself and self.model_init is not None:
-            raise ValueError(
-                "model_init makes a new student for every training, whose base model is not the teacher_model given. "
-                "Give the student as model, or a teacher that was loaded on its own."
+        keep_gradient_(student)
+        for left_behind in (getattr(student, rider.NAME, None) for rider in (Projections, Companions)):
+            if left_behind is not None:  # by another trainer of this student
+                left_behind.remove(student)
+        for name, given in self.given_teachers.items():
+            self._check_teacher(student, name, given)
+            if isinstance(given, EMATeacher):
+                self.models_of_teachers[name] = averaged_copy(student)
+            else:
+                self.models_of_teachers[name] = given.model if isinstance(given, CoTrainedTeacher) else given
+        for objective in self.objectives:
+            sources = sources_of(objective, list(self.given_teachers))
+            pool = (
+                self.models_of_teachers if objective.every_teacher else self.models_of_teachers.get(*sources or [""])
             )
+            objective.attach(student, pool)
+        self._projections = getattr(student, Projections.NAME, None)
+        if self._projections is not None:
+            self._projections.in_state_dict = self._sharded
+        for name, given in self.given_teachers.items():
+            if name not in self.teachers or isinstance(given, EMATeacher):
+                self.teachers[name] = self._placed(student, given, self.models_of_teachers[name])
+        models = {name: peer.model for name, peer in self._peers.items()}
+        self._companions = Companions(models) if models else None
+        self._terms = terms_of(self.objectives, self.teachers)
+
+    def _check_teacher(self, student: Any, name: str, given: Any) -> None:
+        """Checks that a teacher may be trained or frozen beside the student."""
+        model = given.model if isinstance(given, CoTrainedTeacher) else given
+        itself = base_of(student) is not student and model is base_of(student)
+        if (itself or isinstance(given, CoTrainedTeacher)) and self.model_init is not None:
+            raise ValueError(
+                "model_init makes a new student for every training, "
+                + ("whose base model is not the teacher_model given. " if itself else "beside which a peer would not start anew. ")
+                + "Give the student as model, or a teacher that was loaded on its own."
+            )  # fmt: skip
         if itself and student.active_peft_config.is_prompt_learning:
             raise ValueError(
                 "teacher_model is the base model of a student with virtual tokens, and PEFT cannot run every such student "
                 "without them. Load the base model a second time and give that."
             )
-        keep_gradient_(student)
         trained = {id(p) for p in student.parameters() if p.requires_grad}
-        teacher = None if itself else self.teacher_model
-        if teacher is student or (teacher is not None and any(id(p) in trained for p in teacher.parameters())):
+        shared = not isinstance(given, EMATeacher) and any(id(p) in trained for p in model.parameters())
+        if model is student or (shared and not itself):
             raise ValueError(
                 "teacher_model shares its parameters with the student, so it would be trained and frozen at once. "
                 "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
                 "teacher_model=model.get_base_model()."
             )
-        left_behind = getattr(student, Projections.NAME, None)
-        if left_behind is not None:  # by another trainer of this student
-            left_behind.remove(student)
-        for objective in self.objectives:
-            objective.attach(student, self.teacher_model)
-        self._projections = getattr(student, Projections.NAME, None)
-        if self._projections is not None:
-            self._projections.in_state_dict = self._sharded
-        return itself
+
+    def _placed(self, student: Any, given: Any, model: Any) -> Any:
+        if isinstance(given, CoTrainedTeacher):
+            objectives = peer_objectives(given)
+            for objective in objectives:
+                objective.attach(model, student)
+            return Peer(model, objectives, self.args.device)
+        if isinstance(given, EMATeacher):
+            return AveragedTeacher(model, self.accelerator, self.label_names, given.decay)
+        itself = base_of(student) is not student and model is base_of(student)
+        return FrozenTeacher(model, self.accelerator, self.label_names, adapters_of=student if itself else None)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         """As `Trainer.call_model_init`; makes objectives and callbacks anew where they were given as functions."""
         model = super().call_model_init(trial)
         if hasattr(self, "callback_handler"):  # not while the trainer itself is being made
             if self._make_objectives is not None:
-                self.objectives = validated(self.teacher_model, self._make_objectives(trial))
+                self.objectives = validated(self.given_teachers, self._make_objectives(trial))
             if self.objectives:
                 self._attach(model)
             if self._make_callbacks is not None:
@@ -140,9 +210,12 @@ class DistillationMixin(KeepingMixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._teacher is not None:
-            columns = self._teacher.columns | {TEACHER_PREFIX + name for name in self._teacher.columns}
-            self._signature_columns += sorted(columns - set(self._signature_columns))
+        columns = self._teachers_columns()
+        columns |= {TEACHER_PREFIX + name for name in (*columns, *self.label_names)} if columns else set()
+        self._signature_columns += sorted(columns - set(self._signature_columns))
+
+    def _teachers_columns(self) -> set[str]:
+        return set[str]().union(*(teacher.columns for teacher in self.teachers.values()))
 
     # ------------------------------------------------------------------ training
 
@@ -157,36 +230,66 @@ class DistillationMixin(KeepingMixin):
         if not self.objectives:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         resume_from_checkpoint = self._whole(resume_from_checkpoint)
-        self._log_window = self._resumed_window = None
+        self._log_window = self._resumed_window = self._followed = None
         if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
             self._take_up(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
         self._in_training = True
-        if self._projections is not None and self.model_init is None:  # else `call_model_init` makes new ones
-            self._projections.install(self.model)
-            self._add_projections_to_optimizer()
+        if self.model_init is None:  # else `call_model_init` makes new ones
+            self._install_riders()
+            self._add_riders_to_optimizer()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._follow()
         finally:
             self._in_training = False
             self._positions = self._log_window = self._resumed_window = None
-            if self._projections is not None:
-                self._projections.remove(self.model)
+            self._remove_riders()
         self._record()
         return output
 
-    def _add_projections_to_optimizer(self) -> None:
-        """Lets an optimizer that was made before the projections train them too."""
-        if self.optimizer is not None and self._projections is not None:
-            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            missing = [p for p in self._projections.maps.parameters() if id(p) not in held]
-            # In a group of its own they would be one more than a learning rate schedule knows of.
-            self.optimizer.param_groups[0]["params"] += missing
+    def _install_riders(self) -> None:
+        """Lets the student have what is trained along with it."""
+        for rider in (self._projections, self._companions):
+            if rider is not None:
+                rider.install(self.model)
+        for peer in self._peers.values():
+            peer.install()
+
+    def _remove_riders(self) -> None:
+        for rider in (self._projections, self._companions):
+            if rider is not None:
+                rider.remove(self.model)
+        for peer in self._peers.values():
+            peer.remove()
+
+    @property
+    def _peers(self) -> dict[str, Peer]:
+        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, Peer)}
+
+    def _add_riders_to_optimizer(self) -> None:
+        """Lets an optimizer that was made before them train the projections and peers too."""
+        if self.optimizer is None:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        riders = [rider for rider in (self._projections, self._companions) if rider is not None]
+        missing = [p for rider in riders for p in rider.parameters() if id(p) not in held]
+        # In a group of its own they would be one more than a learning rate schedule knows of.
+        self.optimizer.param_groups[0]["params"] += missing
+
+    def _follow(self) -> None:
+        """Lets moving averages see the optimizer step that was finished since they last did."""
+        step = self.state.global_step
+        if self._followed is not None and step > self._followed:
+            for teacher in self.teachers.values():
+                if isinstance(teacher, AveragedTeacher):
+                    teacher.follow(self.model, step / max(self.state.max_steps, 1))
+        self._followed = step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self.objectives and batches:
-            counts = torch.stack([self._count(sum(o.positions(b) for b in batches)) for o in self.objectives])
+            counts = torch.stack([self._count(sum(t.objective.positions(b) for b in batches)) for t in self._terms])
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             if processes > 1:
                 counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
@@ -200,9 +303,10 @@ class DistillationMixin(KeepingMixin):
         # Trainer then divides by the accumulation steps on every version, which `compute_loss` counts on.
         self._forward_takes_items = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs, self._in_training_step = False, True
-        alone = None if self._in_training else self._projections  # a step that the user takes without `train`
-        if alone is not None:
-            alone.install(self.model)
+        alone = not self._in_training  # a step that the user takes without `train`
+        if alone:
+            self._install_riders()
+        self._follow()
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
@@ -210,8 +314,8 @@ class DistillationMixin(KeepingMixin):
             raise
         finally:
             self.model_accepts_loss_kwargs, self._in_training_step = self._forward_takes_items, False
-            if alone is not None:
-                alone.remove(self.model)
+            if alone:
+                self._remove_riders()
         return self._to_log(loss)
 
     def compute_loss(
@@ -223,92 +327,138 @@ class DistillationMixin(KeepingMixin):
         **kwargs: Any,
     ) -> Any:
         """In training the weighted sum of all objectives, elsewhere the task loss as `Trainer` computes it."""
-        student_inputs = self._student_inputs(inputs)
+        student_inputs = self.student_inputs(inputs)
         if not self._in_training_step:
             return super().compute_loss(
                 model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         batch = dict(inputs)
-        needs = frozenset[str]().union(*(o.needs for o in self.objectives))
-        teacher = self._used_teacher
-        teacher_out = None
-        if teacher is not None:
-            teacher_out = teacher(batch, needs, self._read_of(1), step=self.state.global_step + 1)
-        student_out = self._run_student(model, student_inputs, needs, batch, num_items_in_batch)
-        loss = self._weighted_sum(student_out, teacher_out, batch)
-        return (loss, student_out) if return_outputs else loss
+        self._take_passes(model, batch)
+        with contextlib.ExitStack() as stack:
+            for term in self._terms:
+                stack.enter_context(term.objective.observe())
+            outputs = {name: self._ask(name, batch, num_items_in_batch) for name in self._used_teachers}
+            needs, read = asked_of(STUDENT, self._terms)
+            outputs[STUDENT] = self._run_student(model, student_inputs, needs, read, batch, num_items_in_batch)
+        loss = self._weighted_sum(outputs, batch)
+        return (loss, outputs[STUDENT]) if return_outputs else loss
 
-    def _student_inputs(self, inputs: Any) -> Any:
-        if self._teacher is None:
+    def _take_passes(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        first = [term for term in self._terms if term.objective.passes_first]
+        if first:
+            with not_synchronised(model):
+                for term in first:
+                    term.objective.set_progress(self._progress)
+                    source = term.sources[0] if term.sources else None
+                    term.objective.before(TermPasses(self, model, source), batch)
+
+    def _ask(self, name: str, batch: dict[str, Any], items: Any = None) -> Any:
+        """The output of a teacher for a batch."""
+        teacher = self.teachers[name]
+        needs, read = asked_of(name, self._terms)
+        if not isinstance(teacher, Peer):
+            return teacher(batch, needs, read, step=self.state.global_step + 1)
+        teacher.model.train()
+        with self.accelerator.autocast():
+            return self._run_student(teacher.model, teacher.inputs(batch), needs, read, batch, items, learner=name)
+
+    @property
+    def _progress(self) -> float:
+        return float(self.state.global_step / max(self.state.max_steps, 1))
+
+    def student_inputs(self, inputs: Any) -> Any:
+        """Of a batch what the student takes, without the columns that are its teachers' alone."""
+        if not self.teachers:
             return inputs
         own = forward_columns(self.model)
         # A signature of `**inputs` alone does not tell what the student takes.
-        others = self._teacher.columns if base_of(self.model).main_input_name in own else set[str]()
+        others = self._teachers_columns() if base_of(self.model).main_input_name in own else set[str]()
         foreign = {k for k in inputs if k not in own and (k in others or k.startswith(TEACHER_PREFIX))}
         return {key: value for key, value in inputs.items() if key not in foreign} if foreign else inputs
 
-    def _read_of(self, role: int) -> dict[str, frozenset[int] | None]:
-        """Which hidden states and attentions objectives read of the student (0) or the teacher (1)."""
-        read: dict[str, frozenset[int] | None] = {}
-        for need in ("hidden_states", "attentions"):
-            parts = [o.indices(need) for o in self.objectives if need in o.needs]
-            read[need] = None if None in parts else frozenset[int]().union(*(part[role] for part in parts if part))
-        return read
+    def run_learner(
+        self, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], read: Mapping[str, Any]
+    ) -> Any:
+        """One forward pass of the student or a peer, returning what objectives need."""
+        return as_output(model(**self._asked(model, inputs, needs, read)))
+
+    def _asked(self, model: nn.Module, inputs: Any, needs: frozenset[str], read: Mapping[str, Any]) -> dict[str, Any]:
+        bare = model if isinstance(base_of(model), PreTrainedModel) else self.model
+        asked = {**inputs, **requested(needs, read), **by_name(bare)}
+        if self.args.use_liger_kernel and "skip_logits" in forward_columns(bare):
+            asked["skip_logits"] = "logits" not in needs
+        return asked
 
     def _run_student(
-        self, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], batch: dict[str, Any], items: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        needs: frozenset[str],
+        read: Mapping[str, Any],
+        batch: dict[str, Any],
+        items: Any,
+        learner: str = STUDENT,
     ) -> Any:
-        """The student's output; its `loss` is the task loss, a mean over this micro batch."""
-        inputs = {**inputs, **requested(needs, self._read_of(0)), **by_name(self.model)}
-        if self.args.use_liger_kernel and "skip_logits" in forward_columns(self.model):
-            inputs["skip_logits"] = "logits" not in needs
+        """The output of a model that learns; its `loss` is the task loss, a mean over this micro batch."""
         if "loss" not in needs:
-            output = model(**inputs)
-        elif self.compute_loss_func is not None:
-            task, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+            output = self.run_learner(model, inputs, needs, read)
         else:
-            if self._forward_takes_items:
-                task_loss = next(o for o in self.objectives if "loss" in o.needs)
-                inputs["num_items_in_batch"] = torch.as_tensor(task_loss.positions(batch)).clamp(min=1)
-            task, output = super().compute_loss(model, inputs, return_outputs=True)
-        output = as_output(output)
-        if "loss" in needs and isinstance(output, ModelOutput) and without_gradient(output, needs):
-            logger.warning_once(
-                f"The compute_loss that {type(self).__name__} inherits returns outputs without gradient, so the student "
-                "runs a second time in every step for the objectives."
-            )
-            output = as_output(model(**{k: v for k, v in inputs.items() if k not in ("labels", "num_items_in_batch")}))
-        if not isinstance(output, ModelOutput) or ("logits" in needs and output.get("logits") is None):
+            asked = self._asked(model, inputs, needs, read)
+            if self.compute_loss_func is not None:
+                task, output = super().compute_loss(model, asked, return_outputs=True, num_items_in_batch=items)
+            else:
+                if self._forward_takes_items if learner == STUDENT else accepts_items(model):
+                    task_loss = next(
+                        t.objective for t in self._terms if t.learner == learner and "loss" in t.objective.needs
+                    )
+                    asked["num_items_in_batch"] = torch.as_tensor(task_loss.positions(batch)).clamp(min=1)
+                task, output = super().compute_loss(model, asked, return_outputs=True)
+            output = as_output(output)
+            if isinstance(output, ModelOutput) and without_gradient(output, needs):
+                logger.warning_once(
+                    f"The compute_loss that {type(self).__name__} inherits returns outputs without gradient, so the "
+                    "student runs a second time in every step for the objectives."
+                )
+                unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
+                output = self.run_learner(model, unlabelled, needs, read)
+        if not isinstance(output, ModelOutput) or ("logits" in needs and no_logits(output)):
             found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
             raise TypeError(
-                f"{type(base_of(self.model)).__name__} returned {found} in training; objectives read a ModelOutput"
+                f"{type(base_of(self.model if learner == STUDENT else model)).__name__} returned {found} in training; objectives read a ModelOutput"
                 f"{' with logits' if 'logits' in needs else ''}. Return one from its forward pass."
             )
         if "loss" in needs:
             output["loss"] = task
         return output
 
-    def _weighted_sum(self, student_out: Any, teacher_out: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """Sum of weight * (sum over this micro batch) / (positions of the window), per objective."""
+    def _weighted_sum(self, outputs: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
+        """Sum of weight * (sum over this micro batch) / (positions of the window), per term."""
         # A `compute_loss_func` normalises by itself, and Trainer then does not divide by the accumulation steps.
         own_scale = self.compute_loss_func is not None
         steps = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        terms: list[torch.Tensor] = []
+        # What one that learns tells another has no gradient there.
+        told = {
+            name: without_graph(outputs[name]) if name == STUDENT or name in self._peers else outputs[name]
+            for name in {source for term in self._terms for source in term.sources}
+        }
+        values: list[torch.Tensor] = []
         loss: Any = 0.0
-        for index, objective in enumerate(self.objectives):
-            objective.set_progress(progress)
+        for index, term in enumerate(self._terms):
+            objective = term.objective
+            objective.set_progress(self._progress)
+            heard = {name: told[name] for name in term.sources}
+            teacher_out = heard if objective.every_teacher else next(iter(heard.values()), None)
             with torch.autocast(self.args.device.type, enabled=False):
-                mean, count = objective(student_out, teacher_out, batch)
+                mean, count = objective(outputs[term.learner], teacher_out, batch)
             if not (own_scale and "loss" in objective.needs):
                 # The mean over no position at all is NaN in most models.
                 count = self._count(count)
                 mean = torch.where(count > 0, mean.float(), torch.zeros_like(mean, dtype=torch.float32))
                 if self._positions is not None:
                     mean = mean * (count / self._positions[0][index].clamp(min=1) * self._positions[1])
-            terms.append(mean.float())
-            loss = loss + objective.current(objective.weight) * terms[-1]
-        self._terms = torch.stack(terms).detach()
+            values.append(mean.float())
+            loss = loss + objective.current(objective.weight) * values[-1]
+        self._term_values = torch.stack(values).detach()
         return loss * steps  # type: ignore[no-any-return]
 
     def _count(self, positions: torch.Tensor | int) -> torch.Tensor:
@@ -321,7 +471,7 @@ class DistillationMixin(KeepingMixin):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, without the columns that are the teacher's alone."""
-        return super().prediction_step(model, self._student_inputs(inputs), *args, **kwargs)
+        return super().prediction_step(model, self.student_inputs(inputs), *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with the tag `distillation`."""

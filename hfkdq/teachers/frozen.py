@@ -22,9 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from .architecture import checkpoint_class
-from .forwards import as_output, base_of, by_name, forward_columns, requested
-from .sharding import is_spread, place_frozen, stays_put
+from ..architecture import checkpoint_class
+from ..forwards import as_output, base_of, by_name, forward_columns, requested
+from ..sharding import is_spread, place_frozen, stays_put
 
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation by bounds on the mutual information of the two models' hidden states.
+
+Knows the maps that are learned for it and where they count; they ride in the student as all projections do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..losses.features import gaussian_nll
+from ..losses.reduction import masked_mean
+from ..losses.relations import info_nce
+from .base import Objective
+from .masks import Batch, Positions, valid_count
+from .outline import Outline, layer_map, outline_of
+from .projections import Projection, add_projection
+from .samples import SampleObjective
+
+
+def _check_vectors(name: str, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]) -> None:
+    if len(state) != 3 or len(target) != 3:
+        raise ValueError(
+            f"{name} compares hidden states (batch, positions, width); {s} of the student has the shape {state}, {t} of the "
+            f"teacher {target}. For feature maps of convolutions use FeatureMapKD or RKD."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRD(SampleObjective):
+    """Contrastive distillation: from a student's view of an example, tell the teacher's among those of the batch.
+
+    `-log(exp(z_i . t_i / T) / sum_j exp(z_i . t_j / T))`, mean over the examples `i`; `z` is a learned map of the student's
+    mean hidden state and `t` the teacher's mean hidden state, both scaled to length 1. Tian et al., "Contrastive
+    Representation Distillation" (2020), in the form of InfoNCE (van den Oord et al., "Representation Learning with
+    Contrastive Predictive Coding", 2018): the other examples of the micro batch are the negatives, without a memory
+    of earlier ones. So batches should be large, and a batch of 1 teaches nothing.
+
+    Args:
+        temperature (`float`, defaults to 0.07): `T`, larger than 0.
+        exclude_same_class (`bool`, defaults to `True`): where labels are one class per example, examples of the same
+            class are no negatives of each other, as in the paper. Without such labels all others are.
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
+            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        weight (`float` or schedule, defaults to 1.0): factor of this term; the paper has 0.8.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: a temperature that is not larger than 0; at `attach`, a layer out of range, or models that return no
+            hidden states or feature maps instead.
+
+    Example:
+        ```python
+        >>> from hfkdq.objectives.mutual_information import CRD
+        >>> CRD(temperature=0.1, weight=0.8).name
+        'crd'
+
+        ```
+    """
+
+    temperature: float = 0.07
+    exclude_same_class: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"CRD: temperature must be larger than 0, got {self.temperature!r}.")
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        states, targets = outline_of(student).states(), outline_of(teacher).states()
+        pairs = self._found["pairs"]
+        for s, t in pairs:
+            _check_vectors("CRD", s, states[s], t, targets[t])
+        # The mean over positions of a linear map is the map of the mean.
+        make = {s: partial(Projection, states[s][-1], targets[t][-1]) for s, t in pairs}
+        self._found.update(places={s: add_projection(student, s, make[s], len(states)) for s, _ in pairs})
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        excluded = _same_class(batch) if self.exclude_same_class else None
+        values = [
+            info_nce(ours, theirs, self.temperature, excluded)
+            for ours, theirs in self.represented(student_out, teacher_out, batch, self._found["places"])
+        ]
+        return torch.stack(values).mean(), self.positions(batch)
+
+
+def _same_class(batch: Batch) -> torch.Tensor | None:
+    """Which pairs of examples have the same label, `(batch, batch)`; `None` without one class per example."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        return None
+    return (labels.unsqueeze(0) == labels.unsqueeze(1)) & labels.ne(-100)
+
+
+class GaussianProjection(Projection):
+    """A linear map to a mean, and a learned variance per channel: `[mean, log variance]` on the last axis."""
+
+    def __init__(self, width: int, teacher_width: int, variance: float = 5.0, smallest: float = 1e-5) -> None:
+        super().__init__(width, teacher_width)
+        self.smallest = smallest
+        # So that softplus gives `variance` at the start.
+        self.spread = nn.Parameter(torch.full((teacher_width,), math.log(math.expm1(variance - smallest))))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        mean = super().forward(states)
+        log_variance = (F.softplus(self.spread.float()) + self.smallest).log()
+        return torch.cat([mean.float(), log_variance.expand_as(mean)], dim=-1)  # (batch, seq, 2 * teacher_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VID(Objective):
+    """Variational distillation: how likely the teacher's hidden states are, predicted from the student's.
+
+    `mean over pairs (s, t) and channels c of 1/2 * (log v_c + (h_teacher[t] - W_s h_student[s])_c^2 / v_c)`, mean over the
+    positions attended to; `W_s` and one variance `v_c` per channel are learned. Ahn et al., "Variational Information
+    Distillation for Knowledge Transfer" (2019). Its negative is, up to the entropy of the teacher, a lower bound of
+    the mutual information. The value can become negative.
+
+    Args:
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
+            `"uniform"`, `"last"` or `"skip"`. By default the layers that `make_student` copied, or uniform.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: at `attach`, a layer out of range, models that return no hidden states or feature maps instead, or
+            states over different numbers of positions.
+
+    Example:
+        ```python
+        >>> from hfkdq.objectives.mutual_information import VID
+        >>> VID(layers={1: 2, 2: 4}).name
+        'vid'
+
+        ```
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
+
+    layers: Mapping[int, int] | str | None = None
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        states, targets = outline_of(student).states(), outline_of(teacher).states()
+        pairs = layer_map(self.layers, student, len(states) - 1, len(targets) - 1)
+        for s, t in pairs.items():
+            _check_vectors("VID", s, states[s], t, targets[t])
+            if states[s][1] != targets[t][1]:
+                raise ValueError(
+                    f"VID compares position with position: hidden state {s} of the student has the shape {states[s]}, {t} "
+                    f"of the teacher {targets[t]} for the same example. CRD compares examples instead."
+                )
+        make = {s: partial(GaussianProjection, states[s][-1], targets[t][-1]) for s, t in pairs.items()}
+        places = {s: add_projection(student, s, make[s], len(states)) for s in pairs}
+        self._found.update(pairs=tuple(pairs.items()), places=places)
+        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
+
+    def positions(self, batch: Batch) -> Positions:
+        return valid_count(batch, self.state_mask(batch))
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        values = []
+        for s, t in self._found["pairs"]:
+            mean, log_variance = student_out.hidden_states[self._found["places"][s]].chunk(2, dim=-1)
+            values.append(gaussian_nll(mean, log_variance, teacher_out.hidden_states[t]))
+        return masked_mean(torch.stack(values).mean(0), self.state_mask(batch)), self.positions(batch)

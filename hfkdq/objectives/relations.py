@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation of the self-attention relations among queries, keys and values.
+
+Knows where layers keep their queries, keys and values, and looks at them while a batch runs; attention itself may be
+computed by any kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..architecture import find_layer_stack
+from ..forwards import base_of
+from ..losses.reduction import masked_mean
+from ..losses.relations import relation_kl
+from .base import Objective
+from .masks import Batch, Positions, valid_count
+from .outline import Outline, layer_map, probe
+
+_NAMES = {
+    "query": ("query", "q_proj", "q_lin", "query_proj", "q"),
+    "key": ("key", "k_proj", "k_lin", "key_proj", "k"),
+    "value": ("value", "v_proj", "v_lin", "value_proj", "v"),
+}
+_RELATIONS = tuple(_NAMES)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a layer computes one of the three: module `name` of `parent`, and which part of its output."""
+
+    # The parent stays where it is when quantization or adapters replace the module itself.
+    parent: nn.Module
+    name: str
+    part: int | None = None
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether attention here looks back only, where the module says so."""
+        found = getattr(self.parent, "is_causal", getattr(self.parent, "is_decoder", None))
+        return found if found is None else bool(found)
+
+
+_Sources = Mapping[tuple[int, str], _Source]
+_Seen = dict[tuple[int, str], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationKD(Objective):
+    """MiniLMv2: KL divergence between the self-attention relations of queries, keys and values of matched layers.
+
+    The vectors `A` of a kind, side by side for all heads, are cut into `H` relation heads of width `d`, whatever the
+    number of attention heads, and `R = softmax(A A^T / sqrt(d))` relates every position to every other. The value is
+    `mean over pairs of layers of sum over kinds of 1/H * sum_h KL(R_teacher[h, i] || R_student[h, i])`, mean over the
+    positions `i` attended to. Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing
+    Pretrained Transformers" (2021).
+
+    Widths, numbers of heads, and numbers of keys per query (grouped-query attention) may differ. The vectors are taken
+    where they are computed, before rotary positions, so any attention implementation will do. Positions are related to
+    those that attention itself could look at: not to padding, and where either model is causal not to later ones.
+    Needs memory for `H` matrices of `seq * seq` in float32 per example, kind and model.
+
+    Args:
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
+            or `"skip"`. By default the last layers of both; of large teachers the paper takes an upper middle one.
+        relation_heads (`int`, *optional*): `H`, which divides the widths of queries, keys and values of both models. By
+            default the largest such number up to the teacher's number of attention heads.
+        relations (sequence of `str`, defaults to `("query", "key", "value")`): the kinds of vectors.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: an unknown kind of vectors; at `attach`, a layer out of range, a model of which the vectors cannot be
+            found, a teacher of which only outputs are cached, or relation heads that do not divide the widths.
+
+    Example:
+        ```python
+        >>> from hfkdq.objectives.relations import RelationKD
+        >>> RelationKD(layers={6: 10}, relation_heads=48).name
+        'relation_kd'
+
+        ```
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    layers: Mapping[int, int] | str | None = None
+    relation_heads: int | None = None
+    relations: tuple[str, ...] | list[str] = _RELATIONS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = list(self.relations)
+        if (
+            isinstance(self.relations, str)
+            or not kinds
+            or set(kinds) - set(_RELATIONS)
+            or len(set(kinds)) < len(kinds)
+        ):
+            raise ValueError(
+                f"RelationKD: relations must be some of {', '.join(map(repr, _RELATIONS))}, got {self.relations!r}."
+            )
+        if self.relation_heads is not None and not (isinstance(self.relation_heads, int) and self.relation_heads > 0):
+            raise ValueError(f"RelationKD: relation_heads must be a positive integer, got {self.relation_heads!r}.")
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        if isinstance(teacher, Outline):
+            raise ValueError(
+                "Cached outputs hold no queries, keys or values. Give the teacher itself, or cache its hidden states and "
+                "use HiddenStateKD."
+            )
+        bases = base_of(student), base_of(teacher)
+        stacks = [find_layer_stack(base) for base in bases]
+        ends = len(stacks[0]), len(stacks[1])
+        pairs = layer_map({ends[0]: ends[1]} if self.layers is None else self.layers, student, *ends)
+        if any(0 in pair for pair in pairs.items()):
+            raise ValueError(
+                f"layers={self.layers!r}: layer 0 is the embeddings, which have no queries, keys or values."
+            )
+        sources, shapes = [], []
+        for role, (model, stack) in enumerate(zip((student, teacher), stacks, strict=True)):
+            numbers = {pair[role] for pair in pairs.items()}
+            found = {
+                (i, kind): source
+                for i in sorted(numbers)
+                for kind, source in _find(bases[role], f"{stack.name}.{i - 1}", stack.layers[i - 1]).items()
+                if kind in self.relations
+            }
+            sources.append(found)
+            shapes.append(self._try(model, found))
+        self._check_positions(pairs, *shapes)
+        heads = self._heads(bases[1], {shape[-1] for found in shapes for shape in found.values()})
+        self._found.update(pairs=tuple(pairs.items()), sources=tuple(sources), heads=heads, seen=({}, {}))
+        self._found.update(itself=bases[0] is bases[1])
+        self._found.update(causal=any(_is_causal(b, found) for b, found in zip(bases, sources, strict=True)))
+
+    def _try(self, model: Any, sources: _Sources) -> dict[tuple[int, str], torch.Size]:
+        """Runs a model once, to see that what was found by its name is what runs."""
+        seen: _Seen = {}
+        with _watching(sources, seen):
+            probe(model)
+        missing = [f"{sources[key].name} of layer {key[0]}" for key in sources if key not in seen]
+        if missing or any(x.dim() != 3 for x in seen.values()):
+            raise ValueError(
+                f"{type(base_of(model)).__name__} does not compute (batch, positions, width) by "
+                f"{', '.join(missing) or 'its queries, keys and values'} when it runs, so RelationKD has nothing to look at. "
+                "Use HiddenStateKD or AttentionKD."
+            )
+        return {key: x.shape for key, x in seen.items()}
+
+    def _check_positions(self, pairs: Mapping[int, int], ours: Any, theirs: Any) -> None:
+        for s, t in pairs.items():
+            shapes = ours[s, self.relations[0]], theirs[t, self.relations[0]]
+            if shapes[0][1] != shapes[1][1]:
+                raise ValueError(
+                    f"Layer {s} of the student has {shapes[0][1]} positions and layer {t} of the teacher {shapes[1][1]} for "
+                    "the same example, so their relations cannot be compared. Virtual tokens, for example of prompt "
+                    "tuning, add positions. RKD compares examples instead."
+                )
+
+    def _heads(self, teacher: Any, widths: set[int]) -> int:
+        common = math.gcd(*widths)
+        if self.relation_heads is None:
+            most = getattr(teacher.config, "num_attention_heads", None)
+            most = most if isinstance(most, int) else common
+            return max(h for h in range(1, min(most, common) + 1) if common % h == 0)
+        if common % self.relation_heads:
+            raise ValueError(
+                f"relation_heads={self.relation_heads} does not divide all widths of queries, keys and values: "
+                f"{', '.join(map(str, sorted(widths)))}. Use a divisor of {common}, or leave relation_heads out."
+            )
+        return self.relation_heads
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[None]:
+        """While it lasts, the queries, keys and values of both models are kept as they are computed."""
+        (ours, theirs), seen = self._found["sources"], self._found["seen"]
+        for kept in seen:
+            kept.clear()
+        # Of a student that is its own teacher, the teacher is who runs without gradient.
+        modes = (True, False) if self._found["itself"] else (None, None)
+        with _watching(ours, seen[0], modes[0]), _watching(theirs, seen[1], modes[1]):
+            yield
+
+    def positions(self, batch: Batch) -> Positions:
+        return valid_count(batch, self.state_mask(batch))
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        ours, theirs = self._found["seen"]
+        mask = self.state_mask(batch)
+        try:
+            self._check_seen(ours, theirs)
+            values = []
+            for s, t in self._found["pairs"]:
+                parts = [
+                    relation_kl(ours[s, kind], theirs[t, kind], self._found["heads"], mask, self._found["causal"])
+                    for kind in self.relations
+                ]
+                values.append(torch.stack(parts).sum(0))
+        finally:
+            ours.clear()
+            theirs.clear()
+        return masked_mean(torch.stack(values).mean(0), mask), self.positions(batch)
+
+    def _check_seen(self, ours: _Seen, theirs: _Seen) -> None:
+        expected = [set(sources) for sources in self._found["sources"]]
+        if set(ours) != expected[0] or set(theirs) != expected[1]:
+            raise RuntimeError(
+                "RelationKD saw no queries, keys and values of this batch. Both models must run within `observe()`, the "
+                "teacher without gradient where it is the student without adapters; a compiled model hides them."
+            )
+        if torch.is_grad_enabled() and not any(x.requires_grad for x in ours.values()):
+            raise RuntimeError(
+                "The queries, keys and values of the student lead back to no weights that are trained, so RelationKD "
+                "teaches nothing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train those layers."
+            )
+
+
+def _find(model: Any, name: str, layer: nn.Module) -> dict[str, _Source]:
+    """The three sources of a layer, by the names that Transformers give them."""
+    found: dict[str, list[_Source]] = {kind: [] for kind in _RELATIONS}
+    for parent in layer.modules():
+        children = dict(parent.named_children())
+        for kind, names in _NAMES.items():
+            found[kind] += [_Source(parent, child) for child in names if child in children]
+        # GPT-2 and its kin; GPTBigCode uses the same name for another arrangement.
+        if "c_attn" in children and hasattr(parent, "split_size") and not hasattr(parent, "multi_query"):
+            for part, kind in enumerate(_RELATIONS):
+                found[kind].append(_Source(parent, "c_attn", part))
+    if any(len(sources) != 1 for sources in found.values()):
+        counts = ", ".join(f"{len(sources)} for {kind}" for kind, sources in found.items())
+        known = ", ".join(sorted({child for names in _NAMES.values() for child in names}))
+        raise ValueError(
+            f"Layer {name} of {type(model).__name__} should have one module each that computes queries, keys and values, "
+            f"named {known}, or the c_attn of GPT-2; found: {counts}. Use HiddenStateKD or AttentionKD."
+        )
+    return {kind: sources[0] for kind, sources in found.items()}
+
+
+def _is_causal(model: Any, sources: _Sources) -> bool:
+    # Some old models do not say; those of them that look back only are language models, or kin of GPT-2.
+    silent = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    found = [(silent or x.part is not None) if x.causal is None else x.causal for x in sources.values()]
+    return any(found)
+
+
+@contextlib.contextmanager
+def _watching(sources: _Sources, seen: _Seen, gradient: bool | None = None) -> Iterator[None]:
+    """Keeps what the sources compute, while it lasts: always, or only with or without gradient."""
+
+    def keeper(key: tuple[int, str], part: int | None) -> Any:
+        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if gradient is None or torch.is_grad_enabled() == gradient:
+                seen[key] = output if part is None else output.chunk(3, dim=-1)[part]
+
+        return keep
+
+    with contextlib.ExitStack() as hooks:
+        for key, source in sources.items():
+            module = getattr(source.parent, source.name)
+            hooks.callback(module.register_forward_hook(keeper(key, source.part)).remove)
+        yield

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation of how the examples of a batch lie to one another.
+
+Knows what stands for an example in either model; what a relation is belongs to the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..forwards import base_of
+from ..losses.features import mean_state
+from ..losses.relations import relational_angle, relational_distance, similarity_distance
+from .base import Objective
+from .masks import Batch, Positions, frame_lengths, frame_mask
+from .outline import Outline, layer_map, outline_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleObjective(Objective):
+    """What objectives share that take one vector per example from each model: the mean over its positions.
+
+    The mean is taken of the hidden states over the positions attended to, the frames of sound, or the whole map. The
+    models may differ in width, kind and tokenizer.
+
+    Args:
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
+            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
+
+    layers: Mapping[int, int] | str | None = None
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        states, targets = outline_of(student).states(), outline_of(teacher).states()
+        ends = len(states) - 1, len(targets) - 1
+        pairs = layer_map({ends[0]: ends[1]} if self.layers is None else self.layers, student, *ends)
+        for s, t in pairs.items():
+            self._check_pair(student, s, states[s], t, targets[t])
+        self._found.update(pairs=tuple(pairs.items()))
+        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
+        if not isinstance(teacher, Outline):
+            self._found.update(teacher_frames=frame_lengths(base_of(teacher)))
+
+    def _check_pair(
+        self, student: PreTrainedModel, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]
+    ) -> None:
+        # Both were tried on texts of one length, which the mask of a batch will have too.
+        if base_of(student).main_input_name == "input_ids" and state[1:-1] != target[1:-1]:
+            raise ValueError(
+                f"Hidden state {s} of the student and {t} of the teacher have the shapes {state} and {target} for texts of "
+                "the same length. Virtual tokens, for example of prompt tuning, add positions that no mask tells of."
+            )
+
+    def represented(
+        self, student_out: Any, teacher_out: Any, batch: Batch, places: Mapping[int, int] | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The vectors of the examples, `(batch, width)` each, of student and teacher, for every pair of layers.
+
+        Args:
+            student_out (`ModelOutput`): what the student returned.
+            teacher_out (`ModelOutput`): what the teacher returned.
+            batch (`dict`): the batch.
+            places (`dict`, *optional*): of layers that are mapped first, where among the states the result is.
+        """
+        mask, teacher_mask = self.state_mask(batch), self._teacher_mask(batch)
+        for s, t in self._found["pairs"]:
+            place = (places or {}).get(s, s)
+            yield (
+                mean_state(student_out.hidden_states[place], mask),
+                mean_state(teacher_out.hidden_states[t], teacher_mask),
+            )
+
+    def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
+        """Which positions of the teacher count: it may read another text, or make other frames of the sound."""
+        own = batch.get("teacher_attention_mask")
+        if isinstance(own, torch.Tensor):
+            return own.ne(0)
+        frames = self._found.get("teacher_frames")
+        return self.state_mask(batch) if frames is None else frame_mask(batch, frames)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RKD(SampleObjective):
+    """Relational distillation: distances and angles between the examples of a batch are to be those of the teacher.
+
+    `distance * mean over (i, j) of huber(|x_i - x_j| / mu)` plus `angle * mean over (i, j, k) of huber(cos of the angle at
+    x_j)`, where `huber` compares the student's number with the teacher's, `mu` is the mean distance within a model, and
+    an example's `x` is the mean of its hidden states. Park et al., "Relational Knowledge Distillation" (2019).
+
+    Nothing is learned, as relations lie within a model. They also lie within a micro batch: cutting a batch into others
+    (gradient accumulation, several processes) leaves relations out, and a batch of 1 has none, so its value is 0.
+
+    Args:
+        distance (`float`, defaults to 25.0): factor of the distances.
+        angle (`float`, defaults to 50.0): factor of the angles, of which there are none below 3 examples.
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
+            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: a negative factor, or none that is larger than 0; at `attach`, a layer out of range or models that
+            return no hidden states.
+
+    Example:
+        ```python
+        >>> from hfkdq.objectives.samples import RKD
+        >>> RKD(angle=0.0).name
+        'rkd'
+
+        ```
+    """
+
+    distance: float = 25.0
+    angle: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.distance, self.angle) < 0 or not max(self.distance, self.angle) > 0:
+            raise ValueError(
+                f"RKD: distance and angle must not be negative, and one of them larger than 0, got {self.distance!r} and "
+                f"{self.angle!r}."
+            )
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        values = []
+        for ours, theirs in self.represented(student_out, teacher_out, batch):
+            if self.distance:
+                values.append(self.distance * relational_distance(ours, theirs))
+            if self.angle:
+                values.append(self.angle * relational_angle(ours, theirs))
+        return torch.stack(values).sum(0).mean() / len(self._found["pairs"]), self.positions(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityPreservingKD(SampleObjective):
+    """Examples of a batch that are alike to the teacher are to be alike to the student.
+
+    `1/b^2 * |G_student - G_teacher|_F^2`, where `G` is `X X^T` with rows scaled to length 1 and row `i` of `X` the mean of the
+    hidden states of example `i` of `b`. Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019), which has
+    the flattened map in the place of the mean; texts of different length have none.
+
+    Nothing is learned, as similarities lie within a model. They also lie within a micro batch: cutting a batch into
+    others (gradient accumulation, several processes) leaves some out, and of a batch of 1 the value is 0.
+
+    Args:
+        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
+            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        weight (`float` or schedule, defaults to 1.0): factor of this term; the paper has 3000.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: at `attach`, a layer out of range or models that return no hidden states.
+
+    Example:
+        ```python
+        >>> from hfkdq.objectives.samples import SimilarityPreservingKD
+        >>> SimilarityPreservingKD(weight=3000.0).needs
+        frozenset({'hidden_states'})
+
+        ```
+    """
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        values = [similarity_distance(*pair) for pair in self.represented(student_out, teacher_out, batch)]
+        return torch.stack(values).mean(), self.positions(batch)
