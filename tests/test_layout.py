@@ -18,8 +18,8 @@ LEVELS = {
     "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1,
     "export": 2, "teachers": 2,
     "report": 3, "trainer": 4,
-    "hub": 4,
-    "demo": 5, "cli": 6, "__main__": 7,
+    "hub": 5,
+    "demo": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}
 ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "optimum", "onnxscript"}

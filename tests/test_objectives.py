@@ -151,7 +151,7 @@ def renamed(model, names):
         (HiddenStateKD(layers={3: 1}), tiny.bert, tiny.bert, "out of range"),
         (AttentionKD(layers={1: 9}), tiny.bert, tiny.bert, "out of range"),
         (AttentionKD(layers={0: 0}), tiny.bert, tiny.bert, "embeddings"),
-        (AttentionKD(), lambda: tiny.bert(heads=2), lambda: tiny.bert(heads=4), "head with head"),
+        (AttentionKD(), tiny.bert, tiny.vit, "position with position"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused_at_attach(objective, student, teacher, message):

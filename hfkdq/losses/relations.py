@@ -46,7 +46,9 @@ def relation_kl(
 
 
 def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> torch.Tensor:
-    parts = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)  # (batch, heads, seq, width / heads)
+    parts = (
+        vectors.float().reshape(*vectors.shape[:2], heads, -1).transpose(1, 2)
+    )  # (batch, heads, seq, width / heads)
     scores = parts @ parts.mT / math.sqrt(parts.shape[-1])  # (batch, heads, seq, seq)
     # The smallest number instead of minus infinity: a padded position may have nothing to relate to.
     return F.log_softmax(scores.masked_fill(~related, torch.finfo(scores.dtype).min), dim=-1)

@@ -29,6 +29,8 @@ class Passes(Protocol):
 
     model: Any
     """The student without the wrappers of the training."""
+    teacher_model: Any
+    """The teacher without them; `None` where there are cached outputs alone."""
 
     def student(self, batch: Batch, needs: frozenset[str] = ..., indices: Any = ...) -> Any:
         """The student's output for a batch, in training mode, with a gradient if that is enabled."""

@@ -273,9 +273,10 @@ def _shapes(role: str, outline: Outline, head: Head) -> list[tuple[int, ...]]:
     found = [outline.shape(name) for name in head.outputs]
     axes = [head.axes] + [3 if name == "pred_boxes" else head.axes for name in head.outputs[1:]]
     if any(shape is None or len(shape) != count for shape, count in zip(found, axes, strict=True)):
+        given = "no logits" if found[0] is None else f"{found[0]}"
         raise ValueError(
             f"LogitKD looks for {' and '.join(head.outputs)} with {head.axes} axes; the {role} {outline.model_class} "
-            f"gives {found} for one example. It knows class logits per example, per token and per frame, spans, numbers "
+            f"gives {given} for one example. It knows class logits per example, per token and per frame, spans, numbers "
             "and object queries; for anything else write an objective of your own."
         )
     return [shape for shape in found if shape is not None]

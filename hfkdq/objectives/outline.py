@@ -93,6 +93,7 @@ class Outline:
         """Shape of the output `name` for one example; `None` where the model gives no such tensor."""
         if name not in self._shapes and self._model is not None:
             output = probe(self._model)
+            output = output if isinstance(output, Mapping) else {"logits": getattr(output, "logits", None)}
             self._shapes.update({k: tuple(v.shape) for k, v in output.items() if isinstance(v, torch.Tensor)})
         shape = self._shapes.get(name)
         return None if shape is None else tuple(shape)

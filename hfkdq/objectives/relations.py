@@ -14,44 +14,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..architecture import find_layer_stack
 from ..forwards import base_of
 from ..losses.reduction import masked_mean
 from ..losses.relations import relation_kl
+from .attention_inputs import KINDS, Seen, Sources, find_sources, looks_back_only, watching
 from .base import Objective
 from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, probe
-
-_NAMES = {
-    "query": ("query", "q_proj", "q_lin", "query_proj", "q"),
-    "key": ("key", "k_proj", "k_lin", "key_proj", "k"),
-    "value": ("value", "v_proj", "v_lin", "value_proj", "v"),
-}
-_RELATIONS = tuple(_NAMES)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a layer computes one of the three: module `name` of `parent`, and which part of its output."""
-
-    # The parent stays where it is when quantization or adapters replace the module itself.
-    parent: nn.Module
-    name: str
-    part: int | None = None
-
-    @property
-    def causal(self) -> bool | None:
-        """Whether attention here looks back only, where the module says so."""
-        found = getattr(self.parent, "is_causal", getattr(self.parent, "is_decoder", None))
-        return found if found is None else bool(found)
-
-
-_Sources = Mapping[tuple[int, str], _Source]
-_Seen = dict[tuple[int, str], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +67,14 @@ class RelationKD(Objective):
 
     layers: Mapping[int, int] | str | None = None
     relation_heads: int | None = None
-    relations: tuple[str, ...] | list[str] = _RELATIONS
+    relations: tuple[str, ...] | list[str] = KINDS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = list(self.relations)
-        if (
-            isinstance(self.relations, str)
-            or not kinds
-            or set(kinds) - set(_RELATIONS)
-            or len(set(kinds)) < len(kinds)
-        ):
+        if isinstance(self.relations, str) or not kinds or set(kinds) - set(KINDS) or len(set(kinds)) < len(kinds):
             raise ValueError(
-                f"RelationKD: relations must be some of {', '.join(map(repr, _RELATIONS))}, got {self.relations!r}."
+                f"RelationKD: relations must be some of {', '.join(map(repr, KINDS))}, got {self.relations!r}."
             )
         if self.relation_heads is not None and not (isinstance(self.relation_heads, int) and self.relation_heads > 0):
             raise ValueError(f"RelationKD: relation_heads must be a positive integer, got {self.relation_heads!r}.")
@@ -133,7 +100,7 @@ class RelationKD(Objective):
             found = {
                 (i, kind): source
                 for i in sorted(numbers)
-                for kind, source in _find(bases[role], f"{stack.name}.{i - 1}", stack.layers[i - 1]).items()
+                for kind, source in find_sources(bases[role], f"{stack.name}.{i - 1}", stack.layers[i - 1]).items()
                 if kind in self.relations
             }
             sources.append(found)
@@ -142,12 +109,12 @@ class RelationKD(Objective):
         heads = self._heads(bases[1], {shape[-1] for found in shapes for shape in found.values()})
         self._found.update(pairs=tuple(pairs.items()), sources=tuple(sources), heads=heads, seen=({}, {}))
         self._found.update(itself=bases[0] is bases[1])
-        self._found.update(causal=any(_is_causal(b, found) for b, found in zip(bases, sources, strict=True)))
+        self._found.update(causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)))
 
-    def _try(self, model: Any, sources: _Sources) -> dict[tuple[int, str], torch.Size]:
+    def _try(self, model: Any, sources: Sources) -> dict[tuple[int, str], torch.Size]:
         """Runs a model once, to see that what was found by its name is what runs."""
-        seen: _Seen = {}
-        with _watching(sources, seen):
+        seen: Seen = {}
+        with watching(sources, seen):
             probe(model)
         missing = [f"{sources[key].name} of layer {key[0]}" for key in sources if key not in seen]
         if missing or any(x.dim() != 3 for x in seen.values()):
@@ -189,7 +156,7 @@ class RelationKD(Objective):
             kept.clear()
         # Of a student that is its own teacher, the teacher is who runs without gradient.
         modes = (True, False) if self._found["itself"] else (None, None)
-        with _watching(ours, seen[0], modes[0]), _watching(theirs, seen[1], modes[1]):
+        with watching(ours, seen[0], modes[0]), watching(theirs, seen[1], modes[1]):
             yield
 
     def positions(self, batch: Batch) -> Positions:
@@ -202,17 +169,16 @@ class RelationKD(Objective):
             self._check_seen(ours, theirs)
             values = []
             for s, t in self._found["pairs"]:
-                parts = [
-                    relation_kl(ours[s, kind], theirs[t, kind], self._found["heads"], mask, self._found["causal"])
-                    for kind in self.relations
-                ]
+                # A teacher may lie on other devices, or be trained too.
+                pairs = ((ours[s, kind], theirs[t, kind].detach().to(ours[s, kind].device)) for kind in self.relations)
+                parts = [relation_kl(*pair, self._found["heads"], mask, self._found["causal"]) for pair in pairs]
                 values.append(torch.stack(parts).sum(0))
         finally:
             ours.clear()
             theirs.clear()
         return masked_mean(torch.stack(values).mean(0), mask), self.positions(batch)
 
-    def _check_seen(self, ours: _Seen, theirs: _Seen) -> None:
+    def _check_seen(self, ours: Seen, theirs: Seen) -> None:
         expected = [set(sources) for sources in self._found["sources"]]
         if set(ours) != expected[0] or set(theirs) != expected[1]:
             raise RuntimeError(
@@ -224,49 +190,3 @@ class RelationKD(Objective):
                 "The queries, keys and values of the student lead back to no weights that are trained, so RelationKD "
                 "teaches nothing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train those layers."
             )
-
-
-def _find(model: Any, name: str, layer: nn.Module) -> dict[str, _Source]:
-    """The three sources of a layer, by the names that Transformers give them."""
-    found: dict[str, list[_Source]] = {kind: [] for kind in _RELATIONS}
-    for parent in layer.modules():
-        children = dict(parent.named_children())
-        for kind, names in _NAMES.items():
-            found[kind] += [_Source(parent, child) for child in names if child in children]
-        # GPT-2 and its kin; GPTBigCode uses the same name for another arrangement.
-        if "c_attn" in children and hasattr(parent, "split_size") and not hasattr(parent, "multi_query"):
-            for part, kind in enumerate(_RELATIONS):
-                found[kind].append(_Source(parent, "c_attn", part))
-    if any(len(sources) != 1 for sources in found.values()):
-        counts = ", ".join(f"{len(sources)} for {kind}" for kind, sources in found.items())
-        known = ", ".join(sorted({child for names in _NAMES.values() for child in names}))
-        raise ValueError(
-            f"Layer {name} of {type(model).__name__} should have one module each that computes queries, keys and values, "
-            f"named {known}, or the c_attn of GPT-2; found: {counts}. Use HiddenStateKD or AttentionKD."
-        )
-    return {kind: sources[0] for kind, sources in found.items()}
-
-
-def _is_causal(model: Any, sources: _Sources) -> bool:
-    # Some old models do not say; those of them that look back only are language models, or kin of GPT-2.
-    silent = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    found = [(silent or x.part is not None) if x.causal is None else x.causal for x in sources.values()]
-    return any(found)
-
-
-@contextlib.contextmanager
-def _watching(sources: _Sources, seen: _Seen, gradient: bool | None = None) -> Iterator[None]:
-    """Keeps what the sources compute, while it lasts: always, or only with or without gradient."""
-
-    def keeper(key: tuple[int, str], part: int | None) -> Any:
-        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if gradient is None or torch.is_grad_enabled() == gradient:
-                seen[key] = output if part is None else output.chunk(3, dim=-1)[part]
-
-        return keep
-
-    with contextlib.ExitStack() as hooks:
-        for key, source in sources.items():
-            module = getattr(source.parent, source.name)
-            hooks.callback(module.register_forward_hook(keeper(key, source.part)).remove)
-        yield

@@ -264,6 +264,7 @@ class QuantizedLinear(nn.Linear):
 
     quantization_spec: QuantizationSpec
     activation_quantizer: ActivationQuantizer | None
+    fake_quantize_enabled = True
 
     def weight_scale(self) -> Tensor:
         """Scales of the output channels, `max|w| / 127`, float32 of shape `(out_features,)`."""
@@ -274,6 +275,8 @@ class QuantizedLinear(nn.Linear):
         return _integer_weight(self.weight, self.weight_scale())
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.fake_quantize_enabled:
+            return super().forward(input)
         if self.activation_quantizer is not None:
             input = self.activation_quantizer(input)
         return F.linear(input, _fake_quantize_symmetric(self.weight, self.weight_scale()), self.bias)
@@ -283,6 +286,7 @@ class QuantizedEmbedding(nn.Embedding):
     """An `nn.Embedding` with a symmetric int8 table, one scale for all of it; made as [`QuantizedLinear`] is."""
 
     quantization_spec: QuantizationSpec
+    fake_quantize_enabled = True
 
     def weight_scale(self) -> Tensor:
         """Scale of the table, `max|w| / 127`, float32 of shape `()`."""
@@ -293,4 +297,5 @@ class QuantizedEmbedding(nn.Embedding):
         return _integer_weight(self.weight, self.weight_scale())
 
     def forward(self, input: Tensor) -> Tensor:
-        return _fake_quantize_symmetric(super().forward(input), self.weight_scale())
+        rows = super().forward(input)
+        return _fake_quantize_symmetric(rows, self.weight_scale()) if self.fake_quantize_enabled else rows

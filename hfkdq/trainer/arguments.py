@@ -16,7 +16,7 @@ from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
 from ..forwards import base_of
-from ..objectives import LogitKD, TaskLoss
+from ..objectives import ByGradientNorm, LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
 from ..sharding import was_split_while_loaded
 from ..teachers import CoTrainedTeacher, EMATeacher, load_teacher
@@ -157,6 +157,7 @@ def refuse_unsupported(trainer: Any) -> None:
         type(t).__name__ for t in trainer.given_teachers.values() if isinstance(t, (EMATeacher, CoTrainedTeacher))
     ]
     moving += [type(o).__name__ for o in trainer.objectives if o.passes_first]
+    moving += ["ByGradientNorm" for o in trainer.objectives if isinstance(o.weight, ByGradientNorm)]
     if moving and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise NotImplementedError(
             f"{', '.join(moving)} does not work where FSDP or DeepSpeed shard the student. Use one process, or several "

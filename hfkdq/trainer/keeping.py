@@ -18,6 +18,7 @@ from ..facts import record_fact
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from ..teachers import AveragedTeacher, Companions, Peer
+from .adapting import Adapting
 from .checkpoints import (
     LogWindow,
     archives,
@@ -46,6 +47,7 @@ class KeepingMixin(_TrainerBase):
     strict_resume: bool
     teachers: dict[str, Any]
     _terms: list[Term]
+    _adapting: Adapting
     _projections: Projections | None
     _in_training: bool
     _term_values: torch.Tensor | None = None  # of the last micro batch
@@ -153,11 +155,14 @@ class KeepingMixin(_TrainerBase):
         super().save_model(output_dir, _internal_call)
         if not is_checkpoint:
             return
+        alone = getattr(self.args, "enable_jit_checkpoint", False)
+        self._adapting.adapt(self.accelerator, together=not alone)
         tensors, facts = {}, {**self._made_with(), "archives": archives(self.args, self._sharded)}
+        facts["adapted"] = self._adapting.state()
         if self._log_window is not None:
             rows = self._log_window.finished(self.state.global_step).unsqueeze(0)
             # On a signal every process saves when it gets to it, so none may wait for the others.
-            if not getattr(self.args, "enable_jit_checkpoint", False):
+            if not alone:
                 rows = self.accelerator.gather(rows)
             tensors["log_window"], facts["log_start"] = rows, self._log_window.start
         if self.args.should_save:
@@ -181,6 +186,7 @@ class KeepingMixin(_TrainerBase):
             same_processes = len(rows) == self.args.world_size
             row = rows[self.args.process_index] if same_processes else rows.mean(0)
             self._resumed_window = LogWindow(facts["log_start"], row.to(self.args.device))
+        self._adapting.load_state(facts.get("adapted", {}))
         for name, teacher in self._moving().items():
             own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
             if own:

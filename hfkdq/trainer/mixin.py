@@ -27,6 +27,7 @@ from ..forwards import (
     without_gradient,
 )
 from ..objectives.projections import Projections
+from ..objectives.quantization_loss import QuantizationLoss
 from ..teachers import (
     TEACHER_PREFIX,
     AveragedTeacher,
@@ -38,6 +39,7 @@ from ..teachers import (
     averaged_copy,
     without_graph,
 )
+from .adapting import Adapting
 from .arguments import (
     instances,
     is_factory,
@@ -89,6 +91,7 @@ class DistillationMixin(KeepingMixin):
         self.teachers: dict[str, Any] = {}
         self.models_of_teachers: dict[str, Any] = {}
         self._terms: list[Term] = []
+        self._adapting = Adapting([])
         self._projections: Projections | None = None
         self._companions: Companions | None = None
         self._followed: int | None = None  # optimizer steps that the moving averages have seen
@@ -149,6 +152,7 @@ class DistillationMixin(KeepingMixin):
         models = {name: peer.model for name, peer in self._peers.items()}
         self._companions = Companions(models) if models else None
         self._terms = terms_of(self.objectives, self.teachers)
+        self._adapting = Adapting(self._terms)
 
     def _check_teacher(self, student: Any, name: str, given: Any) -> None:
         """Checks that a teacher may be trained or frozen beside the student."""
@@ -287,6 +291,7 @@ class DistillationMixin(KeepingMixin):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
+        self._adapting.adapt(self.accelerator)
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self.objectives and batches:
             counts = torch.stack([self._count(sum(t.objective.positions(b) for b in batches)) for t in self._terms])
@@ -337,25 +342,33 @@ class DistillationMixin(KeepingMixin):
         with contextlib.ExitStack() as stack:
             for term in self._terms:
                 stack.enter_context(term.objective.observe())
-            outputs = {name: self._ask(name, batch, num_items_in_batch) for name in self._used_teachers}
+            # What is frozen comes first, so that its activations are gone when the student's are made.
+            outputs = {n: self._asked_output(n, batch) for n in self._used_teachers if n not in self._peers}
             needs, read = asked_of(STUDENT, self._terms)
             outputs[STUDENT] = self._run_student(model, student_inputs, needs, read, batch, num_items_in_batch)
+            outputs |= {name: self._asked_output(name, batch, num_items_in_batch) for name in self._peers}
         loss = self._weighted_sum(outputs, batch)
         return (loss, outputs[STUDENT]) if return_outputs else loss
 
     def _take_passes(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        # A quantization loss repeats the dropout of the pass that follows, so it comes last.
         first = [term for term in self._terms if term.objective.passes_first]
+        first.sort(key=lambda term: isinstance(term.objective, QuantizationLoss))
         if first:
             with not_synchronised(model):
                 for term in first:
                     term.objective.set_progress(self._progress)
-                    source = term.sources[0] if term.sources else None
-                    term.objective.before(TermPasses(self, model, source), batch)
+                    passes = TermPasses(self, model, term.sources[0] if term.sources else "")
+                    term.objective.before(passes, batch)
 
-    def _ask(self, name: str, batch: dict[str, Any], items: Any = None) -> Any:
+    def _asked_output(self, name: str, batch: dict[str, Any], items: Any = None) -> Any:
+        return self.ask(name, batch, *asked_of(name, self._terms), items)
+
+    def ask(
+        self, name: str, batch: dict[str, Any], needs: frozenset[str], read: Mapping[str, Any], items: Any = None
+    ) -> Any:
         """The output of a teacher for a batch."""
         teacher = self.teachers[name]
-        needs, read = asked_of(name, self._terms)
         if not isinstance(teacher, Peer):
             return teacher(batch, needs, read, step=self.state.global_step + 1)
         teacher.model.train()
@@ -442,14 +455,17 @@ class DistillationMixin(KeepingMixin):
             for name in {source for term in self._terms for source in term.sources}
         }
         values: list[torch.Tensor] = []
+        means: list[torch.Tensor] = []
+        heard: list[Any] = []
         loss: Any = 0.0
         for index, term in enumerate(self._terms):
             objective = term.objective
             objective.set_progress(self._progress)
-            heard = {name: told[name] for name in term.sources}
-            teacher_out = heard if objective.every_teacher else next(iter(heard.values()), None)
+            sources = {name: told[name] for name in term.sources}
+            heard.append(sources if objective.every_teacher else next(iter(sources.values()), None))
             with torch.autocast(self.args.device.type, enabled=False):
-                mean, count = objective(outputs[term.learner], teacher_out, batch)
+                mean, count = objective(outputs[term.learner], heard[-1], batch)
+            means.append(mean.float())
             if not (own_scale and "loss" in objective.needs):
                 # The mean over no position at all is NaN in most models.
                 count = self._count(count)
@@ -458,6 +474,9 @@ class DistillationMixin(KeepingMixin):
                     mean = mean * (count / self._positions[0][index].clamp(min=1) * self._positions[1])
             values.append(mean.float())
             loss = loss + objective.current(objective.weight) * values[-1]
+        for index, term in enumerate(self._terms):
+            both = outputs[term.learner], heard[index]
+            self._adapting.measure(index, means, both, batch, self.model, self.state.global_step)
         self._term_values = torch.stack(values).detach()
         return loss * steps  # type: ignore[no-any-return]
 

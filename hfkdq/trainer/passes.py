@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,14 +26,14 @@ class TermPasses:
     Args:
         trainer (`DistillationMixin`): the trainer.
         wrapped (`nn.Module`): its student, as wrapped for the training.
-        source (`str`, *optional*): the name of the teacher.
+        source (`str`): the name of the teacher; empty for an objective that uses none.
     """
 
-    def __init__(self, trainer: DistillationMixin, wrapped: nn.Module, source: str | None) -> None:
+    def __init__(self, trainer: DistillationMixin, wrapped: nn.Module, source: str) -> None:
         self._trainer, self._wrapped = trainer, wrapped
-        self._teacher: Any = None if source is None else trainer.teachers[source]
+        self._source = source
         self.model: Any = trainer.model
-        self.teacher_model: Any = None if source is None else trainer.models_of_teachers.get(source)
+        self.teacher_model: Any = trainer.models_of_teachers.get(source)
 
     def student(
         self, batch: Mapping[str, Any], needs: frozenset[str] = _LOGITS, indices: Mapping[str, Any] | None = None
@@ -45,7 +46,8 @@ class TermPasses:
         self, batch: Mapping[str, Any], needs: frozenset[str] = _LOGITS, indices: Mapping[str, Any] | None = None
     ) -> Any:
         """The teacher's output for a batch, without a gradient."""
-        return self._teacher(dict(batch), needs, _both(indices), step=self._trainer.state.global_step + 1)
+        with torch.no_grad():
+            return self._trainer.ask(self._source, dict(batch), needs, _both(indices))
 
 
 def _both(indices: Mapping[str, Any] | None) -> dict[str, Any]:

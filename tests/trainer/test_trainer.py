@@ -252,7 +252,7 @@ def test_the_mixin_goes_before_a_trainer_of_the_users_own(training_arguments):
         (dict(teacher=teacher_of(), objectives=None), ValueError, "objectives is empty"),
         (dict(teacher=None, objectives=[]), ValueError, "objectives is empty"),
         (dict(teacher=None, objectives=[LogitKD()]), ValueError, "logit_kd compare with a teacher"),
-        (dict(teacher=7, objectives=[LogitKD()]), TypeError, "Hub id or folder of one, got int"),
+        (dict(teacher=7, objectives=[LogitKD()]), TypeError, "by name, got int"),
         (dict(teacher=teacher_of(), objectives=LogitKD()), TypeError, "must be a list"),
         (dict(teacher=teacher_of(), objectives=[LogitKD]), TypeError, "parentheses"),
         (dict(teacher=tiny.bert(labels=5), objectives=[LogitKD()]), ValueError, "same labels or vocabulary"),

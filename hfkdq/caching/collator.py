@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts cached outputs of a teacher into a batch, at the positions at which the batch has their inputs.
+
+Knows rows, padding and the collator that it wraps; nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .codec import decode
+from .info import ROW_CHECK, CachedOutput, CacheInfo
+from .positions import own_positions, row_checks, told_positions
+
+
+class CachedCollator:
+    """Collates rows with the collator it wraps, and adds the teacher's outputs as tensors of the batch.
+
+    Outputs go to the positions that are no padding, left or right: where `attention_mask` is 1, where the labels of an
+    encoder-decoder are, or to the first frames of sound. Elsewhere they are 0, or of likeliest classes uniform, which
+    masks leave out. A row whose inputs are not those that the teacher read is refused. Rows without cached outputs,
+    such as those of an evaluation set, are left to the wrapped collator alone.
+
+    Args:
+        collator (callable): the collator of the training, from a list of rows to a batch.
+        info (`CacheInfo`): what was cached, from `cache_info(dataset)`.
+
+    Raises:
+        ValueError: when called: rows with cached outputs among rows without, rows that were changed since, or a
+            collator that does not return one row for each.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any], info: CacheInfo) -> None:
+        self.collator, self.info = collator, info
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        columns = self.info.columns
+        cached = [isinstance(row, Mapping) and ROW_CHECK in row for row in features]
+        if not any(cached):
+            # Part of the cached columns may have been kept.
+            return self.collator([_without(row, columns) for row in features])
+        if not all(cached):
+            raise ValueError(
+                f"{cached.count(False)} of the {len(features)} rows of a batch have no cached teacher outputs. Call "
+                "cache_teacher_outputs on the whole dataset."
+            )
+        batch = self.collator([_without(row, columns) for row in features])
+        self._check_rows(batch, features)
+        for output in self.info.outputs:
+            values = [self._decoded(output, row) for row in features]
+            batch[output.column] = self._placed(output, values, batch)
+        return batch
+
+    def _decoded(self, output: CachedOutput, row: Mapping[str, Any]) -> np.ndarray:
+        missing = [column for column in output.columns if column not in row]
+        if missing:
+            raise ValueError(
+                f"A row has cached teacher outputs without {', '.join(missing)}. Keep all columns in info.columns."
+            )
+        return decode(output, row)
+
+    def _check_rows(self, batch: Any, features: Sequence[Mapping[str, Any]]) -> None:
+        checks = row_checks(batch, self.info.inputs)
+        if len(checks) != len(features):
+            raise ValueError(
+                f"{type(self.collator).__name__} made {len(checks)} rows of {len(features)}; cached teacher outputs need a "
+                "collator that keeps rows apart."
+            )
+        for row, (now, feature) in enumerate(zip(checks, features, strict=True)):
+            then = int(feature[ROW_CHECK])
+            if now != then:
+                sizes = told_positions(then), told_positions(now)
+                told = f"{sizes[0]} positions then, {sizes[1]} now" if sizes[0] != sizes[1] else "other values"
+                raise ValueError(
+                    f"Row {row} of a batch is not what the teacher saw when its outputs were cached: {told} in "
+                    f"{', '.join(self.info.inputs)}. The dataset was changed after that (tokenized, truncated or "
+                    "augmented anew), or this collator changes rows. Call cache_teacher_outputs on the dataset as it "
+                    "is trained on."
+                )
+
+    def _placed(self, output: CachedOutput, values: list[np.ndarray], batch: Any) -> torch.Tensor:
+        kind = output.positions
+        mask = None if kind is None else own_positions(batch, kind, self.info.outline)
+        counts = [len(value) for value in values]
+        expected = counts if mask is None else mask.sum(1).tolist()
+        if counts != expected or (mask is None and len(set(counts)) > 1):
+            raise ValueError(
+                f"{output.column} is cached at {counts} positions for the rows of a batch which has {expected}"
+                + (", and nothing tells which are padding" if mask is None else "")
+                + ". The rows were truncated or padded otherwise when they were cached; call cache_teacher_outputs with "
+                "the collator of the training."
+            )
+        stacked = torch.from_numpy(np.concatenate(values))
+        if mask is None:
+            return stacked.reshape(len(values), counts[0], *output.shape)
+        placed = _filler(output, stacked.dtype).expand(*mask.shape, *output.shape).clone()
+        placed[mask] = stacked
+        return placed
+
+
+def _without(row: Any, columns: Sequence[str]) -> Any:
+    if not isinstance(row, Mapping):
+        return row
+    return {name: value for name, value in row.items() if name not in columns}
+
+
+def _filler(output: CachedOutput, dtype: torch.dtype) -> torch.Tensor:
+    """What stands at padding: finite, and of likeliest classes a distribution over different ones."""
+    if output.name == "top_indices":
+        return torch.arange(output.shape[0], dtype=dtype)
+    if output.name == "top_log_probabilities":
+        return -torch.log(torch.tensor(float(output.shape[0]))).to(dtype)
+    return torch.zeros((), dtype=dtype)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of cached outputs, and how it travels with the dataset that holds them.
+
+Knows the description of a dataset and an outline; nothing of how outputs are computed, coded or batched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..objectives.outline import Outline
+from ..teachers import TEACHER_PREFIX
+
+FORMAT_VERSION = 1
+ROW_CHECK = TEACHER_PREFIX + "row_check"
+# `info.description` outlives select, shuffle, filter, map, splits, concatenation and the disk; parquet files drop it.
+_MARK = re.compile(r"\s*<!-- hfkdq-cache (\{.*?\}) -->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class CachedOutput:
+    """One output of a teacher, and the columns that hold it.
+
+    Attributes:
+        name (`str`): such as `"logits"`, `"top_log_probabilities"` or `"hidden_state_3"`.
+        positions (`str`, *optional*): what its first axis follows: `"attended"` tokens, `"decoded"` ones, `"frames"` of
+            sound or `"adapted_frames"` behind an adapter; `None` where padding has no say.
+        shape (tuple of `int`): shape for one example without its first axis; `()` where that is the only one.
+        dtype (`str`): `"float16"`, `"int8"` or `"int32"`.
+    """
+
+    name: str
+    positions: Literal["attended", "decoded", "frames", "adapted_frames"] | None
+    shape: tuple[int, ...]
+    dtype: Literal["float16", "int8", "int32"]
+
+    @property
+    def column(self) -> str:
+        """The column of its values."""
+        return TEACHER_PREFIX + self.name
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of its values and, of int8, of their scales and minima."""
+        more = ("_scale", "_minimum") if self.dtype == "int8" else ()
+        return (self.column, *(self.column + suffix for suffix in more))
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What the columns of a teacher's outputs are, and of what they were made.
+
+    Attributes:
+        outputs (tuple of [`CachedOutput`]): the cached outputs.
+        inputs (tuple of `str`): the columns of a batch that the teacher read, which the check of a row is over.
+        teacher (`dict`): class, configuration and output shapes of the teacher.
+        key (`dict`): what the outputs depend on: fingerprints of teacher, processor and dataset, collator, settings.
+    """
+
+    outputs: tuple[CachedOutput, ...]
+    inputs: tuple[str, ...]
+    teacher: Mapping[str, Any]
+    key: Mapping[str, Any]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that were added to the dataset."""
+        return (*(column for output in self.outputs for column in output.columns), ROW_CHECK)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The hidden states that are cached; 0 is the embeddings."""
+        names = (output.name.rpartition("_") for output in self.outputs)
+        return tuple(int(number) for kind, _, number in names if kind == "hidden_state")
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The teacher as objectives see it: class, configuration and shapes."""
+        config = dict(self.teacher["config"])
+        kind = config.get("model_type")
+        maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig
+        # Only known where the outputs are the likeliest classes.
+        temperature = self.key["temperature"]
+        return Outline(
+            self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=temperature
+        )
+
+    def to_json(self) -> str:
+        """All of it as a line of JSON."""
+        fields = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
+        plain = {**fields, "outputs": [asdict(output) for output in self.outputs]}
+        return json.dumps(plain, sort_keys=True, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> CacheInfo:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: it was written by a release with another format.
+        """
+        plain = json.loads(text)
+        if plain["key"]["version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"These outputs were cached in format {plain['key']['version']}; this release reads {FORMAT_VERSION}. "
+                "Cache them anew with cache_teacher_outputs."
+            )
+        outputs = tuple(CachedOutput(**{**o, "shape": tuple(o["shape"])}) for o in plain["outputs"])
+        return cls(outputs, tuple(plain["inputs"]), plain["teacher"], plain["key"])
+
+
+def cache_info(dataset: Any) -> CacheInfo | None:
+    """What is known of the teacher's outputs that a dataset holds.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): what `cache_teacher_outputs` returned, or what was
+            made of it by `select`, `shuffle`, `filter`, `map`, `train_test_split`, `concatenate_datasets`,
+            `save_to_disk` and the like.
+
+    Returns:
+        [`CacheInfo`], or `None` where the dataset holds no outputs.
+
+    Raises:
+        ValueError: the columns are there, but what describes them is lost (parquet, CSV and JSON files don't keep it);
+            some of the columns were removed or renamed; or the outputs are of several teachers or settings.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list):
+        return None
+    description = getattr(getattr(dataset, "info", None), "description", None) or ""
+    found = [CacheInfo.from_json(text) for text in dict.fromkeys(_MARK.findall(description))]
+    if not found:
+        if ROW_CHECK in columns:
+            raise ValueError(
+                f"The dataset has the column {ROW_CHECK!r} of cached teacher outputs, but what describes them is lost: it is "
+                "kept in dataset.info.description, which save_to_disk writes, and parquet, CSV and JSON files do not. "
+                "Load the dataset that save_to_disk wrote, or call cache_teacher_outputs again."
+            )
+        return None
+    info = found[0]
+    if not set(info.columns) & set(columns):
+        return None
+    for other in found[1:]:
+        _refuse_mixture(info, other)
+    missing = [column for column in info.columns if column not in columns]
+    if missing:
+        raise ValueError(
+            f"Of the cached teacher outputs the columns {', '.join(missing)} were removed or renamed. Keep them all, or "
+            "remove them all: dataset.remove_columns([c for c in dataset.column_names if c.startswith('teacher_')])."
+        )
+    return info
+
+
+def _refuse_mixture(one: CacheInfo, other: CacheInfo) -> None:
+    shared = {"dataset", "rows", "part_rows"}
+    differ = [name for name in one.key if name not in shared and one.key[name] != other.key.get(name)]
+    if differ or one.outputs != other.outputs or one.inputs != other.inputs:
+        told = "; ".join(f"{name} {one.key[name]!r} and {other.key.get(name)!r}" for name in differ) or "their layout"
+        raise ValueError(
+            f"The dataset was put together of teacher outputs that were cached in different ways: {told}. Put the "
+            "datasets together first and call cache_teacher_outputs once."
+        )
+
+
+def with_info(dataset: Any, info: CacheInfo) -> Any:
+    """Writes what is known of the cached outputs into a dataset, in place of what was there; returns the dataset."""
+    kept = _MARK.sub("", dataset.info.description or "")
+    # A ">" in a label must not end the comment.
+    text = info.to_json().replace(">", "\\u003e")
+    dataset.info.description = f"{kept}\n<!-- hfkdq-cache {text} -->"
+    return dataset

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be cached of a teacher, decided before it runs, and cut out of what it answers to a batch.
+
+Knows heads, hidden states and likeliest classes; nothing of files, processes or how numbers are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..losses.divergences import coarse_log_probabilities
+from ..objectives.heads import DecoderHead, FrameHead, Head, SpanHead, find_head
+from ..objectives.masks import frame_lengths
+from ..objectives.outline import Outline, outline_of
+from .info import CachedOutput
+from .positions import name_in, own_positions
+
+LARGE = 1024
+"""From more classes than this per position on, only the likeliest are cached by default."""
+_TOP, _CHUNK = 64, 2**24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of a teacher, and the outputs that are kept of it.
+
+    Attributes:
+        outputs (tuple of [`CachedOutput`]): what is kept.
+        layers (tuple of `int`): the hidden states among them.
+        top_k (`int`, *optional*): how many of the likeliest classes are kept; `None` for all logits.
+        temperature (`float`): at which their probabilities are.
+        outline (`Outline`): of the teacher.
+        decodes_labels (`bool`): whether it reads the labels in its decoder.
+    """
+
+    outputs: tuple[CachedOutput, ...]
+    layers: tuple[int, ...]
+    top_k: int | None
+    temperature: float
+    outline: Outline
+    decodes_labels: bool
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the teacher is to return."""
+        return frozenset({"logits", *(["hidden_states"] if self.layers else [])})
+
+    def cut(self, out: Any, batch: Mapping[str, Any], features: Sequence[Any]) -> dict[str, list[np.ndarray]]:
+        """By column, the values of each row of a batch without its padding, in float32 or int32.
+
+        Raises:
+            ValueError: outputs at other positions than the mask has, or padding that nothing tells of.
+        """
+        found: dict[str, list[np.ndarray]] = {}
+        for output in self.outputs:
+            if output.column in found:
+                continue
+            values = self._of(out, output)
+            mask = self._mask(output, values, batch, features)
+            flat = values.flatten(0, 1) if mask is None else values[mask]
+            sizes = [values.shape[1]] * len(values) if mask is None else mask.sum(1).tolist()
+            parts = self._top(flat) if output.name.startswith("top_") else {output.column: flat.float()}
+            for column, rows in parts.items():
+                found[column] = [part.numpy() for part in rows.cpu().split(sizes)]
+        return found
+
+    def _of(self, out: Any, output: CachedOutput) -> torch.Tensor:
+        kind, _, number = output.name.rpartition("_")
+        if kind == "hidden_state":
+            return out["hidden_states"][int(number)]  # type: ignore[no-any-return]
+        return out["logits" if kind == "top" or output.name == "top_log_probabilities" else output.name]  # type: ignore[no-any-return]
+
+    def _top(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert self.top_k is not None  # noqa: S101 - for mypy
+        shape, indices, log_probabilities = logits.shape[:-1], [], []
+        for rows in logits.reshape(-1, logits.shape[-1]).split(max(_CHUNK // logits.shape[-1], 1)):
+            top = rows.float().topk(self.top_k, dim=-1).indices
+            indices.append(top)
+            log_probabilities.append(coarse_log_probabilities(rows, top, self.temperature))
+        by_name = {
+            "teacher_top_log_probabilities": torch.cat(log_probabilities).reshape(*shape, -1),
+            "teacher_top_indices": torch.cat(indices).reshape(*shape, -1).int(),
+        }
+        return by_name
+
+    def _mask(
+        self, output: CachedOutput, values: torch.Tensor, batch: Mapping[str, Any], features: Sequence[Any]
+    ) -> torch.Tensor | None:
+        if output.positions is None:
+            return None
+        mask = own_positions(batch, output.positions, self.outline)
+        if mask is not None and mask.shape != values.shape[:2]:
+            raise ValueError(
+                f"{self.outline.model_class} gives {output.name} of shape {tuple(values.shape)} for a batch whose positions "
+                f"({output.positions}) have the shape {tuple(mask.shape)}, so padding cannot be cut off. Virtual tokens, "
+                "for example of prompt tuning, add positions; train with the teacher itself."
+            )
+        name = name_in(batch, "input_ids" if "input_ids" in batch else "input_values")
+        if output.positions != "decoded" and name_in(batch, "attention_mask") not in batch and name in batch:
+            width = batch[name].shape[1]
+            if any(isinstance(row, Mapping) and name in row and len(row[name]) != width for row in features):
+                raise ValueError(
+                    f"Rows of different lengths were padded, and no attention_mask tells where, so {output.name} has values "
+                    "for padding too. Let the tokenizer or feature extractor return it: return_attention_mask=True."
+                )
+        return mask
+
+
+def make_plan(
+    teacher: Any,
+    top_k: int | Literal["auto"] | None,
+    temperature: float,
+    hidden_states: Sequence[int],
+    dtype: Literal["float16", "int8"],
+) -> Plan:
+    """Decides what is cached; arguments as of `cache_teacher_outputs`.
+
+    Raises:
+        ValueError: a head that is not known, a layer out of range, or a `top_k` that makes no sense for the head.
+    """
+    outline, outputs = outline_of(teacher), []
+    # A base model, without a head, has hidden states alone.
+    predicts = any(outline.shape(name) is not None for name in ("logits", "start_logits"))
+    if not predicts and not hidden_states:
+        raise ValueError(
+            f"{outline.model_class} returns no logits, so there is nothing to cache but hidden_states=[...]."
+        )
+    head = find_head(teacher, teacher) if predicts else None
+    count = None if head is None else _top_k(head, outline, top_k)
+    for name in () if head is None else head.outputs:
+        shape, positions = outline.shape(name) or (), _positions(head)
+        if count is None:
+            outputs.append(CachedOutput(name, positions, shape[2:], dtype))
+        else:
+            outputs.append(CachedOutput("top_log_probabilities", positions, (count + 1,) * (len(shape) > 2), dtype))
+            outputs.append(CachedOutput("top_indices", positions, (count,) * (len(shape) > 2), "int32"))
+    if hidden_states:
+        states = outline.states()
+        bad = [layer for layer in hidden_states if not 0 <= layer < len(states)]
+        if bad:
+            raise ValueError(f"hidden_states={list(hidden_states)}: {outline.model_class} has 0 to {len(states) - 1}.")
+        frames = frame_lengths(teacher) is not None
+        for layer in sorted(set(hidden_states)):
+            kind = "frames" if frames else "attended" if len(states[layer]) == 3 else None
+            outputs.append(CachedOutput(f"hidden_state_{layer}", kind, states[layer][2:], dtype))  # type: ignore[arg-type]
+    layers = tuple(sorted(set(hidden_states)))
+    return Plan(tuple(outputs), layers, count, temperature, outline, isinstance(head, DecoderHead))
+
+
+def _positions(head: Head | None) -> Any:
+    if isinstance(head, FrameHead):
+        return "attended" if head.lengths is None else "adapted_frames"
+    if isinstance(head, DecoderHead):
+        return "decoded"
+    return "attended" if head is not None and (head.per_position or isinstance(head, SpanHead)) else None
+
+
+def _top_k(head: Head, outline: Outline, top_k: int | Literal["auto"] | None) -> int | None:
+    classes = (outline.shape(head.outputs[0]) or (0,))[-1]
+    if top_k == "auto":
+        return _TOP if head.per_position and classes > LARGE else None
+    if top_k is None:
+        return None
+    if head.refused - {"dkd"} or not head.softmax:
+        raise ValueError(
+            f"top_k={top_k} keeps the likeliest of classes that exclude one another, which {outline.model_class} does not "
+            "predict. Leave top_k out."
+        )
+    if top_k >= classes:
+        raise ValueError(f"top_k={top_k} of {classes} classes leaves none out. Give top_k=None to cache all logits.")
+    return top_k

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which positions of a batch are a row's own, and which inputs a row brought, whatever it was padded with.
+
+Knows the columns of a batch; the teacher reads `teacher_input_ids` in place of `input_ids`. Knows no outputs.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..objectives.masks import Batch, frame_lengths, frame_mask, token_mask
+from ..objectives.outline import Outline
+from ..teachers import TEACHER_PREFIX
+
+MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")
+"""Columns that tell which positions of a batch are a row's own."""
+
+
+def name_in(batch: Mapping[str, Any], name: str) -> str:
+    """The column that the teacher reads as `name`."""
+    return TEACHER_PREFIX + name if TEACHER_PREFIX + name in batch else name
+
+
+def _mask(batch: Batch, name: str) -> torch.Tensor | None:
+    mask = batch.get(name_in(batch, name))
+    return mask.ne(0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def own_positions(batch: Batch, kind: str, outline: Outline) -> torch.Tensor | None:
+    """The positions of a batch that are no padding, as `CachedOutput.positions` names them.
+
+    Args:
+        batch (`dict`): a collated batch.
+        kind (`str`): `"attended"`, `"decoded"`, `"frames"` or `"adapted_frames"`.
+        outline (`Outline`): of the teacher, which tells how many frames it makes of samples.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, positions)`; `None` where nothing tells what is padding.
+    """
+    attended = _mask(batch, "attention_mask")
+    if kind == "attended":
+        return attended
+    if kind == "decoded":
+        columns = {"labels": batch.get("labels"), "attention_mask": _mask(batch, "decoder_attention_mask")}
+        return token_mask(columns, shifts_labels=False)
+    lengths = frame_lengths(shell_of(outline), adapter=kind == "adapted_frames")
+    if lengths is None:
+        raise ValueError(f"{outline.model_class} does not tell how many frames it makes of a number of samples.")
+    return frame_mask({"input_values": batch[name_in(batch, "input_values")], "attention_mask": attended}, lengths)
+
+
+def shell_of(outline: Outline) -> Any:
+    """A model that has a class and a configuration alone, no weights: enough to ask it for lengths."""
+    cls = getattr(transformers, outline.model_class)
+    shell = cls.__new__(cls)
+    nn.Module.__init__(shell)
+    shell.config = outline.config
+    return shell
+
+
+def checked_inputs(batch: Batch, columns: Collection[str], decodes_labels: bool) -> tuple[str, ...]:
+    """Names of what the check of a row is over: what the teacher reads, masks apart, which only cut it.
+
+    Args:
+        batch (`dict`): a collated batch.
+        columns (collection of `str`): what the forward pass of the teacher takes, labels apart.
+        decodes_labels (`bool`): whether the teacher reads the labels in its decoder.
+    """
+    labels = decodes_labels and isinstance(batch.get("labels"), torch.Tensor)
+    made_of_labels = {"decoder_input_ids", "decoder_attention_mask"} if labels else set[str]()
+    names = [name_in(batch, name) for name in sorted(set(columns) - made_of_labels) if not name.endswith("mask")]
+    found = [name for name in names if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() > 0]
+    return (*found, "labels") if labels else tuple(found)
+
+
+def row_checks(batch: Batch, names: tuple[str, ...]) -> list[int]:
+    """One number per row: how many positions its inputs have, times 2^32, and their CRC-32.
+
+    Args:
+        batch (`dict`): a collated batch.
+        names (tuple of `str`): the inputs, from `checked_inputs`.
+
+    Raises:
+        ValueError: the batch lacks one of them.
+    """
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise ValueError(
+            f"The teacher read {', '.join(missing)}, which this batch lacks, so nothing tells whether its cached outputs "
+            "belong to these rows. Keep the columns that the outputs were cached with, and the same collator."
+        )
+    inputs = [(batch[name], _cut_of(batch, name)) for name in names]
+    checks = []
+    for row in range(len(inputs[0][0])):
+        crc, positions = 0, 0
+        for values, cut in inputs:
+            own = (
+                values[row] if cut is None else values[row][..., cut[row]] if cut.dim() == 3 else values[row][cut[row]]
+            )
+            positions = max(positions, len(own) if own.dim() else 1)
+            own = own.float() if own.is_floating_point() else own.long()
+            crc = zlib.crc32(own.contiguous().cpu().numpy().tobytes(), crc)
+        checks.append(positions << 32 | crc)
+    return checks
+
+
+def _cut_of(batch: Batch, name: str) -> torch.Tensor | None:
+    """The mask that cuts the padding off an input; `None` where it is taken whole."""
+    values = batch[name]
+    if name == "labels":
+        return values.ne(-100)  # type: ignore[no-any-return]
+    plain = name.removeprefix(TEACHER_PREFIX)
+    pixels = batch.get(name_in(batch, "pixel_mask"))
+    if plain == "pixel_values" and isinstance(pixels, torch.Tensor) and pixels.shape[1:] == values.shape[-2:]:
+        return pixels.ne(0)
+    mask = _mask(batch, "decoder_attention_mask" if plain.startswith("decoder_") else "attention_mask")
+    return mask if mask is not None and mask.shape == values.shape[:2] else None
+
+
+def told_positions(check: int) -> int:
+    """The number of positions in the check of a row."""
+    return check >> 32

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a teacher once over a dataset, in parts that are written as they are finished, by any number of processes.
+
+Knows processes, files and collators; what is kept of an output is the plan's business, how it is stored the codec's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
+from datasets.utils import tqdm
+from transformers import DataCollatorWithPadding, default_data_collator
+from transformers.utils import find_labels
+
+from ..forwards import base_of, forward_columns
+from ..teachers import TEACHER_PREFIX, FrozenTeacher, load_teacher
+from .codec import encode, features_of
+from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info
+from .keys import collator_name, processor_fingerprint, refuse_other_key, short_hash, weights_fingerprint
+from .plan import Plan, make_plan
+from .positions import checked_inputs, row_checks
+
+PART_ROWS = 1024
+"""Rows in a part, which is what a killed run loses at most."""
+
+
+def cache_teacher_outputs(
+    teacher: Any,
+    dataset: datasets.Dataset,
+    *,
+    data_collator: Callable[[Any], Any] | None = None,
+    processing_class: Any = None,
+    folder: str | os.PathLike[str] | None = None,
+    batch_size: int = 32,
+    top_k: int | Literal["auto"] | None = "auto",
+    temperature: float = 1.0,
+    hidden_states: Sequence[int] = (),
+    dtype: Literal["float16", "int8"] = "float16",
+    remove_unused_columns: bool = True,
+    accelerator: Accelerator | None = None,
+) -> datasets.Dataset:
+    """Runs a teacher once over a dataset and returns the dataset with its outputs as columns.
+
+    Training on it needs no teacher in memory. Under `accelerate launch` every process computes its share. Parts of 1,024
+    rows are kept as they are finished: a run that was killed goes on where it was, with any number of processes, and a
+    later call with the same teacher and data reads what is there.
+
+    Outputs are kept without padding. Class logits are in `teacher_logits`, those of spans in `teacher_start_logits` and
+    `teacher_end_logits`, of detectors in `teacher_logits` and `teacher_pred_boxes`; of large vocabularies the log
+    probabilities of the likeliest tokens and of all others together are in `teacher_top_log_probabilities`, and which
+    they are in `teacher_top_indices`. `cache_info(dataset)` describes the columns.
+
+    Args:
+        teacher (`PreTrainedModel`, `PeftModel` or `str`): the teacher, or its name or folder. It is frozen, put into
+            eval mode and moved to the device of this process.
+        dataset (`datasets.Dataset`): the rows, as they will be trained on.
+        data_collator (callable, *optional*): that of the training; as of `Trainer` by default.
+        processing_class (tokenizer, image processor, feature extractor or processor, *optional*): that of the training.
+        folder (`str` or `PathLike`, *optional*): where the parts lie, on a disk that all processes share. By default a
+            folder of their own below the cache of `datasets`.
+        batch_size (`int`, defaults to 32): rows that the teacher is given at once.
+        top_k (`int`, *optional*, defaults to `"auto"`): keep the likeliest `k` classes and the rest as one; `None` for all
+            logits; `"auto"` for 64 where there are more than 1,024 classes per token, else all.
+        temperature (`float`, defaults to 1.0): `T` of the probabilities of the likeliest classes, larger than 0:
+            `LogitKD` must have the same. Logits have none.
+        hidden_states (list of `int`, *optional*): layers whose outputs are kept too; 0 is the embeddings.
+        dtype (`str`, defaults to `"float16"`): `"float16"`, with a relative error up to 2^-11; or `"int8"`, with one up
+            to `(maximum - minimum) / 510` of the values of a position, which has a scale of its own.
+        remove_unused_columns (`bool`, defaults to `True`): give the collator the columns that the teacher takes alone, as
+            `Trainer` does with the argument of that name.
+        accelerator (`Accelerator`, *optional*): processes, device and mixed precision.
+
+    Returns:
+        `datasets.Dataset`: the rows and columns of `dataset`, and the outputs.
+
+    Raises:
+        ValueError: a `folder` with outputs of another teacher, dataset or settings; a collator that draws at random; a
+            teacher whose outputs this release does not know; impossible settings; or outputs that are NaN, infinite or
+            beyond the range of `dtype`.
+        TypeError: no `datasets.Dataset`.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> from datasets import Dataset
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from hfkdq.caching import cache_teacher_outputs
+        >>> datasets.disable_progress_bars()
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=3)
+        >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cached = cache_teacher_outputs(BertForSequenceClassification(config), rows, folder=folder)
+        >>> cached.column_names
+        ['input_ids', 'attention_mask', 'teacher_logits', 'teacher_row_check']
+
+        ```
+    """
+    _check_arguments(dataset, batch_size, top_k, temperature, dtype)
+    accelerator = accelerator or Accelerator()
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "Processes cache different numbers of batches, and a teacher sharded by FSDP or DeepSpeed runs in all of them at "
+            "once. Call cache_teacher_outputs in a run without them; a teacher too large for a GPU can be loaded with "
+            'device_map="auto" in a single process.'
+        )
+    teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
+    collator = data_collator or default_collator(processing_class)
+    plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
+    source = Source(dataset, collator, teacher, remove_unused_columns)
+    inputs = checked_inputs(source.probe(), source.columns, plan.decodes_labels)
+    key = _key(teacher, dataset, collator, processing_class, plan, dtype, accelerator)
+    info = CacheInfo(plan.outputs, inputs, plan.outline.to_dict(), key)
+    info = CacheInfo.from_json(info.to_json())  # as it will be read
+    place = prepared(folder, info, accelerator)
+    write_parts(_Runner(teacher, accelerator), source, plan, info, place, batch_size, accelerator)
+    return assembled(dataset, info, place)
+
+
+def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: float, dtype: str) -> None:
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"cache_teacher_outputs needs a datasets.Dataset, whose rows have places, got {type(dataset).__name__}. Of a "
+            "DatasetDict give one split at a time; of an iterable dataset make one with Dataset.from_generator."
+        )
+    if not len(dataset):
+        raise ValueError("The dataset has no rows.")
+    taken = [name for name in dataset.column_names if name == ROW_CHECK]
+    if taken or cache_info(dataset) is not None:
+        raise ValueError(
+            "The dataset holds cached teacher outputs already. Remove them first: "
+            "dataset.remove_columns(cache_info(dataset).columns)."
+        )
+    whole = isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0
+    for name, value, fine, expected in (
+        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+        ("top_k", top_k, top_k is None or top_k == "auto" or whole, "'auto', None or a positive integer"),
+        ("temperature", temperature, temperature > 0, "larger than 0"),
+        ("dtype", dtype, dtype in ("float16", "int8"), "'float16' or 'int8'"),
+    ):
+        if not fine:
+            raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+class _Runner(FrozenTeacher):
+    """Leaves it to the writer to check outputs, which can name the rows."""
+
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
+        self._given = model, accelerator
+        self._ready = False
+
+    def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
+        """Nothing here."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._ready:  # a process that finds all of its parts written moves no model
+            super().__init__(*self._given, label_names=label_columns(self._given[0]))
+            self._ready = True
+        return super().__call__(*args, **kwargs)
+
+
+def _key(
+    teacher: Any, dataset: Any, collator: Any, processor: Any, plan: Plan, dtype: str, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What the outputs depend on, as the main process sees it."""
+    key = {
+        "version": FORMAT_VERSION,
+        "teacher": weights_fingerprint(teacher),
+        "precision": f"{base_of(teacher).dtype}, autocast {accelerator.mixed_precision}".replace("torch.", ""),
+        "processor": processor_fingerprint(processor),
+        "dataset": dataset._fingerprint,
+        "rows": len(dataset),
+        "collator": collator_name(collator),
+        "top_k": plan.top_k,
+        "temperature": plan.temperature if plan.top_k else None,
+        "hidden_states": list(plan.layers),
+        "dtype": dtype,
+        "part_rows": PART_ROWS,
+    }
+    # A dataset made by a function that cannot be hashed has another fingerprint in every process.
+    shared = broadcast_object_list([key])[0] if accelerator.num_processes > 1 else key
+    if shared["rows"] != len(dataset):
+        raise ValueError(
+            f"This process has a dataset of {len(dataset)} rows, the main process one of {shared['rows']}."
+        )
+    return shared  # type: ignore[no-any-return]
+
+
+def _cells(
+    run: _Runner, features: list[dict[str, Any]], source: Source, plan: Plan, info: CacheInfo, first: int
+) -> list[dict[str, Any]]:
+    """The cells of a few rows, the first of which is row `first` of the dataset."""
+    batch = source.collator(features)
+    checks = row_checks(batch, info.inputs)
+    if len(checks) != len(features):
+        raise ValueError(
+            f"{type(source.collator).__name__} made {len(checks)} rows of {len(features)}; cached teacher outputs need a "
+            "collator that keeps rows apart."
+        )
+    moved = send_to_device(dict(batch), run._given[1].device)
+    out = run(moved, plan.needs, {"hidden_states": frozenset(plan.layers)}, step=0)
+    values = plan.cut(out, moved, features)
+    _refuse_not_finite(values, first)
+    cells: list[dict[str, Any]] = []
+    for row, check in enumerate(checks):
+        cell: dict[str, Any] = {ROW_CHECK: check}
+        for output in plan.outputs:
+            try:
+                cell |= encode(output, values[output.column][row])
+            except OverflowError as error:
+                raise ValueError(
+                    f"{output.column} of row {first + row} has {error}, more than float16 can hold. Use dtype='int8', which "
+                    "has a scale for every position."
+                ) from error
+        cells.append(cell)
+    return cells
+
+
+def _refuse_not_finite(values: dict[str, list[np.ndarray]], first: int) -> None:
+    for column, rows in values.items():
+        bad = [first + i for i, row in enumerate(rows) if not np.isfinite(row).all()]
+        if bad:
+            told = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            raise ValueError(
+                f"{column} is NaN or infinite for rows {told}, so there is nothing to learn from them. Check the teacher's "
+                "weights and these rows; a teacher in float16 may overflow, try bfloat16 or float32."
+            )

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives on inputs that were changed: with noise that only the student sees, or against both models.
+
+Knows how an input is changed and who sees it; what is compared then is another objective's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from ..forwards import base_of
+from .base import Objective, Passes
+from .logits import LogitKD
+from .masks import Batch, Positions
+from .outline import Outline
+
+_PREFIX = "teacher_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnOwnPasses(Objective):
+    """Another objective, evaluated on outputs of passes of its own."""
+
+    passes_first: ClassVar[bool] = True
+
+    objective: Objective = field(default_factory=LogitKD)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner, name = self.objective, type(self).__name__
+        if not isinstance(inner, Objective) or not inner.uses_teacher or "loss" in inner.needs:
+            raise ValueError(f"{name}: objective must compare with a teacher, as LogitKD() does, got {inner!r}.")
+        looks_inside = type(inner).observe is not Objective.observe
+        if looks_inside or inner.passes_first or inner.every_teacher or inner.teacher is not None:
+            raise ValueError(
+                f"{name} evaluates {type(inner).__name__} on passes of its own, which works for objectives on what models "
+                "return, such as LogitKD() and HiddenStateKD(). A teacher's name goes to the outer objective."
+            )
+        object.__setattr__(self, "needs", inner.needs)
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        self.objective.attach(student, teacher)
+
+    def detach(self) -> None:
+        super().detach()
+        self.objective.detach()
+
+    def set_progress(self, progress: float) -> None:
+        super().set_progress(progress)
+        self.objective.set_progress(progress)
+
+    def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
+        return self.objective.indices(need)
+
+    def positions(self, batch: Batch) -> Positions:
+        return self.objective.positions(batch)
+
+    def _read(self, role: int) -> dict[str, Any]:
+        found = {need: self.indices(need) for need in ("hidden_states", "attentions") if need in self.needs}
+        return {need: None if both is None else both[role] for need, both in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyKD(OnOwnPasses):
+    """Another objective, with noise in what the student reads while the teacher reads the input as it is.
+
+    `D(teacher(x), student(x + noise))`: the student learns to give the clean answer. Costs one more pass of the student
+    per step. Noisy Student (Xie et al., "Self-training with Noisy Student improves ImageNet classification", 2020);
+    Jiang et al., "SMART" (2020), for noise in embeddings.
+
+    Args:
+        objective (`Objective`, defaults to `LogitKD()`): what is compared: an objective on what the models return.
+        kind (`str`, defaults to `"gaussian"`): `"gaussian"` adds noise to the input embeddings, or to pixels and
+            samples; `"tokens"` replaces tokens, but neither the first of a text nor its special tokens.
+        std (`float`, defaults to 0.1): standard deviation of the Gaussian noise, relative to that of what it is added to.
+        probability (`float`, defaults to 0.1): with which a token is replaced.
+        token_id (`int`, *optional*): what it is replaced by, such as `tokenizer.mask_token_id`; by default a token drawn
+            from the vocabulary.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: noise that is none, or an objective it cannot be given to; at `attach`, tokens to be replaced of a
+            model that reads none.
+
+    Example:
+        ```python
+        >>> from hfkdq import LogitKD, NoisyKD
+        >>> NoisyKD(objective=LogitKD(temperature=4.0), std=0.2).name
+        'noisy_kd'
+
+        ```
+    """
+
+    kind: Literal["gaussian", "tokens"] = "gaussian"
+    std: float = 0.1
+    probability: float = 0.1
+    token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in ("gaussian", "tokens"):
+            raise ValueError(f"NoisyKD: kind must be 'gaussian' or 'tokens', got {self.kind!r}.")
+        if self.kind == "gaussian" and not self.std > 0:
+            raise ValueError(f"NoisyKD: std must be larger than 0, got {self.std!r}.")
+        if self.kind == "tokens" and not 0 < self.probability <= 1:
+            raise ValueError(f"NoisyKD: probability must be in (0, 1], got {self.probability!r}.")
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        if self.kind == "tokens" and base_of(student).main_input_name != "input_ids":
+            raise ValueError(
+                f"NoisyKD(kind='tokens') replaces tokens, but {type(student).__name__} reads "
+                f"{base_of(student).main_input_name}. Use kind='gaussian'."
+            )
+
+    def before(self, passes: Passes, batch: Batch) -> None:
+        if self.kind == "tokens":
+            batch = {**batch, "input_ids": self._replaced(batch, base_of(passes.model).config)}
+            noisy = passes.student(batch, self.needs, self._read(0))
+        else:
+            noise = _Change(
+                lambda values: torch.randn_like(values) * values.detach().float().std().to(values) * self.std
+            )
+            with noise.of(passes.model, batch) as changed:
+                noisy = passes.student(changed, self.needs, self._read(0))
+        self._found["noisy"] = noisy
+
+    def _replaced(self, batch: Batch, config: Any) -> torch.Tensor:
+        ids: torch.Tensor = batch["input_ids"]
+        named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")]
+        special = [i for found in named for i in (found if isinstance(found, list) else [found]) if i is not None]
+        chosen = torch.rand(ids.shape, device=ids.device) < self.probability
+        chosen &= ~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
+        attended = batch.get("attention_mask")
+        if attended is not None:
+            chosen &= attended.ne(0) & attended.cumsum(1).ne(1)  # not the first one, which may stand for the text
+        if self.token_id is not None:
+            return ids.masked_fill(chosen, self.token_id)
+        return torch.where(chosen, torch.randint_like(ids, config.vocab_size), ids)
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        return self.objective(self._found.pop("noisy"), teacher_out, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialKD(OnOwnPasses):
+    """Another objective where it is worst: both models read an input that was changed to drive them apart.
+
+    `D(teacher(x + d), student(x + d))` with `d = argmax D` over `|d|_2 <= epsilon` per example, found by `steps` steps
+    of `d <- project(d + step_size * g / |g|_2)` along the gradient `g` with respect to the student's input embeddings
+    (pixels or samples where there are none). One step is FGM (Miyato et al., "Adversarial Training Methods for
+    Semi-Supervised Text Classification", 2017), several are PGD (Madry et al., "Towards Deep Learning Models Resistant
+    to Adversarial Attacks", 2018). Costs `steps + 1` passes of the student and 2 of the teacher more.
+
+    Args:
+        objective (`Objective`, defaults to `LogitKD()`): what is driven apart, and then learned.
+        epsilon (`float`, defaults to 1.0): largest Euclidean length of the change of an example.
+        steps (`int`, defaults to 1): gradient steps.
+        step_size (`float`, *optional*): length of one; by default `epsilon` for one step, `1.5 * epsilon / steps` else.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: settings out of range, or an objective it cannot be given to; at `attach`, input embeddings of
+            different widths, or a teacher of which there are cached outputs alone.
+
+    Example:
+        ```python
+        >>> from hfkdq import AdversarialKD
+        >>> AdversarialKD(epsilon=0.5, steps=3).name
+        'adversarial_kd'
+
+        ```
+    """
+
+    epsilon: float = 1.0
+    steps: int = 1
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.epsilon > 0 and self.steps >= 1 and (self.step_size is None or self.step_size > 0)):
+            raise ValueError(
+                "AdversarialKD: epsilon and step_size must be larger than 0 and steps at least 1, got "
+                f"{self.epsilon!r}, {self.step_size!r} and {self.steps!r}."
+            )
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        if isinstance(teacher, Outline) or teacher is None:
+            raise ValueError(
+                "AdversarialKD asks the teacher about changed inputs, so it needs the teacher, not its cache."
+            )
+        if base_of(student).main_input_name != base_of(teacher).main_input_name:
+            raise ValueError(
+                "AdversarialKD changes one input for both models, but student and teacher read different ones."
+            )
+        if base_of(student).main_input_name == "input_ids":
+            widths = [base_of(model).get_input_embeddings().weight.shape[1] for model in (student, teacher)]
+            if widths[0] != widths[1]:
+                raise ValueError(
+                    f"AdversarialKD adds one change to the input embeddings of both models, which are {widths[0]} and "
+                    f"{widths[1]} wide. NoisyKD has no such need."
+                )
+
+    def before(self, passes: Passes, batch: Batch) -> None:
+        if _PREFIX + base_of(passes.model).main_input_name in batch:
+            raise ValueError(
+                "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
+            )
+        target = passes.teacher(batch, self.needs, self._read(1))
+        length = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
+        change = _Change(lambda values: torch.zeros_like(values), requires_grad=True)
+        for _ in range(self.steps):
+            with change.of(passes.model, batch) as changed, torch.enable_grad():
+                output = passes.student(changed, self.needs, self._read(0))
+                with torch.autocast(change.deltas[0].device.type, enabled=False):
+                    loss, _ = self.objective(output, target, batch)
+            gradients = torch.autograd.grad(loss, change.deltas)
+            change = _Change(
+                [
+                    _within(delta.detach() + length * _unit(gradient), self.epsilon)
+                    for delta, gradient in zip(change.deltas, gradients, strict=True)
+                ],
+                requires_grad=True,
+            )
+        change = _Change([delta.detach() for delta in change.deltas])
+        with change.of(passes.teacher_model, batch) as changed:
+            target = passes.teacher(changed, self.needs, self._read(1))
+        with change.of(passes.model, batch) as changed:
+            self._found["worst"] = passes.student(changed, self.needs, self._read(0)), target
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        student, teacher = self._found.pop("worst")
+        return self.objective(student, teacher, batch)
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    return values.float().flatten(1).norm(dim=1).view(-1, *[1] * (values.dim() - 1))
+
+
+def _unit(gradient: torch.Tensor) -> torch.Tensor:
+    return (gradient.float() / _norm(gradient).clamp(min=1e-12)).to(gradient)
+
+
+def _within(delta: torch.Tensor, epsilon: float) -> torch.Tensor:
+    inside: torch.Tensor = (delta.float() * (epsilon / _norm(delta).clamp(min=1e-12)).clamp(max=1.0)).to(delta)
+    return inside
+
+
+class _Change:
+    """Something added to what a model reads: to its input embeddings, or to its input where that is no token.
+
+    An encoder-decoder may look up its embeddings twice in a pass, so there may be several additions.
+    """
+
+    def __init__(self, made: Any, requires_grad: bool = False) -> None:
+        self._made, self._requires_grad = made, requires_grad
+        self.deltas: list[torch.Tensor] = (
+            [] if callable(made) else [delta.requires_grad_(requires_grad) for delta in made]
+        )
+
+    def _next(self, values: torch.Tensor) -> torch.Tensor:
+        if callable(self._made):
+            with torch.no_grad():
+                self.deltas.append(self._made(values))
+            return values + self.deltas[-1].requires_grad_(self._requires_grad)
+        delta = self.deltas[self._used]
+        self._used += 1
+        return values + delta
+
+    @contextlib.contextmanager
+    def of(self, model: Any, batch: Batch) -> Iterator[Batch]:
+        """The batch to give to a model while it lasts."""
+        self._used, base = 0, base_of(model)
+        name = base.main_input_name
+        if name != "input_ids":
+            yield {**batch, name: self._next(batch[name])}
+            return
+        handle = base.get_input_embeddings().register_forward_hook(lambda module, args, output: self._next(output))
+        try:
+            yield batch
+        finally:
+            handle.remove()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far fake quantization moves a student from itself, as a term of the loss.
+
+Knows that modules may carry a switch `fake_quantize_enabled`; what they do with it belongs to quantization.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..forwards import base_of
+from .base import Passes
+from .masks import Batch, Positions
+from .outline import Outline
+from .perturbed import OnOwnPasses
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes."""
+    modules = [module for module in model.modules() if getattr(module, "fake_quantize_enabled", False)]
+    for module in modules:
+        module.fake_quantize_enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.fake_quantize_enabled = True  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationLoss(OnOwnPasses):
+    """Distance between the fake-quantized student and its own forward pass in full precision.
+
+    `D(student in full precision, quantized student)` for the same weights, input and dropout; the former has no
+    gradient. With task and distillation terms beside it all three are trained together; its weight may be faded in. It
+    is 0 while the student has no fake quantizers, which `QATCallback` puts in. Costs a forward pass of the student more.
+    Kim et al., "QKD: Quantization-aware Knowledge Distillation" (2019), study the order of the three.
+
+    Args:
+        objective (`Objective`, defaults to `LogitKD()`): the distance: an objective on what models return.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+
+    Raises:
+        ValueError: an objective that does not compare two models.
+
+    Example:
+        ```python
+        >>> from hfkdq import LogitKD, QuantizationLoss
+        >>> from hfkdq.schedules import Linear
+        >>> QuantizationLoss(objective=LogitKD(divergence="mse"), weight=Linear(0, 1)).name
+        'quantization_loss'
+
+        ```
+    """
+
+    uses_teacher: ClassVar[bool] = False
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, student)
+
+    def before(self, passes: Passes, batch: Batch) -> None:
+        device = base_of(passes.model).device
+        devices = [device] if device.type == "cuda" else []
+        # The pass that follows then has the same dropout, so that the distance is the quantizers' alone.
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), full_precision(passes.model):
+            self._found["float"] = passes.student(batch, self.needs, self._read(0))
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        return self.objective(student_out, self._found.pop("float"), batch)
