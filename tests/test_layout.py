@@ -15,9 +15,10 @@ PACKAGE = Path(hfkdq.__file__).parent
 LEVELS = {
     "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "architecture": 0, "forwards": 0,
     "metrics": 0,
-    "objectives": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1,
+    "objectives": 1, "collators": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1,
     "export": 2, "teachers": 2,
-    "report": 3, "trainer": 4,
+    "report": 3, "caching": 3,
+    "trainer": 4,
     "hub": 5,
     "demo": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip

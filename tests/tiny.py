@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     DistilBertConfig,
@@ -17,8 +18,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    YolosConfig,
+    YolosForObjectDetection,
     set_seed,
 )
 
@@ -144,3 +151,44 @@ def batch(model, size: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
     for row in range(size):
         mask[row, 10 - row % 4 :] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def bert_qa(seed: int = 0, **kwargs) -> BertForQuestionAnswering:
+    set_seed(seed)
+    return BertForQuestionAnswering(bert_config(**{"labels": 2, **kwargs})).eval()
+
+
+def wav2vec2_config(hidden: int = 32, layers: int = 2, **kwargs) -> Wav2Vec2Config:
+    settings = dict(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, conv_dim=(16, 16),
+        conv_stride=(20, 10), conv_kernel=(20, 10), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, layerdrop=0.0, num_labels=3, classifier_proj_size=16, vocab_size=12,
+        hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
+        mask_time_prob=0.0, feat_extract_norm="layer", do_stable_layer_norm=True, pad_token_id=0,
+        ctc_loss_reduction="mean", initializer_range=0.2,
+    )  # fmt: skip
+    return Wav2Vec2Config(**{**settings, **kwargs})
+
+
+def wav2vec2_ctc(seed: int = 0, **kwargs) -> Wav2Vec2ForCTC:
+    set_seed(seed)
+    return Wav2Vec2ForCTC(wav2vec2_config(**kwargs)).eval()
+
+
+def yolos(seed: int = 0, queries: int = 6, hidden: int = 32, labels: int = 3) -> YolosForObjectDetection:
+    set_seed(seed)
+    config = YolosConfig(
+        image_size=[16, 16], patch_size=4, num_channels=3, hidden_size=hidden, num_hidden_layers=2, num_labels=labels,
+        num_attention_heads=4, intermediate_size=2 * hidden, num_detection_tokens=queries, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.5,
+    )  # fmt: skip
+    return YolosForObjectDetection(config).eval()
+
+
+def t5(seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = len(VOCABULARY)) -> T5ForConditionalGeneration:
+    set_seed(seed)
+    config = T5Config(
+        vocab_size=vocab, d_model=hidden, d_kv=8, d_ff=2 * hidden, num_layers=layers, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=3, initializer_factor=2.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()

@@ -86,7 +86,8 @@ class CacheInfo:
         """The teacher as objectives see it: class, configuration and shapes."""
         config = dict(self.teacher["config"])
         kind = config.get("model_type")
-        maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig
+        # Its `get` knows only what was imported so far.
+        maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         # Only known where the outputs are the likeliest classes.
         temperature = self.key["temperature"]
         return Outline(

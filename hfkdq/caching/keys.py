@@ -37,8 +37,8 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode() if tensor.is_floating_point() else name.encode())
         if not tensor.is_floating_point() or tensor.device.type == "meta":
             continue
-        for part in tensor.detach().reshape(-1).split(_CHUNK):
-            digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy())
+        for part in torch.split(tensor.detach().reshape(-1), _CHUNK):
+            digest.update(part.float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{type(base).__name__} {digest.hexdigest()[:16]}"
 
 

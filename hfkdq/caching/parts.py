@@ -23,8 +23,13 @@ from .codec import features_of
 from .info import ROW_CHECK, CacheInfo
 from .keys import refuse_other_key, short_hash
 
+
 def prepared(folder: str | os.PathLike[str] | None, info: CacheInfo, accelerator: Accelerator) -> Path:
-    """The folder of the parts, checked to be of this key."""
+    """The folder of the parts, with a record of their key.
+
+    Raises:
+        ValueError: it holds parts of another key.
+    """
     default = Path(datasets.config.HF_DATASETS_CACHE) / "hfkdq" / short_hash(info.key)
     place = default if folder is None else Path(folder)
     record = place / "cache.json"
@@ -45,7 +50,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     written = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield written
-        os.replace(written, path)
+        with contextlib.suppress(FileNotFoundError):  # another run of the same key was done first and cleaned up
+            os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)
 
@@ -56,25 +62,46 @@ def _parts(info: CacheInfo, place: Path) -> list[tuple[Path, int, int]]:
 
 
 def write_parts(
-    run: _Runner, source: _Source, plan: Plan, info: CacheInfo, place: Path, batch_size: int, accelerator: Accelerator
+    cells_of: Callable[[int, int], list[dict[str, Any]]],
+    info: CacheInfo,
+    place: Path,
+    batch_size: int,
+    accelerator: Accelerator,
 ) -> None:
+    """Writes the parts of this process that are not there yet; then waits for the other processes.
+
+    Args:
+        cells_of (callable): from the first row and the one behind the last to the cells of each row.
+        info (`CacheInfo`): what is cached.
+        place (`Path`): the folder of the parts.
+        batch_size (`int`): rows asked of `cells_of` at once.
+        accelerator (`Accelerator`): the processes.
+    """
     own = _parts(info, place)[accelerator.process_index :: accelerator.num_processes]
     done = sum(stop - start for path, start, stop in own if path.exists())
     total = sum(stop - start for _, start, stop in own)
-    schema = _schema(info)
-    hidden = not accelerator.is_local_main_process or None
+    hidden = not accelerator.is_local_main_process
     with tqdm(total=total, initial=done, unit=" rows", desc="Teacher outputs", disable=hidden) as bar:
         for path, start, stop in own:
             if path.exists():
                 continue
-            with _replacing(path) as written, pa.OSFile(str(written), "wb") as sink:
-                with pa.ipc.new_stream(sink, schema) as writer:
-                    for first in range(start, stop, batch_size):
-                        last = min(first + batch_size, stop)
-                        cells = _cells(run, source.features(first, last), source, plan, info, first)
-                        writer.write_batch(_record_batch(cells, schema))
-                        bar.update(last - first)
+            with _replacing(path) as written, _written_to(written, _schema(info)) as write:
+                for first in range(start, stop, batch_size):
+                    last = min(first + batch_size, stop)
+                    write(cells_of(first, last))
+                    bar.update(last - first)
     accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _written_to(path: Path, schema: pa.Schema) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+        def write(cells: list[dict[str, Any]]) -> None:
+            arrays = [pa.array([cell[field.name] for cell in cells], type=field.type) for field in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+        yield write
 
 
 def _schema(info: CacheInfo) -> pa.Schema:
@@ -82,12 +109,12 @@ def _schema(info: CacheInfo) -> pa.Schema:
     return datasets.Features({**columns, ROW_CHECK: datasets.Value("int64")}).arrow_schema
 
 
-def _record_batch(cells: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
-    arrays = [pa.array([cell[field.name] for cell in cells], type=field.type) for field in schema]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+def assembled(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerator) -> Any:
+    """The dataset with the columns of the parts, without a format.
 
-
-def assembled(dataset: Any, info: CacheInfo, place: Path) -> Any:
+    Raises:
+        ValueError: a part is missing.
+    """
     paths = [path for path, _, _ in _parts(info, place)]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
@@ -95,6 +122,8 @@ def assembled(dataset: Any, info: CacheInfo, place: Path) -> Any:
             f"{place} lacks {', '.join(missing[:8])}, though every process is done. With several machines it must lie on a "
             "disk that they share: give such a folder."
         )
+    if accelerator.is_main_process:  # left behind by runs that were killed
+        for path in place.glob("*.tmp"):
+            path.unlink(missing_ok=True)
     parts = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
-    whole = datasets.concatenate_datasets([dataset.with_format(None), parts], axis=1)
-    return with_info(_formatted_as(whole, dataset, info), info)
+    return datasets.concatenate_datasets([dataset.with_format(None), parts], axis=1)

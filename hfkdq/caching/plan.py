@@ -66,7 +66,7 @@ class Plan:
             sizes = [values.shape[1]] * len(values) if mask is None else mask.sum(1).tolist()
             parts = self._top(flat) if output.name.startswith("top_") else {output.column: flat.float()}
             for column, rows in parts.items():
-                found[column] = [part.numpy() for part in rows.cpu().split(sizes)]
+                found[column] = [part.numpy() for part in torch.split(rows.cpu(), sizes)]
         return found
 
     def _of(self, out: Any, output: CachedOutput) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Plan:
     def _top(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.top_k is not None  # noqa: S101 - for mypy
         shape, indices, log_probabilities = logits.shape[:-1], [], []
-        for rows in logits.reshape(-1, logits.shape[-1]).split(max(_CHUNK // logits.shape[-1], 1)):
+        for rows in torch.split(logits.reshape(-1, logits.shape[-1]), max(_CHUNK // logits.shape[-1], 1)):
             top = rows.float().topk(self.top_k, dim=-1).indices
             indices.append(top)
             log_probabilities.append(coarse_log_probabilities(rows, top, self.temperature))

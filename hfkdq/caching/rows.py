@@ -25,7 +25,7 @@ def default_collator(processing_class: Any) -> Any:
 
 def label_columns(model: Any) -> list[str]:
     """The columns that a model takes as labels."""
-    return list(findlabel_columns(type(base_of(model))))
+    return list(find_labels(type(base_of(model))))
 
 
 class Source:

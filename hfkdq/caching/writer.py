@@ -1,36 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a teacher once over a dataset, in parts that are written as they are finished, by any number of processes.
+"""Runs a teacher once over a dataset, and returns the dataset with its outputs as columns.
 
-Knows processes, files and collators; what is kept of an output is the plan's business, how it is stored the codec's.
+Knows the order of the work; what is kept of an output is the plan's business, how it is stored the codec's, and files
+are those of the parts.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
-from datasets.utils import tqdm
-from transformers import DataCollatorWithPadding, default_data_collator
-from transformers.utils import find_labels
 
-from ..forwards import base_of, forward_columns
-from ..teachers import TEACHER_PREFIX, FrozenTeacher, load_teacher
-from .codec import encode, features_of
+from ..forwards import base_of
+from ..teachers import FrozenTeacher, load_teacher
+from .codec import encode
 from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info
-from .keys import collator_name, processor_fingerprint, refuse_other_key, short_hash, weights_fingerprint
+from .keys import collator_name, processor_fingerprint, weights_fingerprint
+from .parts import assembled, prepared, write_parts
 from .plan import Plan, make_plan
 from .positions import checked_inputs, row_checks
+from .rows import Source, default_collator, formatted_as, label_columns
 
 PART_ROWS = 1024
 """Rows in a part, which is what a killed run loses at most."""
@@ -124,8 +121,9 @@ def cache_teacher_outputs(
     info = CacheInfo(plan.outputs, inputs, plan.outline.to_dict(), key)
     info = CacheInfo.from_json(info.to_json())  # as it will be read
     place = prepared(folder, info, accelerator)
-    write_parts(_Runner(teacher, accelerator), source, plan, info, place, batch_size, accelerator)
-    return assembled(dataset, info, place)
+    write_parts(_Cells(teacher, source, plan, inputs, accelerator), info, place, batch_size, accelerator)
+    whole = assembled(dataset, info, place, accelerator)
+    return with_info(formatted_as(whole, dataset, info), info)
 
 
 def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: float, dtype: str) -> None:
@@ -156,18 +154,51 @@ def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: flo
 class _Runner(FrozenTeacher):
     """Leaves it to the writer to check outputs, which can name the rows."""
 
-    def __init__(self, model: Any, accelerator: Accelerator) -> None:
-        self._given = model, accelerator
-        self._ready = False
-
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
         """Nothing here."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._ready:  # a process that finds all of its parts written moves no model
-            super().__init__(*self._given, label_names=label_columns(self._given[0]))
-            self._ready = True
-        return super().__call__(*args, **kwargs)
+
+@dataclass
+class _Cells:
+    """The cells of rows, computed by the teacher when they are asked for."""
+
+    teacher: Any
+    source: Source
+    plan: Plan
+    inputs: tuple[str, ...]
+    accelerator: Accelerator
+
+    @cached_property
+    def _runner(self) -> _Runner:
+        # A process that finds all of its parts written moves no model.
+        return _Runner(self.teacher, self.accelerator, label_columns(self.teacher))
+
+    def __call__(self, first: int, last: int) -> list[dict[str, Any]]:
+        features = self.source.features(first, last)
+        batch = self.source.collator(features)
+        checks = row_checks(batch, self.inputs)
+        if len(checks) != len(features):
+            raise ValueError(
+                f"{collator_name(self.source.collator)} made {len(checks)} rows of {len(features)}; cached teacher outputs "
+                "need a collator that keeps rows apart."
+            )
+        batch = send_to_device(dict(batch), self.accelerator.device)
+        out = self._runner(batch, self.plan.needs, {"hidden_states": frozenset(self.plan.layers)}, step=0)
+        values = self.plan.cut(out, batch, features)
+        _refuse_not_finite(values, first)
+        return [{ROW_CHECK: check, **self._encoded(values, row, first)} for row, check in enumerate(checks)]
+
+    def _encoded(self, values: dict[str, list[np.ndarray]], row: int, first: int) -> dict[str, Any]:
+        cell: dict[str, Any] = {}
+        for output in self.plan.outputs:
+            try:
+                cell |= encode(output, values[output.column][row])
+            except OverflowError as error:
+                raise ValueError(
+                    f"{output.column} of row {first + row} has {error}, more than float16 can hold. Use dtype='int8', which "
+                    "has a scale for every position."
+                ) from error
+        return cell
 
 
 def _key(
@@ -194,37 +225,7 @@ def _key(
         raise ValueError(
             f"This process has a dataset of {len(dataset)} rows, the main process one of {shared['rows']}."
         )
-    return shared  # type: ignore[no-any-return]
-
-
-def _cells(
-    run: _Runner, features: list[dict[str, Any]], source: Source, plan: Plan, info: CacheInfo, first: int
-) -> list[dict[str, Any]]:
-    """The cells of a few rows, the first of which is row `first` of the dataset."""
-    batch = source.collator(features)
-    checks = row_checks(batch, info.inputs)
-    if len(checks) != len(features):
-        raise ValueError(
-            f"{type(source.collator).__name__} made {len(checks)} rows of {len(features)}; cached teacher outputs need a "
-            "collator that keeps rows apart."
-        )
-    moved = send_to_device(dict(batch), run._given[1].device)
-    out = run(moved, plan.needs, {"hidden_states": frozenset(plan.layers)}, step=0)
-    values = plan.cut(out, moved, features)
-    _refuse_not_finite(values, first)
-    cells: list[dict[str, Any]] = []
-    for row, check in enumerate(checks):
-        cell: dict[str, Any] = {ROW_CHECK: check}
-        for output in plan.outputs:
-            try:
-                cell |= encode(output, values[output.column][row])
-            except OverflowError as error:
-                raise ValueError(
-                    f"{output.column} of row {first + row} has {error}, more than float16 can hold. Use dtype='int8', which "
-                    "has a scale for every position."
-                ) from error
-        cells.append(cell)
-    return cells
+    return shared
 
 
 def _refuse_not_finite(values: dict[str, list[np.ndarray]], first: int) -> None:

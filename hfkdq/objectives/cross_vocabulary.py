@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation between language models whose tokenizers have nothing in common.
+
+Knows which token of either model belongs to which of the other; how far predictions are apart is a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from ..losses.divergences import in_chunks
+from ..losses.transport import sorted_distance
+from ..schedules import Schedule, extremes
+from .base import Objective
+from .masks import Batch, Positions, token_mask
+from .outline import Outline, outline_of
+
+_ROLES = ("student", "teacher")
+_CHUNK = 2**24  # logits of the larger vocabulary, 64 MiB of float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ULD(Objective):
+    """Universal logit distillation: the sorted probabilities of two language models are to be the same.
+
+    `mean over positions of sum_i |p(i) - q(i)|`, where `p(i)` and `q(i)` are the `i`-th largest probabilities of teacher
+    and student, the smaller vocabulary filled up with zeros. Boizard et al., "Towards Cross-Tokenizer Distillation: the
+    Universal Logit Distillation Loss for LLMs" (2024). Which token is likely it does not say, so add a [`TaskLoss`].
+
+    The `i`-th token of the student's answer is compared with the `i`-th of the teacher's, up to the end of the shorter
+    one. The student's answer is where its labels are, else where it attends. What the teacher reads comes in columns
+    `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`, which [`TeacherCollator`] pads; without them it
+    reads what the student does. Over large vocabularies it is computed in chunks, and once more in the backward pass.
+
+    Args:
+        temperature (`float` or schedule, defaults to 1.0): `T`, larger than 0; probabilities are `softmax(logits / T)`.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: a temperature that is not larger than 0; at `attach`, a model that is no language model, or one that
+            predicts the next token and one that has an encoder; in training, `teacher_input_ids` without `teacher_labels`
+            where the student has labels.
+
+    Example:
+        ```python
+        >>> from hfkdq.objectives.cross_vocabulary import ULD
+        >>> ULD(weight=1.5).name
+        'uld'
+
+        ```
+    """
+
+    temperature: float | Schedule = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not extremes(self.temperature)[0] > 0:
+            raise ValueError(f"ULD: temperature must be larger than 0, got {self.temperature!r}.")
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        outlines = outline_of(student), outline_of(teacher)
+        kinds = [_kind(outline) for outline in outlines]
+        if None in kinds or kinds[0] != kinds[1]:
+            raise ValueError(
+                "ULD compares what two language models write, both with an encoder or both without; "
+                + " and ".join(f"the {r} is {o.model_class}" for r, o in zip(_ROLES, outlines, strict=True))
+                + ". Of models with the same labels LogitKD compares the predictions, whatever their vocabularies."
+            )
+        if any(outline.temperature is not None for outline in outlines):
+            raise ValueError(
+                "The likeliest tokens alone were cached of the teacher, and ULD sorts the whole vocabulary. Give the "
+                "teacher itself."
+            )
+        places = [(outline.shape("logits") or (0, 0))[1] for outline in outlines]
+        if places[0] != places[1]:
+            raise ValueError(
+                f"Student and teacher give logits at {places[0]} and {places[1]} positions for as many tokens: one has "
+                "virtual tokens, for example of prompt tuning. Train adapters such as LoRA, which have none."
+            )
+
+    def positions(self, batch: Batch) -> Positions:
+        return self._masks(batch)[0].sum()
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        own, theirs = self._masks(batch)
+        student, teacher = student_out.logits[own], teacher_out.logits[theirs]  # (rows, vocab) each
+        temperature = self.current(self.temperature)
+        values = in_chunks(
+            lambda ours, others: sorted_distance(ours, others, temperature),
+            student,
+            teacher,
+            elements=_CHUNK * student.shape[-1] // max(student.shape[-1], teacher.shape[-1]),
+        )
+        return values.sum() / max(len(values), 1), own.sum()
+
+    def _masks(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the tokens that are compared are predicted, `(batch, seq)` of student and teacher, as many per row."""
+        own = self._answers(batch)
+        theirs = self._answers(_of_teacher(batch)) if {"teacher_input_ids", "teacher_labels"} & batch.keys() else own
+        shorter = torch.minimum(own.sum(1), theirs.sum(1)).unsqueeze(1)
+        return own & (own.cumsum(1) <= shorter), theirs & (theirs.cumsum(1) <= shorter)
+
+    def _answers(self, batch: Batch) -> torch.Tensor:
+        shifts = self._found["shifts_labels"]
+        if "labels" not in batch and not shifts:
+            raise ValueError(
+                "ULD needs labels, which the decoders of student and teacher are to write; the batch has none."
+            )
+        mask = token_mask(batch, shifts)
+        if mask is None:
+            mask = token_mask({"attention_mask": torch.ones_like(batch["input_ids"])}, shifts)
+        return mask  # type: ignore[return-value]
+
+
+def _kind(outline: Outline) -> str | None:
+    if outline.model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "decoder"
+    return "encoder-decoder" if outline.model_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values() else None
+
+
+def _of_teacher(batch: Batch) -> Batch:
+    """What the teacher has of a batch, by the names that a student has for it."""
+    names = ("input_ids", "attention_mask", "labels")
+    own = {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
+    if "labels" in batch and "labels" not in own:
+        raise ValueError(
+            "The labels say which tokens of the student are the answer, and nothing says which of teacher_input_ids are, so "
+            "ULD would compare an answer with a prompt. Add a column teacher_labels, -100 where the prompt is."
+        )
+    return own

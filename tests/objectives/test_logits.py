@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LogitKD on every head: what is compared, what counts, what is refused."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hfkdq.losses import DKD, forward_kl
+from hfkdq.objectives import LogitKD
+from hfkdq.objectives.logits import in_chunks
+from hfkdq.schedules import Linear
+from tests import tiny
+
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "soft_ce", "mse", "dkd", "dist"]
+
+
+def attached(objective, student, teacher):
+    objective.attach(student, teacher)
+    return objective
+
+
+def value(objective, student, teacher, batch, **columns):
+    inputs = {**batch, **columns}
+    mean, count = objective(student(**batch), teacher(**batch), inputs)
+    assert int(count) == int(objective.positions(inputs))
+    return mean, int(count)
+
+
+def bernoulli_kl(p, q):
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def test_several_labels_at_once_are_as_many_sigmoids():
+    student, teacher = (tiny.bert(s, problem_type="multi_label_classification") for s in (0, 1))
+    batch = tiny.batch(student)
+    labels = torch.tensor([[1.0, 0, 1]] * 4)
+    mean, count = value(attached(LogitKD(temperature=2.0), student, teacher), student, teacher, batch, labels=labels)
+    p, q = ((m(**batch).logits / 2).sigmoid() for m in (teacher, student))
+    torch.testing.assert_close(mean, 4 * bernoulli_kl(p, q).mean(), rtol=1e-4, atol=1e-5)
+    assert count == 4
+    # Yes is the class on the label where it is 1: of two classes DKD is then alpha * KL of all.
+    decoupled, _ = value(
+        attached(LogitKD(divergence=DKD(alpha=1, beta=8)), student, teacher), student, teacher, batch, labels=labels
+    )
+    torch.testing.assert_close(decoupled, mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [dict(labels=1), dict(labels=2, problem_type="regression")])
+def test_numbers_are_compared_as_such(settings):
+    student, teacher = (tiny.bert(s, **settings) for s in (0, 1))
+    batch = tiny.batch(student)
+    mean, _ = value(attached(LogitKD(divergence="mse"), student, teacher), student, teacher, batch)
+    torch.testing.assert_close(mean, F.mse_loss(student(**batch).logits, teacher(**batch).logits))
+    for divergence in set(DIVERGENCES) - {"mse"}:
+        with pytest.raises(ValueError, match=r'Use LogitKD\(divergence="mse"\)'):
+            LogitKD(divergence=divergence).attach(student, teacher)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "mse", "dkd"])
+def test_spans_are_distributions_over_the_text_without_its_padding(divergence):
+    student, teacher = tiny.bert_qa(0), tiny.bert_qa(1)
+    batch = tiny.batch(student)
+    spans = dict(start_positions=torch.tensor([1, 2, 3, 99]), end_positions=torch.tensor([2, 3, 4, 99]))
+    objective = attached(LogitKD(divergence=divergence), student, teacher)
+    mean, count = value(objective, student, teacher, batch, **spans)
+    outs = student(**batch), teacher(**batch)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    single = []
+    for row, length in enumerate(lengths):
+        for part in ("start", "end"):
+            s, t = (out[f"{part}_logits"][row : row + 1, :length] for out in outs)
+            target = spans[f"{part}_positions"][row : row + 1].clamp(max=9)
+            if divergence == "dkd" and int(target) >= length:  # an answer that was cut off
+                continue
+            single.append(objective._divergence(s, t, 2.0, target=target))
+    if divergence == "dkd":
+        torch.testing.assert_close(torch.cat(single).isfinite().all(), torch.tensor(True))
+        assert torch.isfinite(mean)
+    else:
+        torch.testing.assert_close(mean, torch.cat(single).mean(), rtol=1e-4, atol=1e-5)
+    assert count == 4
+
+
+def sound(rows=3, samples=2000):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(rows, samples, dtype=torch.long)
+    mask[1, 1500:], mask[2, 900:] = 0, 0
+    return {"input_values": torch.randn(rows, samples, generator=generator) * mask, "attention_mask": mask}
+
+
+def test_frames_of_sound_count_as_far_as_the_sound_goes():
+    student, teacher = tiny.wav2vec2_ctc(0), tiny.wav2vec2_ctc(1, hidden=48)
+    batch = sound()
+    mean, count = value(attached(LogitKD(), student, teacher), student, teacher, batch)
+    frames = [int(student._get_feat_extract_output_lengths(torch.tensor(n))) for n in (2000, 1500, 900)]
+    assert count == sum(frames)
+    divergence = forward_kl(student(**batch).logits, teacher(**batch).logits, 2.0)
+    expected = torch.cat([divergence[i, :n] for i, n in enumerate(frames)]).mean()
+    torch.testing.assert_close(mean, expected)
+    whole = {"input_values": batch["input_values"]}
+    mean, count = value(attached(LogitKD(), student, teacher), student, teacher, whole)
+    assert count == 3 * frames[0]
+
+
+def brute_force_match(student, teacher):
+    """The cheapest pairing of one image's queries, by trying all of them."""
+    ps, pt = student.logits[0].softmax(-1), teacher.logits[0].softmax(-1)
+    seen = 1 - pt[:, -1]
+
+    def corners(b):
+        return b[0] - b[2] / 2, b[1] - b[3] / 2, b[0] + b[2] / 2, b[1] + b[3] / 2
+
+    def giou(a, b):
+        (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = corners(a), corners(b)
+        inter = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
+        union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - inter
+        hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+        return inter / union - (hull - union) / hull
+
+    def cost(i, j):
+        a, b = student.pred_boxes[0, i].tolist(), teacher.pred_boxes[0, j].tolist()
+        box = 5 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) - 2 * giou(a, b)
+        return float((ps[i] - pt[j]).abs().sum() + seen[j] * box)
+
+    count = len(ps)
+    return min(itertools.permutations(range(count)), key=lambda p: sum(cost(i, j) for j, i in enumerate(p))), seen
+
+
+def test_object_queries_are_matched_before_they_are_compared():
+    student, teacher = tiny.yolos(0, queries=4), tiny.yolos(1, queries=4, hidden=48)
+    batch = {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    outs = student(**batch), teacher(**batch)
+    for name in ("logits", "pred_boxes"):
+        outs[1][name] = outs[1][name].roll(1, dims=1)
+    mean, count = attached(LogitKD(), student, teacher)(*outs, batch)
+    order, seen = brute_force_match(*outs)
+    assert order != tuple(range(4))  # else the test could not tell
+    divergence = forward_kl(outs[0].logits[0, list(order)], outs[1].logits[0], 2.0)
+    shares = 0.1 + 0.9 * seen
+    torch.testing.assert_close(mean, (divergence * shares).sum() / shares.sum(), rtol=1e-4, atol=1e-5)
+    assert count == 1
+
+
+def test_the_order_of_the_teachers_queries_does_not_matter_and_their_numbers_may_differ():
+    student, teacher = tiny.yolos(0, queries=4), tiny.yolos(1, queries=7)
+    objective = attached(LogitKD(), student, teacher)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    outs = student(**batch), teacher(**batch)
+    mean, _ = objective(*outs, batch)
+    order = torch.randperm(7)
+    outs[1].logits, outs[1].pred_boxes = outs[1].logits[:, order], outs[1].pred_boxes[:, order]
+    torch.testing.assert_close(objective(*outs, batch)[0], mean)
+
+
+def labelled(model, batch):
+    labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"] % 3, -100)
+    labels[0, :3] = -100
+    return labels
+
+
+@pytest.mark.parametrize("per", ["token", "sample"])
+def test_means_over_tokens_and_over_the_tokens_of_each_sample(per):
+    student, teacher = tiny.bert_tokens(0), tiny.bert_tokens(1)
+    batch = tiny.batch(student)
+    labels = labelled(student, batch)
+    mean, count = value(attached(LogitKD(per=per), student, teacher), student, teacher, batch, labels=labels)
+    divergence = forward_kl(student(**batch).logits, teacher(**batch).logits, 2.0)
+    rows = [divergence[i][labels[i] != -100] for i in range(4)]
+    if per == "token":
+        torch.testing.assert_close(mean, torch.cat(rows).mean())
+        assert count == (labels != -100).sum()
+    else:
+        torch.testing.assert_close(mean, torch.stack([row.mean() for row in rows]).mean())
+        assert count == 4
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("make", [tiny.bert_tokens, tiny.llama], ids=["tags", "next tokens"])
+def test_padding_changes_no_value(make, divergence):
+    student, teacher = make(0), make(1)
+    batch = tiny.batch(student)
+    labels = labelled(student, batch)
+    objective = attached(LogitKD(divergence=divergence), student, teacher)
+    mean, count = value(objective, student, teacher, batch, labels=labels)
+    mean.backward()
+    assert sum(float(p.grad.abs().sum()) for p in student.parameters() if p.grad is not None) > 0
+    longer = {
+        "input_ids": F.pad(batch["input_ids"], (0, 5), value=7),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 5)),
+    }
+    again, same = value(objective, student, teacher, longer, labels=F.pad(labels, (0, 5), value=-100))
+    torch.testing.assert_close(again, mean, rtol=1e-4, atol=1e-5)
+    assert same == count
+
+
+def test_the_likeliest_tokens_and_the_rest():
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    batch = tiny.batch(student)
+    labels = labelled(student, batch)
+    values = {
+        k: value(attached(LogitKD(top_k=k), student, teacher), student, teacher, batch, labels=labels)[0]
+        for k in (1, 8, 94, None)
+    }
+    assert 0 < values[1] < values[8] < values[94] <= values[None] * 1.0001
+    torch.testing.assert_close(values[94], values[None], rtol=1e-3, atol=1e-4)
+
+
+def test_large_vocabularies_are_taken_in_chunks(monkeypatch):
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    batch = tiny.batch(student)
+    labels = labelled(student, batch)
+    objective = attached(LogitKD(), student, teacher)
+    mean, _ = value(objective, student, teacher, batch, labels=labels)
+    mean.backward()
+    expected = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    seen = []
+
+    def small(function, *tensors):
+        def watched(*rows):
+            seen.append(len(rows[0]))
+            return function(*rows)
+
+        return in_chunks(watched, *tensors, elements=500)
+
+    monkeypatch.setattr("hfkdq.objectives.logits.in_chunks", small)
+    again, _ = value(objective, student, teacher, batch, labels=labels)
+    again.backward()
+    assert max(seen) == 5
+    torch.testing.assert_close(again, mean)
+    for p, gradient in zip(student.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+def test_standardized_logits_do_not_depend_on_their_scale():
+    student, teacher = tiny.bert(0), tiny.bert(1)
+    batch = tiny.batch(student)
+    objective = attached(LogitKD(standardize=True), student, teacher)
+    outs = student(**batch), teacher(**batch)
+    mean, _ = objective(*outs, batch)
+    outs[1].logits = 7 * outs[1].logits + 2
+    torch.testing.assert_close(objective(*outs, batch)[0], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_temperature_follows_its_schedule():
+    student, teacher = tiny.bert(0), tiny.bert(1)
+    batch = tiny.batch(student)
+    objective = attached(LogitKD(temperature=Linear(4, 2)), student, teacher)
+    for progress, temperature in ((0.0, 4.0), (0.5, 3.0), (1.0, 2.0)):
+        objective.set_progress(progress)
+        expected = forward_kl(student(**batch).logits, teacher(**batch).logits, temperature).mean()
+        torch.testing.assert_close(value(objective, student, teacher, batch)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("objective", "student", "teacher", "message"),
+    [
+        (LogitKD(), tiny.bert, tiny.bert_tokens, "predict different things"),
+        (LogitKD(), tiny.bert, tiny.bert_qa, "predict different things"),
+        (LogitKD(), tiny.bert_qa, lambda: tiny.bert(labels=2), "predict different things"),
+        (LogitKD(), tiny.llama, tiny.bert_mlm, "predict different things"),
+        (LogitKD(), tiny.llama, tiny.t5, "predict different things"),
+        (LogitKD(), tiny.yolos, tiny.vit, "predict different things"),
+        (LogitKD(), lambda: tiny.bert(labels=1), lambda: tiny.bert(labels=3), "predict different things"),
+        (LogitKD(), lambda: tiny.wav2vec2_ctc(vocab_size=9), tiny.wav2vec2_ctc, "same labels or vocabulary"),
+        (LogitKD(divergence="dist"), tiny.bert_qa, tiny.bert_qa, "makes no sense"),
+        (LogitKD(divergence="dkd"), tiny.wav2vec2_ctc, tiny.wav2vec2_ctc, "makes no sense"),
+        (LogitKD(divergence="dist"), tiny.yolos, tiny.yolos, "makes no sense"),
+        (LogitKD(top_k=3), tiny.bert, tiny.bert, "leaves none out"),
+        (LogitKD(top_k=4, divergence="mse"), tiny.llama, tiny.llama, "top_k"),
+        (LogitKD(top_k=4, divergence="dkd"), tiny.llama, tiny.llama, "top_k"),
+        (LogitKD(top_k=4, standardize=True), tiny.llama, tiny.llama, "top_k"),
+    ],
+)
+def test_pairs_that_make_no_sense_are_refused_at_attach(objective, student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        objective.attach(student(), teacher())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(divergence="kl"), "'forward_kl', 'reverse_kl'"),
+        (dict(per="batch"), "per must be"),
+        (dict(top_k=0), "top_k must be"),
+        (dict(temperature=Linear(1, 0)), "temperature must be larger"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LogitKD(**settings)
+
+
+def test_float_labels_where_the_configuration_says_classes():
+    student, teacher = tiny.bert(0), tiny.bert(1)
+    batch = tiny.batch(student)
+    objective = attached(LogitKD(), student, teacher)
+    with pytest.raises(ValueError, match=r"config\.problem_type"):
+        objective(student(**batch), teacher(**batch), {**batch, "labels": torch.rand(4, 3)})
