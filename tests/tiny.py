@@ -182,7 +182,11 @@ def yolos(seed: int = 0, queries: int = 6, hidden: int = 32, labels: int = 3) ->
         num_attention_heads=4, intermediate_size=2 * hidden, num_detection_tokens=queries, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, initializer_range=0.5,
     )  # fmt: skip
-    return YolosForObjectDetection(config).eval()
+    model = YolosForObjectDetection(config)
+    for name, parameter in model.named_parameters():
+        if "detection_token" in name:  # they start as zeros, so that all queries would be alike
+            torch.nn.init.normal_(parameter, std=3.0)
+    return model.eval()
 
 
 def t5(seed: int = 0, layers: int = 2, hidden: int = 32, vocab: int = len(VOCABULARY)) -> T5ForConditionalGeneration:
