@@ -62,7 +62,7 @@ class Source:
 
 
 def _refuse_random(collator: Any, source: Source) -> None:
-    rows = min(len(source.rows), 4)
+    rows = min(len(source.rows), 8)
     with torch.random.fork_rng(devices=[]):
         once, again = (source.collator(source.features(0, rows)) for _ in range(2))
     names = [name for name, value in once.items() if isinstance(value, torch.Tensor)]

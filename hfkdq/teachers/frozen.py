@@ -29,6 +29,10 @@ from ..sharding import is_spread, place_frozen, stays_put
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
 
+_ALONG = {
+    "input_ids": ("attention_mask", "token_type_ids", "position_ids"),
+    "labels": ("decoder_input_ids", "decoder_attention_mask"),
+}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -147,11 +151,13 @@ class FrozenTeacher:
                     parameter.requires_grad_(trained)
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        inputs = {name: value for name, value in batch.items() if name in self.columns}
-        for name in self.columns:
-            if TEACHER_PREFIX + name in batch:
-                inputs[name] = batch[TEACHER_PREFIX + name]
-        inputs |= self._decoder_inputs(inputs, batch.get("labels"))
+        own = {name.removeprefix(TEACHER_PREFIX): v for name, v in batch.items() if name.startswith(TEACHER_PREFIX)}
+        # What lies along the student's tokens does not along those of a teacher that has its own.
+        foreign = {name for text in own.keys() & _ALONG.keys() for name in _ALONG[text]}
+        inputs = {**{name: value for name, value in batch.items() if name not in foreign}, **own}
+        labels = inputs.get("labels")
+        inputs = {name: value for name, value in inputs.items() if name in self.columns}
+        inputs |= self._decoder_inputs(inputs, labels)
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
         if self._stays:

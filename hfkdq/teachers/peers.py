@@ -33,16 +33,28 @@ class Companions(nn.Module):
         for owner, model in models.items():
             for name, parameter in model.named_parameters():
                 self.register_parameter(f"{owner}/{name.replace('.', '/')}", parameter)
+        self.outputs: list[Any] = []
         self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
 
     def install(self, student: nn.Module) -> None:
-        """Lets the student have the parameters."""
+        """Lets the student have the parameters, and return what was put into `outputs` beside its own.
+
+        DistributedDataParallel finds out from what a forward pass returns which parameters have no part in it.
+        """
         student.add_module(self.NAME, self)
+        self._hook = student.register_forward_hook(self._append)
+
+    def _append(self, student: nn.Module, args: Any, output: Any) -> Any:
+        if not self.outputs or not isinstance(output, Mapping):
+            return output
+        others, self.outputs = [dict(other) for other in self.outputs], []
+        return {**output, self.NAME: others}  # the classes of Transformers take no further entry
 
     def remove(self, student: nn.Module) -> None:
         """Takes them out of the student again."""
         if getattr(student, self.NAME, None) is self:
             delattr(student, self.NAME)
+            self._hook.remove()
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: every peer has a state dict of its own."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -53,7 +54,7 @@ from .arguments import (
 )
 from .keeping import KeepingMixin
 from .passes import TermPasses, not_synchronised
-from .terms import SINGLE, STUDENT, Term, asked_of, sources_of, terms_of
+from .terms import SINGLE, STUDENT, Term, asked_of, is_read, sources_of, terms_of
 
 logger = logging.get_logger(__name__)
 
@@ -342,11 +343,16 @@ class DistillationMixin(KeepingMixin):
         with contextlib.ExitStack() as stack:
             for term in self._terms:
                 stack.enter_context(term.objective.observe())
-            # What is frozen comes first, so that its activations are gone when the student's are made.
+            # What is frozen comes first, so that its activations are gone when others are made.
             outputs = {n: self._asked_output(n, batch) for n in self._used_teachers if n not in self._peers}
-            needs, read = asked_of(STUDENT, self._terms)
-            outputs[STUDENT] = self._run_student(model, student_inputs, needs, read, batch, num_items_in_batch)
             outputs |= {name: self._asked_output(name, batch, num_items_in_batch) for name in self._peers}
+            if self._companions is not None:
+                self._companions.outputs = [outputs[name] for name in self._peers]
+            outputs[STUDENT] = None
+            # Processes exchange gradients in this pass, read or not.
+            if is_read(STUDENT, self._terms) or return_outputs or isinstance(model, DistributedDataParallel):
+                needs, read = asked_of(STUDENT, self._terms)
+                outputs[STUDENT] = self._run_student(model, student_inputs, needs, read, batch, num_items_in_batch)
         loss = self._weighted_sum(outputs, batch)
         return (loss, outputs[STUDENT]) if return_outputs else loss
 
@@ -362,6 +368,8 @@ class DistillationMixin(KeepingMixin):
                     term.objective.before(passes, batch)
 
     def _asked_output(self, name: str, batch: dict[str, Any], items: Any = None) -> Any:
+        if not is_read(name, self._terms):
+            return None
         return self.ask(name, batch, *asked_of(name, self._terms), items)
 
     def ask(

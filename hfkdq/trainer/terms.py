@@ -68,6 +68,12 @@ def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Any]) -> li
     return terms
 
 
+def is_read(who: str, terms: Iterable[Term]) -> bool:
+    """Whether any term reads what a model returns for the batch as it is; one with passes of its own may need nothing."""
+    involved = [term.objective for term in terms if who == term.learner or who in term.sources]
+    return any(objective.needs or not objective.passes_first for objective in involved)
+
+
 def asked_of(who: str, terms: Iterable[Term]) -> tuple[frozenset[str], Indices]:
     """What terms need of one model: kinds of outputs, and of hidden states and attentions which (`None` for all)."""
     needs: set[str] = set()

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.launch import accelerate_launch
 
 from .common import ALL_TERMS, losses, make_trainer
-from .scaling_runs import KINDS, RUNS, arguments_for, result, train
+from .scaling_runs import KINDS, OTHERS, PROCESSES, RUNS, arguments_for, result, train
 
 
 def assert_same_update(one, other):
@@ -37,18 +37,28 @@ def test_accumulated_micro_batches_give_the_update_of_one_batch(tmp_path, kind, 
         assert_same_update(runs[0], other)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("terms", OTHERS)
+def test_other_teachers_and_terms_are_accumulated_as_exactly(tmp_path, kind, terms):
+    one, other = (
+        result(train(kind, terms, arguments_for(str(tmp_path), size, steps, num_train_epochs=1), rows=44))
+        for size, steps in ((32, 1), (8, 4))
+    )
+    assert_same_update(one, other)
+
+
 def test_two_processes_give_the_update_of_one(tmp_path):
     """Every term and their sum, 2 x 16 rows against 1 x 32, in one launch."""
     configuration = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "ddp.yaml"
     script = Path(__file__).with_name("scaling_runs.py")
     accelerate_launch(script, tmp_path / "two", options=("--config_file", str(configuration)))
-    for number, (kind, terms) in enumerate(RUNS):
+    for number, (kind, terms) in enumerate([*RUNS, *PROCESSES]):
         files = [tmp_path / "two" / f"{number}-rank{rank}" for rank in (0, 1)]
         logs = [json.loads(Path(f"{file}.json").read_text()) for file in files]
         states = [load_file(f"{file}.safetensors") for file in files]
         assert logs[0] == logs[1], (kind, terms)
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), (kind, terms)
-        assert any("projection" in key for key in states[0]) == (terms in ("hidden", "sum"))
+        assert any("projection" in key for key in states[0]) == (terms in ("hidden", "sum", "stages", "peer"))
         one = train(kind, terms, arguments_for(str(tmp_path), 32, 1, num_train_epochs=1))
         assert_same_update(result(one), (logs[0], states[0]))
 
