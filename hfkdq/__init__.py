@@ -10,15 +10,22 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that `import hfkdq` costs nothing and needs no extra.
 _HOMES = {
+    "AdversarialKD": "objectives",
     "AttentionKD": "objectives",
+    "ByAgreement": "objectives",
+    "ByGradientNorm": "objectives",
+    "CoTrainedTeacher": "teachers",
     "CompressionReport": "report",
     "DistillationTrainer": "trainer",
+    "EMATeacher": "teachers",
     "EnsembleKD": "objectives",
     "HiddenStateKD": "objectives",
     "LogitKD": "objectives",
+    "NoisyKD": "objectives",
     "PruningCallback": "pruning",
     "PruningSpec": "specs",
     "QATCallback": "quantization",
+    "QuantizationLoss": "objectives",
     "QuantizationSpec": "specs",
     "Seq2SeqDistillationTrainer": "trainer",
     "TaskLoss": "objectives",
@@ -31,15 +38,22 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdversarialKD",
     "AttentionKD",
+    "ByAgreement",
+    "ByGradientNorm",
+    "CoTrainedTeacher",
     "CompressionReport",
     "DistillationTrainer",
+    "EMATeacher",
     "EnsembleKD",
     "HiddenStateKD",
     "LogitKD",
+    "NoisyKD",
     "PruningCallback",
     "PruningSpec",
     "QATCallback",
+    "QuantizationLoss",
     "QuantizationSpec",
     "Seq2SeqDistillationTrainer",
     "TaskLoss",
@@ -54,12 +68,24 @@ __all__ = [
 if TYPE_CHECKING:
     from .export import export_onnx
     from .hub import push_to_hub
-    from .objectives import AttentionKD, EnsembleKD, HiddenStateKD, LogitKD, TaskLoss
+    from .objectives import (
+        AdversarialKD,
+        AttentionKD,
+        ByAgreement,
+        ByGradientNorm,
+        EnsembleKD,
+        HiddenStateKD,
+        LogitKD,
+        NoisyKD,
+        QuantizationLoss,
+        TaskLoss,
+    )
     from .pruning import PruningCallback, prune
     from .quantization import QATCallback, load_quantized, quantize
     from .report import CompressionReport
     from .specs import PruningSpec, QuantizationSpec
     from .students import make_student
+    from .teachers import CoTrainedTeacher, EMATeacher
     from .trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 
 

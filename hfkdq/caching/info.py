@@ -129,8 +129,8 @@ def cache_info(dataset: Any) -> CacheInfo | None:
         [`CacheInfo`], or `None` where the dataset holds no outputs.
 
     Raises:
-        ValueError: the columns are there, but what describes them is lost (parquet, CSV and JSON files don't keep it);
-            some of the columns were removed or renamed; or the outputs are of several teachers or settings.
+        ValueError: the columns are there, but what describes them is lost (`to_iterable_dataset` and parquet, CSV and
+            JSON files drop it); some of the columns were removed or renamed; or the outputs are of several teachers or settings.
     """
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list):
@@ -141,8 +141,9 @@ def cache_info(dataset: Any) -> CacheInfo | None:
         if ROW_CHECK in columns:
             raise ValueError(
                 f"The dataset has the column {ROW_CHECK!r} of cached teacher outputs, but what describes them is lost: it is "
-                "kept in dataset.info.description, which save_to_disk writes, and parquet, CSV and JSON files do not. "
-                "Load the dataset that save_to_disk wrote, or call cache_teacher_outputs again."
+                "kept in dataset.info.description, which save_to_disk writes, and to_iterable_dataset and parquet, CSV and "
+                "JSON files drop. Copy it from the dataset that cache_teacher_outputs returned (other.info.description = "
+                "dataset.info.description), load what save_to_disk wrote, or call cache_teacher_outputs again."
             )
         return None
     info = found[0]

@@ -62,18 +62,18 @@ class Plan:
                 continue
             values = self._of(out, output)
             mask = self._mask(output, values, batch, features)
-            flat = values.flatten(0, 1) if mask is None else values[mask]
-            sizes = [values.shape[1]] * len(values) if mask is None else mask.sum(1).tolist()
-            parts = self._top(flat) if output.name.startswith("top_") else {output.column: flat.float()}
-            for column, rows in parts.items():
-                found[column] = [part.numpy() for part in torch.split(rows.cpu(), sizes)]
+            own = values if mask is None else values[mask]
+            parts = self._top(own) if output.name.startswith("top_") else {output.column: own.float()}
+            for column, kept in parts.items():
+                rows = kept.cpu() if mask is None else torch.split(kept.cpu(), mask.sum(1).tolist())
+                found[column] = [row.numpy() for row in rows]
         return found
 
     def _of(self, out: Any, output: CachedOutput) -> torch.Tensor:
         kind, _, number = output.name.rpartition("_")
         if kind == "hidden_state":
             return out["hidden_states"][int(number)]  # type: ignore[no-any-return]
-        return out["logits" if kind == "top" or output.name == "top_log_probabilities" else output.name]  # type: ignore[no-any-return]
+        return out["logits" if output.name.startswith("top_") else output.name]  # type: ignore[no-any-return]
 
     def _top(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.top_k is not None  # noqa: S101 - for mypy
@@ -82,11 +82,10 @@ class Plan:
             top = rows.float().topk(self.top_k, dim=-1).indices
             indices.append(top)
             log_probabilities.append(coarse_log_probabilities(rows, top, self.temperature))
-        by_name = {
+        return {
             "teacher_top_log_probabilities": torch.cat(log_probabilities).reshape(*shape, -1),
             "teacher_top_indices": torch.cat(indices).reshape(*shape, -1).int(),
         }
-        return by_name
 
     def _mask(
         self, output: CachedOutput, values: torch.Tensor, batch: Mapping[str, Any], features: Sequence[Any]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..forwards import base_of
@@ -244,7 +245,8 @@ class AdversarialKD(OnOwnPasses):
 
 
 def _norm(values: torch.Tensor) -> torch.Tensor:
-    return values.float().flatten(1).norm(dim=1).view(-1, *[1] * (values.dim() - 1))
+    lengths: torch.Tensor = values.float().flatten(1).norm(dim=1)
+    return lengths.view(-1, *[1] * (values.dim() - 1))
 
 
 def _unit(gradient: torch.Tensor) -> torch.Tensor:
@@ -285,8 +287,12 @@ class _Change:
         if name != "input_ids":
             yield {**batch, name: self._next(batch[name])}
             return
-        handle = base.get_input_embeddings().register_forward_hook(lambda module, args, output: self._next(output))
+        table = base.get_input_embeddings().weight
+        # Encoder and decoder may have modules of their own around one table.
+        lookups = [m for m in base.modules() if isinstance(m, nn.Embedding) and m.weight is table]
+        handles = [m.register_forward_hook(lambda module, args, output: self._next(output)) for m in lookups]
         try:
             yield batch
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

@@ -89,6 +89,12 @@ def multi_label(seed: int = 0):
     return tiny.bert(seed, problem_type="multi_label_classification")
 
 
+def several_labels() -> Dataset:
+    return tiny.text_dataset(10).map(
+        lambda row: {"labels": [1.0, 0.0, float(row["labels"] > 0)]}, load_from_cache_file=False
+    )
+
+
 def regression(seed: int = 0):
     return tiny.bert(seed, labels=1)
 
@@ -105,7 +111,7 @@ def sound_collator():
 KINDS = {
     "class": (tiny.bert, lambda: tiny.text_dataset(10), lambda: DataCollatorWithPadding(padder())),
     "image": (tiny.vit, images, lambda: default_data_collator),
-    "multi label": (multi_label, lambda: tiny.text_dataset(10), lambda: DataCollatorWithPadding(padder())),
+    "multi label": (multi_label, several_labels, lambda: DataCollatorWithPadding(padder())),
     "regression": (regression, lambda: tiny.text_dataset(10), lambda: DataCollatorWithPadding(padder())),
     "tokens": (tiny.bert_tokens, lambda: tiny.token_dataset(10), lambda: DataCollatorForTokenClassification(padder())),
     "causal": (tiny.llama, language_rows, lambda: DataCollatorForTokenClassification(padder())),

@@ -71,7 +71,7 @@ def test_objectives_attach_to_the_outline_and_give_the_same_loss(kind, tmp_path)
     make, rows, collator = KINDS[kind]
     teacher, student, collator = make(1), make(0), collator()
     needs = frozenset({"logits", "hidden_states"}) if kind not in ("seq2seq", "detection") else frozenset({"logits"})
-    layers = range(len(teacher.config.id2label) * 0 + 3) if "hidden_states" in needs else ()
+    layers = (0, 1, 2) if "hidden_states" in needs else ()
     dataset = cached(teacher, rows(), collator, tmp_path, hidden_states=layers)
     batch, found, live = both(teacher, dataset, collator, needs=needs)
     standing = CachedTeacher(cache_info(dataset), "cpu")
@@ -108,7 +108,9 @@ def test_the_likeliest_tokens_and_the_rest_are_exact(side, tmp_path):
     by_hand = torch.cat([top, 1 - top.sum(-1, keepdim=True)], dim=-1)
     torch.testing.assert_close(found.logits.log_probabilities[valid].exp(), by_hand, rtol=2e-3, atol=1e-4)
     # Together they are a distribution, at padding too.
-    torch.testing.assert_close(found.logits.log_probabilities.exp().sum(-1), torch.ones(valid.shape), rtol=0, atol=4e-3)
+    torch.testing.assert_close(
+        found.logits.log_probabilities.exp().sum(-1), torch.ones(valid.shape), rtol=0, atol=4e-3
+    )
     torch.testing.assert_close(
         found.logits.log_probabilities[valid], coarse_log_probabilities(logits, indices, 2.0), rtol=2e-3, atol=2e-3
     )
@@ -199,7 +201,7 @@ def test_a_model_without_a_head_has_hidden_states_alone(tmp_path):
 
 def test_hidden_states_of_sound_follow_frames_before_the_adapter(tmp_path):
     teacher = speech(add_adapter=True, num_adapter_layers=1, adapter_stride=2, output_hidden_size=16)
-    make, rows, collator = KINDS["ctc"]
+    _, rows, collator = KINDS["ctc"]
     collator = collator()
     dataset = cached(teacher, rows(), collator, tmp_path, hidden_states=[1])
     assert [o.positions for o in cache_info(dataset).outputs] == ["adapted_frames", "frames"]
@@ -209,7 +211,8 @@ def test_hidden_states_of_sound_follow_frames_before_the_adapter(tmp_path):
     for row in range(3):
         n = int(teacher._get_feat_extract_output_lengths(lengths[row], add_adapter=False))
         torch.testing.assert_close(found.hidden_states[1][row, :n], live.hidden_states[1][row, :n], **HALF)
-        n = int(teacher._get_feat_extract_output_lengths(lengths[row], add_adapter=True))
+        # The adapter's convolution reaches into what it was padded with, in the last frame.
+        n = int(teacher._get_feat_extract_output_lengths(lengths[row], add_adapter=True)) - 1
         torch.testing.assert_close(found.logits[row, :n], live.logits[row, :n], **HALF)
     assert found.logits.shape == live.logits.shape
 

@@ -48,7 +48,7 @@ def wav2vec2(seed=0, hidden=32, stride=10):
         conv_stride=(20, stride), conv_kernel=(20, 10), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4, layerdrop=0.0, num_labels=3, classifier_proj_size=16, vocab_size=32,
         hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, activation_dropout=0.0, final_dropout=0.0,
-        feat_extract_norm="layer",
+        feat_extract_norm="layer", apply_spec_augment=False,
     )  # fmt: skip
     return Wav2Vec2ForSequenceClassification(config).eval()
 
