@@ -165,7 +165,7 @@ class OnPolicyKD(Objective):
         finally:
             base.generation_config = own
             model.train(training)
-            # Weights that were cast here have no gradient, and the student's own pass would take them from the cache.
+            # Weights cast here have no gradient; older releases of PyTorch give them to the student's own pass too.
             torch.clear_autocast_cache()
         ends = torch.as_tensor([] if own.eos_token_id is None else own.eos_token_id, device=found.device)
         is_end = torch.isin(found[:, prompt_length:], ends)

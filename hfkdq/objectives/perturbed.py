@@ -64,7 +64,7 @@ class OnOwnPasses(Objective):
         return self.objective.positions(batch)
 
     def _read(self, role: int) -> dict[str, Any]:
-        found = {need: self.indices(need) for need in ("hidden_states", "attentions") if need in self.needs}
+        found = {need: self.indices(need) for need in ("hidden_states", "attentions") if need in self.objective.needs}
         return {need: None if both is None else both[role] for need, both in found.items()}
 
 
@@ -193,6 +193,7 @@ class AdversarialKD(OnOwnPasses):
                 "AdversarialKD: epsilon and step_size must be larger than 0 and steps at least 1, got "
                 f"{self.epsilon!r}, {self.step_size!r} and {self.steps!r}."
             )
+        object.__setattr__(self, "needs", frozenset())  # nothing of the input as it is
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
@@ -217,12 +218,12 @@ class AdversarialKD(OnOwnPasses):
             raise ValueError(
                 "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
             )
-        target = passes.teacher(batch, self.needs, self._read(1))
+        target = passes.teacher(batch, self.objective.needs, self._read(1))
         length = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
         change = _Change(lambda values: torch.zeros_like(values), requires_grad=True)
         for _ in range(self.steps):
             with change.of(passes.model, batch) as changed, torch.enable_grad():
-                output = passes.student(changed, self.needs, self._read(0))
+                output = passes.student(changed, self.objective.needs, self._read(0))
                 with torch.autocast(change.deltas[0].device.type, enabled=False):
                     loss, _ = self.objective(output, target, batch)
             gradients = torch.autograd.grad(loss, change.deltas)
@@ -235,9 +236,9 @@ class AdversarialKD(OnOwnPasses):
             )
         change = _Change([delta.detach() for delta in change.deltas])
         with change.of(passes.teacher_model, batch) as changed:
-            target = passes.teacher(changed, self.needs, self._read(1))
+            target = passes.teacher(changed, self.objective.needs, self._read(1))
         with change.of(passes.model, batch) as changed:
-            self._found["worst"] = passes.student(changed, self.needs, self._read(0)), target
+            self._found["worst"] = passes.student(changed, self.objective.needs, self._read(0)), target
 
     def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
         student, teacher = self._found.pop("worst")

@@ -27,200 +27,22 @@ from ..forwards import (
     requested,
     without_gradient,
 )
-from ..objectives.projections import Projections
 from ..objectives.quantization_loss import QuantizationLoss
-from ..teachers import (
-    TEACHER_PREFIX,
-    AveragedTeacher,
-    Companions,
-    CoTrainedTeacher,
-    EMATeacher,
-    FrozenTeacher,
-    Peer,
-    averaged_copy,
-    without_graph,
-)
-from .adapting import Adapting
-from .arguments import (
-    instances,
-    is_factory,
-    keep_gradient_,
-    loaded,
-    named,
-    peer_objectives,
-    refuse_orphans,
-    refuse_unsupported,
-    validated,
-)
-from .keeping import KeepingMixin
+from ..teachers import TEACHER_PREFIX, AveragedTeacher, Peer, without_graph
+from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
-from .terms import SINGLE, STUDENT, Term, asked_of, is_read, sources_of, terms_of
+from .terms import STUDENT, asked_of, is_read
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationMixin(KeepingMixin):
+class DistillationMixin(AttachingMixin):
     """What `DistillationTrainer` adds to a `Trainer`; put it before a trainer class of your own.
 
     `class MyDistillationTrainer(DistillationMixin, MyTrainer)` calls your `compute_loss` for the task loss, in training
     and in evaluation. A subclass of `DistillationTrainer` that overrides `compute_loss` gets the sum of all objectives
     from `super().compute_loss(...)` instead.
     """
-
-    model_accepts_loss_kwargs: bool
-
-    def __init__(
-        self,
-        *args: Any,
-        teacher_model: Any = None,
-        teacher_init_kwargs: Mapping[str, Any] | None = None,
-        objectives: Any = None,
-        strict_resume: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self._make_objectives: Any = objectives if is_factory(objectives) else None
-        self._make_callbacks: Any = kwargs.get("callbacks") if is_factory(kwargs.get("callbacks")) else None
-        self._made_callbacks: list[Any] = []
-        if self._make_callbacks is not None:
-            self._made_callbacks = kwargs["callbacks"] = instances(self._make_callbacks(None))
-        self.given_teachers = named(teacher_model)
-        self.objectives = validated(
-            self.given_teachers, objectives if self._make_objectives is None else self._make_objectives(None)
-        )
-        self.given_teachers = loaded(self.given_teachers, teacher_init_kwargs)
-        self.strict_resume = strict_resume
-        self.teachers: dict[str, Any] = {}
-        self.models_of_teachers: dict[str, Any] = {}
-        self._terms: list[Term] = []
-        self._adapting = Adapting([])
-        self._projections: Projections | None = None
-        self._companions: Companions | None = None
-        self._followed: int | None = None  # optimizer steps that the moving averages have seen
-        self._in_training = self._in_training_step = False
-        self._positions: tuple[torch.Tensor, int] | None = None  # per term, and the processes they are of
-        super().__init__(*args, **kwargs)
-        if self.objectives:
-            refuse_orphans(self.objectives, self.given_teachers)
-            refuse_unsupported(self)
-            self._show_terms_in_notebooks()
-            self._attach(self.model)
-
-    @property
-    def teacher_model(self) -> Any:
-        """The model to learn from; of several teachers a dict of them by name."""
-        models = self.models_of_teachers or self.given_teachers
-        return models.get(SINGLE) if models.keys() <= {SINGLE} else dict(models)
-
-    def _show_terms_in_notebooks(self) -> None:
-        callbacks = self.callback_handler.callbacks
-        for place, callback in enumerate(callbacks):
-            if type(callback).__name__ == "NotebookProgressCallback":
-                from .notebook import NotebookTermsCallback
-
-                callbacks[place] = NotebookTermsCallback(lambda: [term.name for term in self._terms])
-
-    # ------------------------------------------------------------------ before training
-
-    def _attach(self, student: Any) -> None:
-        """Lets every objective check its pair before anything is trained, and puts the teachers where they run."""
-        if not isinstance(base_of(student), PreTrainedModel):
-            raise TypeError(
-                f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
-                "PreTrainedModel, or a PeftModel around one."
-            )
-        keep_gradient_(student)
-        for left_behind in (getattr(student, rider.NAME, None) for rider in (Projections, Companions)):
-            if left_behind is not None:  # by another trainer of this student
-                left_behind.remove(student)
-        for name, given in self.given_teachers.items():
-            self._check_teacher(student, name, given)
-            if isinstance(given, EMATeacher):
-                self.models_of_teachers[name] = averaged_copy(student)
-            else:
-                self.models_of_teachers[name] = given.model if isinstance(given, CoTrainedTeacher) else given
-        for objective in self.objectives:
-            sources = sources_of(objective, list(self.given_teachers))
-            pool = (
-                self.models_of_teachers if objective.every_teacher else self.models_of_teachers.get(*sources or [""])
-            )
-            objective.attach(student, pool)
-        self._projections = getattr(student, Projections.NAME, None)
-        if self._projections is not None:
-            self._projections.in_state_dict = self._sharded
-        for name, given in self.given_teachers.items():
-            if name not in self.teachers or isinstance(given, EMATeacher):
-                self.teachers[name] = self._placed(student, given, self.models_of_teachers[name])
-        models = {name: peer.model for name, peer in self._peers.items()}
-        self._companions = Companions(models) if models else None
-        self._terms = terms_of(self.objectives, self.teachers)
-        self._adapting = Adapting(self._terms)
-
-    def _check_teacher(self, student: Any, name: str, given: Any) -> None:
-        """Checks that a teacher may be trained or frozen beside the student."""
-        model = given.model if isinstance(given, CoTrainedTeacher) else given
-        itself = base_of(student) is not student and model is base_of(student)
-        if (itself or isinstance(given, CoTrainedTeacher)) and self.model_init is not None:
-            raise ValueError(
-                "model_init makes a new student for every training, "
-                + ("whose base model is not the teacher_model given. " if itself else "beside which a peer would not start anew. ")
-                + "Give the student as model, or a teacher that was loaded on its own."
-            )  # fmt: skip
-        if itself and student.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                "teacher_model is the base model of a student with virtual tokens, and PEFT cannot run every such student "
-                "without them. Load the base model a second time and give that."
-            )
-        trained = {id(p) for p in student.parameters() if p.requires_grad}
-        shared = not isinstance(given, EMATeacher) and any(id(p) in trained for p in model.parameters())
-        if model is student or (shared and not itself):
-            raise ValueError(
-                "teacher_model shares its parameters with the student, so it would be trained and frozen at once. "
-                "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
-                "teacher_model=model.get_base_model()."
-            )
-
-    def _placed(self, student: Any, given: Any, model: Any) -> Any:
-        if isinstance(given, CoTrainedTeacher):
-            objectives = peer_objectives(given)
-            for objective in objectives:
-                objective.attach(model, student)
-            return Peer(model, objectives, self.args.device)
-        if isinstance(given, EMATeacher):
-            return AveragedTeacher(model, self.accelerator, self.label_names, given.decay)
-        itself = base_of(student) is not student and model is base_of(student)
-        return FrozenTeacher(model, self.accelerator, self.label_names, adapters_of=student if itself else None)
-
-    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
-        """As `Trainer.call_model_init`; makes objectives and callbacks anew where they were given as functions."""
-        model = super().call_model_init(trial)
-        if hasattr(self, "callback_handler"):  # not while the trainer itself is being made
-            if self._make_objectives is not None:
-                self.objectives = validated(self.given_teachers, self._make_objectives(trial))
-            if self.objectives:
-                self._attach(model)
-            if self._make_callbacks is not None:
-                self._replace_callbacks(instances(self._make_callbacks(trial)), model)
-        return model
-
-    def _replace_callbacks(self, made: list[Any], model: PreTrainedModel) -> None:
-        callbacks = self.callback_handler.callbacks
-        old = self._made_callbacks
-        place = min((i for i, callback in enumerate(callbacks) if callback in old), default=len(callbacks))
-        for callback in old:
-            self.remove_callback(callback)
-        callbacks[place:place] = made
-        self._made_callbacks = made
-        for callback in made:
-            callback.on_init_end(self.args, self.state, self.control, model=model)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns = self._teachers_columns()
-        columns |= {TEACHER_PREFIX + name for name in (*columns, *self.label_names)} if columns else set()
-        self._signature_columns += sorted(columns - set(self._signature_columns))
-
-    def _teachers_columns(self) -> set[str]:
-        return set[str]().union(*(teacher.columns for teacher in self.teachers.values()))
 
     # ------------------------------------------------------------------ training
 
@@ -251,35 +73,6 @@ class DistillationMixin(KeepingMixin):
             self._remove_riders()
         self._record()
         return output
-
-    def _install_riders(self) -> None:
-        """Lets the student have what is trained along with it."""
-        for rider in (self._projections, self._companions):
-            if rider is not None:
-                rider.install(self.model)
-        for peer in self._peers.values():
-            peer.install()
-
-    def _remove_riders(self) -> None:
-        for rider in (self._projections, self._companions):
-            if rider is not None:
-                rider.remove(self.model)
-        for peer in self._peers.values():
-            peer.remove()
-
-    @property
-    def _peers(self) -> dict[str, Peer]:
-        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, Peer)}
-
-    def _add_riders_to_optimizer(self) -> None:
-        """Lets an optimizer that was made before them train the projections and peers too."""
-        if self.optimizer is None:
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        riders = [rider for rider in (self._projections, self._companions) if rider is not None]
-        missing = [p for rider in riders for p in rider.parameters() if id(p) not in held]
-        # In a group of its own they would be one more than a learning rate schedule knows of.
-        self.optimizer.param_groups[0]["params"] += missing
 
     def _follow(self) -> None:
         """Lets moving averages see the optimizer step that was finished since they last did."""

@@ -20,7 +20,7 @@ from tests.caching.common import KINDS, cached, padder
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    teacher = tiny.bert(id2label={0: "a --> b", 1: "ü", 2: "c"}, label2id={"a --> b": 0, "ü": 1, "c": 2})
+    teacher = tiny.bert(id2label={0: "a} --> b", 1: "ü", 2: "c"}, label2id={"a} --> b": 0, "ü": 1, "c": 2})
     rows = tiny.text_dataset(12)
     rows.info.description = "Rows of words."
     return cached(teacher, rows, KINDS["class"][2](), tmp_path_factory.mktemp("cache"), hidden_states=[1])
@@ -72,7 +72,7 @@ def test_it_says_what_was_cached_and_of_what(dataset):
     assert (info.layers, info.inputs, info.key["rows"]) == ((1,), ("input_ids",), 12)
     outline = CachedTeacher(info, "cpu").outline
     assert outline.model_class == "BertForSequenceClassification"
-    assert outline.config.id2label == {0: "a --> b", 1: "ü", 2: "c"}
+    assert outline.config.id2label == {0: "a} --> b", 1: "ü", 2: "c"}
     assert outline.shape("logits") == (1, 3)
     assert outline.states() == ((1, 4, 32),) * 3
     assert CacheInfo.from_json(info.to_json()) == info
@@ -103,7 +103,7 @@ def test_missing_columns_are_told(dataset):
 
 def test_outputs_of_two_teachers_in_one_dataset_are_told(dataset, tmp_path):
     collator, rows = KINDS["class"][2](), tiny.text_dataset(6, seed=5)
-    teacher = tiny.bert(id2label={0: "a --> b", 1: "ü", 2: "c"}, label2id={"a --> b": 0, "ü": 1, "c": 2})
+    teacher = tiny.bert(id2label={0: "a} --> b", 1: "ü", 2: "c"}, label2id={"a} --> b": 0, "ü": 1, "c": 2})
     same = cached(teacher, rows, collator, tmp_path / "same", hidden_states=[1])
     assert cache_info(datasets.concatenate_datasets([dataset, same])).key["teacher"] == cache_info(same).key["teacher"]
     other = cached(tiny.bert(7), rows, collator, tmp_path / "other", hidden_states=[1])

@@ -107,7 +107,8 @@ def test_the_likeliest_tokens_and_the_rest_are_exact(side, tmp_path):
     top = probabilities.gather(-1, indices)
     by_hand = torch.cat([top, 1 - top.sum(-1, keepdim=True)], dim=-1)
     torch.testing.assert_close(found.logits.log_probabilities[valid].exp(), by_hand, rtol=2e-3, atol=1e-4)
-    # Together they are a distribution, at padding too.
+    # Together they are a distribution over different classes, at padding too.
+    assert torch.equal(found.logits.indices[~valid], torch.arange(7).expand(int((~valid).sum()), 7))
     torch.testing.assert_close(
         found.logits.log_probabilities.exp().sum(-1), torch.ones(valid.shape), rtol=0, atol=4e-3
     )

@@ -231,6 +231,16 @@ def test_the_mode_of_the_student_is_kept_and_the_gradient_is_the_students_alone(
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_weights_that_were_cast_for_sampling_do_not_cut_off_the_gradient():
+    student, teacher = pair("llama")
+    batch, _ = texts("llama")
+    objective = attached(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective.before(Bare(student, teacher), batch)
+    objective(None, None, batch)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+
+
 def test_a_student_that_is_its_teacher_learns_nothing():
     student, _ = pair("gpt2")
     batch, _ = texts("gpt2")

@@ -99,6 +99,11 @@ def test_samples_that_rounding_alone_tells_apart_have_no_direction():
     assert student.grad.abs().max() < 100
 
 
+def test_samples_that_only_the_student_takes_for_one_have_angles_with_the_others_alone():
+    student, teacher = torch.randn(3, 4)[[0, 0, 1, 2]], torch.randn(4, 4)
+    assert relational_angle(student, teacher).mean().item() == pytest.approx(naive_angle(student, teacher), rel=1e-4)
+
+
 def test_zero_vectors_give_finite_gradients():
     student = torch.zeros(3, 4, requires_grad=True)
     for loss, _ in LOSSES:
