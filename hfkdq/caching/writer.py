@@ -93,7 +93,7 @@ def cache_teacher_outputs(
         >>> import tempfile
         >>> from datasets import Dataset
         >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from hfkdq.caching import cache_teacher_outputs
+        >>> from hfkdq import cache_teacher_outputs
         >>> datasets.disable_progress_bars()
         >>> config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=3)
         >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]})

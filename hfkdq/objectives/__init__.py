@@ -4,11 +4,17 @@
 from .adaptive import ByAgreement, ByGradientNorm
 from .attentions import AttentionKD
 from .base import Objective, as_objective
+from .cross_vocabulary import ULD
 from .ensemble import EnsembleKD
+from .feature_maps import FeatureMapKD
 from .hidden_states import HiddenStateKD
 from .logits import LogitKD
+from .mutual_information import CRD, VID
+from .on_policy import OnPolicyKD
 from .perturbed import AdversarialKD, NoisyKD
 from .quantization_loss import QuantizationLoss
+from .relations import RelationKD
+from .samples import RKD, SimilarityPreservingKD
 from .task import TaskLoss
 
 __all__ = [
@@ -16,12 +22,20 @@ __all__ = [
     "AttentionKD",
     "ByAgreement",
     "ByGradientNorm",
+    "CRD",
     "EnsembleKD",
+    "FeatureMapKD",
     "HiddenStateKD",
     "LogitKD",
     "NoisyKD",
     "Objective",
+    "OnPolicyKD",
     "QuantizationLoss",
+    "RKD",
+    "RelationKD",
+    "SimilarityPreservingKD",
     "TaskLoss",
+    "ULD",
+    "VID",
     "as_objective",
 ]

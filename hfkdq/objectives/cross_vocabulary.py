@@ -52,7 +52,7 @@ class ULD(Objective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.cross_vocabulary import ULD
+        >>> from hfkdq import ULD
         >>> ULD(weight=1.5).name
         'uld'
 

@@ -39,7 +39,7 @@ class FeatureMapKD(Objective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.feature_maps import FeatureMapKD
+        >>> from hfkdq import FeatureMapKD
         >>> FeatureMapKD(layers={4: 4}, weight=500.0).name
         'feature_map_kd'
 

@@ -60,7 +60,7 @@ class CRD(SampleObjective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.mutual_information import CRD
+        >>> from hfkdq import CRD
         >>> CRD(temperature=0.1, weight=0.8).name
         'crd'
 
@@ -138,7 +138,7 @@ class VID(Objective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.mutual_information import VID
+        >>> from hfkdq import VID
         >>> VID(layers={1: 2, 2: 4}).name
         'vid'
 

@@ -55,7 +55,7 @@ class OnPolicyKD(Objective):
     Example:
         ```python
         >>> from hfkdq.objectives import LogitKD
-        >>> from hfkdq.objectives.on_policy import OnPolicyKD
+        >>> from hfkdq import OnPolicyKD
         >>> from hfkdq.schedules import Linear
         >>> OnPolicyKD(objective=LogitKD(divergence="jsd", temperature=1.0), fraction=Linear(0.0, 1.0)).name
         'on_policy_kd'

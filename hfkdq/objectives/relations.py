@@ -56,7 +56,7 @@ class RelationKD(Objective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.relations import RelationKD
+        >>> from hfkdq import RelationKD
         >>> RelationKD(layers={6: 10}, relation_heads=48).name
         'relation_kd'
 

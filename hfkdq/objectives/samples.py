@@ -112,7 +112,7 @@ class RKD(SampleObjective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.samples import RKD
+        >>> from hfkdq import RKD
         >>> RKD(angle=0.0).name
         'rkd'
 
@@ -162,7 +162,7 @@ class SimilarityPreservingKD(SampleObjective):
 
     Example:
         ```python
-        >>> from hfkdq.objectives.samples import SimilarityPreservingKD
+        >>> from hfkdq import SimilarityPreservingKD
         >>> SimilarityPreservingKD(weight=3000.0).needs
         frozenset({'hidden_states'})
 
