@@ -47,11 +47,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "CRD",
+    "RKD",
+    "ULD",
+    "VID",
     "AdversarialKD",
     "AttentionKD",
     "ByAgreement",
     "ByGradientNorm",
-    "CRD",
     "CoTrainedTeacher",
     "CompressionReport",
     "DistillationTrainer",
@@ -67,13 +70,10 @@ __all__ = [
     "QATCallback",
     "QuantizationLoss",
     "QuantizationSpec",
-    "RKD",
     "RelationKD",
     "Seq2SeqDistillationTrainer",
     "SimilarityPreservingKD",
     "TaskLoss",
-    "ULD",
-    "VID",
     "cache_teacher_outputs",
     "export_onnx",
     "load_quantized",
@@ -88,11 +88,14 @@ if TYPE_CHECKING:
     from .export import export_onnx
     from .hub import push_to_hub
     from .objectives import (
+        CRD,
+        RKD,
+        ULD,
+        VID,
         AdversarialKD,
         AttentionKD,
         ByAgreement,
         ByGradientNorm,
-        CRD,
         EnsembleKD,
         FeatureMapKD,
         HiddenStateKD,
@@ -100,12 +103,9 @@ if TYPE_CHECKING:
         NoisyKD,
         OnPolicyKD,
         QuantizationLoss,
-        RKD,
         RelationKD,
         SimilarityPreservingKD,
         TaskLoss,
-        ULD,
-        VID,
     )
     from .pruning import PruningCallback, prune
     from .quantization import QATCallback, load_quantized, quantize

@@ -95,7 +95,7 @@ class CachedTeacher:
             states[layer] = found.pop(f"hidden_state_{layer}", None)
         if "top_indices" in found:
             found["logits"] = TopLogits(found.pop("top_log_probabilities"), found.pop("top_indices"))
-        if "hidden_states" in needs and states:
+        if any(state is not None for state in states):
             found["hidden_states"] = tuple(states)
         return ModelOutput(found)
 

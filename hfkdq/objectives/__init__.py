@@ -18,11 +18,14 @@ from .samples import RKD, SimilarityPreservingKD
 from .task import TaskLoss
 
 __all__ = [
+    "CRD",
+    "RKD",
+    "ULD",
+    "VID",
     "AdversarialKD",
     "AttentionKD",
     "ByAgreement",
     "ByGradientNorm",
-    "CRD",
     "EnsembleKD",
     "FeatureMapKD",
     "HiddenStateKD",
@@ -31,11 +34,8 @@ __all__ = [
     "Objective",
     "OnPolicyKD",
     "QuantizationLoss",
-    "RKD",
     "RelationKD",
     "SimilarityPreservingKD",
     "TaskLoss",
-    "ULD",
-    "VID",
     "as_objective",
 ]

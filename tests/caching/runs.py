@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 from accelerate import Accelerator
@@ -17,7 +18,6 @@ from tests import tiny
 
 def run(folder: Path, log: Path, die_at: int = 0) -> datasets.Dataset:
     """Caches 22 rows in parts of 4; the process kills itself at call `die_at` of the teacher, and logs every call."""
-    writer.PART_ROWS = 4
     teacher, calls = tiny.bert(), []
 
     def called(module, args, kwargs):
@@ -30,14 +30,11 @@ def run(folder: Path, log: Path, die_at: int = 0) -> datasets.Dataset:
 
     teacher.register_forward_pre_hook(called, with_kwargs=True)
     rows = tiny.text_dataset(22)
-    return cache_teacher_outputs(
-        teacher,
-        rows,
-        processing_class=tiny.tokenizer(),
-        folder=folder,
-        batch_size=2,
-        accelerator=Accelerator(cpu=True),
-    )
+    accelerator = Accelerator(cpu=True)
+    with patch.object(writer, "PART_ROWS", 4):
+        return cache_teacher_outputs(
+            teacher, rows, processing_class=tiny.tokenizer(), folder=folder, batch_size=2, accelerator=accelerator
+        )
 
 
 if __name__ == "__main__":

@@ -67,6 +67,18 @@ def test_rows_that_were_changed_since_are_refused(tmp_path):
     collate([dataset.map(lambda row: {"labels": 0, "note": "x"}).remove_columns("note")[1]])
 
 
+@pytest.mark.parametrize("kind", ["image", "ctc"])
+def test_pixels_and_samples_that_were_changed_since_are_refused(kind, tmp_path):
+    make, rows, collator = KINDS[kind]
+    dataset = cached(make(), rows(), collator(), tmp_path)
+    collate = CachedCollator(collator(), cache_info(dataset))
+    name = cache_info(dataset).inputs[0]
+    values = dataset[1][name]  # a tensor in the format of images
+    row = {**dataset[1], name: values * 1.001 if isinstance(values, torch.Tensor) else [v * 1.001 for v in values]}
+    with pytest.raises(ValueError, match=f"Row 1 .* other values in {name}"):
+        collate([dataset[0], row])
+
+
 def test_a_collator_that_changes_rows_is_refused(tmp_path):
     dataset, collate = of_class(tmp_path)
 

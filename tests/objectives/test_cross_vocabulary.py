@@ -163,7 +163,13 @@ def test_the_gradient_reaches_the_student_alone(monkeypatch):
     student, teacher = tiny.llama(0), tiny.llama(1, vocab=120)
     batch, _ = for_two()
     objective = attached(student, teacher)
-    gradients = []
+    gradients, rows = [], []
+
+    def recorded(ours, others, temperature):
+        rows.append(len(others))
+        return sorted_distance(ours, others, temperature)
+
+    monkeypatch.setattr(cross_vocabulary, "sorted_distance", recorded)
     for chunk in (2**24, 250):  # whole, and two rows of the larger vocabulary at a time
         monkeypatch.setattr(cross_vocabulary, "_CHUNK", chunk)
         student.zero_grad()
@@ -171,6 +177,7 @@ def test_the_gradient_reaches_the_student_alone(monkeypatch):
         objective(ours, theirs, batch)[0].backward()
         gradients.append([p.grad.clone() for p in student.parameters()])
     assert all(g.abs().sum() > 0 for g in gradients[0])
+    assert rows == [9, *[2, 2, 2, 2, 1] * 2]
     torch.testing.assert_close(*gradients)
     assert all(p.grad is None for p in teacher.parameters())
 
