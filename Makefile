@@ -7,7 +7,7 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu check fix bench bench-overhead constraints clean
+.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,9 +36,10 @@ endef
 demo: .venv/.demo ## distil, prune, quantize and export a digit classifier: table, card, report and plot below out/demo
 	@$(O)/hfkdq demo --output_dir out/demo --overwrite
 
-test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the v5 line
-	$(O)/python -m pytest -m "not slow and not gpu"
-	$(V)/python -m pytest -m "not slow and not gpu"
+WORKERS ?= 2
+test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the v5 line; WORKERS=2 at a time
+	$(O)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
+	$(V)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 
 test-slow: .venv/.bench ## what is too long for every run, on the optimum line
 	$(O)/python -m pytest -m slow
@@ -49,6 +50,17 @@ test-gpu: .venv/.dev ## what needs a CUDA GPU, on the optimum line
 bench: .venv/.bench ## DATA=folder of rotten_tomatoes: what distillation adds, over three seeds
 	@test -d "$(DATA)" || { echo "Name the data: make bench DATA=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }
 	$(O)/python benchmarks/text_classification.py --data "$(DATA)"
+
+bench-objectives: .venv/.bench ## DATA=folder of banking77: what every objective adds, over three seeds
+	@test -d "$(DATA)" || { echo "Name the data: make bench-objectives DATA=path/to/banking77 (train and test parquet)"; exit 1; }
+	$(O)/python benchmarks/objectives.py --data "$(DATA)"
+
+bench-caching: .venv/.bench ## DATA=folder of banking77: an epoch with the teacher and one with its cached outputs
+	@test -d "$(DATA)" || { echo "Name the data: make bench-caching DATA=path/to/banking77 (train and test parquet)"; exit 1; }
+	$(O)/python benchmarks/cached_teacher.py --data "$(DATA)"
+
+bench-memory: .venv/.dev ## peak memory of distilling a large vocabulary against a plain training step
+	$(O)/python benchmarks/large_vocabulary.py
 
 bench-overhead: .venv/.dev ## a step of the trainer against the same work written by hand: time and peak memory
 	$(O)/python benchmarks/trainer_overhead.py
@@ -65,9 +77,9 @@ fix: .venv/.dev ## lint and format, changing files
 
 constraints: ## pin both lines anew (needs uv)
 	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \
-		--extra optimum --extra demo --extra bench --extra bnb --extra plots --extra dev -o constraints/optimum.txt pyproject.toml
+		--extra optimum --extra demo --extra bench --extra bnb --extra plots --extra detection --extra dev -o constraints/optimum.txt pyproject.toml
 	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \
-		--extra onnx --extra bnb --extra plots --extra dev -o constraints/v5.txt pyproject.toml
+		--extra onnx --extra bnb --extra plots --extra detection --extra dev -o constraints/v5.txt pyproject.toml
 
 clean: ## remove the environments and what was built; keeps out/
 	rm -rf .venv .venv-v5 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

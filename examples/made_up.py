@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Made-up data and small models for the examples' `--tiny` option: no download, a few seconds on a CPU.
+
+Rows look like those of the data sets that the examples are for, so everything behind this file is what users run.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import wave
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Audio, ClassLabel, Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
+)
+
+ADJECTIVES = {"negative": ["dull", "awful", "boring", "poor"], "positive": ["bright", "great", "moving", "rich"]}
+NOUNS = ["plot", "cast", "score", "twist"]
+
+
+def fit(model: PreTrainedModel, rows: Any, collate: Callable[[Any], Any] | None, steps: int = 40, rate: float = 2e-3) -> Any:  # fmt: skip
+    """Teaches the task to a model that is to be a teacher, in a few seconds."""
+    loader = DataLoader(rows, batch_size=16, shuffle=True, collate_fn=collate)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate)
+    for _, batch in zip(range(steps), (batch for _ in iter(int, 1) for batch in loader), strict=False):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def text_tokenizer(words: Sequence[str], template: str = "[CLS] $A [SEP]", letters: bool = False) -> PreTrainedTokenizerFast:  # fmt: skip
+    """A tokenizer that knows these words, or takes texts letter by letter."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *words])}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        eos_token="[SEP]", model_max_length=64, model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def text_classification(teachers: int = 1) -> tuple[DatasetDict, PreTrainedTokenizerFast, list[PreTrainedModel]]:
+    """Sentences whose adjective decides the label, and BERTs of 2 or more layers that have learned it."""
+    rows = [
+        {"text": f"a {word} film" + f" with a {noun}" * i, "label": label}
+        for i in range(1, 4)
+        for noun in NOUNS
+        for label, group in enumerate(ADJECTIVES.values())
+        for word in group
+    ]
+    raw = Dataset.from_list(rows).cast_column("label", ClassLabel(names=list(ADJECTIVES))).train_test_split(32, seed=0)
+    tokenizer = text_tokenizer(sorted({word for row in rows for word in row["text"].split()}))
+    learned = raw["train"].map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
+    found = []
+    for i in range(teachers):
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32 + 16 * i, num_hidden_layers=2 + 2 * i, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=64, initializer_range=0.1, id2label=dict(enumerate(ADJECTIVES)),
+            label2id={name: label for label, name in enumerate(ADJECTIVES)},
+        )  # fmt: skip
+        found.append(fit(BertForSequenceClassification(config), learned, DataCollatorWithPadding(tokenizer)))
+    return raw, tokenizer, found
+
+
+def _llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def language_model(
+    encode: Callable[[Any, Any], dict[str, list[int]]], letters: bool
+) -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedTokenizerFast, PreTrainedModel, PreTrainedModel]:
+    """Instructions to repeat words: rows, tokenizers of student and teacher, and both models."""
+    rng = random.Random(0)
+    answers = [" ".join(rng.choices(NOUNS, k=rng.randint(1, 3))) for _ in range(96)]
+    rows = [{"instruction": f"say {answer} :", "response": answer} for answer in answers]
+    raw = Dataset.from_list(rows).train_test_split(16, seed=0)
+    own = text_tokenizer(["say", ":", *NOUNS], template="$A")
+    theirs = text_tokenizer(sorted(set("say : " + "".join(NOUNS))), template="$A", letters=True) if letters else own
+    teacher = _llama(theirs, width=48, layers=4)
+    learned = raw["train"].map(lambda row: encode(row, theirs), remove_columns=raw["train"].column_names)
+    fit(teacher, learned, DataCollatorForSeq2Seq(theirs), steps=60)
+    return raw, own, theirs, _llama(own, width=32, layers=2), teacher
+
+
+def images(convolutional: bool) -> tuple[DatasetDict, PreTrainedModel, PreTrainedModel]:
+    """scikit-learn's handwritten digits as `pixel_values` and `labels`, a student and a larger teacher."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.repeat(digits.images[:600, None].astype(np.float32) / 8 - 1, 3, axis=1)  # (images, 3, 8, 8)
+    rows = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target[:600]}).with_format("torch")
+    data = rows.train_test_split(120, seed=0)
+
+    def model(width: int, layers: int) -> PreTrainedModel:
+        if convolutional:
+            sizes = [width // 4, width // 2]
+            return ResNetForImageClassification(
+                ResNetConfig(embedding_size=width // 4, hidden_sizes=sizes, depths=[layers // 2] * 2, layer_type="basic", num_labels=10)
+            )  # fmt: skip
+        return ViTForImageClassification(
+            ViTConfig(
+                image_size=8, patch_size=2, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+                intermediate_size=2 * width, initializer_range=0.1, num_labels=10,
+            )
+        )  # fmt: skip
+
+    student, teacher = model(32, 2), model(64, 4)
+    return data, student, fit(teacher, data["train"], None, steps=60)
+
+
+def speech(folder: Path) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedModel]:
+    """A tone for every letter of a "text"; `folder` gets the vocabulary that the tokenizer is read from."""
+    import json
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "|", "a", "b", "c"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    processor = Wav2Vec2Processor(
+        feature_extractor=Wav2Vec2FeatureExtractor(sampling_rate=2000, do_normalize=True, return_attention_mask=True),
+        tokenizer=Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), pad_token="<pad>", unk_token="<unk>"),
+    )
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abc", k=rng.randint(2, 5))) for _ in range(64)]
+    rows = {"audio": [{"bytes": _tones(text), "path": None} for text in texts], "text": texts}
+    raw = Dataset.from_dict(rows).cast_column("audio", Audio(decode=False)).train_test_split(16, seed=0)
+    config = Wav2Vec2Config(
+        hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, conv_dim=(16, 16),
+        conv_stride=(10, 8), conv_kernel=(20, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4, layerdrop=0.0, vocab_size=6, mask_time_prob=0.0, feat_extract_norm="layer",
+        do_stable_layer_norm=True, pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True, initializer_range=0.1,
+    )  # fmt: skip
+    return raw, processor, Wav2Vec2ForCTC(config)
+
+
+def _tones(text: str, rate: int = 2000) -> bytes:
+    time = np.arange(rate // 4) / rate
+    gap = np.zeros(rate // 20)
+    tones = [np.r_[np.sin(2 * np.pi * 200 * (1 + "abc".index(letter)) * time), gap] for letter in text]
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, rate, 0, "NONE", ""))
+        sound.writeframes((np.concatenate(tones) * 20000).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def detection() -> tuple[DatasetDict, YolosImageProcessor, PreTrainedModel]:
+    """Pictures with one red or blue box, and a YOLOS of random weights."""
+    from datasets import Features, Image, Sequence, Value
+    from PIL import Image as Picture
+
+    rng, colors = np.random.default_rng(0), {"red": (220, 30, 30), "blue": (30, 30, 220)}
+    rows: dict[str, list[Any]] = {"image": [], "objects": []}
+    for i in range(48):
+        canvas = rng.integers(90, 120, size=(32, 32, 3), dtype=np.uint8)
+        x, y = (int(place) for place in rng.integers(0, 16, size=2))
+        w, h = (int(length) for length in rng.integers(8, 16, size=2))
+        canvas[y : y + h, x : x + w] = list(colors.values())[i % 2]
+        rows["image"].append(Picture.fromarray(canvas))
+        rows["objects"].append({"bbox": [[x, y, w, h]], "category": [i % 2]})
+    objects = {"bbox": [Sequence(Value("float32"))], "category": [ClassLabel(names=list(colors))]}
+    raw = Dataset.from_dict(rows, features=Features(image=Image(), objects=objects)).train_test_split(8, seed=0)
+    config = YolosConfig(
+        image_size=[32, 32], patch_size=8, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=128, num_detection_tokens=6, initializer_range=0.1, id2label=dict(enumerate(colors)),
+        label2id={name: i for i, name in enumerate(colors)},
+    )  # fmt: skip
+    model = YolosForObjectDetection(config)
+    torch.nn.init.normal_(model.vit.embeddings.detection_tokens)  # zeros would make all queries alike
+    return raw, YolosImageProcessor(size={"height": 32, "width": 32}), model
