@@ -105,16 +105,18 @@ def _llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Llama
 def language_model(
     encode: Callable[[Any, Any], dict[str, list[int]]], letters: bool
 ) -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedTokenizerFast, PreTrainedModel, PreTrainedModel]:
-    """Instructions to repeat words: rows, tokenizers of student and teacher, and both models."""
-    rng = random.Random(0)
-    answers = [" ".join(rng.choices(NOUNS, k=rng.randint(1, 3))) for _ in range(96)]
-    rows = [{"instruction": f"say {answer} :", "response": answer} for answer in answers]
-    raw = Dataset.from_list(rows).train_test_split(16, seed=0)
-    own = text_tokenizer(["say", ":", *NOUNS], template="$A")
-    theirs = text_tokenizer(sorted(set("say : " + "".join(NOUNS))), template="$A", letters=True) if letters else own
+    """Instructions to repeat a word: rows, tokenizers of student and teacher, and both models."""
+    rows = [
+        {"instruction": f"say {noun}" + " again" * again, "response": " ".join([noun] * (again + 1))}
+        for again in range(3)
+        for noun in NOUNS
+    ]
+    raw = DatasetDict(train=Dataset.from_list(rows * 8))
+    own = text_tokenizer(["say", "again", *NOUNS], template="$A")
+    theirs = text_tokenizer(sorted(set("say again\n" + "".join(NOUNS))), template="$A", letters=True) if letters else own
     teacher = _llama(theirs, width=48, layers=4)
     learned = raw["train"].map(lambda row: encode(row, theirs), remove_columns=raw["train"].column_names)
-    fit(teacher, learned, DataCollatorForSeq2Seq(theirs), steps=60)
+    fit(teacher, learned, DataCollatorForSeq2Seq(theirs), steps=80)
     return raw, own, theirs, _llama(own, width=32, layers=2), teacher
 
 
@@ -123,8 +125,8 @@ def images(convolutional: bool) -> tuple[DatasetDict, PreTrainedModel, PreTraine
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = np.repeat(digits.images[:600, None].astype(np.float32) / 8 - 1, 3, axis=1)  # (images, 3, 8, 8)
-    rows = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target[:600]}).with_format("torch")
+    pixels = np.repeat(digits.images[:500, None].astype(np.float32) / 8 - 1, 3, axis=1)  # (images, 3, 8, 8)
+    rows = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target[:500]}).with_format("torch")
     data = rows.train_test_split(120, seed=0)
 
     def model(width: int, layers: int) -> PreTrainedModel:

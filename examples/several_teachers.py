@@ -3,7 +3,7 @@
 """Learn from two teachers at once, from the student's own moving average, or together with a peer.
 
     accelerate launch examples/several_teachers.py --kind ensemble --num_student_layers 3 --output_dir out/ensemble \
-        --model_names_or_paths textattack/bert-base-uncased-rotten-tomatoes textattack/roberta-base-rotten-tomatoes \
+        --model_names_or_paths textattack/bert-base-uncased-rotten-tomatoes textattack/distilbert-base-uncased-rotten-tomatoes \
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/several_teachers.py --kind peer --tiny --learning_rate 1e-3 --output_dir out/peer

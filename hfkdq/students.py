@@ -121,6 +121,8 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, stack: Lay
             if layer not in target:
                 continue
             name = f"{prefix}{target[layer]}.{rest}"
+        elif name.endswith("mid_position_embeddings"):  # of YOLOS: one for each place between two layers
+            tensor = tensor[[layer - 1 for layer in kept[:-1]]]
         weights[name] = tensor
     differing = sorted(weights.keys() ^ student.state_dict().keys())
     if differing:

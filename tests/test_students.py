@@ -152,6 +152,20 @@ def test_lists_with_an_entry_per_layer_follow_their_layers():
     assert len(teacher.config.layer_types) == 5
 
 
+def test_positions_that_yolos_adds_between_layers_follow_their_layers():
+    config = tiny.yolos().config
+    config.num_hidden_layers = 4
+    teacher = type(tiny.yolos())(config).eval()
+    student = make_student(teacher, layers=[1, 3, 4])
+    own, theirs = ({k: v for k, v in m.state_dict().items() if "mid_position" in k} for m in (student, teacher))
+    assert own.keys() == theirs.keys()
+    assert own
+    for name in own:
+        torch.testing.assert_close(own[name], theirs[name][[0, 2]], rtol=0, atol=0)
+    with torch.no_grad():
+        student(pixel_values=torch.randn(1, 3, 16, 16))
+
+
 def test_the_generation_settings_come_along():
     teacher = tiny.llama(layers=3)
     teacher.generation_config.max_new_tokens = 7

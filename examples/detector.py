@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Distil an object detector: each query of the student learns from the query of the teacher that saw the same.
+
+    accelerate launch examples/detector.py --num_student_layers 6 --output_dir out/detector \
+        --teacher_model_name_or_path path/to/a/finetuned/yolos --dataset path/to/folder
+
+    python examples/detector.py --tiny --learning_rate 1e-3 --output_dir out/detector
+
+The data have a column `image`, and a column `objects` with lists `bbox`, as `[x, y, width, height]` in pixels, and
+`category`. The teacher knows these categories; its image processor decides the size of images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+from hfkdq import DistillationTrainer, LogitKD, TaskLoss, make_student
+
+
+@dataclass
+class Arguments:
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a detector."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with image and objects."}
+    )
+    num_student_layers: int = field(default=2, metadata={"help": "Layers of the student, copied from the teacher."})
+    image_size: int = field(default=256, metadata={"help": "Height and width that images are resized to."})
+    tiny: bool = field(default=False, metadata={"help": "Made-up images and a small model, to try it in seconds."})
+
+
+def collate(rows: list[Any]) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": [row["labels"] for row in rows],  # images have different numbers of objects
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    # Images are read when they are needed, from a column that no model knows.
+    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none", remove_unused_columns=False)
+    args, training_args = parser.parse_args_into_dataclasses(argv)
+    set_seed(training_args.seed)
+    if args.tiny:
+        from made_up import detection, fit
+
+        raw, processor, teacher = detection()
+    else:
+        if args.dataset is None or args.teacher_model_name_or_path is None:
+            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
+        raw = load_dataset(args.dataset)
+        size = {"height": args.image_size, "width": args.image_size}
+        processor = AutoImageProcessor.from_pretrained(args.teacher_model_name_or_path, size=size)
+        teacher = AutoModelForObjectDetection.from_pretrained(args.teacher_model_name_or_path)
+
+    def encode(rows: Any) -> dict[str, Any]:
+        annotations = [
+            {
+                "image_id": 0,
+                "annotations": [
+                    {"bbox": box, "category_id": category, "area": box[2] * box[3], "iscrowd": 0}
+                    for box, category in zip(objects["bbox"], objects["category"], strict=True)
+                ],
+            }
+            for objects in rows["objects"]
+        ]
+        pictures = [image.convert("RGB") for image in rows["image"]]
+        batch = processor(images=pictures, annotations=annotations, return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
+
+    data = raw.with_transform(encode)
+    if args.tiny:
+        fit(teacher, data["train"], collate, steps=60)
+    trainer = DistillationTrainer(
+        make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
+        eval_dataset=data["test"], processing_class=processor, data_collator=collate, teacher_model=teacher,
+        objectives=[TaskLoss(), LogitKD(temperature=1.0)],
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
+    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
+    print(f"{trainer.state.global_step} steps: {terms}; loss on the test images {metrics['eval_loss']:.3f}.")
+    print(f"Saved in {training_args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Distil a speech recognizer: symbols per frame of sound, from clips of different length.
+
+    accelerate launch examples/speech_ctc.py --num_student_layers 12 --output_dir out/ctc \
+        --teacher_model_name_or_path facebook/wav2vec2-large-960h-lv60-self --dataset path/to/folder
+
+    python examples/speech_ctc.py --tiny --learning_rate 1e-3 --output_dir out/ctc
+
+The data are WAV files in 16 bits and mono as bytes in a column `audio`, with what is said in a column `text`.
+"""
+
+from __future__ import annotations
+
+import io
+import wave
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Audio, load_dataset
+from scipy.signal import resample_poly
+from transformers import AutoModelForCTC, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+
+from hfkdq import DistillationTrainer, LogitKD, TaskLoss, make_student
+
+
+@dataclass
+class Arguments:
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a CTC model."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with audio and text."}
+    )
+    num_student_layers: int = field(default=2, metadata={"help": "Layers of the student, copied from the teacher."})
+    tiny: bool = field(default=False, metadata={"help": "Made-up tones and a small model, to try it in seconds."})
+
+
+def samples_of(wav: bytes, rate: int) -> np.ndarray:
+    """The sound of a WAV file, at `rate` samples per second."""
+    with wave.open(io.BytesIO(wav)) as sound:
+        if (sound.getsampwidth(), sound.getnchannels()) != (2, 1):
+            raise ValueError("Expected WAV files in 16 bits and mono.")
+        samples = np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32) / 32768
+        own = sound.getframerate()
+    return samples if own == rate else resample_poly(samples, rate, own).astype(np.float32)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser((Arguments, TrainingArguments))
+    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
+    args, training_args = parser.parse_args_into_dataclasses(argv)
+    set_seed(training_args.seed)
+    if args.tiny:
+        from made_up import fit, speech
+
+        raw, processor, teacher = speech(Path(training_args.output_dir))
+    else:
+        if args.dataset is None or args.teacher_model_name_or_path is None:
+            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
+        raw = load_dataset(args.dataset).cast_column("audio", Audio(decode=False))
+        processor = AutoProcessor.from_pretrained(args.teacher_model_name_or_path)
+        teacher = AutoModelForCTC.from_pretrained(args.teacher_model_name_or_path, ctc_zero_infinity=True)
+    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    change_case = str.upper if "A" in tokenizer.get_vocab() else str.lower
+
+    def encode(row: Any) -> dict[str, Any]:
+        samples = samples_of(row["audio"]["bytes"], extractor.sampling_rate)
+        values = extractor(samples, sampling_rate=extractor.sampling_rate).input_values[0]
+        return {"input_values": values, "labels": tokenizer(change_case(row["text"])).input_ids}
+
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        sounds = [{"input_values": row["input_values"]} for row in rows]
+        # The mask keeps frames of padding out of every term.
+        batch = extractor.pad(sounds, padding=True, return_attention_mask=True, return_tensors="pt")
+        texts = tokenizer.pad([{"input_ids": row["labels"]} for row in rows], return_tensors="pt")
+        return {**batch, "labels": texts.input_ids.masked_fill(texts.attention_mask.eq(0), -100)}
+
+    def right_texts(prediction: Any) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        # Frames that the Trainer added to make batches alike have -100 everywhere.
+        frames = np.where((logits == -100).all(-1), tokenizer.pad_token_id, logits.argmax(-1))
+        said = processor.batch_decode(np.where(labels == -100, tokenizer.pad_token_id, labels), group_tokens=False)
+        return {"accuracy": float(np.mean([a == b for a, b in zip(processor.batch_decode(frames), said, strict=True)]))}
+
+    data = raw.map(encode, remove_columns=raw["train"].column_names)
+    if args.tiny:
+        fit(teacher, data["train"], collate, steps=100)
+    trainer = DistillationTrainer(
+        make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
+        eval_dataset=data["test"], processing_class=processor, data_collator=collate, compute_metrics=right_texts,
+        teacher_model=teacher, objectives=[TaskLoss(weight=0.5), LogitKD(temperature=1.0)],
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
+    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
+    print(f"{trainer.state.global_step} steps: {terms}; texts that are right {metrics['eval_accuracy']:.3f}.")
+    print(f"Saved in {training_args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
