@@ -30,7 +30,9 @@ from hfkdq.metrics import classification_metrics
 
 @dataclass
 class Arguments:
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a classifier."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a classifier."}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
     )

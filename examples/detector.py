@@ -33,7 +33,8 @@ from hfkdq import DistillationTrainer, LogitKD, TaskLoss, make_student
 class Arguments:
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a detector."})
     dataset: str | None = field(
-        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with image and objects."}
+        default=None,
+        metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with image and objects."},
     )
     num_student_layers: int = field(default=2, metadata={"help": "Layers of the student, copied from the teacher."})
     image_size: int = field(default=256, metadata={"help": "Height and width that images are resized to."})

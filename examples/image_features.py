@@ -46,7 +46,7 @@ OBJECTIVES = {
     "relations": [RelationKD()],  # between the patches of an image, for transformers
     "samples": [RKD(weight=0.02), SimilarityPreservingKD(weight=10.0)],  # between the images of a batch
     "mutual_information": [CRD(weight=0.8), VID(weight=0.1)],
-    "feature_maps": [FeatureMapKD(weight=500.0)],  # where stages are active, for convolutional models
+    "feature_maps": [FeatureMapKD(weight=50.0)],  # where stages are active, for convolutional models
     "noise": [NoisyKD(objective=LogitKD(temperature=2.0), std=0.2), AdversarialKD(epsilon=0.5)],
 }
 
@@ -56,14 +56,18 @@ class Arguments:
     objective: Literal["relations", "samples", "mutual_information", "feature_maps", "noise"] = field(
         default="relations", metadata={"help": "What is learned along with the labels."}
     )
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a classifier."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a classifier."}
+    )
     student_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The same of the student; by default half of the teacher's layers."}
     )
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with image and label."}
     )
-    tiny: bool = field(default=False, metadata={"help": "scikit-learn's digits and small models, to try it in seconds."})
+    tiny: bool = field(
+        default=False, metadata={"help": "scikit-learn's digits and small models, to try it in seconds."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -51,7 +51,11 @@ def encode(row: Any, tokenizer: Any, max_length: int = 64) -> dict[str, list[int
     prompt = tokenizer(row["instruction"] + "\n").input_ids
     answer = [*tokenizer(row["response"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ids, labels = prompt + answer, [-100] * len(prompt) + answer
-    return {"input_ids": ids[:max_length], "attention_mask": [1] * len(ids[:max_length]), "labels": labels[:max_length]}
+    return {
+        "input_ids": ids[:max_length],
+        "attention_mask": [1] * len(ids[:max_length]),
+        "labels": labels[:max_length],
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,9 @@ Rows look like those of the data sets that the examples are for, so everything b
 from __future__ import annotations
 
 import io
+import json
 import random
+import string
 import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Audio, ClassLabel, Dataset, DatasetDict
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import (
@@ -113,7 +116,9 @@ def language_model(
     ]
     raw = DatasetDict(train=Dataset.from_list(rows * 8))
     own = text_tokenizer(["say", "again", *NOUNS], template="$A")
-    theirs = text_tokenizer(sorted(set("say again\n" + "".join(NOUNS))), template="$A", letters=True) if letters else own
+    theirs = (
+        text_tokenizer(sorted(set("say again\n" + "".join(NOUNS))), template="$A", letters=True) if letters else own
+    )
     teacher = _llama(theirs, width=48, layers=4)
     learned = raw["train"].map(lambda row: encode(row, theirs), remove_columns=raw["train"].column_names)
     fit(teacher, learned, DataCollatorForSeq2Seq(theirs), steps=80)
@@ -148,9 +153,7 @@ def images(convolutional: bool) -> tuple[DatasetDict, PreTrainedModel, PreTraine
 
 def speech(folder: Path) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedModel]:
     """A tone for every letter of a "text"; `folder` gets the vocabulary that the tokenizer is read from."""
-    import json
-
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "|", "a", "b", "c"])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "|", *string.ascii_lowercase])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     processor = Wav2Vec2Processor(
@@ -164,7 +167,7 @@ def speech(folder: Path) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedMode
     config = Wav2Vec2Config(
         hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96, conv_dim=(16, 16),
         conv_stride=(10, 8), conv_kernel=(20, 8), num_feat_extract_layers=2, num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4, layerdrop=0.0, vocab_size=6, mask_time_prob=0.0, feat_extract_norm="layer",
+        num_conv_pos_embedding_groups=4, layerdrop=0.0, vocab_size=len(vocabulary), mask_time_prob=0.0, feat_extract_norm="layer",
         do_stable_layer_norm=True, pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True, initializer_range=0.1,
     )  # fmt: skip
     return raw, processor, Wav2Vec2ForCTC(config)
@@ -183,9 +186,6 @@ def _tones(text: str, rate: int = 2000) -> bytes:
 
 def detection() -> tuple[DatasetDict, YolosImageProcessor, PreTrainedModel]:
     """Pictures with one red or blue box, and a YOLOS of random weights."""
-    from datasets import Features, Image, Sequence, Value
-    from PIL import Image as Picture
-
     rng, colors = np.random.default_rng(0), {"red": (220, 30, 30), "blue": (30, 30, 220)}
     rows: dict[str, list[Any]] = {"image": [], "objects": []}
     for i in range(48):
@@ -195,7 +195,7 @@ def detection() -> tuple[DatasetDict, YolosImageProcessor, PreTrainedModel]:
         canvas[y : y + h, x : x + w] = list(colors.values())[i % 2]
         rows["image"].append(Picture.fromarray(canvas))
         rows["objects"].append({"bbox": [[x, y, w, h]], "category": [i % 2]})
-    objects = {"bbox": [Sequence(Value("float32"))], "category": [ClassLabel(names=list(colors))]}
+    objects = {"bbox": [[Value("float32")]], "category": [ClassLabel(names=list(colors))]}
     raw = Dataset.from_dict(rows, features=Features(image=Image(), objects=objects)).train_test_split(8, seed=0)
     config = YolosConfig(
         image_size=[32, 32], patch_size=8, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,

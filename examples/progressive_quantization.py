@@ -40,7 +40,9 @@ WEIGHTS = {"task_loss": Linear(1, 0), "logit_kd": Linear(0, 1), "quantization_lo
 
 @dataclass
 class Arguments:
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a classifier."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a classifier."}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
     )

@@ -39,7 +39,9 @@ class Arguments:
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
     )
-    num_student_layers: int = field(default=1, metadata={"help": "Layers of the student, copied from the first model."})
+    num_student_layers: int = field(
+        default=1, metadata={"help": "Layers of the student, copied from the first model."}
+    )
     max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
     tiny: bool = field(default=False, metadata={"help": "Made-up sentences and models, to try the script in seconds."})
 

@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         # Frames that the Trainer added to make batches alike have -100 everywhere.
         frames = np.where((logits == -100).all(-1), tokenizer.pad_token_id, logits.argmax(-1))
         said = processor.batch_decode(np.where(labels == -100, tokenizer.pad_token_id, labels), group_tokens=False)
-        return {"accuracy": float(np.mean([a == b for a, b in zip(processor.batch_decode(frames), said, strict=True)]))}
+        return {
+            "accuracy": float(np.mean([a == b for a, b in zip(processor.batch_decode(frames), said, strict=True)]))
+        }
 
     data = raw.map(encode, remove_columns=raw["train"].column_names)
     if args.tiny:

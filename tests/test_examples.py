@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs in its `--tiny` form."""
+"""Every example runs in its `--tiny` form, and those for sound and images on real data as well."""
 
+import importlib
+import json
+import math
 import os
 import subprocess
 import sys
@@ -8,8 +11,14 @@ from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import load_file
+
+from hfkdq import load_quantized
+from hfkdq.schedules import Linear
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 OPTIONS = {
     "distill_text_classifier.py": [
         "--tiny",
@@ -26,7 +35,7 @@ OPTIONS = {
 
 @pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+@pytest.mark.parametrize("script", sorted(OPTIONS))
 def test_example_runs(script, processes, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
@@ -38,3 +47,125 @@ def test_example_runs(script, processes, tmp_path):
     assert "ONNX int8" in done.stdout
     for name in ("README.md", "report.json", "report.png", "model.safetensors", "onnx-int8/model.onnx"):
         assert (tmp_path / "out" / name).is_file(), name
+
+
+# ------------------------------------------------------------------ one for each family of objectives and teachers
+
+NO_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+FAMILIES = [
+    ("several_teachers", "--kind ensemble", {"task_loss", "ensemble_kd"}),
+    ("several_teachers", "--kind average", {"task_loss", "logit_kd"}),
+    ("several_teachers", "--kind peer", {"task_loss", "logit_kd", "teacher_task_loss", "teacher_logit_kd"}),
+    ("cached_teacher", "", {"task_loss", "logit_kd", "hidden_state_kd"}),
+    ("progressive_quantization", "", {"task_loss", "logit_kd", "quantization_loss"}),
+    ("language_model", "--objective logits", {"task_loss", "logit_kd"}),
+    ("language_model", "--objective on_policy", {"task_loss", "on_policy_kd"}),
+    ("language_model", "--objective other_vocabulary", {"task_loss", "uld"}),
+    ("image_features", "--objective relations", {"task_loss", "relation_kd"}),
+    ("image_features", "--objective samples", {"task_loss", "rkd", "similarity_preserving_kd"}),
+    ("image_features", "--objective mutual_information", {"task_loss", "crd", "vid"}),
+    ("image_features", "--objective feature_maps", {"task_loss", "feature_map_kd"}),
+    ("image_features", "--objective noise", {"task_loss", "noisy_kd", "adversarial_kd"}),
+    ("speech_ctc", "", {"task_loss", "logit_kd"}),
+    ("detector", "", {"task_loss", "logit_kd"}),
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example in this process; returns the rows of its log with a loss, and what it printed last."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def main(script, out, *options):
+        quiet = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "1e-3"]
+        importlib.import_module(script).main([*quiet, "--output_dir", str(out), *options])
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        return [row for row in history if "loss" in row], capsys.readouterr().out.splitlines()
+
+    yield main
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_every_example_is_run_here():
+    tried = {*OPTIONS, *(f"{script}.py" for script, _, _ in FAMILIES), "made_up.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tried
+
+
+@pytest.mark.parametrize(("script", "options", "terms"), FAMILIES, ids=[f"{s} {o}".strip() for s, o, _ in FAMILIES])
+def test_what_an_example_is_about_is_learned_and_saved(run, script, options, terms, tmp_path):
+    rows, printed = run(script, tmp_path, "--tiny", "--max_steps", "20", *options.split())
+    assert len(rows) == 4
+    assert all(row.keys() - NO_TERMS == terms for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for name in ("loss", "task_loss"):
+        assert rows[-1][name] < 0.97 * rows[0][name], name
+    assert "20 steps" in printed[-2] + printed[-1]
+    assert str(tmp_path) in printed[-1]
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["average", "peer"])
+def test_a_teacher_that_changed_is_saved_beside_the_student(run, kind, tmp_path):
+    run("several_teachers", tmp_path, "--tiny", "--max_steps", "5", "--kind", kind)
+    student, teacher = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / kind))
+    widths = {"average": (32, 32), "peer": (32, 48)}[kind]
+    assert (student["classifier.weight"].shape[1], teacher["classifier.weight"].shape[1]) == widths
+    assert kind == "peer" or not student["classifier.weight"].equal(teacher["classifier.weight"])
+
+
+def test_a_second_run_reads_what_the_teacher_said_from_the_folder(run, tmp_path):
+    def parts():
+        files = (tmp_path / "teacher-outputs").rglob("*")
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file() and path.name != "cache.json"}
+
+    options = ("--tiny", "--max_steps", "5")
+    first, _ = run("cached_teacher", tmp_path, *options)
+    written = parts()
+    second, _ = run("cached_teacher", tmp_path, *options)
+    assert written
+    assert parts() == written
+    assert first == second
+
+
+def test_progressive_terms_are_weighted_as_their_table_says(run, tmp_path):
+    options = ("--tiny", "--max_steps", "20", "--logging_steps", "1")
+    rows, printed = run("progressive_quantization", tmp_path, *options)
+    table = [
+        line.split() for line in printed if line.split()[:1] in [[str(i)] for i in range(1, 21)] and " x " in line
+    ]
+    assert [float(line[3]) for line in table] == pytest.approx([1 - step / 20 for step in range(1, 21)], abs=0.006)
+    for before, row in enumerate(rows):  # the weights of a step are those before it
+        weights = [Linear(1, 0), Linear(0, 1), Linear(0, 1, begin=0.5)]
+        terms = [row[name] for name in ("task_loss", "logit_kd", "quantization_loss")]
+        expected = sum(weight(before / 20) * term for weight, term in zip(weights, terms, strict=True))
+        assert row["loss"] == pytest.approx(expected, rel=1e-3, abs=2e-4)
+    assert rows[-1]["quantization_loss"] > 0
+    assert load_quantized(tmp_path).config.hfkdq["quantization"]
+
+
+def test_speech_is_read_from_files(run, tmp_path, data_folder):
+    made_up = importlib.import_module("made_up")
+    _, processor, teacher = made_up.speech(tmp_path / "teacher")
+    for part in (processor, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    rows, printed = run(
+        "speech_ctc", tmp_path / "out", "--max_steps", "5", "--dataset", str(data_folder / "fsdd"),
+        "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--per_device_eval_batch_size", "64",
+    )  # fmt: skip
+    assert rows[0].keys() - NO_TERMS == {"task_loss", "logit_kd"}
+    assert rows[0]["task_loss"] > 0
+    assert "texts that are right 0." in printed[-2]
+
+
+def test_boxes_are_read_from_files(run, tmp_path, data_folder):
+    _, processor, _ = importlib.import_module("made_up").detection()
+    for part in (processor, tiny.yolos(1, labels=3)):
+        part.save_pretrained(tmp_path / "teacher")
+    rows, printed = run(
+        "detector", tmp_path / "out", "--max_steps", "5", "--dataset", str(data_folder / "bccd"), "--image_size", "32",
+        "--num_student_layers", "1", "--teacher_model_name_or_path", str(tmp_path / "teacher"),
+    )  # fmt: skip
+    assert rows[0].keys() - NO_TERMS == {"task_loss", "logit_kd"}
+    assert all(math.isfinite(value) for value in rows[0].values())
+    assert str(tmp_path / "out") in printed[-1]

@@ -7,9 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from hfkdq import CoTrainedTeacher, EMATeacher, EnsembleKD, PruningCallback, PruningSpec, QATCallback, QuantizationSpec
+from hfkdq import (
+    CoTrainedTeacher,
+    EMATeacher,
+    EnsembleKD,
+    PruningCallback,
+    PruningSpec,
+    QATCallback,
+    QuantizationSpec,
+    quantize,
+)
 from hfkdq.losses import forward_kl
 from hfkdq.objectives import ByAgreement, ByGradientNorm, HiddenStateKD, LogitKD, NoisyKD, TaskLoss
+from hfkdq.quantization.convert import quantizer_states
 from hfkdq.schedules import Linear
 from hfkdq.teachers.peers import Companions
 from hfkdq.trainer import DistillationTrainer
@@ -349,3 +359,21 @@ def test_teachers_leave_the_weights_of_frozen_models_alone(training_arguments):
     make_trainer(training_arguments(max_steps=2), [EnsembleKD()], teacher={"large": large, "small": small}).train()
     for model, state in zip((large, small), before, strict=True):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_teacher_may_be_fake_quantized(training_arguments):
+    teacher = tiny.bert(1, layers=4)
+    plain = copy.deepcopy(teacher)
+    quantize(teacher, QuantizationSpec(), calibration=[tiny.batch(teacher, seed=s) for s in range(3)])
+    states = quantizer_states(teacher)
+    student = tiny.bert(0)
+    trainer = make_trainer(training_arguments(max_steps=2), [LogitKD()], copy.deepcopy(student), teacher)
+    batch = first_batch(trainer)
+    trainer.train()
+    values = [
+        forward_kl(outputs(student, batch).logits, outputs(m, batch).logits, 2.0).mean().item()
+        for m in (teacher, plain)
+    ]
+    assert losses(trainer, "logit_kd")[0][0] == pytest.approx(values[0], rel=1e-4)
+    assert values[0] != pytest.approx(values[1], rel=1e-4)
+    assert str(quantizer_states(teacher)) == str(states)
