@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, default=2, help="layers of the student")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every student, 32 rows each")
-    parser.add_argument("--teacher_epochs", type=float, default=3)
+    parser.add_argument("--teacher_epochs", type=float, default=6)
     parser.add_argument("--max_rows", type=int, help="of the training split, for a quick look")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def fine_tuned_teacher(
         source, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}
     )
     if source != folder:
-        settings = arguments(options.output_dir / "scratch", 0, 2e-4, num_train_epochs=options.teacher_epochs)
+        settings = arguments(options.output_dir / "scratch", 0, 3e-4, num_train_epochs=options.teacher_epochs)
         Trainer(teacher, settings, train_dataset=data["train"], processing_class=tokenizer).train()
         teacher.save_pretrained(folder)
     return teacher

@@ -131,6 +131,8 @@ def images(convolutional: bool) -> tuple[DatasetDict, PreTrainedModel, PreTraine
 
     digits = load_digits()
     pixels = np.repeat(digits.images[:500, None].astype(np.float32) / 8 - 1, 3, axis=1)  # (images, 3, 8, 8)
+    if convolutional:  # which halve height and width several times
+        pixels = pixels.repeat(4, axis=2).repeat(4, axis=3)
     rows = Dataset.from_dict({"pixel_values": pixels, "labels": digits.target[:500]}).with_format("torch")
     data = rows.train_test_split(120, seed=0)
 
