@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
     data = raw.map(encode, remove_columns=raw["train"].column_names)
     if args.tiny:
-        fit(teacher, data["train"], collate, steps=100)
+        fit(teacher, data["train"], collate, steps=160, rate=3e-3)
     trainer = DistillationTrainer(
         make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
         eval_dataset=data["test"], processing_class=processor, data_collator=collate, compute_metrics=right_texts,

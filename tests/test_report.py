@@ -17,12 +17,13 @@ from huggingface_hub import ModelCard
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from hfkdq import QuantizationSpec, quantize
+from hfkdq import LogitKD, NoisyKD, QuantizationSpec, quantize
 from hfkdq.export.runtime import OnnxSession
 from hfkdq.facts import record_fact
 from hfkdq.metrics import classification_metrics
 from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency, latency
+from hfkdq.report.card import _call
 from hfkdq.report.latency import TimedEngine, time_engines
 
 from . import tiny
@@ -571,3 +572,10 @@ def test_the_stand_in_file_runs(folder):
     ids = np.array([[5, 6, 0]])
     logits = OnnxSession(folder / "model.onnx")({"input_ids": ids, "attention_mask": np.array([[1, 1, 0]])})["logits"]
     assert logits.shape == (1, 3)
+
+
+def test_an_objective_within_another_is_written_as_one():
+    inner = LogitKD(divergence="mse").describe()
+    outer = NoisyKD(objective=LogitKD(divergence="mse"), std=0.2).describe()
+    assert outer["objective"] == inner
+    assert "objective=LogitKD(weight=1.0, divergence=mse, temperature=2.0, per=token), kind=gaussian" in _call(outer)

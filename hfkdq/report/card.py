@@ -144,7 +144,10 @@ def _distillation(fact: dict[str, Any]) -> str:
 
 
 def _call(objective: dict[str, Any]) -> str:
-    settings = ", ".join(f"{key}={value}" for key, value in objective.items() if key != "name")
+    def told(value: Any) -> Any:
+        return _call(value) if isinstance(value, dict) and "name" in value else value
+
+    settings = ", ".join(f"{key}={told(value)}" for key, value in objective.items() if key != "name")
     return f"{objective.get('name', 'objective')}({settings})"
 
 
