@@ -138,9 +138,9 @@ def images(convolutional: bool) -> tuple[DatasetDict, PreTrainedModel, PreTraine
 
     def model(width: int, layers: int) -> PreTrainedModel:
         if convolutional:
-            sizes = [width // 4, width // 2]
+            sizes = [width, 2 * width]
             return ResNetForImageClassification(
-                ResNetConfig(embedding_size=width // 4, hidden_sizes=sizes, depths=[layers // 2] * 2, layer_type="basic", num_labels=10)
+                ResNetConfig(embedding_size=width, hidden_sizes=sizes, depths=[layers // 2] * 2, layer_type="basic", num_labels=10)
             )  # fmt: skip
         return ViTForImageClassification(
             ViTConfig(

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdversarialKD": "objectives",
     "AttentionKD": "objectives",
+    "BoxKD": "objectives",
     "ByAgreement": "objectives",
     "ByGradientNorm": "objectives",
     "CRD": "objectives",
@@ -53,6 +54,7 @@ __all__ = [
     "VID",
     "AdversarialKD",
     "AttentionKD",
+    "BoxKD",
     "ByAgreement",
     "ByGradientNorm",
     "CoTrainedTeacher",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
         VID,
         AdversarialKD,
         AttentionKD,
+        BoxKD,
         ByAgreement,
         ByGradientNorm,
         EnsembleKD,

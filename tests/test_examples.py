@@ -135,7 +135,9 @@ def test_progressive_terms_are_weighted_as_their_table_says(run, tmp_path):
         line.split() for line in printed if line.split()[:1] in [[str(i)] for i in range(1, 21)] and " x " in line
     ]
     assert [float(line[3]) for line in table] == pytest.approx([1 - step / 20 for step in range(1, 21)], abs=0.006)
-    assert [float(line[9]) for line in table] == pytest.approx([max(0, step / 10 - 1) for step in range(1, 21)], abs=0.006)
+    assert [float(line[9]) for line in table] == pytest.approx(
+        [max(0, step / 10 - 1) for step in range(1, 21)], abs=0.006
+    )
     for before, row in enumerate(rows):  # the weights of a step are those before it
         weights = [Linear(1, 0), Linear(0, 1), Linear(0, 1, begin=0.5)]
         terms = [row[name] for name in ("task_loss", "logit_kd", "quantization_loss")]

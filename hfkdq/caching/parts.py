@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 from accelerate import Accelerator
 from datasets.utils import tqdm
 

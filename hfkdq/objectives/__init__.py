@@ -4,6 +4,7 @@
 from .adaptive import ByAgreement, ByGradientNorm
 from .attentions import AttentionKD
 from .base import Objective, as_objective
+from .boxes import BoxKD
 from .cross_vocabulary import ULD
 from .ensemble import EnsembleKD
 from .feature_maps import FeatureMapKD
@@ -24,6 +25,7 @@ __all__ = [
     "VID",
     "AdversarialKD",
     "AttentionKD",
+    "BoxKD",
     "ByAgreement",
     "ByGradientNorm",
     "EnsembleKD",

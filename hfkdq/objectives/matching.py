@@ -23,6 +23,13 @@ def object_probabilities(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
     return logits.float().sigmoid().amax(-1)
 
 
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    """Left, top, right and bottom of boxes that are given as centre and size; none is without any area."""
+    # Of two boxes without area there is no ratio of areas.
+    whole = torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-5)], dim=-1)
+    return center_to_corners_format(whole)  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def matched_queries(
     student_out: Any, teacher_out: Any, exclusive: bool
@@ -56,7 +63,7 @@ def matched_queries(
         chosen = objects[row].topk(count).indices
         seen, b_t = objects[row][chosen], boxes[1][row][chosen]
         cost = torch.cdist(probabilities[0][row], probabilities[1][row][chosen], p=1)
-        overlap = generalized_box_iou(center_to_corners_format(boxes[0][row]), center_to_corners_format(b_t))
+        overlap = generalized_box_iou(corners(boxes[0][row]), corners(b_t))
         cost = cost + seen * (5.0 * torch.cdist(boxes[0][row], b_t, p=1) - 2.0 * overlap)
         pairs = linear_sum_assignment(cost.cpu().numpy())
         own.append(torch.as_tensor(pairs[0], device=chosen.device))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation of the boxes that a detector draws around its objects.
+
+Knows boxes of matched queries; which query stands for which is found by the matching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.loss.loss_for_object_detection import generalized_box_iou
+
+from .base import Objective
+from .heads import DetectionHead, find_head
+from .masks import Batch, Positions
+from .matching import corners, matched_queries
+from .outline import Outline
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxKD(Objective):
+    """Distance between the boxes of matched object queries, where the teacher sees an object.
+
+    `sum_q o_q * (5 * |b_s - b_t|_1 + 2 * (1 - GIoU(b_s, b_t))) / sum_q o_q` per image, with `o_q` the probability with
+    which the teacher sees an object at query `q`; mean over the images. The weights 5 and 2 are those of the box losses
+    of Carion et al., "End-to-End Object Detection with Transformers" (2020), the teacher's predictions in place of labels
+    as in Chang et al., "DETRDistill" (2022). For the classes of the same queries there is `LogitKD`.
+
+    Args:
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+        teacher (`str`, *optional*): the name of the teacher, where there are several.
+
+    Raises:
+        ValueError: at `attach`, models that do not both detect objects of the same classes.
+
+    Example:
+        ```python
+        >>> from hfkdq import BoxKD
+        >>> BoxKD(weight=0.5).name
+        'box_kd'
+
+        ```
+    """
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+        super().attach(student, teacher)
+        head = find_head(student, teacher)
+        if not isinstance(head, DetectionHead):
+            raise ValueError(
+                f"BoxKD compares the boxes of detectors of the DETR family; {type(student).__name__} draws none. Use "
+                "LogitKD()."
+            )
+        self._found.update(head=head)
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+        own, theirs, objects = matched_queries(student_out, teacher_out, self._found["head"].exclusive)
+        boxes = [
+            out.pred_boxes.float().gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))
+            for out, chosen in ((student_out, own), (teacher_out, theirs))
+        ]  # (batch, pairs, 4) each
+        lengths = (boxes[0] - boxes[1]).abs().sum(-1)
+        edges = [corners(b) for b in boxes]
+        overlaps = torch.stack([generalized_box_iou(s, t).diagonal() for s, t in zip(*edges, strict=True)])
+        distance = 5.0 * lengths + 2.0 * (1.0 - overlaps)
+        per_image = (objects * distance).sum(-1) / objects.sum(-1).clamp(min=1e-12)
+        return per_image.mean(), self.positions(batch)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BoxKD on matched queries, against the formula by hand."""
+
+import pytest
+import torch
+
+from hfkdq import BoxKD
+from hfkdq.objectives.matching import matched_queries
+from tests import tiny
+
+
+def images(rows=2):
+    return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+
+
+def giou(a, b):
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
+        (x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b)
+    )
+    inter = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
+    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - inter
+    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+    return inter / union - (hull - union) / hull
+
+
+def test_boxes_of_matched_queries_count_as_far_as_the_teacher_sees_an_object():
+    student, teacher = tiny.yolos(0, queries=4), tiny.yolos(1, queries=6, hidden=48)
+    objective = BoxKD()
+    objective.attach(student, teacher)
+    ours, theirs = student(**images()), teacher(**images())
+    mean, count = objective(ours, theirs, images())
+    expected = 0.0
+    for row, (own, other, _) in enumerate(zip(*matched_queries(ours, theirs, True), strict=True)):
+        total = weights = 0.0
+        for i, j in zip(own.tolist(), other.tolist(), strict=True):
+            a, b = ours.pred_boxes[row, i].tolist(), theirs.pred_boxes[row, j].tolist()
+            seen = 1 - theirs.logits[row, j].softmax(-1)[-1].item()
+            total += seen * (5 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) + 2 * (1 - giou(a, b)))
+            weights += seen
+        expected += total / weights / 2
+    assert mean.item() == pytest.approx(expected, rel=1e-4)
+    assert count == 2
+    mean.backward()
+    assert student.bbox_predictor.layers[0].weight.grad.abs().sum() > 0
+
+
+def test_equal_detectors_are_at_0():
+    student, teacher = tiny.yolos(1), tiny.yolos(1)
+    objective = BoxKD()
+    objective.attach(student, teacher)
+    assert objective(student(**images()), teacher(**images()), images())[0].item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [(tiny.vit, tiny.vit, "draws none"), (tiny.yolos, lambda: tiny.yolos(labels=5), "same labels")],
+)
+def test_models_that_detect_nothing_in_common_are_refused(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        BoxKD().attach(student(), teacher())
