@@ -90,7 +90,8 @@ class Peer:
             self.projections.install(self.model)
 
     def remove(self) -> None:
-        """Takes them out again, so that it is as it was built."""
+        """Takes them out again, so that it is as it was built, and ready to be used."""
+        self.model.eval()
         if self.projections is not None:
             self.projections.remove(self.model)
 

@@ -236,9 +236,10 @@ class DistillationMixin(AttachingMixin):
                 unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
                 output = self.run_learner(model, unlabelled, needs, read)
         if not isinstance(output, ModelOutput) or ("logits" in needs and no_logits(output)):
+            who = type(base_of(self.model if learner == STUDENT else model)).__name__
             found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
             raise TypeError(
-                f"{type(base_of(self.model if learner == STUDENT else model)).__name__} returned {found} in training; objectives read a ModelOutput"
+                f"{who} returned {found} in training; objectives read a ModelOutput"
                 f"{' with logits' if 'logits' in needs else ''}. Return one from its forward pass."
             )
         if "loss" in needs:

@@ -197,6 +197,7 @@ def test_both_can_be_saved_and_the_student_keeps_no_trace(training_arguments, tm
     )  # fmt: skip
     trainer.train()
     assert not hasattr(student, Companions.NAME)
+    assert not peer.training
     assert set(student.state_dict()) == keys
     trainer.save_model(str(tmp_path / "student"))
     trainer.teacher_model.save_pretrained(tmp_path / "peer")
