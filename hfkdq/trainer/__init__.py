@@ -22,7 +22,9 @@ class DistillationTrainer(DistillationMixin, Trainer):
         teacher_model (`PreTrainedModel`, `PeftModel` or `str`, *optional*): the model to learn from, or the Hub id or
             folder to load it from. It is frozen and put into eval mode in place, and is in no optimizer and no
             checkpoint. `model.get_base_model()` of a PEFT student stands for the student without its adapters; no
-            second copy is kept then.
+            second copy is kept then. Also an [`EMATeacher`] (the student's own moving average), a
+            [`CoTrainedTeacher`] (a peer that learns along), or a `dict` of teachers by name, of which objectives name
+            theirs. Not needed where `train_dataset` comes from [`cache_teacher_outputs`].
         teacher_init_kwargs (`dict`, *optional*): arguments of `from_pretrained` where the teacher is a `str`, such as
             `dtype`, `device_map` or `quantization_config`.
         objectives (list of objectives or callables, or a function of the trial, *optional*): the terms of the training
@@ -33,11 +35,13 @@ class DistillationTrainer(DistillationMixin, Trainer):
             teacher or other objectives; `False` warns instead.
 
     Raises:
-        ValueError: no objectives for a teacher, objectives that need one where there is none, a teacher that shares
-            parameters with the student, or an objective that does not fit the pair.
+        ValueError: no objectives for a teacher, objectives that need one where there is none or name one that is not
+            there, a teacher that shares parameters with the student, an objective that does not fit the pair, or cached
+            outputs of another teacher than the one given.
         TypeError: a student or teacher that is no Transformers model, or an objective that cannot be called.
-        NotImplementedError: FSDP1, `torch.nn.DataParallel`, tensor, context or sequence parallelism; or a model that
-            DeepSpeed ZeRO-3 split while it was loaded.
+        NotImplementedError: FSDP1, `torch.nn.DataParallel`, tensor, context or sequence parallelism; a model that
+            DeepSpeed ZeRO-3 split while it was loaded; or, under FSDP2 and DeepSpeed, teachers that change and objectives
+            that take passes of their own.
         RuntimeError: while training, at the first step at which the teacher's logits are not finite.
 
     Example:
