@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="layers of the student")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max_rows", type=int, help="of the training split, for a quick look")
-    parser.add_argument("--teacher_epochs", type=float, default=6)
+    parser.add_argument("--teacher_epochs", type=float, default=4)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, data, labels = load(options)

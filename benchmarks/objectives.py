@@ -52,21 +52,18 @@ from hfkdq import (
     make_student,
 )
 from hfkdq.metrics import classification_metrics
-from hfkdq.schedules import BottomUp, Linear
+from hfkdq.schedules import Linear
 
 KL = LogitKD(temperature=2.0)
 ARMS: dict[str, Callable[[], list]] = {
     "labels alone": lambda: [TaskLoss()],
     "logits: forward KL": lambda: [KL],
     "logits: reverse KL": lambda: [LogitKD(divergence="reverse_kl")],
-    "logits: JSD": lambda: [LogitKD(divergence="jsd", weight=2.0)],
     "logits: MSE": lambda: [LogitKD(divergence="mse")],
     "logits: DKD": lambda: [LogitKD(divergence="dkd", temperature=4.0, weight=0.25)],
     "logits: DIST": lambda: [LogitKD(divergence="dist", temperature=1.0, weight=2.0)],
     "logits: forward KL, standardised": lambda: [LogitKD(standardize=True, weight=4.0)],
     "hidden states: MSE": lambda: [HiddenStateKD()],
-    "hidden states: cosine": lambda: [HiddenStateKD(distance="cosine")],
-    "hidden states: bottom up": lambda: [HiddenStateKD(active=BottomUp())],
     "hidden states: nearest layer": lambda: [HiddenStateKD(layers="dynamic")],
     "attention: KL": lambda: [AttentionKD()],
     "relations (MiniLMv2)": lambda: [RelationKD()],
@@ -95,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, default=2, help="layers of the student")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every student, 32 rows each")
-    parser.add_argument("--teacher_epochs", type=float, default=6)
+    parser.add_argument("--teacher_epochs", type=float, default=4)
     parser.add_argument("--max_rows", type=int, help="of the training split, for a quick look")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
