@@ -58,13 +58,10 @@ KL = LogitKD(temperature=2.0)
 ARMS: dict[str, Callable[[], list]] = {
     "labels alone": lambda: [TaskLoss()],
     "logits: forward KL": lambda: [KL],
-    "logits: reverse KL": lambda: [LogitKD(divergence="reverse_kl")],
     "logits: MSE": lambda: [LogitKD(divergence="mse")],
     "logits: DKD": lambda: [LogitKD(divergence="dkd", temperature=4.0, weight=0.25)],
     "logits: DIST": lambda: [LogitKD(divergence="dist", temperature=1.0, weight=2.0)],
-    "logits: forward KL, standardised": lambda: [LogitKD(standardize=True, weight=4.0)],
     "hidden states: MSE": lambda: [HiddenStateKD()],
-    "hidden states: nearest layer": lambda: [HiddenStateKD(layers="dynamic")],
     "attention: KL": lambda: [AttentionKD()],
     "relations (MiniLMv2)": lambda: [RelationKD()],
     "RKD": lambda: [RKD(weight=0.1)],
