@@ -40,7 +40,12 @@ def test_several_labels_at_once_are_as_many_sigmoids():
     p, q = ((m(**batch).logits / 2).sigmoid() for m in (teacher, student))
     torch.testing.assert_close(mean, 4 * bernoulli_kl(p, q).mean(), rtol=1e-4, atol=1e-5)
     assert count == 4
-    # Yes is the class on the label where it is 1: of two classes DKD is then alpha * KL of all.
+    # Yes stands first, so it is the class on the label where that is 1.
+    (prediction,) = LogitKD.predictions(
+        attached(LogitKD(), student, teacher), student(**batch), teacher(**batch), {**batch, "labels": labels}
+    )
+    assert prediction.target.tolist() == [[0, 1, 0]] * 4
+    # Of two classes DKD is alpha * KL of both.
     decoupled, _ = value(
         attached(LogitKD(divergence=DKD(alpha=1, beta=8)), student, teacher), student, teacher, batch, labels=labels
     )
