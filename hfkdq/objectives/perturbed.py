@@ -163,7 +163,8 @@ class AdversarialKD(OnOwnPasses):
 
     Args:
         objective (`Objective`, defaults to `LogitKD()`): what is driven apart, and then learned.
-        epsilon (`float`, defaults to 1.0): largest Euclidean length of the change of an example.
+        epsilon (`float`, defaults to 1.0): largest Euclidean length of the change of an example, over all its positions, in
+            the units of its embeddings or pixels: too much of it teaches nothing, so look at their length.
         steps (`int`, defaults to 1): gradient steps.
         step_size (`float`, *optional*): length of one; by default `epsilon` for one step, `1.5 * epsilon / steps` else.
         weight (`float` or schedule, defaults to 1.0): factor of this term.
