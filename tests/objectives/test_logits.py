@@ -203,6 +203,18 @@ def test_padding_changes_no_value(make, divergence):
     assert same == count
 
 
+def test_the_class_on_the_label_of_a_language_model_is_the_next_token():
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    batch = tiny.batch(student)
+    labels = labelled(student, batch)
+    divergence = DKD(alpha=1.0, beta=0.0)
+    objective = attached(LogitKD(divergence=divergence), student, teacher)
+    mean, _ = value(objective, student, teacher, batch, labels=labels)
+    valid = labels[:, 1:] != -100
+    ours, theirs = (model(**batch).logits[:, :-1][valid] for model in (student, teacher))
+    torch.testing.assert_close(mean, divergence(ours, theirs, 2.0, target=labels[:, 1:][valid]).mean())
+
+
 def test_the_likeliest_tokens_and_the_rest():
     student, teacher = tiny.llama(0), tiny.llama(1)
     batch = tiny.batch(student)
