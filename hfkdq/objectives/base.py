@@ -88,10 +88,6 @@ class Objective:
             frames=frame_lengths(base_of(student)),
         )
 
-    def detach(self) -> None:
-        """Forgets both models."""
-        self._found.clear()
-
     def before(self, passes: Passes, batch: Batch) -> None:
         """Runs the models as this objective wants them, before they run on the batch as it is.
 

@@ -49,10 +49,6 @@ class OnOwnPasses(Objective):
         super().attach(student, teacher)
         self.objective.attach(student, teacher)
 
-    def detach(self) -> None:
-        super().detach()
-        self.objective.detach()
-
     def set_progress(self, progress: float) -> None:
         super().set_progress(progress)
         self.objective.set_progress(progress)

@@ -75,7 +75,7 @@ class AttachingMixin(KeepingMixin):
         self._adapting = Adapting([])
         self._projections: Projections | None = None
         self._companions: Companions | None = None
-        self._followed: int | None = None  # optimizer steps that the moving averages have seen
+        self._followed = None
         self._in_training = self._in_training_step = False
         self._positions: tuple[torch.Tensor, int] | None = None  # per term, and the processes they are of
         super().__init__(*args, **kwargs)

@@ -53,6 +53,7 @@ class KeepingMixin(_TrainerBase):
     _term_values: torch.Tensor | None = None  # of the last micro batch
     _log_window: LogWindow | None = None
     _resumed_window: LogWindow | None = None
+    _followed: int | None  # optimizer steps that the moving averages have seen
     _is_another = False  # the training that wrote the checkpoint to go on from
 
     @property
@@ -61,8 +62,13 @@ class KeepingMixin(_TrainerBase):
         return {name: teacher for name, teacher in self.teachers.items() if name in used}
 
     def _follow(self) -> None:
-        """Lets moving averages see the last optimizer step."""
-        raise NotImplementedError
+        """Lets moving averages see the optimizer step that was finished since they last did."""
+        step = self.state.global_step
+        if self._followed is not None and step > self._followed:
+            for teacher in self.teachers.values():
+                if isinstance(teacher, AveragedTeacher):
+                    teacher.follow(self.model, step / max(self.state.max_steps, 1))
+        self._followed = step
 
     def _moving(self) -> dict[str, Any]:
         """The teachers that change while the student is trained."""

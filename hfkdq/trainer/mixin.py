@@ -28,7 +28,7 @@ from ..forwards import (
     without_gradient,
 )
 from ..objectives.quantization_loss import QuantizationLoss
-from ..teachers import TEACHER_PREFIX, AveragedTeacher, Peer, without_graph
+from ..teachers import TEACHER_PREFIX, Peer, without_graph
 from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
 from .terms import STUDENT, asked_of, is_read
@@ -73,15 +73,6 @@ class DistillationMixin(AttachingMixin):
             self._remove_riders()
         self._record()
         return output
-
-    def _follow(self) -> None:
-        """Lets moving averages see the optimizer step that was finished since they last did."""
-        step = self.state.global_step
-        if self._followed is not None and step > self._followed:
-            for teacher in self.teachers.values():
-                if isinstance(teacher, AveragedTeacher):
-                    teacher.follow(self.model, step / max(self.state.max_steps, 1))
-        self._followed = step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
