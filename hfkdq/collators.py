@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_PREFIX = "teacher_"
+from .forwards import TEACHER_PREFIX
 
 
 @dataclass
@@ -46,18 +46,22 @@ class TeacherCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of both, from a list of rows."""
-        own = [{name: value for name, value in row.items() if not name.startswith(_PREFIX)} for row in features]
+        own = [{name: value for name, value in row.items() if not name.startswith(TEACHER_PREFIX)} for row in features]
         theirs = [
-            {name.removeprefix(_PREFIX): value for name, value in row.items() if name.startswith(_PREFIX)}
+            {
+                name.removeprefix(TEACHER_PREFIX): value
+                for name, value in row.items()
+                if name.startswith(TEACHER_PREFIX)
+            }
             for row in features
         ]
         lacking = sum(not row for row in theirs)
         if 0 < lacking < len(theirs):
             raise ValueError(
-                f"{lacking} of the {len(theirs)} rows of a batch have no columns that begin with {_PREFIX!r}, the others "
+                f"{lacking} of the {len(theirs)} rows of a batch have no columns that begin with {TEACHER_PREFIX!r}, the others "
                 "have. Tokenize the whole dataset for the teacher, or none of it."
             )
         batch = dict(self.collator(own))
         if not lacking:
-            batch.update({_PREFIX + name: value for name, value in self.teacher_collator(theirs).items()})
+            batch.update({TEACHER_PREFIX + name: value for name, value in self.teacher_collator(theirs).items()})
         return batch

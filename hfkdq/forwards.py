@@ -16,6 +16,9 @@ import transformers
 from torch import nn
 from transformers.utils import ModelOutput
 
+TEACHER_PREFIX = "teacher_"
+"""Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
+
 
 def base_of(model: Any) -> Any:
     """The Transformers model within a PEFT wrapper, or `model` itself where there is none."""

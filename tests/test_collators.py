@@ -3,8 +3,7 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from hfkdq.collators import _PREFIX, TeacherCollator
-from hfkdq.teachers import TEACHER_PREFIX
+from hfkdq.collators import TeacherCollator
 
 from . import tiny
 
@@ -52,7 +51,3 @@ def test_rows_are_left_as_they_are():
     kept = [dict(r) for r in rows]
     collator()(rows)
     assert rows == kept
-
-
-def test_the_prefix_is_that_of_the_teachers():
-    assert _PREFIX == TEACHER_PREFIX

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..forwards import TEACHER_PREFIX
 from ..objectives.outline import Outline
-from ..teachers import TEACHER_PREFIX
 
 FORMAT_VERSION = 1
 ROW_CHECK = TEACHER_PREFIX + "row_check"

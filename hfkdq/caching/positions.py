@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import nn
 
+from ..forwards import TEACHER_PREFIX
 from ..objectives.masks import Batch, frame_lengths, frame_mask, token_mask
 from ..objectives.outline import Outline
-from ..teachers import TEACHER_PREFIX
 
 MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")
 """Columns that tell which positions of a batch are a row's own."""

@@ -13,8 +13,7 @@ import torch
 from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.utils import find_labels
 
-from ..forwards import base_of, forward_columns
-from ..teachers import TEACHER_PREFIX
+from ..forwards import TEACHER_PREFIX, base_of, forward_columns
 from .info import CacheInfo
 
 

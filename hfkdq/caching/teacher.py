@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from ..forwards import TEACHER_PREFIX
 from ..losses.divergences import TopLogits
-from ..teachers import TEACHER_PREFIX
 from .info import CacheInfo
 from .positions import MASKS
 

@@ -15,13 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..forwards import base_of
+from ..forwards import TEACHER_PREFIX, base_of
 from .base import Objective, Passes
 from .logits import LogitKD
 from .masks import Batch, Positions
 from .outline import Outline
-
-_PREFIX = "teacher_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +209,7 @@ class AdversarialKD(OnOwnPasses):
                 )
 
     def before(self, passes: Passes, batch: Batch) -> None:
-        if _PREFIX + base_of(passes.model).main_input_name in batch:
+        if TEACHER_PREFIX + base_of(passes.model).main_input_name in batch:
             raise ValueError(
                 "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
             )

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who a student learns from: a frozen model, its own moving average, or a peer that learns along with it."""
 
-from .frozen import TEACHER_PREFIX, FrozenTeacher, fingerprint, load_teacher
+from .frozen import FrozenTeacher, fingerprint, load_teacher
 from .moving import AveragedTeacher, CoTrainedTeacher, EMATeacher, averaged_copy
 from .peers import Companions, Peer, without_graph
 
 __all__ = [
-    "TEACHER_PREFIX",
     "AveragedTeacher",
     "CoTrainedTeacher",
     "Companions",

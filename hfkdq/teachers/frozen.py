@@ -23,11 +23,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..architecture import checkpoint_class
-from ..forwards import as_output, base_of, by_name, forward_columns, requested
+from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, requested
 from ..sharding import is_spread, place_frozen, stays_put
-
-TEACHER_PREFIX = "teacher_"
-"""Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
 
 _ALONG = {
     "input_ids": ("attention_mask", "token_type_ids", "position_ids"),

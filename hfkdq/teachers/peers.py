@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..forwards import forward_columns
+from ..forwards import TEACHER_PREFIX, forward_columns
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
-from .frozen import TEACHER_PREFIX, fingerprint
+from .frozen import fingerprint
 
 
 class Companions(nn.Module):

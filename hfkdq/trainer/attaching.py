@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from ..caching import CachedCollator, CachedTeacher, CacheInfo, cache_info
 from ..caching.keys import weights_fingerprint
-from ..forwards import base_of
+from ..forwards import TEACHER_PREFIX, base_of
 from ..objectives.outline import Outline
 from ..objectives.projections import Projections
 from ..teachers import (
-    TEACHER_PREFIX,
     AveragedTeacher,
     Companions,
     CoTrainedTeacher,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..forwards import (
+    TEACHER_PREFIX,
     accepts_items,
     as_output,
     base_of,
@@ -28,7 +29,7 @@ from ..forwards import (
     without_gradient,
 )
 from ..objectives.quantization_loss import QuantizationLoss
-from ..teachers import TEACHER_PREFIX, Peer, without_graph
+from ..teachers import Peer, without_graph
 from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
 from .terms import STUDENT, asked_of, is_read
