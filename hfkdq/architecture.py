@@ -19,6 +19,14 @@ PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 """Configuration fields that hold a list with one entry per layer."""
 
 
+ATTENTION_INPUTS = {
+    "query": ("query", "q_proj", "q_lin", "query_proj", "q"),
+    "key": ("key", "k_proj", "k_lin", "key_proj", "k"),
+    "value": ("value", "v_proj", "v_lin", "value_proj", "v"),
+}
+"""Names of the modules that compute queries, keys and values, under which Transformers has them."""
+
+
 @dataclass(frozen=True)
 class LayerStack:
     """The stack of equal layers of a model: its dotted name and its modules, first layer first."""

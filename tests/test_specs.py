@@ -36,7 +36,7 @@ def test_specs_survive_their_dictionaries(spec):
     ("make", "message"),
     [
         (lambda: QuantizationSpec(weight_bits=5), "weight_bits=5"),
-        (lambda: QuantizationSpec(activation_bits=4), "activation_bits=4"),
+        (lambda: QuantizationSpec(activation_bits=5), "activation_bits=5"),
         (lambda: QuantizationSpec(range_estimator="magic"), "moving_average"),
         (lambda: QuantizationSpec(averaging_constant=0), "averaging_constant"),
         (lambda: QuantizationSpec(target_modules="("), "regular expression"),

@@ -6,14 +6,23 @@ Knows torch's tracer and the modules of `hfkdq.quantization`; no exporter, no fi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..quantization import ActivationQuantizer, QuantizedEmbedding, QuantizedLinear, quantized_modules
+from ..quantization import (
+    AttentionQuantizer,
+    QuantizedConv1D,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedModule,
+    quantized_modules,
+)
 
 
 class _QuantizeDequantize(torch.autograd.Function):
@@ -41,40 +50,48 @@ class _Dequantize(torch.autograd.Function):
         return g.op("DequantizeLinear", codes, scale, axis_i=1)
 
 
-class _IntegerLinear(nn.Module):
-    """A linear layer that holds int8 codes, transposed as MatMul wants them: (in_features, out_features)."""
+class _IntegerModule(nn.Module):
+    """What layers that hold int8 codes have in common: the grid of their input."""
 
     codes: Tensor
     scale: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
 
-    def __init__(self, linear: QuantizedLinear) -> None:
+    def __init__(self, module: QuantizedModule) -> None:
         super().__init__()
-        self.register_buffer("codes", linear.integer_weight().t().contiguous())
-        self.register_buffer("scale", linear.weight_scale())
-        self.bias = linear.bias
-        quantizer = linear.activation_quantizer
-        self.quantizes_input = isinstance(quantizer, ActivationQuantizer) and quantizer.initialized
+        quantizer = module.activation_quantizer
+        self.quantizes_input = quantizer is not None and quantizer.initialized
         if quantizer is not None and self.quantizes_input:
             scale, zero_point = quantizer.qparams()
             self.register_buffer("input_scale", scale.detach().clone())
             self.register_buffer("input_zero_point", zero_point.to(torch.uint8))
 
-    def forward(self, input: Tensor) -> Tensor:
-        # ONNX Runtime makes a Gemm of what has two axes and has no fused integer kernel for it; with three it has.
-        flat = input.dim() == 2
-        values = input.unsqueeze(0) if flat else input
-        values = self._quantized_input(values) @ self._weight()
-        if self.bias is not None:
-            values = values + self.bias
-        return values.squeeze(0) if flat else values
-
-    def _quantized_input(self, values: Tensor) -> Tensor:
+    def quantized_input(self, values: Tensor) -> Tensor:
         if not self.quantizes_input:
             return values
         quantized: Tensor = _QuantizeDequantize.apply(values, self.input_scale, self.input_zero_point)  # type: ignore[no-untyped-call]
         return quantized
+
+
+class _IntegerLinear(_IntegerModule):
+    """A linear layer that holds int8 codes, transposed as MatMul wants them: (in_features, out_features)."""
+
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+        super().__init__(linear)
+        codes = linear.integer_weight()
+        self.register_buffer("codes", codes if isinstance(linear, QuantizedConv1D) else codes.t().contiguous())
+        self.register_buffer("scale", linear.weight_scale())
+        self.bias = cast("Tensor | None", linear.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # ONNX Runtime makes a Gemm of what has two axes and has no fused integer kernel for it; with three it has.
+        flat = input.dim() == 2
+        values = input.unsqueeze(0) if flat else input
+        values = self.quantized_input(values) @ self._weight()
+        if self.bias is not None:
+            values = values + self.bias
+        return values.squeeze(0) if flat else values
 
     def _weight(self) -> Tensor:
         if not self.quantizes_input:
@@ -84,8 +101,32 @@ class _IntegerLinear(nn.Module):
         return weight
 
 
+class _IntegerConv(_IntegerModule):
+    """A convolution that holds int8 codes; ONNX Runtime computes it in floating point."""
+
+    def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
+        super().__init__(conv)
+        self.register_buffer("codes", conv.integer_weight())
+        scale = conv.weight_scale()
+        self.register_buffer("scale", scale.reshape(-1, *[1] * (conv.weight.ndim - 1)) if scale.ndim else scale)
+        self.bias = conv.bias
+        self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
+        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(conv, name))
+
+    @property
+    def weight(self) -> Tensor:
+        """The values of the codes; some models ask their convolution for its precision."""
+        return self.codes.float() * self.scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        values = self.quantized_input(input)
+        output: Tensor = self.kind._conv_forward(self, values, self.weight, self.bias)  # type: ignore[arg-type]
+        return output
+
+
 class _IntegerEmbedding(nn.Module):
-    """An embedding that gathers int8 codes and scales what it gathered."""
+    """An embedding that gathers int8 codes and the scales of their rows."""
 
     codes: Tensor
     scale: Tensor
@@ -93,15 +134,62 @@ class _IntegerEmbedding(nn.Module):
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
         self.register_buffer("codes", embedding.integer_weight())
-        self.register_buffer("scale", embedding.weight_scale())
+        scale = embedding.weight_scale()
+        self.register_buffer("scale", scale.unsqueeze(1) if scale.ndim else scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        rows: Tensor = _Dequantize.apply(F.embedding(input, self.codes), self.scale)  # type: ignore[no-untyped-call]
+        codes = F.embedding(input, self.codes)
+        if self.scale.ndim:
+            return codes.float() * F.embedding(input, self.scale)
+        rows: Tensor = _Dequantize.apply(codes, self.scale)  # type: ignore[no-untyped-call]
         return rows
 
 
+def check_lowerable(model: PreTrainedModel) -> None:
+    """Refuses what this release cannot write as integers.
+
+    Raises:
+        ValueError: a module whose weights are not linear, symmetric integers with one scale a channel, whose activations
+            have another width than 8, or that is recurrent, smoothed, or an attention with quantized products.
+    """
+    for name, module in quantized_modules(model).items():
+        reason = _not_lowerable(module)
+        if reason:
+            raise ValueError(
+                f"{name} has {reason}. This release writes linear symmetric weights of up to 8 bits with a scale per "
+                "channel or module, and activations of 8 bits or none. load_quantized runs the rest in torch."
+            )
+    attention = next((name for name, m in model.named_modules() if isinstance(m, AttentionQuantizer)), None)
+    if attention is not None:
+        raise ValueError(
+            f"{attention.rpartition('.')[0]} has quantized matrix products (attention=True), which this release does not "
+            "write. load_quantized runs them in torch."
+        )
+
+
+def _not_lowerable(module: QuantizedModule) -> str:
+    scheme = module.quantization_scheme
+    if not isinstance(
+        module, (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding)
+    ):
+        return f"recurrent weights ({type(module).__name__})"
+    if scheme.weight_bits == 16 or not scheme.symmetric or scheme.weight_mapping != "linear":
+        return (
+            f"weight_bits={scheme.weight_bits}, weight_mapping={scheme.weight_mapping!r}, symmetric={scheme.symmetric}"
+        )
+    if scheme.group_size is not None:
+        return f"group_size={scheme.group_size}"
+    if module.activation_quantizer is not None and (scheme.activation_bits, scheme.activation_mapping) != (
+        8,
+        "linear",
+    ):
+        return f"activation_bits={scheme.activation_bits}, activation_mapping={scheme.activation_mapping!r}"
+    smoothing = getattr(module, "smoothing", None)
+    return "" if smoothing is None or smoothing.factors is None else "smoothed inputs"
+
+
 def lower_quantizers_(model: PreTrainedModel) -> int:
-    """Replaces every fake-quantized linear layer and embedding by one that holds int8 codes, in place.
+    """Replaces every fake-quantized layer by one that holds int8 codes, in place.
 
     What it computes stays the same; it can be traced but no longer trained.
 
@@ -110,12 +198,18 @@ def lower_quantizers_(model: PreTrainedModel) -> int:
 
     Returns:
         `int`: how many linear layers were replaced.
+
+    Raises:
+        ValueError: as `check_lowerable` does.
     """
+    check_lowerable(model)
     linears = 0
     for name, module in quantized_modules(model).items():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, (QuantizedLinear, QuantizedConv1D)):
             model.set_submodule(name, _IntegerLinear(module))
             linears += 1
-        else:
+        elif isinstance(module, (QuantizedConv1d, QuantizedConv2d)):
+            model.set_submodule(name, _IntegerConv(module))
+        elif isinstance(module, QuantizedEmbedding):
             model.set_submodule(name, _IntegerEmbedding(module))
     return linears

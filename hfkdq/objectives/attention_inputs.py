@@ -15,12 +15,9 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-_NAMES = {
-    "query": ("query", "q_proj", "q_lin", "query_proj", "q"),
-    "key": ("key", "k_proj", "k_lin", "key_proj", "k"),
-    "value": ("value", "v_proj", "v_lin", "value_proj", "v"),
-}
-KINDS = tuple(_NAMES)
+from ..architecture import ATTENTION_INPUTS
+
+KINDS = tuple(ATTENTION_INPUTS)
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def find_sources(model: Any, name: str, layer: nn.Module) -> dict[str, Source]:
     found: dict[str, list[Source]] = {kind: [] for kind in KINDS}
     for parent in layer.modules():
         children = dict(parent.named_children())
-        for kind, names in _NAMES.items():
+        for kind, names in ATTENTION_INPUTS.items():
             found[kind] += [Source(parent, child) for child in names if child in children]
         # GPT-2 and its kin; GPTBigCode uses the same name for another arrangement.
         if "c_attn" in children and hasattr(parent, "split_size") and not hasattr(parent, "multi_query"):
@@ -56,7 +53,7 @@ def find_sources(model: Any, name: str, layer: nn.Module) -> dict[str, Source]:
                 found[kind].append(Source(parent, "c_attn", part))
     if any(len(sources) != 1 for sources in found.values()):
         counts = ", ".join(f"{len(sources)} for {kind}" for kind, sources in found.items())
-        known = ", ".join(sorted({child for names in _NAMES.values() for child in names}))
+        known = ", ".join(sorted({child for names in ATTENTION_INPUTS.values() for child in names}))
         raise ValueError(
             f"Layer {name} of {type(model).__name__} should have one module each that computes queries, keys and values, "
             f"named {known}, or the c_attn of GPT-2; found: {counts}. Use HiddenStateKD or AttentionKD."

@@ -1,26 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware training and post-training quantization: int8 weights, uint8 activations.
+"""Quantization-aware training and post-training quantization, of every width from one spec.
 
 Knows specs, models and the callback protocol; never the exported file.
 """
 
+from .activations import ActivationQuantizer
+from .attention import AttentionQuantizer
 from .callback import QATCallback
-from .convert import (
+from .convert import prepare_qat_, strip_quantizers_
+from .layers import (
+    QuantizedConv1D,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedEmbedding,
+    QuantizedGRU,
+    QuantizedLinear,
+    QuantizedLSTM,
+    QuantizedModule,
+)
+from .post_training import load_quantized, quantize
+from .records import (
+    activation_quantizers,
     activation_ranges,
-    prepare_qat_,
     quantized_modules,
     quantized_spec,
     set_activation_ranges_,
-    strip_quantizers_,
+    weight_quantizers,
 )
-from .fake_quant import ActivationQuantizer, QuantizedEmbedding, QuantizedLinear
-from .post_training import load_quantized, quantize
+from .weights import WeightQuantizer
 
 __all__ = [
     "ActivationQuantizer",
+    "AttentionQuantizer",
     "QATCallback",
+    "QuantizedConv1D",
+    "QuantizedConv1d",
+    "QuantizedConv2d",
     "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedLSTM",
     "QuantizedLinear",
+    "QuantizedModule",
+    "WeightQuantizer",
+    "activation_quantizers",
     "activation_ranges",
     "load_quantized",
     "prepare_qat_",
@@ -29,4 +51,5 @@ __all__ = [
     "quantized_spec",
     "set_activation_ranges_",
     "strip_quantizers_",
+    "weight_quantizers",
 ]

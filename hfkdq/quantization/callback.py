@@ -16,41 +16,61 @@ from transformers.training_args import TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
 from ..specs import QuantizationSpec
-from .convert import (
+from .batch_norm import fold_batch_norm_
+from .convert import prepare_qat_, strip_quantizers_
+from .phases import Phases, Widths
+from .ranges import UpdateScaling, learned_parameters
+from .records import (
     activation_quantizers,
     load_quantizer_states_,
-    prepare_qat_,
+    load_weight_states_,
     quantized_spec,
     quantizer_states,
     record_ranges,
     recorded_quantization,
-    set_activation_ranges_,
+    restore_record_,
+    weight_states,
 )
 
 logger = logging.get_logger(__name__)
 
 
 class QATCallback(TrainerCallback, ExportableState):
-    """Trains a model with simulated int8 weights and uint8 activations.
+    """Trains a model with simulated integer weights and activations.
 
     Works with the plain `transformers.Trainer` and with every subclass. The fake quantizers are put in when the
     Trainer is made (see [`prepare_qat_`]) and stay in memory after training, so that `trainer.evaluate()` measures the
     quantized model. Saved files are those of an ordinary model; their `config.json` records spec and ranges, from
     which [`load_quantized`] rebuilds the quantized one. Training resumes exactly, and with `load_best_model_at_end`
-    the ranges come from the same checkpoint as the weights. In distributed training all processes use the ranges of
-    the first one.
+    the ranges come from the same checkpoint as the weights; the best is searched among those that have the widths of the
+    spec. In distributed training all processes use the ranges of the first one.
+
+    Points of training are shares of its steps: 0.0 the start, 1.0 the end.
 
     Args:
         spec (`QuantizationSpec` or `dict`): what to quantize, and how; a dictionary as `spec.to_dict()` gives it, which
             is what a Trainer that restores its callbacks passes.
         strict_resume (`bool`, defaults to `True`): refuse to resume from a checkpoint of another spec; `False` warns
             instead, and takes over the ranges that fit.
+        begin (`float`, defaults to 0.0): when the fake quantizers are turned on.
+        freeze_ranges (`float`, *optional*): when ranges of activations, learned scales and codebooks stop to follow.
+        freeze_batch_norm (`float`, *optional*): when BatchNorm stops to follow the batches and uses its running
+            statistics.
+        fold_batch_norm (`bool`, defaults to `False`): before training, move every BatchNorm into the convolution it
+            follows, as in [`fold_batch_norm_`].
+        lower_bits (`dict`, *optional*): widths of the weights on the way to that of the spec, as
+            `{0.0: 8, 0.3: 4, 0.6: 2}`; weights that the spec keeps wider stay wider.
+        quantized_share (`float`, defaults to 1.0): share of the channels that each training pass quantizes, drawn at
+            random, in (0, 1] (Fan et al., "Training with Quantization Noise for Extreme Model Compression", 2021).
+        learning_rate_factor (`float`, defaults to 1.0): learning rate of learned ranges and scales, as a multiple of
+            that of the Trainer.
 
     Raises:
         TypeError: `spec` is neither.
         RuntimeError: at the start of training, if scales are to be learned but the model got its fake quantizers after
             its optimizer.
-        ValueError: the spec matches no module, or training resumes from a checkpoint of another spec.
+        ValueError: the spec matches no module, points of training or widths are not in order, or training resumes from
+            a checkpoint of another spec.
 
     Example:
         ```python
@@ -62,7 +82,19 @@ class QATCallback(TrainerCallback, ExportableState):
         ```
     """
 
-    def __init__(self, spec: QuantizationSpec | dict[str, Any], strict_resume: bool = True) -> None:
+    def __init__(
+        self,
+        spec: QuantizationSpec | dict[str, Any],
+        strict_resume: bool = True,
+        *,
+        begin: float = 0.0,
+        freeze_ranges: float | None = None,
+        freeze_batch_norm: float | None = None,
+        fold_batch_norm: bool = False,
+        lower_bits: Widths | None = None,
+        quantized_share: float = 1.0,
+        learning_rate_factor: float = 1.0,
+    ) -> None:
         if isinstance(spec, dict):
             spec = QuantizationSpec.from_dict(spec)
         if not isinstance(spec, QuantizationSpec):
@@ -71,10 +103,18 @@ class QATCallback(TrainerCallback, ExportableState):
             )
         self.spec = spec
         self.strict_resume = strict_resume
+        self.phases = Phases(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
+        self.fold_batch_norm = fold_batch_norm
+        self.scaling = UpdateScaling(learning_rate_factor)
         self.ranges: dict[str, dict[str, float]] = {}
+        self.weights: dict[str, dict[str, Any]] = {}
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"spec": self.spec.to_dict()}, "attributes": {"ranges": self.ranges}}
+        phases = {**self.phases.to_dict(), "fold_batch_norm": self.fold_batch_norm}
+        return {
+            "args": {"spec": self.spec.to_dict(), **phases, "learning_rate_factor": self.scaling.factor},
+            "attributes": {"ranges": self.ranges, "weights": self.weights},
+        }
 
     def on_init_end(
         self,
@@ -84,8 +124,12 @@ class QATCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        if model is not None:
-            prepare_qat_(model, self.spec)
+        if model is None:
+            return
+        if self.fold_batch_norm and quantized_spec(model) is None:
+            fold_batch_norm_(model)
+        prepare_qat_(model, self.spec)
+        self.phases.at(0.0).apply_(model)
 
     def on_train_begin(
         self,
@@ -96,18 +140,31 @@ class QATCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         late = quantized_spec(model) is None
-        if late and self.spec.activation_bits is not None and self.spec.range_estimator == "learned":
+        prepare_qat_(model, self.spec)
+        if late and learned_parameters(model):
+            strip_quantizers_(model)
             raise RuntimeError(
-                "range_estimator='learned' trains parameters, and the optimizer was made before they existed. Give "
-                "QATCallback to the constructor of the Trainer (callbacks=[...]) instead of add_callback; with "
+                "The spec learns ranges or scales, which are parameters, and the optimizer was made before they existed. "
+                "Give QATCallback to the constructor of the Trainer (callbacks=[...]) instead of add_callback; with "
                 "model_init, let it return prepare_qat_(model, spec)."
             )
-        prepare_qat_(model, self.spec)
+        self.phases.at(state.global_step / state.max_steps).apply_(model)
         if state.global_step > 0:
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._refresh(model)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
+        frozen = self.phases.at(state.global_step / state.max_steps).frozen
+        self.scaling.before_step(learned_parameters(model), frozen)
 
     def on_optimizer_step(
         self,
@@ -117,6 +174,13 @@ class QATCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
+        self.scaling.after_step_()
+        # The step being taken is not counted in global_step yet.
+        before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
+        self.phases.at(now).apply_(model)
+        if before < self.phases.settled <= now:
+            # Models before this step were not quantized as the spec says; none of them may be loaded as the best one.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._refresh(model)
 
@@ -128,6 +192,12 @@ class QATCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
+        if state.global_step < self.phases.settled * state.max_steps:
+            logger.warning(
+                f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the widths "
+                "of the spec. They have them now, without the training that should have followed."
+            )
+        self.phases.at(1.0).apply_(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint)
             has_config = (path / CONFIG_NAME).is_file()
@@ -138,7 +208,7 @@ class QATCallback(TrainerCallback, ExportableState):
                     "are used with the last activation ranges."
                 )
             else:
-                set_activation_ranges_(model, recorded[1])
+                restore_record_(model, recorded[1])
         self._refresh(model)
 
     def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
@@ -148,6 +218,7 @@ class QATCallback(TrainerCallback, ExportableState):
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
             return
         then, ranges = saved["args"]["spec"], saved["attributes"]["ranges"]
+        weights = saved["attributes"].get("weights", {})
         if QuantizationSpec.from_dict(then) != self.spec:
             told = f"The checkpoint was trained with QuantizationSpec.from_dict({then}), not with {self.spec}."
             if self.strict_resume:
@@ -158,7 +229,9 @@ class QATCallback(TrainerCallback, ExportableState):
             logger.warning(f"{told} Training goes on with the new one.")
             own = activation_quantizers(model)
             ranges = {k: v for k, v in ranges.items() if k in own and v.keys() == set(own[k].state_names)}
+            weights = {}
         load_quantizer_states_(model, ranges)
+        load_weight_states_(model, weights)
 
     def _refresh(self, model: PreTrainedModel) -> None:
         """Makes the ranges of all processes equal, and the records of them current."""
@@ -168,4 +241,5 @@ class QATCallback(TrainerCallback, ExportableState):
             dist.broadcast_object_list(shared)
             self.ranges = shared[0]
             load_quantizer_states_(model, self.ranges)
+        self.weights = weight_states(model)
         record_ranges(model)

@@ -6,7 +6,7 @@ Knows models, data and recorded facts; never a trainer or the exported file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -24,15 +24,16 @@ from transformers.utils import logging
 
 from ..architecture import checkpoint_class
 from ..specs import QuantizationSpec
-from .convert import (
+from .convert import prepare_qat_, strip_quantizers_
+from .corrections import correct_biases_, smooth_
+from .ranges import learned_parameters
+from .records import (
     activation_quantizers,
     activation_ranges,
-    prepare_qat_,
     quantized_spec,
     record_ranges,
     recorded_quantization,
-    set_activation_ranges_,
-    strip_quantizers_,
+    restore_record_,
 )
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -47,6 +48,8 @@ def quantize(
     batch_size: int = 8,
     data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     processing_class: Any = None,
+    smoothing: float | None = None,
+    bias_correction: bool = False,
 ) -> PreTrainedModel:
     """Quantizes a trained model in place: fake quantizers, with the ranges that calibration data shows.
 
@@ -58,12 +61,16 @@ def quantize(
         batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
         data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
         processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
+        smoothing (`float`, *optional*): strength in [0, 1] with which large activations are moved into the weights of
+            linear layers, as SmoothQuant does; 0.5 is usual. See [`smooth_`].
+        bias_correction (`bool`, defaults to `False`): add to the biases what quantization takes from the mean of each
+            output. The one thing that changes parameters of the model. See [`correct_biases_`].
 
     Returns:
         `PreTrainedModel`: the same model, in the mode it came in.
 
     Raises:
-        ValueError: calibration data that are missing, empty or not finite, `range_estimator="learned"`, which needs
+        ValueError: calibration data that are missing, empty or not finite, an estimator that learns, which needs
             training, or a model that already has fake quantizers. The model is left as it was.
 
     Example:
@@ -78,23 +85,50 @@ def quantize(
         raise ValueError(
             f"{type(model).__name__} already has fake quantizers. Remove them first with strip_quantizers_(model)."
         )
-    observes = spec.activation_bits is not None
-    if observes and spec.range_estimator == "learned":
-        raise ValueError(
-            "range_estimator='learned' learns from a loss, and there is no training here. Use 'moving_average' or "
-            "'min_max', or train with QATCallback."
-        )
-    if observes and calibration is None:
-        raise ValueError("Quantized activations need calibration data: batches of model inputs or a datasets.Dataset.")
+    if smoothing is not None and not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"smoothing must be in [0, 1], got {smoothing!r}. SmoothQuant uses 0.5.")
     prepare_qat_(model, spec)
-    if observes:
-        try:
-            _calibrate(model, _batches(model, calibration, batch_size, data_collator, processing_class))
-        except BaseException:
-            strip_quantizers_(model)
-            raise
+    try:
+        if learned_parameters(model):
+            raise ValueError(
+                "The spec has learned ranges or scales, which come from a loss, and there is no training here. Use 'moving_average', "
+                "'min_max', 'percentile' or 'mse', or train with QATCallback."
+            )
+        if activation_quantizers(model) or smoothing is not None or bias_correction:
+            _use_data(model, calibration, (batch_size, data_collator, processing_class), smoothing, bias_correction)
+    except BaseException:
+        strip_quantizers_(model)
+        raise
     record_ranges(model)
     return model
+
+
+def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: float | None, corrects: bool) -> None:
+    """Everything that looks at the calibration data, one pass after the other."""
+    if calibration is None:
+        raise ValueError(
+            "Quantized activations, smoothing and bias correction need calibration data: batches of model inputs or a "
+            "datasets.Dataset."
+        )
+    batches = _batches(model, calibration, *how)
+    if not isinstance(calibration, Dataset) and (smoothing is not None or corrects):
+        batches = list(batches)  # read several times
+    training = model.training
+    model.eval()
+    try:
+        if smoothing is not None:
+            smooth_(model, lambda: _run(model, batches, "Smoothing"), smoothing)
+        for quantizer in activation_quantizers(model).values():
+            quantizer.train()  # the quantizers observe, all else stays in eval mode
+        for _ in _run(model, batches, "Calibrating"):
+            pass
+        for quantizer in activation_quantizers(model).values():
+            quantizer.eval()
+        _check_ranges(model)
+        if corrects:
+            correct_biases_(model, lambda: _run(model, batches, "Correcting biases"))
+    finally:
+        model.train(training)
 
 
 def _batches(
@@ -111,27 +145,16 @@ def _batches(
     )
 
 
-def _calibrate(model: PreTrainedModel, batches: Batches) -> None:
-    training = model.training
-    model.eval()
-    for quantizer in activation_quantizers(model).values():
-        quantizer.train()  # the quantizers observe, all else stays in eval mode
+def _run(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[None]:
+    """Runs the model over all batches, a step for each."""
     count = 0
-    try:
-        for count, batch in enumerate(logging.tqdm(batches, desc="Calibrating", unit="batch"), start=1):
-            _check_finite(batch, count)
-            with torch.no_grad():
-                model(
-                    **{
-                        name: value.to(model.device) if torch.is_tensor(value) else value
-                        for name, value in batch.items()
-                    }
-                )
-    finally:
-        model.train(training)
+    for count, batch in enumerate(logging.tqdm(batches, desc=what, unit="batch"), start=1):
+        _check_finite(batch, count)
+        with torch.no_grad():
+            model(**{k: value.to(model.device) if torch.is_tensor(value) else value for k, value in batch.items()})
+        yield
     if not count:
         raise ValueError("The calibration data hold no batch, so there is no range to find. Give at least one.")
-    _check_ranges(model)
 
 
 def _check_finite(batch: Mapping[str, Any], number: int) -> None:
@@ -185,5 +208,5 @@ def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
             "quantize it with quantize(model, spec, calibration)."
         )
     model = checkpoint_class(config).from_pretrained(path, **{"dtype": "auto", **kwargs})
-    spec, ranges = recorded
-    return set_activation_ranges_(prepare_qat_(model, spec), ranges).eval()
+    spec, record = recorded
+    return restore_record_(prepare_qat_(model, spec), record).eval()

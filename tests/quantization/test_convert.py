@@ -14,6 +14,7 @@ from transformers import BertForSequenceClassification
 from hfkdq import QuantizationSpec
 from hfkdq.facts import read_facts, record_fact
 from hfkdq.quantization import (
+    QuantizedConv2d,
     QuantizedEmbedding,
     QuantizedLinear,
     activation_ranges,
@@ -37,12 +38,13 @@ def test_swaps_classes_and_keeps_parameters_and_keys(make):
     parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     assert prepare_qat_(model, QuantizationSpec()) is model
     modules = quantized_modules(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert sorted(name for name in modules if isinstance(modules[name], QuantizedLinear)) == sorted(linears)
+    inputs = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    kinds = (QuantizedLinear, QuantizedConv2d)
+    assert sorted(name for name in modules if isinstance(modules[name], kinds)) == sorted(inputs)
     assert list(model.state_dict()) == keys
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
     observe(model)
-    assert set(activation_ranges(model)) == set(linears)
+    assert set(activation_ranges(model)) == set(inputs)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(**tiny.batch(model)).logits, model(**tiny.batch(model)).logits)
 

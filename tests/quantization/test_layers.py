@@ -13,18 +13,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hfkdq import QuantizationSpec
-from hfkdq.quantization.convert import _swap
-from hfkdq.quantization.fake_quant import (
-    LearnedQuantizer,
-    ObservedQuantizer,
-    QuantizedEmbedding,
-    QuantizedLinear,
-)
+from hfkdq.quantization import QuantizedEmbedding, QuantizedLinear
+from hfkdq.quantization.activations import make_activation_quantizer
+from hfkdq.quantization.layers import swap_in_
+from hfkdq.specs import QuantizationScheme
 
 
 def quantized(module, **spec):
-    _swap(module, QuantizationSpec(**spec))
-    return module
+    spec = QuantizationSpec(**spec)
+    return swap_in_(module, "layer", spec.scheme("layer", module), spec)
+
+
+def quantizer_of(estimator="learned", **settings):
+    return make_activation_quantizer(QuantizationScheme(range_estimator=estimator, **settings))
 
 
 def linear(features=8, outputs=6, **spec):
@@ -45,13 +46,14 @@ def test_linear_equals_integer_arithmetic_exactly(estimator, training):
     channel_scale = 2.0 ** torch.tensor([-9, -8, -7, -6, -5, -4]).float()
     layer.weight.data = codes * channel_scale[:, None]
     layer.bias.data = torch.arange(6.0)
-    layer.activation_quantizer.set_range(2.0**-5, 100)
+    middle = 128 if estimator == "pact" else 100
+    layer.activation_quantizer.set_range(2.0**-5, middle)
     inputs = torch.randn(5, 8) * 4
-    if training and estimator != "learned":
+    if training and estimator not in ("learned", "pact"):
         layer.activation_quantizer._update = lambda values: None  # hold the range, to compare with it
-    integers = codes_of(inputs, 2.0**-5, 100)
+    integers = codes_of(inputs, 2.0**-5, middle)
     assert (integers.min(), integers.max()) == (0, 255), "the input should reach both ends of the range"
-    expected = ((integers - 100) @ codes.T) * channel_scale * 2.0**-5 + torch.arange(6.0)
+    expected = ((integers - middle) @ codes.T) * channel_scale * 2.0**-5 + torch.arange(6.0)
     assert torch.equal(layer(inputs), expected)
     assert torch.equal(layer.integer_weight(), codes.to(torch.int8))
     assert torch.equal(layer.weight_scale(), channel_scale)
@@ -88,7 +90,7 @@ def test_straight_through_gradients():
 
 
 def test_learned_gradients_follow_lsq():
-    quantizer = LearnedQuantizer().train()
+    quantizer = quantizer_of().train()
     scale, offset = torch.tensor(0.03), torch.tensor(-2.02)
     quantizer.load_state({"scale": 0.03, "offset": -2.02})
     inputs = torch.linspace(-3, 8, 40).reshape(5, 8).requires_grad_()
@@ -115,7 +117,7 @@ def test_learned_gradients_follow_lsq():
 
 
 def test_learned_gradient_does_not_depend_on_micro_batches():
-    whole, parts = LearnedQuantizer().train(), LearnedQuantizer().train()
+    whole, parts = quantizer_of().train(), quantizer_of().train()
     inputs = torch.randn(8, 16)
     for quantizer in (whole, parts):
         quantizer.set_range(0.01, 120)
@@ -126,7 +128,7 @@ def test_learned_gradient_does_not_depend_on_micro_batches():
 
 
 def test_learned_range_is_brought_back_when_the_optimizer_leaves_it():
-    quantizer = LearnedQuantizer().train()
+    quantizer = quantizer_of().train()
     quantizer.load_state({"scale": -0.5, "offset": 3.0})
     scale, zero_point = quantizer.qparams()
     assert scale > 0
@@ -138,7 +140,7 @@ def test_learned_range_is_brought_back_when_the_optimizer_leaves_it():
 
 def test_moving_average_and_min_max():
     first, second = torch.tensor([[-1.0, 4.1]]), torch.tensor([[-0.5, 2.1]])
-    average, widest = ObservedQuantizer(0.25), ObservedQuantizer(None)
+    average, widest = quantizer_of("moving_average", averaging_constant=0.25), quantizer_of("min_max")
     for quantizer in (average, widest):
         quantizer.train()(first)
         assert (quantizer.minimum.item(), quantizer.maximum.item()) == pytest.approx((-1.0, 4.1))
@@ -154,45 +156,51 @@ def test_moving_average_and_min_max():
 
 
 @pytest.mark.parametrize("values", [torch.full((2, 3), 5.0), torch.full((2, 3), -5.0), torch.zeros(2, 3)])
-@pytest.mark.parametrize("make", [lambda: ObservedQuantizer(0.1), LearnedQuantizer])
-def test_range_includes_zero(values, make):
-    quantizer = make().train()
+@pytest.mark.parametrize("estimator", QuantizationSpec.RANGE_ESTIMATORS)
+def test_range_includes_zero(values, estimator):
+    quantizer = quantizer_of(estimator).train()
     torch.testing.assert_close(quantizer(values), values)
     assert quantizer.eval()(torch.zeros(1)).item() == 0.0
 
 
-@pytest.mark.parametrize("make", [lambda: ObservedQuantizer(0.1), LearnedQuantizer])
-def test_passes_through_until_it_has_a_range(make):
-    quantizer = make().eval()
+@pytest.mark.parametrize("estimator", QuantizationSpec.RANGE_ESTIMATORS)
+def test_passes_through_until_it_has_a_range(estimator):
+    quantizer = quantizer_of(estimator).eval()
     values = torch.randn(3, 4)
     assert quantizer(values) is values
     assert not quantizer.initialized
     quantizer.train()(torch.empty(0, 4))
     assert not quantizer.initialized, "an empty batch has no range"
-    quantizer.set_range(0.1, 7)
+    quantizer.set_range(0.1, 128)
     scale, zero_point = quantizer.qparams()
-    assert (scale.item(), zero_point.item()) == (torch.tensor(0.1).item(), 7)
+    assert (scale.item(), zero_point.item()) == (torch.tensor(0.1).item(), 128)
 
 
-@pytest.mark.parametrize("make", [lambda: ObservedQuantizer(0.1), LearnedQuantizer])
-def test_any_range_is_taken_over_exactly(make):
-    quantizer = make().eval()
-    for zero_point in range(0, 256, 5):
-        scale = (torch.rand(()) / 50).item()
+@pytest.mark.parametrize("estimator", QuantizationSpec.RANGE_ESTIMATORS)
+def test_any_range_is_taken_over_exactly(estimator):
+    quantizer = quantizer_of(estimator).eval()
+    for zero_point in [0, 128] * 200 if estimator == "pact" else range(0, 256, 5):
+        # A scale that such a quantizer can have: a bound in float32 over the steps to it.
+        scale = (torch.rand(()) * 5 / (127 if zero_point == 128 else 255)).item()
         quantizer.set_range(scale, zero_point)
         assert [value.item() for value in quantizer.qparams()] == [scale, zero_point]
 
 
-def test_embedding_quantizes_rows_with_the_scale_of_the_table():
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_embedding_quantizes_rows_with_the_scale_of_the_table_or_their_own(per_channel):
     plain = nn.Embedding(10, 4, padding_idx=0)
     plain.weight.data[9, 0] = 12.7
-    table = quantized(copy.deepcopy(plain))
+    table = quantized(copy.deepcopy(plain), per_channel=per_channel)
     ids = torch.tensor([[1, 2, 0]])
-    expected = (plain(ids) * (1 / table.weight_scale())).round() * table.weight_scale()
+    scale = table.weight_scale()
+    if per_channel:
+        torch.testing.assert_close(scale[1:], plain.weight[1:].abs().amax(dim=1).detach() / 127)
+        scale = scale[ids].unsqueeze(-1)
+    else:
+        assert scale.item() == pytest.approx(0.1)
     assert isinstance(table, QuantizedEmbedding)
-    assert table.weight_scale().item() == pytest.approx(0.1)
-    assert torch.equal(table(ids), expected)
-    assert torch.equal(table(ids), table.integer_weight()[ids] * table.weight_scale())
+    assert torch.equal(table(ids), (plain(ids) * (1 / scale)).round() * scale)
+    assert torch.equal(table(ids), table.integer_weight()[ids] * scale)
     table(ids).sum().backward()
     assert table.weight.grad[:3, 0].tolist() == [0.0, 1.0, 1.0], "the padding row gets no gradient"
 

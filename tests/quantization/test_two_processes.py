@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hfkdq import QATCallback, QuantizationSpec
-from hfkdq.quantization.convert import quantizer_states
+from hfkdq.quantization.records import quantizer_states
 from tests import tiny
 from tests.launch import accelerate_launch
 

@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerState
 from hfkdq import QATCallback, QuantizationSpec, load_quantized
 from hfkdq.facts import read_facts
 from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec
-from hfkdq.quantization.convert import activation_quantizers, quantizer_states
+from hfkdq.quantization.records import activation_quantizers, quantizer_states
 from tests import tiny
 
 ESTIMATORS = ["moving_average", "learned"]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizes what enters the two matrix products of attention: queries and keys, probabilities and values.
+
+Knows the calls by which PyTorch multiplies; no family of models beyond the names of its projections.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..architecture import ATTENTION_INPUTS
+from ..specs import QuantizationScheme, QuantizationSpec, module_matches
+from .activations import ActivationQuantizer, make_activation_quantizer
+from .weights import Stateless
+
+OPERANDS = ("query", "key", "probabilities", "value")
+_PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm)
+_SDPA = F.scaled_dot_product_attention
+
+
+class AttentionQuantizer(Stateless):
+    """The fake quantizers of one attention module, and the watch that puts them before its matrix products.
+
+    While the module runs, `scaled_dot_product_attention` is computed in its parts, and the operands of `matmul` are
+    quantized: of the first product as query and key, of the second as probabilities and value.
+
+    Args:
+        scheme (`QuantizationScheme`): how activations are quantized.
+        device (`torch.device`, *optional*): where the ranges live.
+    """
+
+    fake_quantize_enabled = True
+
+    def __init__(self, scheme: QuantizationScheme, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.operands = nn.ModuleDict({name: make_activation_quantizer(scheme, device) for name in OPERANDS})  # type: ignore[misc]
+        self._modes: list[_Watch | None] = []
+        self.handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_modes": []}
+
+    def quantize(self, name: str, values: Tensor) -> Tensor:
+        """`values` as the operand `name` on its grid."""
+        quantized: Tensor = self.operands[name](values)
+        return quantized
+
+    def enter(self) -> None:
+        """Starts to watch; while the fake quantizers are off nothing is watched."""
+        mode = _Watch(self) if self.fake_quantize_enabled else None
+        self._modes.append(mode)
+        if mode is not None:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, module: nn.Module, failed: bool) -> None:
+        """Stops to watch.
+
+        Raises:
+            ValueError: the module has multiplied in another way than attention does.
+        """
+        mode = self._modes.pop()
+        if mode is None:
+            return
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if mode.products != 2 and not failed:
+            raise ValueError(
+                f"attention=True quantizes two matrix products; {type(module).__name__} made {mode.products} that could "
+                "be seen. Load the model with attn_implementation='sdpa' or 'eager', or leave its attention in floating "
+                "point with attention=False."
+            )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """What `torch.nn.functional.scaled_dot_product_attention` computes, with its operands on their grids."""
+        query, key, value = (
+            self.quantize(name, t) for name, t in zip(("query", "key", "value"), (query, key, value), strict=True)
+        )
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeats, dim=-3), value.repeat_interleave(repeats, dim=-3)
+        scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # Not minus infinity, which makes NaN of a query that may look nowhere.
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        if dropout_p > 0.0:
+            probabilities = F.dropout(probabilities, dropout_p)
+        return self.quantize("probabilities", probabilities) @ value
+
+
+class _Watch(TorchFunctionMode):
+    """Sends the matrix products of one run of a module through its quantizers."""
+
+    def __init__(self, quantizer: AttentionQuantizer) -> None:
+        super().__init__()
+        self.quantizer, self.products = quantizer, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _SDPA:
+            self.products += 2
+            return self.quantizer.attend(*args, **(kwargs or {}))
+        if func in _PRODUCTS and len(args) == 2 and args[0].ndim > 2 and args[1].ndim > 2:
+            names = OPERANDS[:2] if self.products == 0 else OPERANDS[2:]
+            self.products += 1
+            args = tuple(self.quantizer.quantize(name, operand) for name, operand in zip(names, args, strict=True))
+        return func(*args, **(kwargs or {}))
+
+
+def _enter(module: Any, args: Any) -> None:
+    module.attention_quantizer.enter()
+
+
+def _leave(module: Any, args: Any, output: Any) -> None:
+    module.attention_quantizer.leave(module, failed=output is None)
+
+
+def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Module]:
+    """The modules that compute queries, keys and values, by name, without those that the spec excludes.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if _computes_attention(module) and not module_matches(name, spec.exclude_modules)
+    }
+    if not found:
+        raise ValueError(
+            f"attention=True: {type(model).__name__} has no module with projections for query, key and value that are "
+            "named as Transformers names them. Use attention=False."
+        )
+    return found
+
+
+def _computes_attention(module: nn.Module) -> bool:
+    children = {name for name, _ in module.named_children()}
+    return "c_attn" in children or all(children & set(names) for names in ATTENTION_INPUTS.values())
+
+
+def swap_attention_in_(module: nn.Module, spec: QuantizationSpec) -> None:
+    """Puts fake quantizers before the matrix products of an attention module, in place."""
+    device = next(module.parameters()).device
+    quantizer = AttentionQuantizer(spec, device)
+    module.attention_quantizer = quantizer
+    quantizer.handles = [
+        module.register_forward_pre_hook(_enter),
+        module.register_forward_hook(_leave, always_call=True),
+    ]
+    quantizer.train(module.training)
+
+
+def swap_attention_out_(model: nn.Module) -> None:
+    """Undoes `swap_attention_in_` in all of `model`."""
+    for module in list(model.modules()):
+        quantizer = module._modules.get("attention_quantizer")
+        if isinstance(quantizer, AttentionQuantizer):
+            for handle in quantizer.handles:
+                handle.remove()
+            del module.attention_quantizer
+
+
+def attention_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers of attention in `model`, by `module:operand`."""
+    return {
+        f"{name.rpartition('.')[0]}:{operand}": quantizer  # type: ignore[misc]
+        for name, module in model.named_modules()
+        if isinstance(module, AttentionQuantizer)
+        for operand, quantizer in module.operands.items()
+    }

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which values the integers of a quantized tensor stand for, and which integer a number becomes.
+
+Pure functions of tensors, all in float32; who finds the scales, and when, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Keeps empty channels and ranges from dividing by zero; far below any scale that training produces.
+SMALLEST_SCALE = 1e-12
+
+
+def compand(values: Tensor, power: float) -> Tensor:
+    """`sign(x) * |x| ** power`, elementwise."""
+    return values.sign() * values.abs().pow(power)
+
+
+def expand(values: Tensor, power: float) -> Tensor:
+    """The inverse of [`compand`]: `sign(x) * |x| ** (1 / power)`."""
+    return values.sign() * values.abs().pow(1.0 / power)
+
+
+@dataclass(frozen=True)
+class Grid:
+    r"""The integers of one tensor, and the values they stand for.
+
+    `values(codes(x))` is the quantized x. With scale s and zero point z, both broadcast against x:
+
+    - `"linear"`: \\(q = \mathrm{clamp}(\mathrm{round}(x / s) + z, low, high)\\), value \\(s (q - z)\\), ties to even; one
+      symmetric bit: \\(q = 1\\) where \\(x \ge 0\\), else -1.
+    - `"power_law"`: the same of \\(f(x) = sign(x)|x|^p\\), value \\(f^{-1}(s (q - z))\\).
+    - `"power_of_two"`: \\(q = 0\\) is 0, other q stand for \\(\pm s 2^{|q| - high}\\); the nearest is taken.
+    - `"kmeans"`: q is the index of the nearest value of a sorted codebook, in units of s.
+
+    Args:
+        bits (`int`): width.
+        symmetric (`bool`): codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one.
+        mapping (`str`): as in [`QuantizationScheme`].
+        power (`float`): of the power law.
+    """
+
+    bits: int
+    symmetric: bool = True
+    mapping: str = "linear"
+    power: float = 0.5
+
+    @property
+    def low(self) -> int:
+        """The smallest code."""
+        return -self.high if self.symmetric and self.mapping != "kmeans" else 0
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        if self.mapping == "kmeans" or not self.symmetric:
+            return int(2**self.bits) - 1
+        return max(int(2 ** (self.bits - 1)) - 1, 1)
+
+    @property
+    def top(self) -> float:
+        """The largest value at scale 1 and zero point 0, in the domain where the scale counts."""
+        return 1.0 if self.mapping in ("power_of_two", "kmeans") else float(self.high)
+
+    def domain(self, values: Tensor) -> Tensor:
+        """`values` where scales count: companded for the power law."""
+        return compand(values, self.power) if self.mapping == "power_law" else values
+
+    def codes(
+        self, values: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
+    ) -> Tensor:
+        """The codes of `values`, as float32 integers of their shape."""
+        if self.mapping == "kmeans" and codebook is not None:
+            borders = (codebook[1:] + codebook[:-1]) / 2
+            return torch.bucketize((values / scale).contiguous(), borders).float()
+        if self.mapping == "power_of_two":
+            return self._nearest_power(values / scale)
+        if self.bits == 1 and self.symmetric:
+            return torch.where(values >= 0, 1.0, -1.0)
+        # Times the reciprocal, and rounded before the zero point is added, as torch's fused kernels do it.
+        codes = (self.domain(values) * (1.0 / scale)).round()
+        return (codes if zero_point is None else codes + zero_point).clamp(self.low, self.high)
+
+    def _nearest_power(self, ratio: Tensor) -> Tensor:
+        size = ratio.abs()
+        # Between 2**-k and 2**-(k+1) the middle is 0.75 * 2**-k; frexp gives the exponent exactly.
+        exponent = torch.frexp(size / 0.75).exponent - 1
+        code = (self.high + exponent).clamp(1, self.high).float()
+        return torch.where(size * 2.0**self.high >= 1.0, code, torch.zeros_like(code)) * ratio.sign()
+
+    def values(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
+    ) -> Tensor:
+        """What `codes` stand for, float32."""
+        if self.mapping == "kmeans" and codebook is not None:
+            return codebook[codes.long()] * scale
+        if self.mapping == "power_of_two":
+            return torch.ldexp(codes.sign() * scale, torch.where(codes == 0, codes, codes.abs() - self.high).int())
+        values = (codes if zero_point is None else codes - zero_point) * scale
+        return expand(values, self.power) if self.mapping == "power_law" else values
+
+    def quantize(
+        self, values: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
+    ) -> Tensor:
+        """`values(codes(values))`, float32."""
+        return self.values(self.codes(values, scale, zero_point, codebook), scale, zero_point, codebook)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """`tensor` as a value that a tracer records as a constant, whatever it was computed from."""
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return tensor
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's warning of what is wanted here
+        return torch.tensor(tensor.tolist(), dtype=tensor.dtype, device=tensor.device)
+
+
+def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """Rounds `values` to a linear grid, per tensor or per row, with the straight-through gradient inside the range."""
+    # The fused kernels compute in float32 for bfloat16 and float16 values too, and round once at the end.
+    scale, zero_point = constant(scale), constant(zero_point)
+    if scale.ndim:
+        return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, low, high)
+    return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, low, high)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second tensor, with the gradient of the first, where the mask is set."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, quantized: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        return quantized.to(values.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return grads[0] if mask is None else grads[0] * mask, None, None
+
+
+def straight_through(values: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`quantized`, whose gradient goes to `values` unchanged, or only where `mask` is 1."""
+    result: Tensor = _StraightThrough.apply(values, quantized, mask)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Rounds to the nearest integer, ties to even; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def round_through(values: Tensor) -> Tensor:
+    """`values` rounded to the nearest integer, ties to even; the gradient passes unchanged."""
+    rounded: Tensor = _RoundStraightThrough.apply(values)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """`values`, whose gradient arrives multiplied by `factor`."""
+    return values.detach() + (values - values.detach()) * factor

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a spec is in force at which point of training.
+
+Knows progress and the quantizers of a model; neither trainers nor data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..specs import QuantizationSpec
+from .batch_norm import freeze_batch_norm_
+from .layers import weight_quantizers_of
+from .records import activation_quantizers, quantized_modules, set_enabled_, set_weight_bits_
+
+Widths = Mapping[float, int] | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is in force: `bits` is the least width of weights, 0 for that of the spec."""
+
+    enabled: bool
+    frozen: bool
+    batch_norm_frozen: bool
+    bits: int
+    share: float
+
+    def apply_(self, model: nn.Module) -> None:
+        """Brings the fake quantizers of `model` into this phase."""
+        set_enabled_(model, self.enabled)
+        for quantizer in activation_quantizers(model).values():
+            quantizer.frozen = self.frozen
+        for module in quantized_modules(model).values():
+            width = module.quantization_scheme.weight_bits
+            set_weight_bits_(module, max(width, self.bits))
+            for weights, _ in weight_quantizers_of(module).values():
+                weights.frozen, weights.share = self.frozen, self.share
+        if self.batch_norm_frozen:
+            freeze_batch_norm_(model)
+
+
+class Phases:
+    """The order of quantization-aware training; see `QATCallback` for the arguments.
+
+    Raises:
+        ValueError: a point of training outside [0, 1], widths that do not fall, or end above the width of the spec.
+    """
+
+    def __init__(
+        self,
+        spec: QuantizationSpec,
+        begin: float,
+        freeze_ranges: float | None,
+        freeze_batch_norm: float | None,
+        lower_bits: Widths | None,
+        quantized_share: float,
+    ) -> None:
+        steps = lower_bits.items() if isinstance(lower_bits, Mapping) else lower_bits or ()
+        self.begin, self.freeze_ranges, self.freeze_batch_norm = begin, freeze_ranges, freeze_batch_norm
+        self.lower_bits = tuple(sorted((float(at), int(bits)) for at, bits in steps))
+        self.quantized_share = quantized_share
+        for name, value in (
+            ("begin", begin), ("freeze_ranges", freeze_ranges), ("freeze_batch_norm", freeze_batch_norm),
+            *(("a key of lower_bits", at) for at, _ in self.lower_bits),
+        ):  # fmt: skip
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a point of training, 0 the start and 1 the end; got {value!r}.")
+        if begin == 1.0:
+            raise ValueError("begin=1.0 leaves no training with fake quantizers. Use quantize(model, spec) for that.")
+        if freeze_ranges is not None and freeze_ranges <= begin:
+            raise ValueError(f"freeze_ranges={freeze_ranges} must come after begin={begin}: ranges are found between.")
+        if not 0.0 < quantized_share <= 1.0:
+            raise ValueError(f"quantized_share must be in (0, 1], got {quantized_share!r}.")
+        self._check_widths(spec)
+
+    def _check_widths(self, spec: QuantizationSpec) -> None:
+        widths = [bits for _, bits in self.lower_bits]
+        unknown = [bits for bits in widths if bits not in spec.WEIGHT_BITS[1:]]
+        if unknown or widths != sorted(widths, reverse=True) or len(set(widths)) < len(widths):
+            raise ValueError(
+                f"lower_bits must fall, through widths of {', '.join(map(str, spec.WEIGHT_BITS[1:]))}, as "
+                f"{{0.0: 8, 0.3: 4, 0.6: 2}}; got {dict(self.lower_bits)}."
+            )
+        if widths and widths[-1] != spec.weight_bits:
+            raise ValueError(
+                f"lower_bits ends at {widths[-1]} bits, the spec asks for weight_bits={spec.weight_bits}."
+            )
+
+    @property
+    def settled(self) -> float:
+        """The progress from which weights have the widths of the spec."""
+        return max([self.begin, *(at for at, _ in self.lower_bits)])
+
+    def at(self, progress: float) -> Phase:
+        """The phase at `progress` in [0, 1]."""
+        due = [bits for at, bits in self.lower_bits if at <= progress]
+        # Before the first entry its width holds too.
+        bits = due[-1] if due else self.lower_bits[0][1] if self.lower_bits else 0
+        return Phase(
+            enabled=progress >= self.begin,
+            frozen=self.freeze_ranges is not None and progress >= self.freeze_ranges,
+            batch_norm_frozen=self.freeze_batch_norm is not None and progress >= self.freeze_batch_norm,
+            bits=bits,
+            share=self.quantized_share,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make equal phases, JSON-ready."""
+        return {
+            "begin": self.begin,
+            "freeze_ranges": self.freeze_ranges,
+            "freeze_batch_norm": self.freeze_batch_norm,
+            "lower_bits": [list(entry) for entry in self.lower_bits],
+            "quantized_share": self.quantized_share,
+        }

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters that learned ranges and scales are, and a learning rate of their own.
+
+Knows parameters; no optimizer, no trainer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .records import activation_quantizers, weight_quantizers
+
+
+def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned ranges of activations and scales of weights of `model`, which the optimizer trains with the rest."""
+    quantizers = [*activation_quantizers(model).values(), *weight_quantizers(model).values()]
+    return [parameter for quantizer in quantizers for parameter in quantizer.parameters(recurse=False)]
+
+
+class UpdateScaling:
+    """Multiplies what an optimizer step does to some parameters.
+
+    For every optimizer whose step is proportional to its learning rate, this is a learning rate of their own. A parameter
+    group, which would say the same, cannot be added by a callback before the Trainer loads the state of the optimizer
+    that it resumes.
+
+    Args:
+        factor (`float`): factor of each step, 0 or more.
+
+    Raises:
+        ValueError: the factor is negative or not finite.
+    """
+
+    def __init__(self, factor: float) -> None:
+        if not (factor >= 0.0 and math.isfinite(factor)):
+            raise ValueError(f"learning_rate_factor must be a number of 0 or more, got {factor!r}.")
+        self.factor = factor
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._now = factor
+
+    def before_step(self, parameters: list[nn.Parameter], frozen: bool) -> None:
+        """Remembers `parameters`; `frozen` ones will stay where they are."""
+        self._now = 0.0 if frozen else self.factor
+        if self._now != 1.0:
+            self._before = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def after_step_(self) -> None:
+        """Multiplies what the step has done to the parameters."""
+        for parameter, before in self._before:
+            parameter.copy_(before + self._now * (parameter - before))
+        self._before = []

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges, learned scales and codebooks of a model: reading them, setting them, and writing them into its configuration.
+
+Knows models with fake quantizers; neither trainers nor files.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..facts import read_facts, record_fact
+from ..specs import QuantizationSpec
+from .activations import ActivationQuantizer
+from .attention import attention_quantizers
+from .layers import QuantizedModule, SmoothedModule, weight_quantizers_of
+from .weights import WeightQuantizer
+
+FACT = "quantization"
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The modules of `model` that carry fake quantizers, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+
+
+def quantized_spec(model: nn.Module) -> QuantizationSpec | None:
+    """The spec that `model` was prepared with, `None` for a model without fake quantizers."""
+    return next((module.quantization_spec for module in quantized_modules(model).values()), None)
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers of `model`.
+
+    By the name of the module whose input they quantize; those of attention are named `module:query`, `module:key`,
+    `module:probabilities` and `module:value`.
+    """
+    inputs = {name: module.activation_quantizer for name, module in quantized_modules(model).items()}
+    found = {name: quantizer for name, quantizer in inputs.items() if quantizer is not None}
+    return {**found, **attention_quantizers(model)}
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
+    """The weight quantizers of `model`, by the name of the parameter that they quantize."""
+    return {
+        f"{name}.{key}": quantizer
+        for name, module in quantized_modules(model).items()
+        for key, (quantizer, _) in weight_quantizers_of(module).items()
+    }
+
+
+def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Scale and zero point of every quantized input that has seen data.
+
+    Args:
+        model (`nn.Module`): a model with fake quantizers.
+
+    Returns:
+        `dict`: `{module name: {"scale": float, "zero_point": int}}`.
+
+    Raises:
+        RuntimeError: a range is not finite, because an activation was not.
+    """
+    seen = {name: q.qparams() for name, q in activation_quantizers(model).items() if q.initialized}
+    # One transfer for all of them, because this runs after every step.
+    values = (
+        torch.stack([torch.stack([scale, zero.float()]) for scale, zero in seen.values()]).tolist() if seen else []
+    )
+    ranges = {
+        name: {"scale": scale, "zero_point": int(zero)} for name, (scale, zero) in zip(seen, values, strict=True)
+    }
+    broken = [name for name, entry in ranges.items() if not math.isfinite(entry["scale"])]
+    if broken:
+        raise RuntimeError(
+            f"The activations that enter {broken[0]} were not finite (in {len(broken)} of {len(ranges)} modules), so "
+            "there is no range to quantize them with. Look for a learning rate that is too high or bad input."
+        )
+    return ranges
+
+
+def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, Any]]) -> PreTrainedModel:
+    """Gives the fake quantizers of `model` the ranges that [`activation_ranges`] reported, in place.
+
+    Args:
+        model (`PreTrainedModel`): a model with fake quantizers.
+        ranges (`dict`): `{module name: {"scale": float, "zero_point": int}}`; other modules keep theirs.
+
+    Returns:
+        `PreTrainedModel`: the same model.
+
+    Raises:
+        ValueError: a name without a quantized input, or a range that is no range.
+    """
+    quantizers = activation_quantizers(model)
+    unknown = sorted(set(ranges) - set(quantizers))
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__} has no quantized input at {', '.join(unknown[:4])} ({len(unknown)} in all). "
+            "The ranges belong to another model or another spec."
+        )
+    for name, entry in ranges.items():
+        largest = quantizers[name].maximum_code
+        if not (entry["scale"] > 0 and 0 <= entry["zero_point"] <= largest):
+            raise ValueError(
+                f"Not a range for {name}: {entry}. The scale must be positive, the zero point in 0 to {largest}."
+            )
+    for name, entry in ranges.items():
+        quantizers[name].set_range(entry["scale"], entry["zero_point"])
+    record_ranges(model)
+    return model
+
+
+def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What weight quantizers know beyond the weights: learned scales, codebooks and smoothing factors, JSON-ready.
+
+    Args:
+        model (`nn.Module`): a model with fake quantizers.
+
+    Returns:
+        `dict`: `{parameter name: {kind: {"shape": list, "float32": base64 of the little-endian values}}}`.
+    """
+    found = {}
+    for name, tensors in _weight_tensors(model).items():
+        present = {key: _encode(tensor.detach()) for key, tensor in tensors.items() if tensor is not None}
+        if present:
+            found[name] = present
+    return found
+
+
+def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> None:
+    """Gives the weight quantizers of `model` what [`weight_states`] found, in place.
+
+    Raises:
+        ValueError: a name or a shape that the model has not.
+    """
+    modules = {f"{name}.weight": module for name, module in quantized_modules(model).items()}
+    own = weight_quantizers(model)
+    for name, entry in states.items():
+        for key, encoded in entry.items():
+            values = _decode(encoded)
+            module = modules.get(name)
+            if key == "smoothing" and isinstance(module, SmoothedModule):
+                module.smoothing.factors = values.to(module.weight.device)
+                continue
+            target = getattr(own.get(name), key, None)
+            if not isinstance(target, Tensor) or target.shape != values.shape:
+                raise ValueError(
+                    f"{type(model).__name__} has no {key} of shape {tuple(values.shape)} for {name}. The record belongs "
+                    "to another model or another spec."
+                )
+            with torch.no_grad():
+                target.copy_(values)
+
+
+def _weight_tensors(model: nn.Module) -> dict[str, dict[str, Tensor | None]]:
+    found: dict[str, dict[str, Tensor | None]] = {}
+    for name, module in quantized_modules(model).items():
+        for key, (quantizer, _) in weight_quantizers_of(module).items():
+            found[f"{name}.{key}"] = {kind: getattr(quantizer, kind, None) for kind in ("scale", "codebook")}
+        if isinstance(module, SmoothedModule):
+            found[f"{name}.weight"]["smoothing"] = module.smoothing.factors
+    return found
+
+
+def _encode(values: Tensor) -> dict[str, Any]:
+    data = values.float().cpu().numpy().astype("<f4").tobytes()
+    return {"shape": list(values.shape), "float32": base64.b64encode(data).decode()}
+
+
+def _decode(encoded: dict[str, Any]) -> Tensor:
+    values = np.frombuffer(base64.b64decode(encoded["float32"]), dtype="<f4").astype(np.float32)
+    return torch.from_numpy(values.copy()).reshape(encoded["shape"])
+
+
+def record_ranges(model: PreTrainedModel) -> None:
+    """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
+
+    `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
+    reached the spec yet, `weight_bits` has the widths that differ from it, and `enabled` is `False` while the fake
+    quantizers are off.
+    """
+    spec = quantized_spec(model)
+    if spec is None:
+        return
+    fact: dict[str, Any] = {"spec": spec.to_dict(), "ranges": activation_ranges(model)}
+    weights = weight_states(model)
+    if weights:
+        fact["weights"] = weights
+    early = {name: q.bits for name, q in weight_quantizers(model).items() if q.bits != q.scheme.weight_bits}
+    if early:
+        fact["weight_bits"] = early
+    if not all(module.fake_quantize_enabled for module in quantized_modules(model).values()):
+        fact["enabled"] = False
+    record_fact(model, FACT, fact)
+
+
+def recorded_quantization(
+    model_or_config: PreTrainedModel | PretrainedConfig,
+) -> tuple[QuantizationSpec, dict[str, Any]] | None:
+    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record."""
+    fact = read_facts(model_or_config).get(FACT)
+    return None if fact is None else (QuantizationSpec.from_dict(fact["spec"]), fact)
+
+
+def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
+    """Brings a prepared model into the state that [`record_ranges`] wrote, in place."""
+    modules = quantized_modules(model)
+    for name, bits in record.get("weight_bits", {}).items():
+        set_weight_bits_(modules[name.rpartition(".")[0]], bits)
+    load_weight_states_(model, record.get("weights", {}))
+    set_enabled_(model, record.get("enabled", True))
+    return set_activation_ranges_(model, record["ranges"])
+
+
+def set_weight_bits_(module: QuantizedModule, bits: int) -> None:
+    """Lets a module go on with another width of its weights."""
+    for quantizer, weight in weight_quantizers_of(module).values():
+        if quantizer.bits != bits:
+            quantizer.set_bits(bits, weight)
+
+
+def set_enabled_(model: nn.Module, enabled: bool) -> None:
+    """Turns all fake quantizers of `model` on or off; off, it computes in floating point."""
+    for module in model.modules():
+        if hasattr(module, "fake_quantize_enabled"):
+            module.fake_quantize_enabled = enabled  # type: ignore[assignment]
+
+
+def quantizer_states(model: nn.Module) -> dict[str, dict[str, float]]:
+    """What every quantized input that has seen data needs to continue exactly, JSON-ready, by module name."""
+    seen = {name: quantizer for name, quantizer in activation_quantizers(model).items() if quantizer.initialized}
+    tensors = [tensor.float() for quantizer in seen.values() for tensor in quantizer.state_tensors()]
+    values = iter(torch.stack(tensors).tolist() if tensors else [])  # one transfer from the device for all
+    return {name: {key: next(values) for key in quantizer.state_names} for name, quantizer in seen.items()}
+
+
+def load_quantizer_states_(model: nn.Module, states: dict[str, dict[str, float]]) -> None:
+    """Lets the fake quantizers of `model` continue where [`quantizer_states`] was taken; those not in it start anew."""
+    for name, quantizer in activation_quantizers(model).items():
+        quantizer.initialized = name in states
+        if quantizer.initialized:
+            quantizer.load_state(states[name])

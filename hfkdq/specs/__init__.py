@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user asks for: frozen, validated descriptions of quantization and pruning.
+
+Knows nothing of trainers, hubs or ONNX; the same spec drives training and the exported file.
+"""
+
+from .base import ModulePatterns, module_matches
+from .pruning import PruningSpec
+from .quantization import QuantizationScheme, QuantizationSpec, override_matches
+
+__all__ = [
+    "ModulePatterns",
+    "PruningSpec",
+    "QuantizationScheme",
+    "QuantizationSpec",
+    "module_matches",
+    "override_matches",
+]

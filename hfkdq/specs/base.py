@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all specs share: the grammar of module names, and their dictionaries.
+
+Knows names and dataclasses; nothing of what a spec asks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+ModulePatterns = str | Sequence[str] | None
+_Spec = TypeVar("_Spec", bound="Serializable")
+
+
+def module_matches(name: str, patterns: ModulePatterns) -> bool:
+    """Whether a module name matches `patterns`, in the grammar of PEFT's `target_modules`.
+
+    Args:
+        name (`str`): dotted module name, as `model.named_modules()` gives it.
+        patterns (`str` or list of `str`, *optional*): a string is a regular expression for the full name; a list
+            holds names or their last parts (`"query"` matches `"encoder.layer.0.attention.self.query"`).
+
+    Returns:
+        `bool`: `False` for `None`.
+    """
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+class Serializable:
+    """`to_dict` and `from_dict` for the specs below; unknown keys are refused."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON-ready data; `from_dict` gives the equal spec back."""
+        data = asdict(self)  # type: ignore[call-overload]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+
+    @classmethod
+    def from_dict(cls: type[_Spec], data: dict[str, Any]) -> _Spec:
+        """The spec that `to_dict` described.
+
+        Raises:
+            ValueError: a key that is no field of this spec.
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}. Its fields are: {', '.join(sorted(known))}."
+            )
+        return cls(**data)
+
+
+def freeze_patterns(spec: Any) -> None:
+    """Makes the patterns of a spec immutable, and refuses those that are none."""
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(spec, name)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
+        elif not all(isinstance(item, str) for item in value):
+            raise TypeError(f"{name} must be a regular expression or a list of module names, got {value!r}.")
+        else:
+            object.__setattr__(spec, name, tuple(value))
