@@ -23,7 +23,7 @@ from hfkdq.facts import record_fact
 from hfkdq.metrics import classification_metrics
 from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency, latency
-from hfkdq.report.card import _call
+from hfkdq.report.card import _call, _quantization
 from hfkdq.report.latency import TimedEngine, time_engines
 
 from . import tiny
@@ -203,7 +203,9 @@ def test_missing_masks_are_filled_as_models_do(folder):
 def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
     student = tiny.bert(seed=1)
     student.config._name_or_path = str(tmp_path / "teacher")
-    record_fact(student, "quantization", {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0}}})
+    record_fact(
+        student, "quantization", {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0}}, "weights": {"a": {}}}
+    )
     record_fact(student, "distillation", {"teacher": str(tmp_path / "teacher"), "notes": ["~/secret", SECRET, "kept"]})
     report = measure(folder, student=student)
     assert report.facts == {"quantization": {"spec": {"weight_bits": 8}}, "distillation": {"notes": ["kept"]}}
@@ -214,6 +216,24 @@ def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
         assert SECRET not in text
         assert str(Path.home()) not in text
     assert student.config.hfkdq["quantization"]["ranges"] == {"a": {"scale": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (dict(weight_bits=2), "2-bit weights (ternary, symmetric, scales per output channel), embeddings 8-bit, head 8-bit, 8"),
+        (dict(weight_bits=4, group_size=64, activation_bits=None, symmetric=False, embedding_bits=4),
+         "4-bit weights (affine, scales per 64 inputs), head 8-bit."),
+        (dict(weight_bits=4, weight_mapping="kmeans", per_channel=False), "symmetric, k-means codebook, scales per tensor)"),
+        (dict(weight_bits=16, storage_dtype="float16"), "float16 weights, 8-bit activations"),
+        (dict(activation_bits=4, attention=True, activation_symmetric=True),
+         "4-bit activations, inside attention too (symmetric, per tensor, ranges: moving average)"),
+        (dict(overrides={"query": None, "key": {"weight_bits": 4}}), "; 2 settings for single modules"),
+    ],
+)  # fmt: skip
+def test_card_says_what_a_spec_asks_for(spec, words):
+    line = _quantization({"spec": QuantizationSpec(**spec).to_dict()})
+    assert words in line
 
 
 def test_base_model_comes_from_the_configuration_if_it_names_one(folder, tmp_path, monkeypatch):

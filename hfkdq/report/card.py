@@ -80,11 +80,12 @@ def _metadata(report: CompressionReport) -> ModelCardData:
 def _tags(report: CompressionReport) -> list[str]:
     facts, last = report.facts, report.engines[-1]
     dynamic = (last.parity or {}).get("kind") == "dynamic"
+    bits = facts.get("quantization", {}).get("spec", {}).get("weight_bits", 8)
     done = {
         "distillation": "teacher" in facts.get("distillation", {}),
         "pruning": "pruning" in facts or "student" in facts,
         "quantization": "quantization" in facts or dynamic,
-        "int8": "quantization" in facts or dynamic,
+        f"int{8 if dynamic else bits}": dynamic or ("quantization" in facts and bits < 16),
         "onnx": last.kind == "onnx",
     }
     return ["hfkdq", *(tag for tag, is_done in done.items() if is_done)]
@@ -171,15 +172,40 @@ def _quantization(fact: dict[str, Any]) -> str:
     spec = fact.get("spec", {})
     if "weight_bits" not in spec:
         return ""
-    line = f"**Quantization**: {spec['weight_bits']}-bit weights (symmetric, linear layers per output channel)"
+    line = f"**Quantization**: {_weights(spec)}"
     if spec.get("activation_bits"):
         ranges = str(spec.get("range_estimator", "")).replace("_", " ")
-        line += f", {spec['activation_bits']}-bit activations (affine, per tensor{f', ranges: {ranges}' if ranges else ''})"
+        kind = "symmetric" if spec.get("activation_symmetric") else "affine"
+        kind += ", power law" if spec.get("activation_mapping") == "power_law" else ""
+        where = ", inside attention too" if spec.get("attention") else ""
+        line += f", {spec['activation_bits']}-bit activations{where} ({kind}, per tensor{f', ranges: {ranges}' if ranges else ''})"
+    own = len(spec.get("overrides") or {})
+    if own:
+        line += f"; {count(own)} {'setting' if own == 1 else 'settings'} for single modules"
     left_out = spec.get("exclude_modules")
     if left_out:
         names = [left_out] if isinstance(left_out, str) else left_out
         line += f"; in floating point: {', '.join(f'`{name}`' for name in names)}"
     return f"{line}."
+
+
+def _weights(spec: dict[str, Any]) -> str:
+    """The weights of a quantization spec, in words."""
+    bits = spec["weight_bits"]
+    if bits == 16:
+        return f"{spec.get('storage_dtype', '16-bit')} weights"
+    group = spec.get("group_size")
+    scale = (
+        "per tensor" if spec.get("per_channel") is False else f"per {group} inputs" if group else "per output channel"
+    )
+    kind = "affine" if spec.get("symmetric") is False else "symmetric"
+    mapping = {"power_law": ", power law", "power_of_two": ", powers of two", "kmeans": ", k-means codebook"}
+    text = f"{bits}-bit weights ({'ternary, ' if bits == 2 and kind == 'symmetric' else ''}{kind}"
+    text += f"{mapping.get(str(spec.get('weight_mapping')), '')}, scales {scale})"
+    others = {"embeddings": spec.get("embedding_bits"), "head": spec.get("head_bits")}
+    wider = {name: max(8, bits) if width is None else width for name, width in others.items()}
+    told = [f"{name} {width}-bit" for name, width in wider.items() if width != bits]
+    return f"{text}{''.join(f', {part}' for part in told)}"
 
 
 def _export(engine: Engine) -> str:

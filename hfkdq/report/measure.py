@@ -208,7 +208,8 @@ def _task(model: PreTrainedModel) -> str | None:
 def _facts(student: PreTrainedModel) -> dict[str, Any]:
     facts = read_facts(student)
     if isinstance(facts.get("quantization"), dict):
-        facts["quantization"].pop("ranges", None)
+        for numbers in ("ranges", "weights", "weight_bits"):
+            facts["quantization"].pop(numbers, None)
     return dict(publishable(facts))
 
 
