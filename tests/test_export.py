@@ -129,6 +129,8 @@ def test_float(make, task, ort_class, tmp_path):
         (tiny.bert, QuantizationSpec(activation_bits=None)),
         (tiny.distilbert, QuantizationSpec(range_estimator="min_max", exclude_modules=["classifier"])),
         (tiny.vit, INT8),
+        (tiny.bert, QuantizationSpec(weight_bits=4)),
+        (tiny.resnet, QuantizationSpec(weight_bits=6)),
     ],
 )
 def test_trained_int8(make, spec, tmp_path, training_arguments):

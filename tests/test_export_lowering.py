@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hfkdq.export.lowering import lower_quantizers_
 from hfkdq.quantization import activation_ranges, quantize, quantized_modules
@@ -15,15 +16,24 @@ def calibrated(make, **spec):
     return quantize(model, QuantizationSpec(**spec), [tiny.batch(model, seed=seed) for seed in range(3)])
 
 
-@pytest.mark.parametrize("make", [tiny.bert, tiny.vit, tiny.distilbert])
-@pytest.mark.parametrize("activation_bits", [8, None])
+@pytest.mark.parametrize("make", [tiny.bert, tiny.vit, tiny.distilbert, tiny.gpt2, tiny.resnet])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(activation_bits=8),
+        dict(activation_bits=None),
+        dict(weight_bits=4, weight_estimator="mse", activation_symmetric=True),
+        dict(weight_bits=2, per_channel=False),
+        dict(weight_bits=1),
+    ],
+)
 @torch.no_grad()
-def test_computes_what_the_fake_quantizers_compute(make, activation_bits):
-    model = calibrated(make, activation_bits=activation_bits)
+def test_computes_what_the_fake_quantizers_compute(make, spec):
+    model = calibrated(make, **spec)
     batch = tiny.batch(model, seed=9)
     expected = model(**batch).logits
     assert (make()(**batch).logits - expected).abs().max() > 1e-3  # quantization is there to be seen
-    assert lower_quantizers_(model) == sum(isinstance(m, nn.Linear) for m in make().modules())
+    assert lower_quantizers_(model) == sum(isinstance(m, (nn.Linear, Conv1D)) for m in make().modules())
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=2e-6)
     assert not quantized_modules(model)
 
@@ -59,3 +69,28 @@ def test_excluded_modules_stay():
     lower_quantizers_(model)
     assert type(model.classifier) is nn.Linear
     assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "reason"),
+    [
+        (tiny.bert, dict(weight_bits=4, group_size=32), "query has group_size=32"),
+        (tiny.bert, dict(weight_bits=4, weight_mapping="kmeans"), "weight_mapping='kmeans'"),
+        (tiny.bert, dict(symmetric=False), "symmetric=False"),
+        (tiny.bert, dict(weight_bits=16, storage_dtype="float16"), "weight_bits=16"),
+        (tiny.vit, dict(activation_bits=4), "activation_bits=4"),
+        (tiny.bert, dict(attention=True), "attention.self has quantized matrix products"),
+    ],
+)
+def test_what_cannot_be_written_yet_is_refused_with_the_reason(make, spec, reason):
+    model = calibrated(make, **spec)
+    with pytest.raises(ValueError, match=reason):
+        lower_quantizers_(model)
+    assert quantized_modules(model), "and left as it was"
+
+
+def test_smoothed_inputs_are_refused():
+    model = tiny.bert()
+    quantize(model, QuantizationSpec(), [tiny.batch(model)], smoothing=0.5)
+    with pytest.raises(ValueError, match="smoothed inputs"):
+        lower_quantizers_(model)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..quantization import activation_ranges, quantize, quantized_spec, strip_quantizers_
 from ..specs import QuantizationSpec
-from .lowering import lower_quantizers_
+from .lowering import check_lowerable, lower_quantizers_
 from .verify import Batch, Collator, Parity, compare, iterate_batches, run_torch, sample_batches
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def export_onnx(
         rest = iterate_batches(calibration, model, processing_class, data_collator)
         batches = sample_batches(rest)
     reference = _reference_model(model, quantization, chain(batches, rest))
+    check_lowerable(reference)
     # Before there is a session: its waiting threads slow torch down many times over.
     expected = run_torch(reference, batches)
     with _staged(folder) as staging:

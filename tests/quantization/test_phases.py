@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from hfkdq import QATCallback, QuantizationSpec, load_quantized
 from hfkdq.facts import read_facts
@@ -167,28 +167,6 @@ def test_learning_rate_factor_multiplies_the_steps_of_learned_ranges(training_ar
         torch.testing.assert_close(five, 5 * one, rtol=1e-3, atol=1e-8)
 
 
-def resnet():
-    torch.manual_seed(0)
-    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)  # fmt: skip
-    config.image_size = 16
-    model = ResNetForImageClassification(config)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            module.weight.data.uniform_(0.5, 1.5)
-    return model
-
-
-class Images(torch.utils.data.Dataset):
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, i):
-        generator = torch.Generator().manual_seed(i)
-        return {"pixel_values": torch.randn(1, 16, 16, generator=generator), "labels": i % 3}
-
-
 @pytest.mark.parametrize(
     ("phases", "moves"), [({}, 6), (dict(freeze_batch_norm=0.5), 3), (dict(fold_batch_norm=True), 0)]
 )
@@ -197,9 +175,11 @@ def test_batch_norm_follows_until_it_is_frozen_or_folded(training_arguments, pha
         return torch.cat([m.running_mean for m in model.modules() if isinstance(m, nn.BatchNorm2d)])
 
     watch = Watch(lambda model: statistics(model).clone())
-    model = resnet()
+    model = tiny.resnet()
     qat = QATCallback(QuantizationSpec(weight_bits=4), **phases)
-    trainer = Trainer(model, training_arguments(max_steps=6), train_dataset=Images(), callbacks=[qat, watch])
+    trainer = Trainer(
+        model, training_arguments(max_steps=6), train_dataset=tiny.image_dataset(32), callbacks=[qat, watch]
+    )
     trainer.train()
     found = [*watch.seen, statistics(trainer.model)]
     changed = [not torch.equal(a, b) for a, b in itertools.pairwise(found)]
@@ -207,8 +187,8 @@ def test_batch_norm_follows_until_it_is_frozen_or_folded(training_arguments, pha
     assert len(activation_ranges(trainer.model)) == len(quantized_modules(trainer.model)) > 5
     trainer.save_model()
     loaded = load_quantized(trainer.args.output_dir)
-    pixels = Images()[0]["pixel_values"][None]
-    assert torch.equal(loaded(pixels).logits, trainer.model.eval()(pixels).logits)
+    batch = tiny.batch(loaded)
+    assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
 def test_the_best_model_is_one_with_the_widths_of_the_spec(training_arguments):
