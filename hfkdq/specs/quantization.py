@@ -62,8 +62,8 @@ class QuantizationScheme(Serializable):
             or one-sided range (Choi et al., "PACT: Parameterized Clipping Activation", 2018).
         averaging_constant (`float`, defaults to 0.05): share of the newest batch in a moving average, in (0, 1].
         percentile (`float`, defaults to 99.9): for `"percentile"`, in (50, 100].
-        storage_dtype (`str`, defaults to `"float32"`): `"float32"`, `"float16"` or `"bfloat16"`: what the scales, and
-            weights of 16 bits, are rounded to.
+        storage_dtype (`str`, defaults to `"float32"`): `"float32"`, `"float16"` or `"bfloat16"`: what the scales of
+            weights, and weights of 16 bits, are rounded to.
     """
 
     WEIGHT_BITS: ClassVar[tuple[int, ...]] = (16, 8, 6, 4, 3, 2, 1)
