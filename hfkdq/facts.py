@@ -22,3 +22,13 @@ def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str,
 def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> None:
     """Writes JSON-ready `fact` under `topic` into the model's configuration, in place of what stood there."""
     model.config.hfkdq = {**read_facts(model), topic: fact}
+
+
+def refresh_facts(model: PreTrainedModel) -> None:
+    """Lets the modules of a model that has changed its shapes write anew what they have recorded of it.
+
+    A module that records something has a method `write_facts(model)`, which writes it for all of its kind.
+    """
+    kinds = {type(module).write_facts: module for module in model.modules() if hasattr(module, "write_facts")}
+    for module in kinds.values():
+        module.write_facts(model)  # type: ignore[operator]

@@ -25,8 +25,12 @@ from hfkdq import (
     export_onnx,
     load_quantized,
     make_student,
+    prune,
+    quantize,
 )
 from hfkdq.metrics import classification_metrics
+from hfkdq.pruning.masks import Masks
+from hfkdq.pruning.targets import find_targets
 
 from . import tiny
 
@@ -106,6 +110,44 @@ def test_accumulation_changes_nothing_with_everything_on(training_arguments):
     np.testing.assert_allclose(*logs, rtol=2e-3)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(),
+        dict(weight_bits=2),
+        dict(weight_bits=4, weight_estimator="mse", symmetric=False),
+        dict(weight_bits=4, weight_mapping="power_law", activation_bits=4),
+    ],
+)
+@torch.no_grad()
+def test_removing_zeroed_neurons_changes_nothing_of_a_quantized_model(spec):
+    model, batch = tiny.bert(0), tiny.batch(tiny.bert(0))
+    quantize(model, QuantizationSpec(**spec), [batch])
+    masks = Masks(find_targets(model, NEURONS))
+    masks.grow_to(NEURONS.sparsity)
+    masks.apply_()
+    zeroed = model(**batch).logits
+    assert prune(model, NEURONS).config.intermediate_size == 32
+    torch.testing.assert_close(model(**batch).logits, zeroed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pruned_first", [True, False])
+def test_learned_scales_of_weights_follow_the_removal_of_neurons(training_arguments, tmp_path, pruned_first):
+    callbacks = [PruningCallback(NEURONS), QATCallback(QuantizationSpec(weight_bits=4, weight_estimator="learned"))]
+    trainer = run(training_arguments(max_steps=6), callbacks if pruned_first else callbacks[::-1])
+    trainer.save_model(str(tmp_path / "saved"))
+    batch = tiny.batch(trainer.model)
+    loaded = load_quantized(str(tmp_path / "saved"))
+    assert loaded.config.intermediate_size == 32
+    assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+def test_groups_that_removal_would_cut_are_refused_before_training(training_arguments):
+    callbacks = [PruningCallback(PruningSpec(sparsity=0.25, structure="neuron")), QATCallback(QuantizationSpec(group_size=32))]  # fmt: skip
+    with pytest.raises(ValueError, match=r"output.dense: Pruning would leave 48 inputs, which group_size=32"):
+        run(training_arguments(max_steps=6), callbacks)
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..schedules import Cubic
 from ..specs import PruningSpec
-from .masks import Masks
+from .masks import Masks, check_widths
 from .one_shot import prune
 from .targets import PruningTarget, find_targets
 
@@ -91,6 +91,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         targets = find_targets(model, self.spec)
         if optimizer is not None:
             _check_trained_by(optimizer, targets)
+        check_widths(targets, self.spec)
         if state.global_step > 0:
             self._check_resumed(state)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.

@@ -8,12 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .targets import PruningTarget
+from ..specs import PruningSpec
+from .targets import NeuronTarget, PruningTarget
 
 
 def units_kept(units: int, sparsity: float) -> int:
     """`max(1, round(units * (1 - sparsity)))`."""
     return max(1, round(units * (1.0 - sparsity)))
+
+
+def check_widths(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
+    """Refuses neurons to be removed before modules that need another number of inputs, as they say themselves.
+
+    Raises:
+        ValueError: such a module, with its reason.
+    """
+    for target in targets:
+        if isinstance(target, NeuronTarget):
+            for name, linear in target.block.outputs:
+                if hasattr(linear, "check_inputs"):
+                    try:
+                        linear.check_inputs(units_kept(linear.in_features, spec.sparsity))
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from error
 
 
 class Masks:

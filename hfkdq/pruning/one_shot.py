@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ..facts import record_fact
+from ..facts import record_fact, refresh_facts
 from ..specs import PruningSpec
-from .masks import Masks
+from .masks import Masks, check_widths
 from .removal import remove_neurons_
 from .targets import NeuronTarget, find_targets
 
@@ -47,6 +47,7 @@ def prune(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
         ```
     """
     targets = find_targets(model, spec)
+    check_widths(targets, spec)
     before = _count_parameters(model)
     masks = Masks(targets)
     masks.grow_to(spec.sparsity)
@@ -55,6 +56,7 @@ def prune(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     if spec.structure == "neuron":
         gone = sum(int(mask.sum()) for mask in masks.pruned)
         remove_neurons_(model, [target.block for target in targets if isinstance(target, NeuronTarget)], masks.pruned)
+        refresh_facts(model)
     else:
         gone = sum(int((target.scores() == 0).sum()) for target in targets)
     fact = {

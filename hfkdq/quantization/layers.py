@@ -67,9 +67,39 @@ class QuantizedModule(nn.Module):
             input = self.activation_quantizer(input)
         return input, self.weight_quantizer(self.weight)
 
+    def adapted_weight(self) -> Tensor:
+        """The weight with the adapters of PEFT that belong to it."""
+        return self.weight
+
+    def check_inputs(self, count: int) -> None:
+        """Refuses to be left with `count` inputs, if groups of them share a scale that would be cut.
+
+        Raises:
+            ValueError: the group size does not divide `count`.
+        """
+        size = self.quantization_scheme.group_size
+        if size is not None and count % size:
+            raise ValueError(
+                f"Pruning would leave {count} inputs, which group_size={size} does not divide. Choose another sparsity "
+                "or group size, or a scale per channel."
+            )
+
+    def keep_outputs_(self, kept: Tensor) -> None:
+        """Follows a pruning that has left the output channels `kept`, indices in ascending order."""
+        scale = getattr(self.weight_quantizer, "scale", None)
+        if scale is not None and self.quantization_scheme.per_channel:
+            self.weight_quantizer.scale = nn.Parameter(scale.detach()[kept.to(scale.device)])
+
+    def write_facts(self, model: Any) -> None:
+        """Records the state of all quantizers of `model` anew, as pruning asks for when it has changed shapes."""
+        from .records import record_ranges
+
+        record_ranges(model)
+
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         """Makes the quantizers; the class has been changed already."""
-        self.weight_quantizer = WeightQuantizer(scheme, self.weight, transposed=isinstance(self, Conv1D), name=name)
+        weight = self.adapted_weight()
+        self.weight_quantizer = WeightQuantizer(scheme, weight, transposed=isinstance(self, Conv1D), name=name)
         # Through register_module, so that None is an entry too.
         self.register_module("activation_quantizer", make_activation_quantizer(scheme, self.weight.device))
 
@@ -82,6 +112,7 @@ class SmoothedModule(QuantizedModule):
     """A layer whose inputs may be divided, feature by feature, by what its weights are multiplied with."""
 
     smoothing: Smoothing
+    adapter: Any = None
 
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         super().attach_quantizers(scheme, name)
@@ -92,10 +123,13 @@ class SmoothedModule(QuantizedModule):
         del self.smoothing
 
     def effective_weight(self) -> Tensor:
-        factors = self.smoothing.factors
+        factors, weight = self.smoothing.factors, self.adapted_weight()
         if factors is None:
-            return self.weight
-        return self.weight * (factors.unsqueeze(1) if isinstance(self, Conv1D) else factors).to(self.weight.dtype)
+            return weight
+        return weight * (factors.unsqueeze(1) if isinstance(self, Conv1D) else factors).to(weight.dtype)
+
+    def adapted_weight(self) -> Tensor:
+        return self.weight if self.adapter is None else self.adapter.merged_weight(self.weight)
 
     def input_and_weight(self, input: Tensor) -> tuple[Tensor, Tensor]:
         if self.smoothing.factors is not None:

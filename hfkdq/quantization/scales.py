@@ -74,7 +74,8 @@ def search_bounds(blocks: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tupl
 
 def _mean_abs(values: Tensor, grid: Grid) -> Tensor:
     sizes = values.abs()
-    mean = sizes.mean(dim=-1, keepdim=True)
+    # Weights that are zero do not count, so that removing pruned ones changes nothing.
+    mean = sizes.sum(dim=-1, keepdim=True) / (sizes > 0).sum(dim=-1, keepdim=True).clamp(min=1)
     if grid.bits == 1 or grid.mapping == "kmeans":
         return mean
     if grid.high == 1:

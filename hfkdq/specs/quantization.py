@@ -53,7 +53,7 @@ class QuantizationScheme(Serializable):
             `"percentile"` leaves out the largest few. `"mse"`: the clipping that changes the weights least.
             `"mean_abs"`: from the mean of |w|: \\(2 E|w| / \\sqrt Q\\); at 2 bits
             \\(E(|w| : |w| > 0.7 E|w|)\\) (Li et al., "Ternary Weight Networks", 2016), at 1 bit \\(E|w|\\)
-            (Rastegari et al., "XNOR-Net", 2016). `"learned"`: trained with the loss (Esser et al., "Learned Step Size
+            (Rastegari et al., "XNOR-Net", 2016); weights that are zero do not count. `"learned"`: trained with the loss (Esser et al., "Learned Step Size
             Quantization", 2020). By default `"mean_abs"` at 2 and 1 bits, `"min_max"` above.
         range_estimator (`str`, defaults to `"moving_average"`): how the range of an activation is found.
             `"moving_average"` follows minimum and maximum of the batches exponentially, `"min_max"` keeps the widest
