@@ -31,4 +31,4 @@ def refresh_facts(model: PreTrainedModel) -> None:
     """
     kinds = {type(module).write_facts: module for module in model.modules() if hasattr(module, "write_facts")}
     for module in kinds.values():
-        module.write_facts(model)  # type: ignore[operator]
+        module.write_facts(model)

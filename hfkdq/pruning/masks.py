@@ -26,11 +26,12 @@ def check_widths(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
     for target in targets:
         if isinstance(target, NeuronTarget):
             for name, linear in target.block.outputs:
-                if hasattr(linear, "check_inputs"):
-                    try:
-                        linear.check_inputs(units_kept(linear.in_features, spec.sparsity))
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from error
+                check = getattr(linear, "check_inputs", None)
+                try:
+                    if check is not None:
+                        check(units_kept(linear.in_features, spec.sparsity))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
 
 
 class Masks:

@@ -42,8 +42,9 @@ def remove_neurons_(model: PreTrainedModel, blocks: Sequence[FeedForward], prune
             if linear.bias is not None:
                 linear.bias = _selected(linear.bias, 0, indices)
             linear.out_features = widths[0]
-            if hasattr(linear, "keep_outputs_"):  # a module that knows more of its channels than weight and bias
-                linear.keep_outputs_(indices)
+            follow = getattr(linear, "keep_outputs_", None)
+            if follow is not None:  # a module that knows more of its channels than weight and bias
+                follow(indices)
         for _, linear in block.outputs:
             linear.weight = _selected(linear.weight, 1, indices)
             linear.in_features = widths[0]
