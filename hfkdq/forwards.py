@@ -6,9 +6,10 @@ Knows signatures and outputs; nothing of layers, losses or training.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,3 +75,19 @@ def accepts_items(model: Any) -> bool:
         return bool(said)
     parameters = inspect.signature(base_of(model).forward).parameters.values()
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes.
+
+    They are the modules with a switch `fake_quantize_enabled` that is on.
+    """
+    modules = [module for module in model.modules() if getattr(module, "fake_quantize_enabled", False)]
+    for module in modules:
+        module.fake_quantize_enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.fake_quantize_enabled = True  # type: ignore[assignment]

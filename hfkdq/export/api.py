@@ -24,7 +24,8 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..quantization import activation_ranges, quantize, quantized_spec, strip_quantizers_
+from ..forwards import base_of
+from ..quantization import activation_ranges, merge_adapters, quantize, quantized_spec, strip_quantizers_
 from ..specs import QuantizationSpec
 from .lowering import check_lowerable, lower_quantizers_
 from .verify import Batch, Collator, Parity, compare, iterate_batches, run_torch, sample_batches
@@ -62,7 +63,8 @@ def export_onnx(
     is left behind.
 
     Args:
-        model (`PreTrainedModel`): the model, on any device, in any floating-point precision; exported in float32.
+        model (`PreTrainedModel` or `PeftModel`): the model, on any device, in any floating-point precision; exported in
+            float32. LoRA adapters are merged first, see [`merge_adapters`].
         folder (`str` or `Path`): where to; must not exist yet.
         quantization (`QuantizationSpec` or `str`, *optional*): `None` writes float32. `"dynamic"` has Optimum quantize
             the float weights to int8; ranges of activations are then found at each call. A [`QuantizationSpec`] writes
@@ -98,6 +100,11 @@ def export_onnx(
     folder = Path(folder)
     _check_arguments(model, folder, quantization, calibration, tolerance)
     backend = _load_backend()
+    if base_of(model) is not model:
+        trained = quantized_spec(model)
+        model = merge_adapters(model)
+        # Merging names the layers that bitsandbytes had quantized in the spec.
+        quantization = quantized_spec(model) if trained is not None and quantization == trained else quantization
     task = backend.resolve_task(model, task)
     kind = quantization if isinstance(quantization, str) else "float" if quantization is None else "int8"
     if calibration is None:
@@ -137,13 +144,13 @@ def export_onnx(
 
 
 def _check_arguments(model: Any, folder: Path, quantization: Any, calibration: Any, tolerance: float | None) -> None:
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(base_of(model), PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
         )
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) and base_of(model) is model:
         raise ValueError(
             "The model was loaded with integer weights (quantization_config). Load it in floating point to export it."
         )

@@ -1,38 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far fake quantization moves a student from itself, as a term of the loss.
 
-Knows that modules may carry a switch `fake_quantize_enabled`; what they do with it belongs to quantization.
+Knows that a forward pass may be had in full precision; what is quantized, and how, belongs to quantization.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..forwards import base_of
+from ..forwards import base_of, full_precision
 from .base import Passes
 from .masks import Batch, Positions
 from .outline import Outline
 from .perturbed import OnOwnPasses
-
-
-@contextlib.contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes."""
-    modules = [module for module in model.modules() if getattr(module, "fake_quantize_enabled", False)]
-    for module in modules:
-        module.fake_quantize_enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.fake_quantize_enabled = True  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..architecture import ATTENTION_INPUTS
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
 from .activations import ActivationQuantizer, make_activation_quantizer
+from .adapters import plain_modules
 from .weights import Stateless
 
 OPERANDS = ("query", "key", "probabilities", "value")
@@ -141,7 +142,7 @@ def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Mod
     """
     found = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if _computes_attention(module) and not module_matches(name, spec.exclude_modules)
     }
     if not found:
@@ -183,7 +184,7 @@ def attention_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """The quantizers of attention in `model`, by `module:operand`."""
     return {
         f"{name.rpartition('.')[0]}:{operand}": quantizer  # type: ignore[misc]
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if isinstance(module, AttentionQuantizer)
         for operand, quantizer in module.operands.items()
     }

@@ -6,6 +6,7 @@ Knows convolutions and norms; no quantizers.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def thaw_batch_norm_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_batch_norm_(model: PreTrainedModel, example: dict[str, Tensor] | None = None) -> int:
-    r"""Moves every BatchNorm that directly follows a convolution into it, in place.
+    r"""Moves every BatchNorm that directly follows a convolution into it, in place, but those that are used twice.
 
     The weights become \\(w \gamma / \sqrt{\sigma^2 + \epsilon}\\) and the norm adds what is left,
     \\(\beta - \mu \gamma / \sqrt{\sigma^2 + \epsilon}\\); its statistics are then 0 and 1, and stay. The model computes
@@ -87,15 +88,18 @@ def fold_batch_norm_(model: PreTrainedModel, example: dict[str, Tensor] | None =
 
 
 def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tuple[Any, Any]]:
-    """Convolutions and the norms that take their output and nothing else."""
+    """Convolutions and the norms that take their output, each run once, since what is shared cannot be folded."""
     produced: dict[int, tuple[nn.Module, Tensor]] = {}
     pairs: list[tuple[nn.Module, nn.Module]] = []
+    runs: Counter[nn.Module] = Counter()
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
+        runs[module] += 1
         produced[id(output)] = (module, output)  # kept alive, so that its identity is not given away
 
     def before(module: nn.Module, args: Any) -> None:
-        found = produced.get(id(args[0]))
+        runs[module] += 1
+        found = produced.get(id(args[0])) if args else None
         if found is not None:
             pairs.append((found[0], module))
 
@@ -112,6 +116,8 @@ def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tu
         model.train(training)
         for handle in handles:
             handle.remove()
+    read = Counter(conv for conv, _ in pairs)
+    pairs = [(conv, norm) for conv, norm in pairs if read[conv] == runs[conv] == runs[norm] == 1]
     if not pairs:
         raise ValueError(
             f"{type(model).__name__} has no BatchNorm that directly follows a convolution: nothing to fold."

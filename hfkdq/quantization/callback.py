@@ -202,14 +202,27 @@ class QATCallback(TrainerCallback, ExportableState):
             path = Path(state.best_model_checkpoint)
             has_config = (path / CONFIG_NAME).is_file()
             recorded = recorded_quantization(type(model.config).from_pretrained(path)) if has_config else None
-            if recorded is None:
+            if recorded is not None:
+                restore_record_(model, recorded[1])
+            # A checkpoint of adapters has no configuration.
+            elif has_config or not self._load_state_of(path, model):
                 logger.warning(
                     f"The best checkpoint, {path}, was saved without quantization. Its weights "
                     "are used with the last activation ranges."
                 )
-            else:
-                restore_record_(model, recorded[1])
         self._refresh(model)
+
+    def _load_state_of(self, path: Path, model: PreTrainedModel) -> bool:
+        """Takes over the quantizers from the Trainer's state in a checkpoint; whether there were any."""
+        file = path / "trainer_state.json"
+        states = TrainerState.load_from_json(str(file)).stateful_callbacks if file.is_file() else {}
+        saved = states.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) else saved
+        if saved is None:
+            return False
+        load_quantizer_states_(model, saved["attributes"]["ranges"])
+        load_weight_states_(model, saved["attributes"].get("weights", {}))
+        return True
 
     def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)

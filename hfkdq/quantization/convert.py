@@ -11,11 +11,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..facts import read_facts
+from ..forwards import base_of
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches, override_matches
 from ..specs.quantization import RECURRENT
+from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
 from .attention import find_attention, swap_attention_in_, swap_attention_out_
-from .layers import CLASSES, swap_in_, swap_out_
-from .records import FACT, quantized_modules, quantized_spec, record_ranges
+from .layers import CLASSES, QuantizedModule, swap_in_, swap_out_
+from .records import (
+    FACT,
+    activation_quantizers,
+    quantized_modules,
+    quantized_spec,
+    record_ranges,
+    weight_quantizers,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -27,8 +36,12 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     stay what they were. Subclasses with a forward pass of their own and linear layers that share their weight with an
     embedding stay in floating point. What was done is recorded in `model.config.hfkdq`.
 
+    With LoRA adapters of PEFT it is the merged weight that is quantized, so that [`merge_adapters`] changes nothing
+    afterwards; modules have the names of the model without adapters. Layers of its base that bitsandbytes has quantized
+    stay as they are.
+
     Args:
-        model (`PreTrainedModel`): the model to change.
+        model (`PreTrainedModel` or `PeftModel`): the model to change.
         spec (`QuantizationSpec`): which modules, and how.
 
     Returns:
@@ -37,8 +50,8 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     Raises:
         TypeError: `spec` is no [`QuantizationSpec`].
         ValueError: the model was prepared with another spec, the spec or one of its patterns matches no module, a group
-            size does not divide, or a module already holds integers or runs through the hook of a device map. The
-            model is left as it was.
+            size does not divide, a module already holds integers or runs through the hook of a device map, or has an
+            adapter that cannot be merged, such as one with dropout. The model is left as it was.
 
     Example:
         ```python
@@ -54,6 +67,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     """
     if not isinstance(spec, QuantizationSpec):
         raise TypeError(f"spec must be a QuantizationSpec, got {type(spec).__name__}.")
+    check_adapters(model)
     present = quantized_spec(model)
     if present is not None and present != spec:
         raise ValueError(
@@ -61,9 +75,10 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
             "Use the same spec, or remove them first with strip_quantizers_(model)."
         )
     if present is None:
-        chosen = _choose(model, spec)
+        chosen = choose_modules(model, spec)
         attention = find_attention(model, spec) if spec.attention else {}
         try:
+            adopt_(model, {id(module) for module, _ in chosen.values()})
             for name, (module, scheme) in chosen.items():
                 swap_in_(module, name, scheme, spec)
             for module in attention.values():
@@ -72,16 +87,21 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
             strip_quantizers_(model)
             raise
         record_ranges(model)
+    elif has_adapters(model):  # they may have come after the fake quantizers, and PEFT freezes what it finds
+        adopt_(model, {id(module) for module in quantized_modules(model).values()})
+        for quantizer in (*activation_quantizers(model).values(), *weight_quantizers(model).values()):
+            quantizer.requires_grad_(True)
     return model
 
 
-def _choose(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[nn.Module, QuantizationScheme]]:
+def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[nn.Module, QuantizationScheme]]:
     """The modules to quantize and how, by name; everything that can be wrong with them is found here."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = head_modules(model)
     chosen: dict[str, tuple[nn.Module, QuantizationScheme]] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
+    adapted = has_adapters(model)
+    for name, module, wrapper in wrapped_modules(model):
         if not spec.selects(name, module):
             continue
         scheme = spec.scheme(name, module, is_head=id(module) in heads)
@@ -90,12 +110,16 @@ def _choose(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[n
         weight = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
         if not isinstance(weight, Tensor):
             continue
+        if adapted and not weight.is_floating_point():
+            skipped[name] = f"it holds {weight.dtype} weights already"
+            continue
         _check_convertible(name, module, weight)
         if type(module) not in CLASSES:
             skipped[name] = f"{type(module).__name__} has a forward pass of its own"
         elif not isinstance(module, nn.Embedding) and id(weight) in tables:
             skipped[name] = "its weight is also the table of an embedding"
         else:
+            check_adapter(name, wrapper)
             chosen[name] = (module, scheme)
     for name, reason in skipped.items():
         logger.info(f"{name} stays in floating point: {reason}.")
@@ -107,6 +131,7 @@ def _choose(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[n
 
 def head_modules(model: PreTrainedModel) -> set[int]:
     """Identities of the linear layers of the head: outside the pretrained base model, and output embeddings."""
+    model = base_of(model)
     base = getattr(model, "base_model", model)
     inside = {id(module) for module in base.modules()}
     heads = {id(module) for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside}
@@ -119,7 +144,7 @@ def head_modules(model: PreTrainedModel) -> set[int]:
 
 def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     """Refuses a single pattern that means no module, as a misspelt one does."""
-    modules = [(name, module) for name, module in model.named_modules() if type(module) in CLASSES]
+    modules = [(name, module) for name, module in plain_modules(model) if type(module) in CLASSES]
     targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
     lost = [f"target_modules: {p!r}" for p in targets if not any(module_matches(name, [p]) for name, _ in modules)]
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
@@ -151,7 +176,7 @@ def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str,
     )
     if skipped:
         return message + "Skipped were " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) + "."
-    names = [name for name, module in model.named_modules() if type(module) in CLASSES]
+    names = [name for name, module in plain_modules(model) if type(module) in CLASSES]
     return message + (
         "A list holds names or their last parts, a string is a regular expression for the whole name. "
         f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."
@@ -167,8 +192,10 @@ def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         `PreTrainedModel`: the same model.
     """
-    for module in quantized_modules(model).values():
-        swap_out_(module)
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            swap_out_(module)
+    release_(model)
     swap_attention_out_(model)
     facts = read_facts(model)
     if facts.pop(FACT, None) is not None:

@@ -48,8 +48,14 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
 
     Returns:
         `int`: how many layers were smoothed.
+
+    Raises:
+        ValueError: a scale of the weights that come out does not fit into `storage_dtype`.
     """
-    modules = [m for m in quantized_modules(model).values() if isinstance(m, _Smoothable) and m.activation_quantizer]
+    names = {
+        m: n for n, m in quantized_modules(model).items() if isinstance(m, _Smoothable) and m.activation_quantizer
+    }
+    modules = list(names)
     largest: dict[nn.Module, Tensor] = {}
     shared: dict[int, list[_Smoothable]] = {}
     first: dict[int, Tensor] = {}
@@ -74,6 +80,8 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
         usable = (inputs > 0) & (weights > 0) & factors.isfinite()
         for module in group:
             module.smoothing.factors = torch.where(usable, factors.clamp(min=1e-5), 1.0)
+            module.weight_quantizer.start_codebook(module.effective_weight())
+            module.weight_quantizer.check_storage(module.effective_weight(), names[module])
     return sum(map(len, shared.values()))
 
 

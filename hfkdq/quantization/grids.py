@@ -125,9 +125,23 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, h
     """Rounds `values` to a linear grid, per tensor or per row, with the straight-through gradient inside the range."""
     # The fused kernels compute in float32 for bfloat16 and float16 values too, and round once at the end.
     scale, zero_point = constant(scale), constant(zero_point)
+    if torch.compiler.is_compiling():  # torch.compile cannot look into the kernel, and makes one of these itself
+        return _unfused(values, scale, zero_point, low, high)
     if scale.ndim:
         return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, low, high)
     return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, low, high)
+
+
+def _unfused(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """What the fused kernels compute, in the operations that they are made of."""
+    if scale.ndim:
+        shape = (-1, *[1] * (values.ndim - 1))
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    with torch.no_grad():
+        codes = (values.detach().float() * (1.0 / scale)).round() + zero_point
+        quantized = (codes.clamp(low, high) - zero_point) * scale
+        inside = ((codes >= low) & (codes <= high)).to(values.dtype)
+    return straight_through(values, quantized, inside)
 
 
 class _StraightThrough(torch.autograd.Function):

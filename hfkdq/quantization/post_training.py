@@ -110,7 +110,7 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
             "Quantized activations, smoothing and bias correction need calibration data: batches of model inputs or a "
             "datasets.Dataset."
         )
-    batches = _batches(model, calibration, *how)
+    batches = make_batches(model, calibration, *how)
     if not isinstance(calibration, Dataset) and (smoothing is not None or corrects):
         batches = list(batches)  # read several times
     training = model.training
@@ -131,9 +131,10 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
         model.train(training)
 
 
-def _batches(
+def make_batches(
     model: PreTrainedModel, calibration: Any, batch_size: int, data_collator: Any, processing_class: Any
 ) -> Batches:
+    """Batches of model inputs: those that were given, or made of the examples of a `datasets.Dataset`."""
     if not isinstance(calibration, Dataset):
         return calibration  # type: ignore[no-any-return]
     accepted = set(signature(model.forward).parameters)
@@ -149,7 +150,7 @@ def _run(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[None]:
     """Runs the model over all batches, a step for each."""
     count = 0
     for count, batch in enumerate(logging.tqdm(batches, desc=what, unit="batch"), start=1):
-        _check_finite(batch, count)
+        check_batch(batch, count)
         with torch.no_grad():
             model(**{k: value.to(model.device) if torch.is_tensor(value) else value for k, value in batch.items()})
         yield
@@ -157,7 +158,8 @@ def _run(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[None]:
         raise ValueError("The calibration data hold no batch, so there is no range to find. Give at least one.")
 
 
-def _check_finite(batch: Mapping[str, Any], number: int) -> None:
+def check_batch(batch: Mapping[str, Any], number: int) -> None:
+    """Refuses a batch that is none, or holds NaN or infinite values."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"Calibration batch {number} is a {type(batch).__name__}. Expected a dict of model inputs, or a "

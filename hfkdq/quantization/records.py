@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..facts import read_facts, record_fact
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
+from .adapters import plain_modules
 from .attention import attention_quantizers
 from .layers import QuantizedModule, SmoothedModule, weight_quantizers_of
 from .weights import WeightQuantizer
@@ -26,8 +27,8 @@ FACT = "quantization"
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The modules of `model` that carry fake quantizers, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+    """The modules of `model` that carry fake quantizers, by name; with PEFT, the name without adapters."""
+    return {name: module for name, module in plain_modules(model) if isinstance(module, QuantizedModule)}
 
 
 def quantized_spec(model: nn.Module) -> QuantizationSpec | None:
@@ -228,7 +229,7 @@ def set_weight_bits_(module: QuantizedModule, bits: int) -> None:
 def set_enabled_(model: nn.Module, enabled: bool) -> None:
     """Turns all fake quantizers of `model` on or off; off, it computes in floating point."""
     for module in model.modules():
-        if hasattr(module, "fake_quantize_enabled"):
+        if hasattr(type(module), "fake_quantize_enabled"):
             module.fake_quantize_enabled = enabled  # type: ignore[assignment]
 
 

@@ -23,6 +23,9 @@ _KMEANS_STEPS = 20
 
 def recomputing() -> bool:
     """Whether this forward is a repetition inside a backward pass, as gradient checkpointing makes it."""
+    # What is compiled is not repeated: its own backward recomputes, and what checkpoint repeats around it is not compiled.
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._current_graph_task_id() != -1
 
 
@@ -58,7 +61,7 @@ class WeightQuantizer(Stateless):
 
     Attributes:
         bits (`int`): the width now; `scheme.weight_bits` unless `set_bits` changed it.
-        share (`float`): share of the channels (or groups) that a training pass quantizes, drawn at random (Fan et al.,
+        share (`float`): share of the output channels that a training pass quantizes, drawn at random (Fan et al.,
             "Training with Quantization Noise for Extreme Model Compression", 2021). 1.0 by default.
         frozen (`bool`): whether a codebook stays as it is in training.
 
@@ -130,12 +133,20 @@ class WeightQuantizer(Stateless):
         return find_scale(blocks, self.grid, "mean_abs", 100.0)[0]
 
     def check_storage(self, weight: Tensor, name: str) -> None:
-        """Refuses scales that `storage_dtype` cannot hold.
+        """Refuses scales, and weights of 16 bits, that `storage_dtype` cannot hold.
 
         Raises:
-            ValueError: one overflows, or vanishes.
+            ValueError: one overflows, or a scale vanishes.
         """
-        if self.scheme.storage_dtype != "float16" or self.bits == 16:
+        if self.scheme.storage_dtype != "float16":
+            return
+        if self.bits == 16:
+            largest = float(weight.detach().abs().amax())
+            if largest > torch.finfo(torch.float16).max:
+                raise ValueError(
+                    f"The largest weight of {name}, {largest:.3g}, does not fit into float16 (at most 65504). Use "
+                    "storage_dtype='bfloat16'."
+                )
             return
         blocks = self.blocks(weight.detach().float())
         scale = self.scale.detach() if hasattr(self, "scale") else self._scales(blocks, stored=False)[0]
@@ -181,7 +192,16 @@ class WeightQuantizer(Stateless):
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
-        """The integers that the forward pass stands for, in the shape of `weight`: int8, or uint8 if there is no sign."""
+        """The integers that the forward pass stands for, in the shape of `weight`: int8, or uint8 if there is no sign.
+
+        Raises:
+            ValueError: the weights have 16 bits, which are no integers.
+        """
+        if self.bits == 16:
+            raise ValueError(
+                f"Weights of 16 bits are {self.scheme.storage_dtype} numbers and have no integers. Take the weight itself, "
+                "or a width of 8 bits or less."
+            )
         scale, zero_point = self.qparams(weight)
         codes = self.grid.codes(self.blocks(weight.detach().float()), scale, zero_point, self._codebook())
         return self.restore(codes, weight.shape).to(torch.int8 if self.grid.low < 0 else torch.uint8)
@@ -208,7 +228,7 @@ class WeightQuantizer(Stateless):
         if grid.mapping == "linear" and not (grid.bits == 1 and grid.symmetric):
             flat = scale.reshape(-1) if self.scheme.per_channel else scale.reshape(())
             zero = torch.zeros_like(flat) if zero_point is None else zero_point.reshape(flat.shape)
-            if self.estimator == "min_max" and grid.symmetric:
+            if self.estimator == "min_max" and grid.symmetric and self.scheme.storage_dtype == "float32":
                 # Nothing is clipped here. -2**(b-1) is never reached; ONNX has no grid that leaves it out.
                 return fake_quantize(rows, flat, zero.int(), grid.low - 1, grid.high)
             with torch.no_grad():
@@ -219,13 +239,13 @@ class WeightQuantizer(Stateless):
                 quantized = grid.quantize(blocks, scale, zero_point, self._codebook()).reshape(rows.shape)
         return straight_through(rows, quantized)
 
-    def _learned(self, values: Tensor, scale: Tensor, blocked: bool = False) -> Tensor:
+    def _learned(self, values: Tensor, scale: Tensor, blocked: bool = False, count: int | None = None) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):
             if self.training and torch.is_grad_enabled():
                 with torch.no_grad():
                     self.scale.clamp_(min=SMALLEST_SCALE)
             blocks = (values if blocked else self.blocks(values)).float()
-            shared = blocks.shape[-1] if not blocked or self.scheme.per_channel else blocks.numel()
+            shared = blocks.shape[-1] if self.scheme.per_channel else count or blocks.numel()
             scale = scale_gradient(scale.clamp(min=SMALLEST_SCALE), 1.0 / math.sqrt(shared * self.grid.high))
             scale = straight_through(scale, self._stored(scale.detach()))
             codes = round_through((blocks * (1.0 / scale)).clamp(self.grid.low, self.grid.high))
@@ -242,6 +262,8 @@ class WeightQuantizer(Stateless):
         """
         if self.bits == 16:
             return straight_through(rows, rows.detach().to(getattr(torch, self.scheme.storage_dtype)))
+        if not rows.numel():
+            return rows
         flat = rows.reshape(-1, rows.shape[-1])
         learned = hasattr(self, "scale")
         if not learned:
@@ -254,23 +276,30 @@ class WeightQuantizer(Stateless):
             # A row's scale depends on itself alone, so the rest of the table need not be looked at.
             scales = self._scales(self.blocks(flat.detach().float()))
         if learned:
-            quantized = self._learned(flat.unsqueeze(1), scales[0], blocked=True).squeeze(1)
+            quantized = self._learned(flat.unsqueeze(1), scales[0], blocked=True, count=table.numel()).squeeze(1)
         else:
             blocks = self.blocks(flat).flatten(0, 1) if self.scheme.per_channel else flat
             quantized = self._quantized(blocks, *scales)
-        return self._noisy(rows, quantized.reshape(rows.shape))
+        quantized = quantized.reshape(rows.shape)
+        if not self._draws:
+            return quantized
+        chosen = torch.rand(len(table), device=rows.device) < self.share
+        return torch.where(chosen[index].unsqueeze(-1), quantized, rows)
 
     def _follow(self, weight: Tensor) -> None:
         if self.scheme.weight_mapping == "kmeans" and self.training and not self.frozen and not recomputing():
             with torch.no_grad():
                 self.codebook.copy_(kmeans_codebook(self._normalised(weight), len(self.codebook), self.codebook))
 
+    @property
+    def _draws(self) -> bool:
+        return self.training and self.share < 1.0
+
     def _noisy(self, weight: Tensor, quantized: Tensor) -> Tensor:
         """`quantized` in a random share of the output channels of a training pass, `weight` in the others."""
-        if not self.training or self.share >= 1.0 or not torch.is_grad_enabled():
+        if not self._draws:
             return quantized
-        channels = weight.shape[-1:] if self.transposed else (*weight.shape[:-1], 1) if weight.ndim == 2 else (
-            weight.shape[0], *[1] * (weight.ndim - 1)
-        )  # fmt: skip
-        chosen = torch.rand(channels, device=weight.device) < self.share
-        return torch.where(chosen, quantized, weight)
+        shape = [1] * weight.ndim
+        axis = -1 if self.transposed else 0
+        shape[axis] = weight.shape[axis]
+        return torch.where(torch.rand(shape, device=weight.device) < self.share, quantized, weight)

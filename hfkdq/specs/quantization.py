@@ -126,6 +126,11 @@ class QuantizationScheme(Serializable):
             raise ValueError(
                 f"At weight_bits=1 there are two values; weight_mapping={self.weight_mapping!r} adds none."
             )
+        if self.weight_mapping == "kmeans" and self.weight_estimator is not None:
+            raise ValueError(
+                f"weight_mapping='kmeans' finds its codebook itself; weight_estimator={self.weight_estimator!r} would have "
+                "no effect. Leave it at None."
+            )
         if self.weight_estimator == "learned" and not self._learns_plainly():
             raise ValueError(
                 "weight_estimator='learned' trains one scale a channel or module, of symmetric linear weights. Use it "
@@ -205,6 +210,8 @@ class QuantizationSpec(QuantizationScheme):
         super().__post_init__()
         for name in ("embedding_bits", "head_bits"):
             _one_of(name, getattr(self, name), (None, *self.WEIGHT_BITS))
+            if getattr(self, name) == 16 and self.storage_dtype == "float32":
+                raise ValueError(f"{name}=16 keeps weights in storage_dtype; set it to 'float16' or 'bfloat16'.")
         if self.attention and self.activation_bits is None:
             raise ValueError("attention=True quantizes activations; activation_bits=None leaves them alone.")
         freeze_patterns(self)

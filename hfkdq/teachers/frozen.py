@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..architecture import checkpoint_class
-from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, requested
+from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, full_precision, requested
 from ..sharding import is_spread, place_frozen, stays_put
 
 _ALONG = {
@@ -140,7 +140,7 @@ class FrozenTeacher:
             return
         kept = [(p, p.requires_grad) for p in self._adapters_of.parameters()]
         try:
-            with self._adapters_of.disable_adapter():
+            with self._adapters_of.disable_adapter(), full_precision(self._adapters_of):
                 yield
         finally:  # PEFT makes every weight of the active adapter trainable, those frozen by the user too.
             for parameter, trained in kept:

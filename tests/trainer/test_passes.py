@@ -9,10 +9,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hfkdq import AdversarialKD, NoisyKD, QATCallback, QuantizationLoss, QuantizationSpec
+from hfkdq.forwards import full_precision
 from hfkdq.losses import forward_kl
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.objectives.perturbed import _Change
-from hfkdq.objectives.quantization_loss import full_precision
 from hfkdq.quantization import prepare_qat_
 from hfkdq.schedules import Linear
 from tests import tiny
