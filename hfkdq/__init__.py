@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdversarialKD": "objectives",
     "AttentionKD": "objectives",
+    "BitAllocation": "quantization",
     "BoxKD": "objectives",
     "ByAgreement": "objectives",
     "ByGradientNorm": "objectives",
@@ -45,6 +46,7 @@ _HOMES = {
     "prune": "pruning",
     "push_to_hub": "hub",
     "quantize": "quantization",
+    "suggest_bits": "quantization",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "VID",
     "AdversarialKD",
     "AttentionKD",
+    "BitAllocation",
     "BoxKD",
     "ByAgreement",
     "ByGradientNorm",
@@ -83,6 +86,7 @@ __all__ = [
     "prune",
     "push_to_hub",
     "quantize",
+    "suggest_bits",
 ]
 
 if TYPE_CHECKING:
@@ -111,7 +115,7 @@ if TYPE_CHECKING:
         TaskLoss,
     )
     from .pruning import PruningCallback, prune
-    from .quantization import QATCallback, load_quantized, quantize
+    from .quantization import BitAllocation, QATCallback, load_quantized, quantize, suggest_bits
     from .report import CompressionReport
     from .specs import PruningSpec, QuantizationSpec
     from .students import make_student

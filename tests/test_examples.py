@@ -58,6 +58,7 @@ FAMILIES = [
     ("several_teachers", "--kind peer", {"task_loss", "logit_kd", "teacher_task_loss", "teacher_logit_kd"}),
     ("cached_teacher", "", {"task_loss", "logit_kd", "hidden_state_kd"}),
     ("progressive_quantization", "", {"task_loss", "logit_kd", "quantization_loss"}),
+    ("mixed_precision", "", {"task_loss", "logit_kd"}),
     ("low_bits", "--weight_bits 2", {"task_loss", "logit_kd", "hidden_state_kd"}),
     ("language_model", "--objective logits", {"task_loss", "logit_kd"}),
     ("language_model", "--objective on_policy", {"task_loss", "on_policy_kd"}),

@@ -5,6 +5,7 @@ Knows specs, models and the callback protocol; never the exported file.
 """
 
 from .activations import ActivationQuantizer
+from .allocation import BitAllocation
 from .attention import AttentionQuantizer
 from .callback import QATCallback
 from .convert import prepare_qat_, strip_quantizers_
@@ -18,6 +19,7 @@ from .layers import (
     QuantizedLSTM,
     QuantizedModule,
 )
+from .merging import merge_adapters
 from .post_training import load_quantized, quantize
 from .records import (
     activation_quantizers,
@@ -27,11 +29,13 @@ from .records import (
     set_activation_ranges_,
     weight_quantizers,
 )
+from .sensitivity import suggest_bits
 from .weights import WeightQuantizer
 
 __all__ = [
     "ActivationQuantizer",
     "AttentionQuantizer",
+    "BitAllocation",
     "QATCallback",
     "QuantizedConv1D",
     "QuantizedConv1d",
@@ -45,11 +49,13 @@ __all__ = [
     "activation_quantizers",
     "activation_ranges",
     "load_quantized",
+    "merge_adapters",
     "prepare_qat_",
     "quantize",
     "quantized_modules",
     "quantized_spec",
     "set_activation_ranges_",
     "strip_quantizers_",
+    "suggest_bits",
     "weight_quantizers",
 ]

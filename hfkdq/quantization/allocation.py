@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Widths for the modules of a model under a size: choosing them, and showing what was chosen.
+
+Knows names, bytes and sensitivities; neither models nor data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from ..specs import QuantizationSpec
+from .allocation_plot import draw_allocation, short_names
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """Widths of weights that fit into a budget, and what they were chosen by.
+
+    Made by [`suggest_bits`]. Of modules that share their weights, `sensitivity` and `sizes` have the first alone.
+
+    Attributes:
+        bits (`dict`): width of the weights of every module, by name.
+        sensitivity (`dict`): how far the outputs move when this module alone has a width, by name and width.
+        sizes (`dict`): bytes of the weights with their scales, by name and width.
+        budget (`int`): the most bytes there could be.
+        float_bytes (`int`): what the same weights take in float32.
+        spec (`QuantizationSpec`): the spec with these widths, for [`quantize`] and [`QATCallback`].
+        measure (`str`): what a sensitivity is: `"KL divergence"`, `"relative squared error"`, or their sum.
+    """
+
+    bits: dict[str, int]
+    sensitivity: dict[str, dict[int, float]]
+    sizes: dict[str, dict[int, int]]
+    budget: int
+    float_bytes: int
+    spec: QuantizationSpec
+    measure: str
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take with the chosen widths."""
+        return sum(sizes[self.bits[name]] for name, sizes in self.sizes.items())
+
+    @property
+    def predicted(self) -> float:
+        """The sum of the sensitivities at the chosen widths: to first order, how far the outputs move in all."""
+        return sum(found[self.bits[name]] for name, found in self.sensitivity.items())
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """All widths that were measured, the widest first."""
+        return tuple(sorted({width for found in self.sizes.values() for width in found}, reverse=True))
+
+    def uniform(self, bits: int) -> tuple[int, float]:
+        """Bytes and predicted change if all modules had one width, but those whose width the spec set.
+
+        Raises:
+            ValueError: a width that was not measured.
+        """
+        if bits not in self.widths:
+            raise ValueError(f"{bits} bits were not measured; there are {', '.join(map(str, self.widths))}.")
+        at = {name: bits if bits in found else self.bits[name] for name, found in self.sizes.items()}
+        return sum(self.sizes[n][b] for n, b in at.items()), sum(self.sensitivity[n][b] for n, b in at.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready data; widths that are keys become strings, as JSON has them."""
+        return {
+            "bits": dict(self.bits),
+            "bytes": self.bytes,
+            "budget": self.budget,
+            "float_bytes": self.float_bytes,
+            "predicted": self.predicted,
+            "measure": self.measure,
+            "sensitivity": {n: {str(b): value for b, value in found.items()} for n, found in self.sensitivity.items()},
+            "sizes": {name: {str(b): value for b, value in found.items()} for name, found in self.sizes.items()},
+            "spec": self.spec.to_dict(),
+        }
+
+    def table(self) -> Table:
+        """Sensitivities, width and size of every module, for the terminal: `rich.print(allocation.table())`.
+
+        The last rows have what is predicted, and the bytes, for one width everywhere and for the chosen ones.
+        """
+        widths = self.widths
+        table = Table(box=box.SIMPLE_HEAD, title=f"Sensitivity: {self.measure}", title_style="bold", padding=0)
+        table.add_column("Module", overflow="fold")
+        for name in (*(f"{width} bits" for width in widths), "Chosen", "Bytes"):
+            table.add_column(name, justify="right", no_wrap=True)
+        shorter = short_names(list(self.sensitivity))
+        for name, found in self.sensitivity.items():
+            chosen = self.bits[name]
+            cells = [f"{found[width]:.1e}" if width in found else "" for width in widths]
+            cells = [
+                f"[bold]{cell}[/]" if width == chosen else cell for width, cell in zip(widths, cells, strict=True)
+            ]
+            table.add_row(shorter[name], *cells, f"[bold]{chosen}[/]", f"{self.sizes[name][chosen]:,}")
+        table.add_section()
+        uniform = [self.uniform(width) for width in widths]
+        table.add_row(
+            "all, predicted", *(f"{moved:.1e}" for _, moved in uniform), f"[bold]{self.predicted:.1e}[/]", ""
+        )
+        table.add_row("all, bytes", *(f"{size:,}" for size, _ in uniform), f"[bold]{self.bytes:,}[/]", "")
+        share = [f"{100 * size / self.float_bytes:.1f} %" for size in (*(size for size, _ in uniform), self.bytes)]
+        table.add_row("share of float32", *share[:-1], f"[bold]{share[-1]}[/]", "")
+        return table
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws sensitivity and size of every module, with the chosen widths marked, into a PNG file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        draw_allocation(self, Path(path))
+        return Path(path)
+
+
+def choose_widths(
+    sizes: Mapping[str, Mapping[int, int]],
+    sensitivity: Mapping[str, Mapping[int, float]],
+    budget: int,
+    states: int = 1 << 16,
+) -> dict[str, int]:
+    """The widths of least summed sensitivity whose sizes fit into a budget, by dynamic programming.
+
+    Module by module it keeps every total size at which no smaller one has as low a sum (Nemhauser and Ullmann, "Discrete
+    Dynamic Programming and Capital Allocation", 1969). The result is exact while there are at most `states` of them, as
+    for models whose layers are alike. Above, sizes within `budget / states` of each other are taken as one, that of the
+    lowest sum; then the sum is no higher than the best for a budget smaller by `modules / states` of it, and the sizes
+    still fit.
+
+    Args:
+        sizes (`dict`): bytes by name and width.
+        sensitivity (`dict`): cost by name and width.
+        budget (`int`): the most bytes in all.
+        states (`int`, defaults to 65536): how many totals are kept.
+
+    Returns:
+        `dict`: width by name; of equal sums the one of the smallest size.
+
+    Raises:
+        ValueError: the narrowest widths do not fit.
+
+    Example:
+        ```python
+        >>> from hfkdq.quantization.allocation import choose_widths
+        >>> sizes = {"a": {8: 80, 4: 40}, "b": {8: 80, 4: 40}}
+        >>> choose_widths(sizes, {"a": {8: 0.0, 4: 0.5}, "b": {8: 0.1, 4: 0.9}}, budget=120)
+        {'a': 4, 'b': 8}
+
+        ```
+    """
+    still = np.cumsum([min(found.values()) for found in reversed(list(sizes.values()))])[::-1]
+    if still[0] > budget:
+        raise ValueError(f"The narrowest widths take {still[0]:,} bytes, more than the budget of {budget:,}.")
+    total, cost = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail = []
+    for name, least in zip(sizes, [*still[1:], 0], strict=True):
+        added = np.array(list(sizes[name].values()), dtype=np.int64)
+        moved = np.array([sensitivity[name][width] for width in sizes[name]])
+        totals, costs = (total[:, None] + added).ravel(), (cost[:, None] + moved).ravel()
+        order = np.lexsort((costs, totals))
+        order = order[totals[order] + least <= budget]
+        lowest = np.minimum.accumulate(costs[order])
+        kept = order[np.append(True, costs[order][1:] < lowest[:-1])]
+        if len(kept) > states:
+            place = totals[kept] * states // (budget + 1)
+            kept = kept[np.append(place[1:] != place[:-1], True)]
+        trail.append(kept)
+        total, cost = totals[kept], costs[kept]
+    state, widths = len(cost) - 1, {}
+    for name, kept in zip(reversed(list(sizes)), reversed(trail), strict=True):
+        state, choice = divmod(int(kept[state]), len(sizes[name]))
+        widths[name] = list(sizes[name])[choice]
+    return {name: widths[name] for name in sizes}

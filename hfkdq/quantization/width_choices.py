@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which widths each module of a model could have, what each takes in bytes, and the spec of those that are chosen.
+
+Knows models and specs; neither data nor which widths are good.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..specs import QuantizationScheme, QuantizationSpec, override_matches
+from ..specs.quantization import RECURRENT
+from .convert import choose_modules, head_modules
+from .layers import CLASSES, QuantizedModule, swap_in_, swap_out_, weight_quantizers_of
+
+
+@dataclass(frozen=True)
+class WidthChoices:
+    """The modules that a spec quantizes, and the widths that each could have.
+
+    Attributes:
+        spec (`QuantizationSpec`): the spec that the widths are for.
+        modules (`dict`): the modules, by name.
+        free (`frozenset` of `str`): those whose width the spec does not set.
+        groups (`dict`): names of the modules that share their weights, and so their width, by the first of them.
+        schemes (`dict`): how each module is quantized, by name and width, the widest first.
+        patterns (`dict`): a key of `overrides` that means the module alone, by its name.
+        sizes (`dict`): bytes of each group, by the first name and width.
+        float_bytes (`int`): what the weights of all groups take in float32.
+    """
+
+    spec: QuantizationSpec
+    modules: dict[str, nn.Module]
+    free: frozenset[str]
+    groups: dict[str, list[str]]
+    schemes: dict[str, dict[int, QuantizationScheme]]
+    patterns: dict[str, str]
+    sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+    float_bytes: int = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> WidthChoices:
+        """The choices that `spec` and `bits` leave.
+
+        Raises:
+            ValueError: the spec matches nothing, a width does not go with it, or a group size does not divide.
+        """
+        chosen, heads = choose_modules(model, spec), head_modules(model)
+        modules = {name: module for name, (module, _) in chosen.items()}
+        free = frozenset(
+            name for name, module in modules.items() if not _is_set(spec, name, module, id(module) in heads)
+        )
+        groups: dict[Any, list[str]] = {}
+        for name, (module, scheme) in chosen.items():
+            weight: Any = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
+            groups.setdefault((weight.data_ptr(), weight.shape, scheme, name in free), []).append(name)
+        schemes: dict[str, dict[int, QuantizationScheme]] = {
+            name: {} if name in free else {scheme.weight_bits: scheme} for name, (_, scheme) in chosen.items()
+        }
+        found = cls(
+            spec, modules, free, {names[0]: names for names in groups.values()}, schemes, _patterns(model, chosen)
+        )
+        for width in sorted(bits, reverse=True):
+            full = found.spec_with(dict.fromkeys(free, width))
+            for name in free:
+                found_scheme = full.scheme(name, modules[name], is_head=id(modules[name]) in heads)
+                if found_scheme is not None:
+                    schemes[name][width] = found_scheme
+        return found._measured()
+
+    def _measured(self) -> WidthChoices:
+        sizes: dict[str, dict[int, int]] = {name: {} for name in self.groups}
+        weights = dict.fromkeys(self.groups, 0)
+        for name in self.groups:
+            for width in self.schemes[name]:
+                with self.quantized(name, width) as module:
+                    sizes[name][width] = stored_bytes(module)
+                    weights[name] = sum(weight.numel() for _, weight in weight_quantizers_of(module).values())
+        return replace(self, sizes=sizes, float_bytes=4 * sum(weights.values()))
+
+    def limit(self, budget: float | int) -> int:
+        """`budget` in bytes.
+
+        Raises:
+            TypeError: it is no number.
+            ValueError: no widths fit, or the widest leave room.
+        """
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+            raise TypeError(f"budget must be a share (float) or bytes (int), got {type(budget).__name__} {budget!r}.")
+        if isinstance(budget, float) and not 0.0 < budget <= 1.0:
+            raise ValueError(
+                f"budget={budget!r} is no share of the float32 size, which lies in (0, 1]. For bytes give an int."
+            )
+        limit = int(budget * self.float_bytes) if isinstance(budget, float) else budget
+        smallest = sum(min(sizes.values()) for sizes in self.sizes.values())
+        largest = sum(max(sizes.values()) for sizes in self.sizes.values())
+        told = f"budget={budget!r} ({limit:,} of {self.float_bytes:,} bytes in float32)"
+        if limit < smallest:
+            raise ValueError(
+                f"{told} is too small: the narrowest widths take {smallest:,} bytes, a share of "
+                f"{math.ceil(1e4 * smallest / self.float_bytes) / 1e4}. Raise the budget or allow narrower bits."
+            )
+        if limit > largest:
+            raise ValueError(
+                f"{told} is more than the widest widths take, {largest:,} bytes, a share of "
+                f"{math.floor(1e4 * largest / self.float_bytes) / 1e4}, so there is nothing to choose. Lower the budget, "
+                "allow wider bits, or quantize with the widest alone."
+            )
+        return limit
+
+    def spec_with(self, widths: Mapping[str, int]) -> QuantizationSpec:
+        """The spec with an override of the width of every module that is free."""
+        overrides = dict(self.spec.overrides)
+        for name in (name for name in self.modules if name in self.free):
+            pattern = self.patterns[name]
+            overrides[pattern] = {**(overrides.get(pattern) or {}), "weight_bits": widths[name]}
+        return replace(self.spec, overrides=overrides)
+
+    @contextmanager
+    def quantized(self, name: str, width: int) -> Iterator[QuantizedModule]:
+        """While it lasts, a group of modules computes with quantized weights; gives the first of them."""
+        done: list[QuantizedModule] = []
+        try:
+            for member in self.groups[name]:
+                scheme = replace(self.schemes[member][width], activation_bits=None)
+                done.append(swap_in_(self.modules[member], member, scheme, self.spec))
+            yield done[0]
+        finally:
+            for module in done:
+                swap_out_(module)
+
+
+def stored_bytes(module: QuantizedModule) -> int:
+    """What the weights of a module take: integers packed to `bits / 8` bytes, scales, zero points and codebook."""
+    total = 0
+    for quantizer, weight in weight_quantizers_of(module).values():
+        scheme, bits = quantizer.scheme, quantizer.bits
+        total += math.ceil(weight.numel() * bits / 8)
+        if bits == 16:  # no integers
+            continue
+        channels, groups, _ = quantizer.blocks(weight).shape
+        total += channels * groups * (4 if scheme.storage_dtype == "float32" else 2)
+        total += 0 if scheme.symmetric else math.ceil(channels * groups * bits / 8)
+        total += 4 * 2**bits if scheme.weight_mapping == "kmeans" else 0
+    return total
+
+
+def _is_set(spec: QuantizationSpec, name: str, module: nn.Module, is_head: bool) -> bool:
+    """Whether the spec itself says which width a module has."""
+    if any("weight_bits" in (changes or {}) and override_matches(pattern, name, module)
+           for pattern, changes in spec.overrides.items()):  # fmt: skip
+        return True
+    return (
+        spec.head_bits if is_head else spec.embedding_bits if isinstance(module, nn.Embedding) else None
+    ) is not None
+
+
+def _patterns(model: nn.Module, names: Mapping[str, Any]) -> dict[str, str]:
+    """For every name a pattern that means this module alone: the name, unless it means others too."""
+    modules = [(name, module) for name, module in model.named_modules() if type(module) in CLASSES]
+    alone = {name: sum(override_matches(name, *entry) for entry in modules) == 1 for name in names}
+    return {name: name if alone[name] else f"(?:{re.escape(name)})" for name in names}
