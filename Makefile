@@ -7,7 +7,7 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead constraints clean
+.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,6 +64,13 @@ bench-memory: .venv/.dev ## peak memory of distilling a large vocabulary against
 
 bench-overhead: .venv/.dev ## a step of the trainer against the same work written by hand: time and peak memory
 	$(O)/python benchmarks/trainer_overhead.py
+
+bench-quantization: .venv/.bench ## TEXT=folder of rotten_tomatoes, IMAGES=folder of fashion_mnist: what every width costs, over three seeds
+	@test -d "$(TEXT)" && test -d "$(IMAGES)" || { echo "Name the data: make bench-quantization TEXT=path/to/rotten_tomatoes IMAGES=path/to/fashion_mnist (parquet)"; exit 1; }
+	$(O)/python benchmarks/quantization.py --text "$(TEXT)" --images "$(IMAGES)"
+
+bench-qat-overhead: .venv/.dev ## a step of quantization-aware training against the float step
+	$(O)/python benchmarks/qat_overhead.py
 
 check: .venv/.dev ## lint, format, types and import order, without changing anything
 	$(O)/ruff check .
