@@ -22,7 +22,7 @@ from .grids import (
     scale_gradient,
     straight_through,
 )
-from .scales import observed_bounds
+from .scales import observed_bounds, smallest_and_largest
 from .weights import Stateless, recomputing
 
 
@@ -269,7 +269,7 @@ class PACTQuantizer(ActivationQuantizer):
     @torch.no_grad()
     def _update(self, values: Tensor) -> None:
         if not self.initialized:
-            low, high = values.aminmax()
+            low, high = smallest_and_largest(values)
             if not self.scheme.activation_symmetric:
                 self.signed.copy_(low < 0)
             self.alpha.copy_(torch.maximum(-low, high))

@@ -121,27 +121,61 @@ def constant(tensor: Tensor) -> Tensor:
         return torch.tensor(tensor.tolist(), dtype=tensor.dtype, device=tensor.device)
 
 
-def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """Rounds `values` to a linear grid, per tensor or per row, with the straight-through gradient inside the range."""
-    # The fused kernels compute in float32 for bfloat16 and float16 values too, and round once at the end.
+def fake_quantize(
+    values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clips: bool = True
+) -> Tensor:
+    """Rounds `values` to a linear grid, per tensor or per row, with the straight-through gradient inside the range.
+
+    `clips=False` says that none is outside, which saves looking.
+    """
     scale, zero_point = constant(scale), constant(zero_point)
-    if torch.compiler.is_compiling():  # torch.compile cannot look into the kernel, and makes one of these itself
-        return _unfused(values, scale, zero_point, low, high)
+    if torch.compiler.is_compiling():  # torch.compile cannot look into the kernels, and makes one of these itself
+        with torch.no_grad():
+            quantized, inside = _on_grid(values.detach(), scale, zero_point, low, high, clips)
+        return straight_through(values, quantized, inside)
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if values.device.type == "cpu" and not tracing:  # there the kernels are several times slower than what they fuse
+        result: Tensor = _FakeQuantize.apply(values, scale, zero_point, low, high, clips)  # type: ignore[no-untyped-call]
+        return result
+    # They compute in float32 for bfloat16 and float16 values too, and round once at the end.
     if scale.ndim:
         return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, low, high)
     return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, low, high)
 
 
-def _unfused(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """What the fused kernels compute, in the operations that they are made of."""
-    if scale.ndim:
+def _on_grid(
+    values: Tensor, scale: Tensor, zero_point: Tensor | int, low: int, high: int, clips: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the fused kernels compute, in float32, and where values are inside the range if they may be outside."""
+    if scale.ndim and isinstance(zero_point, Tensor):
         shape = (-1, *[1] * (values.ndim - 1))
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    with torch.no_grad():
-        codes = (values.detach().float() * (1.0 / scale)).round() + zero_point
-        quantized = (codes.clamp(low, high) - zero_point) * scale
-        inside = ((codes >= low) & (codes <= high)).to(values.dtype)
-    return straight_through(values, quantized, inside)
+    steps = (values.float() * (1.0 / scale)).round_()
+    if not clips:
+        return steps.mul_(scale), None
+    lowest: Any = low - zero_point
+    quantized = steps.clamp(lowest, high - zero_point)
+    inside = steps == quantized
+    return quantized.mul_(scale), inside
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """`values` on a linear grid, with the straight-through gradient inside the range."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clips: bool
+    ) -> Tensor:
+        # On the CPU a number costs no wait, and bounds that are numbers are faster.
+        zero = zero_point if zero_point.ndim else int(zero_point)
+        quantized, inside = _on_grid(values, scale, zero, low, high, clips)
+        ctx.save_for_backward(inside)
+        return quantized.to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grads[0] if inside is None else grads[0] * inside, None, None, None, None, None
 
 
 class _StraightThrough(torch.autograd.Function):

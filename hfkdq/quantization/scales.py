@@ -49,6 +49,14 @@ def scale_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | No
     return scale, (-low / scale).round().clamp(0, grid.high)
 
 
+def smallest_and_largest(values: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum, of all values or along an axis that is kept."""
+    axes = () if dim is None else (dim,)
+    if values.device.type == "cpu":  # there two passes are faster than aminmax
+        return values.amin(axes, keepdim=dim is not None), values.amax(axes, keepdim=dim is not None)
+    return values.aminmax() if dim is None else values.aminmax(dim=dim, keepdim=True)
+
+
 def _bounds(values: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Smallest and largest value, or the percentiles of both ends, widened to include 0."""
     if percentile < 100.0:
@@ -57,7 +65,7 @@ def _bounds(values: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
         high = values.kthvalue(rank, dim=-1, keepdim=True).values
         low = values.kthvalue(count - rank + 1, dim=-1, keepdim=True).values
     else:
-        low, high = values.aminmax(dim=-1, keepdim=True)
+        low, high = smallest_and_largest(values, dim=-1)
     return low.clamp(max=0.0), high.clamp(min=0.0)
 
 
@@ -96,8 +104,11 @@ def observed_bounds(values: Tensor, grid: Grid, estimator: str, percentile: floa
     if estimator in ("percentile", "mse"):
         flat = values.reshape(-1)
         values = flat[:: max(1, -(-flat.numel() // SAMPLE))]
-    mapped = grid.domain(values.reshape(1, -1))
-    low, high = _bounds(mapped, percentile if estimator == "percentile" else 100.0)
+    mapped = grid.domain(values)
+    if estimator not in ("percentile", "mse"):
+        low, high = smallest_and_largest(mapped)
+        return low.clamp(max=0.0), high.clamp(min=0.0)
+    low, high = _bounds(mapped.reshape(1, -1), percentile if estimator == "percentile" else 100.0)
     if estimator == "mse":
         low, high = search_bounds(values.reshape(1, -1), low, high, grid)
     return low.reshape(()), high.reshape(())

@@ -230,7 +230,7 @@ class WeightQuantizer(Stateless):
             zero = torch.zeros_like(flat) if zero_point is None else zero_point.reshape(flat.shape)
             if self.estimator == "min_max" and grid.symmetric and self.scheme.storage_dtype == "float32":
                 # Nothing is clipped here. -2**(b-1) is never reached; ONNX has no grid that leaves it out.
-                return fake_quantize(rows, flat, zero.int(), grid.low - 1, grid.high)
+                return fake_quantize(rows, flat, zero.int(), grid.low - 1, grid.high, clips=False)
             with torch.no_grad():
                 quantized = fake_quantize(rows.detach(), flat, zero.int(), grid.low, grid.high)
         else:
