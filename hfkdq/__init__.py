@@ -42,6 +42,7 @@ _HOMES = {
     "cache_teacher_outputs": "caching",
     "export_onnx": "export",
     "load_quantized": "quantization",
+    "merge_adapters": "quantization",
     "make_student": "students",
     "prune": "pruning",
     "push_to_hub": "hub",
@@ -83,6 +84,7 @@ __all__ = [
     "export_onnx",
     "load_quantized",
     "make_student",
+    "merge_adapters",
     "prune",
     "push_to_hub",
     "quantize",
@@ -115,7 +117,7 @@ if TYPE_CHECKING:
         TaskLoss,
     )
     from .pruning import PruningCallback, prune
-    from .quantization import BitAllocation, QATCallback, load_quantized, quantize, suggest_bits
+    from .quantization import BitAllocation, QATCallback, load_quantized, merge_adapters, quantize, suggest_bits
     from .report import CompressionReport
     from .specs import PruningSpec, QuantizationSpec
     from .students import make_student

@@ -7,6 +7,7 @@ Knows specs, models and the callback protocol; never the exported file.
 from .activations import ActivationQuantizer
 from .allocation import BitAllocation
 from .attention import AttentionQuantizer
+from .batch_norm import fold_batch_norm_
 from .callback import QATCallback
 from .convert import prepare_qat_, strip_quantizers_
 from .layers import (
@@ -48,6 +49,7 @@ __all__ = [
     "WeightQuantizer",
     "activation_quantizers",
     "activation_ranges",
+    "fold_batch_norm_",
     "load_quantized",
     "merge_adapters",
     "prepare_qat_",

@@ -7,7 +7,6 @@ Knows models, data and recorded facts; never a trainer or the exported file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..architecture import checkpoint_class
+from ..forwards import forward_columns
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
 from .corrections import correct_biases_, smooth_
@@ -137,8 +137,8 @@ def make_batches(
     """Batches of model inputs: those that were given, or made of the examples of a `datasets.Dataset`."""
     if not isinstance(calibration, Dataset):
         return calibration  # type: ignore[no-any-return]
-    accepted = set(signature(model.forward).parameters)
-    unused = [column for column in calibration.column_names if column not in {*accepted, "label", "label_ids"}]
+    accepted = {*forward_columns(model), "label", "label_ids"}
+    unused = [column for column in calibration.column_names if column not in accepted]
     if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
         data_collator = DataCollatorWithPadding(processing_class)
     return DataLoader(

@@ -23,7 +23,7 @@ from transformers import (
     Trainer,
 )
 
-from hfkdq import QATCallback, QuantizationSpec, export_onnx, load_quantized
+from hfkdq import QATCallback, QuantizationSpec, export_onnx, load_quantized, quantize
 from hfkdq.objectives import LogitKD
 from hfkdq.quantization import (
     activation_ranges,
@@ -180,6 +180,18 @@ def test_learned_scales_and_codebooks_start_from_the_merged_weight():
         model = adapted(init_lora_weights=False)
         plain = prepare_qat_(merge_adapters(model), spec)
         assert weight_states(prepare_qat_(model, spec)) == weight_states(plain)
+
+
+def test_a_model_with_adapters_is_calibrated_on_a_data_set_as_its_merged_self():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    data = tiny.text_dataset(16).add_column("text", ["a"] * 16)
+    merged = quantize(merge_adapters(model), QuantizationSpec(), data, processing_class=tiny.tokenizer())
+    quantize(model, QuantizationSpec(), data, processing_class=tiny.tokenizer())
+    assert activation_ranges(model) == activation_ranges(merged)
+    assert torch.equal(logits(model), logits(merged))
 
 
 def test_taking_the_quantizers_out_gives_the_plain_adapter_model_back():
