@@ -146,8 +146,15 @@ def test_learned_scales_of_weights_follow_the_removal_of_neurons(training_argume
 
 def test_groups_that_removal_would_cut_are_refused_before_training(training_arguments):
     callbacks = [PruningCallback(PruningSpec(sparsity=0.25, structure="neuron")), QATCallback(QuantizationSpec(group_size=32))]  # fmt: skip
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            steps.append(1)
+
     with pytest.raises(ValueError, match=r"output.dense: Pruning would leave 48 inputs, which group_size=32"):
-        run(training_arguments(max_steps=6), callbacks)
+        run(training_arguments(max_steps=6), callbacks, extra=[Count()])
+    assert not steps
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")

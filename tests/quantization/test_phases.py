@@ -132,15 +132,22 @@ def test_nothing_is_quantized_before_the_begin(training_arguments):
     watch = Watch(lambda model: (computes_as_plain(model), len(activation_ranges(model))))
     args = training_arguments(max_steps=6)
     trainer = make_trainer(args, QuantizationSpec(), watch, model=tiny.bert(**still), begin=0.5)
+    assert computes_as_plain(trainer.model), "nor before training"
     trainer.train()
     assert [equal for equal, _ in watch.seen] == [True] * 3 + [False] * 3
     assert [ranges for _, ranges in watch.seen] == [0, 0, 0, 0, 8, 8]
 
 
-@pytest.mark.parametrize("estimator", QuantizationSpec.RANGE_ESTIMATORS)
-def test_frozen_ranges_and_scales_stay(training_arguments, estimator):
-    learned = "learned" if estimator == "learned" else None
-    spec = QuantizationSpec(weight_bits=4, range_estimator=estimator, weight_estimator=learned)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(dict(range_estimator=estimator) for estimator in QuantizationSpec.RANGE_ESTIMATORS),
+        dict(weight_estimator="learned", range_estimator="learned"),
+        dict(weight_mapping="kmeans", activation_bits=None),
+    ],
+)
+def test_frozen_ranges_scales_and_codebooks_stay(training_arguments, spec):
+    spec = QuantizationSpec(weight_bits=4, **spec)
     watch = Watch(lambda model: (quantizer_states(model), weight_states(model)))
     trainer = make_trainer(training_arguments(max_steps=6), spec, watch, freeze_ranges=0.5)
     trainer.train()
