@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 import hfkdq.trainer.checkpoints
 from hfkdq import PruningCallback, PruningSpec, QATCallback, QuantizationSpec
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
-from hfkdq.quantization.convert import quantizer_states
+from hfkdq.quantization.records import quantizer_states
 from hfkdq.schedules import Linear
 from hfkdq.trainer import DistillationTrainer
 from tests import tiny

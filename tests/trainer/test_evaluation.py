@@ -16,7 +16,7 @@ from hfkdq.losses import forward_kl
 from hfkdq.objectives import HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.pruning import PruningCallback
 from hfkdq.quantization import QATCallback
-from hfkdq.quantization.convert import quantizer_states, recorded_quantization
+from hfkdq.quantization.records import quantizer_states, recorded_quantization
 from hfkdq.specs import PruningSpec, QuantizationSpec
 from hfkdq.trainer import DistillationTrainer
 from tests import tiny

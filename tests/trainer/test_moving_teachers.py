@@ -19,7 +19,7 @@ from hfkdq import (
 )
 from hfkdq.losses import forward_kl
 from hfkdq.objectives import ByAgreement, ByGradientNorm, HiddenStateKD, LogitKD, NoisyKD, TaskLoss
-from hfkdq.quantization.convert import quantizer_states
+from hfkdq.quantization.records import quantizer_states
 from hfkdq.schedules import Linear
 from hfkdq.teachers.peers import Companions
 from hfkdq.trainer import DistillationTrainer
