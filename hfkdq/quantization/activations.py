@@ -18,7 +18,7 @@ from .grids import (
     constant,
     expand,
     fake_quantize,
-    round_through,
+    learned_fake_quantize,
     scale_gradient,
     straight_through,
 )
@@ -216,14 +216,13 @@ class LearnedQuantizer(ActivationQuantizer):
             return super()._quantize(values)
         with torch.autocast(values.device.type, enabled=False):
             factor = 1.0 / math.sqrt(values.shape[-1] * self.maximum_code)
-            scale = scale_gradient(self.scale, factor)
-            if self.scheme.activation_symmetric:
-                zero_point = torch.full_like(self.scale, self.middle)
-            else:
-                zero_point = round_through(-scale_gradient(self.offset, factor) / scale)
-            # The same arithmetic as the fused kernel: times the reciprocal, rounded before the zero point is added.
-            codes = (round_through(values.float() * (1.0 / scale)) + zero_point).clamp(0, self.maximum_code)
-            return ((codes - zero_point) * scale).to(values.dtype)
+            scale, offset = scale_gradient(self.scale, factor), scale_gradient(self.offset, factor)
+            with torch.no_grad():
+                if self.scheme.activation_symmetric:  # the middle stays, so what the offset stands for does not count
+                    zero_point, offset = torch.full_like(self.scale, self.middle), torch.zeros_like(self.scale)
+                else:
+                    zero_point = (-self.offset / self.scale).round()
+            return learned_fake_quantize(values, scale, offset, zero_point, self.maximum_code)
 
 
 class PACTQuantizer(ActivationQuantizer):

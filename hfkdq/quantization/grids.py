@@ -178,6 +178,45 @@ class _FakeQuantize(torch.autograd.Function):
         return grads[0] if inside is None else grads[0] * inside, None, None, None, None, None
 
 
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """`values` on an unsigned linear grid, with the gradients of LSQ+ for values, scale and offset."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, high: int) -> Tensor:
+        floats = values.float()
+        steps = (floats * (1.0 / scale)).round_()
+        codes = steps.clamp(-zero_point, high - zero_point)
+        inside = steps == codes
+        quantized = codes.mul_(scale)
+        ctx.save_for_backward(floats, quantized, inside, scale, offset)
+        return quantized.to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        floats, quantized, inside, scale, offset = ctx.saved_tensors
+        grad = grads[0].float()
+        within = grad * inside
+        without = (grad - within).flatten()
+        to_scale = within.flatten().dot((quantized - floats).flatten()) + without.dot((quantized - offset).flatten())
+        return within.to(grads[0].dtype), to_scale / scale, without.sum(), None, None
+
+
+def learned_fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, high: int) -> Tensor:
+    """Rounds `values` to an unsigned linear grid whose scale and offset have the gradients of LSQ+.
+
+    Inside the range that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1.
+
+    Args:
+        values (`torch.Tensor`): the input.
+        scale (`torch.Tensor`): float32 scalar.
+        offset (`torch.Tensor`): float32 scalar, what the smallest code stands for; 0 without an offset that moves.
+        zero_point (`torch.Tensor`): the integer, as float32 scalar, that stands for 0.
+        high (`int`): the largest code.
+    """
+    result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _StraightThrough(torch.autograd.Function):
     """The second tensor, with the gradient of the first, where the mask is set."""
 
