@@ -6,6 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hfkdq.export.lowering import lower_quantizers_
 from hfkdq.quantization import activation_ranges, quantize, quantized_modules
+from hfkdq.quantization.records import set_enabled_, set_weight_bits_
 from hfkdq.specs import QuantizationSpec
 
 from . import tiny
@@ -94,3 +95,13 @@ def test_smoothed_inputs_are_refused():
     quantize(model, QuantizationSpec(), [tiny.batch(model)], smoothing=0.5)
     with pytest.raises(ValueError, match="smoothed inputs"):
         lower_quantizers_(model)
+
+
+def test_a_model_from_the_middle_of_its_training_is_refused():
+    off, wide = calibrated(tiny.bert), calibrated(tiny.bert, weight_bits=4)
+    set_enabled_(off, False)
+    with pytest.raises(ValueError, match="fake quantizers that are off"):
+        lower_quantizers_(off)
+    set_weight_bits_(quantized_modules(wide)["bert.pooler.dense"], 8)
+    with pytest.raises(ValueError, match="bert.pooler.dense has weights of 8 bits, on the way to the 4"):
+        lower_quantizers_(wide)

@@ -167,23 +167,24 @@ def check_lowerable(model: PreTrainedModel) -> None:
         )
 
 
+_LOWERABLE = (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding)
+
+
 def _not_lowerable(module: QuantizedModule) -> str:
     scheme = module.quantization_scheme
-    if not isinstance(
-        module, (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding)
-    ):
+    bits, activations = scheme.weight_bits, scheme.activation_bits
+    if not module.fake_quantize_enabled:
+        return "fake quantizers that are off: its training has not reached the point where they begin"
+    if not isinstance(module, _LOWERABLE):
         return f"recurrent weights ({type(module).__name__})"
-    if scheme.weight_bits == 16 or not scheme.symmetric or scheme.weight_mapping != "linear":
-        return (
-            f"weight_bits={scheme.weight_bits}, weight_mapping={scheme.weight_mapping!r}, symmetric={scheme.symmetric}"
-        )
+    if bits == 16 or not scheme.symmetric or scheme.weight_mapping != "linear":
+        return f"weight_bits={bits}, weight_mapping={scheme.weight_mapping!r}, symmetric={scheme.symmetric}"
+    if module.weight_quantizer.bits != bits:
+        return f"weights of {module.weight_quantizer.bits} bits, on the way to the {bits} of its spec"
     if scheme.group_size is not None:
         return f"group_size={scheme.group_size}"
-    if module.activation_quantizer is not None and (scheme.activation_bits, scheme.activation_mapping) != (
-        8,
-        "linear",
-    ):
-        return f"activation_bits={scheme.activation_bits}, activation_mapping={scheme.activation_mapping!r}"
+    if module.activation_quantizer is not None and (activations, scheme.activation_mapping) != (8, "linear"):
+        return f"activation_bits={activations}, activation_mapping={scheme.activation_mapping!r}"
     smoothing = getattr(module, "smoothing", None)
     return "" if smoothing is None or smoothing.factors is None else "smoothed inputs"
 
