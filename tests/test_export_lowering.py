@@ -103,5 +103,5 @@ def test_a_model_from_the_middle_of_its_training_is_refused():
     with pytest.raises(ValueError, match="fake quantizers that are off"):
         lower_quantizers_(off)
     set_weight_bits_(quantized_modules(wide)["bert.pooler.dense"], 8)
-    with pytest.raises(ValueError, match="bert.pooler.dense has weights of 8 bits, on the way to the 4"):
+    with pytest.raises(ValueError, match=r"bert.pooler.dense has weights of 8 bits, on the way to the 4"):
         lower_quantizers_(wide)
