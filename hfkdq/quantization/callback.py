@@ -212,12 +212,16 @@ class QATCallback(TrainerCallback, ExportableState):
                 )
         self._refresh(model)
 
+    def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
+        """What `state` of this callback is in the Trainer's state."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
+        return found
+
     def _load_state_of(self, path: Path, model: PreTrainedModel) -> bool:
         """Takes over the quantizers from the Trainer's state in a checkpoint; whether there were any."""
         file = path / "trainer_state.json"
-        states = TrainerState.load_from_json(str(file)).stateful_callbacks if file.is_file() else {}
-        saved = states.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) else saved
+        saved = self._saved_in(TrainerState.load_from_json(str(file))) if file.is_file() else None
         if saved is None:
             return False
         load_quantizer_states_(model, saved["attributes"]["ranges"])
@@ -225,8 +229,7 @@ class QATCallback(TrainerCallback, ExportableState):
         return True
 
     def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) else saved
+        saved = self._saved_in(state)
         if saved is None:
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
             return

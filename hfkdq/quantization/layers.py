@@ -65,7 +65,7 @@ class QuantizedModule(nn.Module):
         """The fake-quantized input and weight."""
         if self.activation_quantizer is not None:
             input = self.activation_quantizer(input)
-        return input, self.weight_quantizer(self.weight)
+        return input, self.weight_quantizer(self.effective_weight())
 
     def adapted_weight(self) -> Tensor:
         """The weight with the adapters of PEFT that belong to it."""
@@ -134,9 +134,7 @@ class SmoothedModule(QuantizedModule):
     def input_and_weight(self, input: Tensor) -> tuple[Tensor, Tensor]:
         if self.smoothing.factors is not None:
             input = input / self.smoothing.factors.to(input.dtype)
-        if self.activation_quantizer is not None:
-            input = self.activation_quantizer(input)
-        return input, self.weight_quantizer(self.effective_weight())
+        return super().input_and_weight(input)
 
 
 class Smoothing(Stateless):
