@@ -7,7 +7,7 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead constraints clean
+.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,10 @@ check: .venv/.dev ## lint, format, types and import order, without changing anyt
 fix: .venv/.dev ## lint and format, changing files
 	$(O)/ruff check --fix .
 	$(O)/ruff format .
+
+bench-pruning: .venv/.bench ## TEXT=folder of rotten_tomatoes: what every structure and criterion costs and brings, over three seeds
+	@test -d "$(TEXT)" || { echo "Name the data: make bench-pruning TEXT=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }
+	$(O)/python benchmarks/pruning.py --text "$(TEXT)" --images
 
 constraints: ## pin both lines anew (needs uv)
 	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \

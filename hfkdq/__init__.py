@@ -40,13 +40,19 @@ _HOMES = {
     "ULD": "objectives",
     "VID": "objectives",
     "cache_teacher_outputs": "caching",
+    "cluster_weights": "pruning",
+    "compressed_size": "pruning",
     "export_onnx": "export",
+    "fit_sparsity": "pruning",
+    "load_pruned": "pruning",
     "load_quantized": "quantization",
-    "merge_adapters": "quantization",
     "make_student": "students",
+    "merge_adapters": "quantization",
     "prune": "pruning",
+    "prune_vocabulary": "pruning",
     "push_to_hub": "hub",
     "quantize": "quantization",
+    "share_layers": "pruning",
     "suggest_bits": "quantization",
 }
 
@@ -81,13 +87,19 @@ __all__ = [
     "SimilarityPreservingKD",
     "TaskLoss",
     "cache_teacher_outputs",
+    "cluster_weights",
+    "compressed_size",
     "export_onnx",
+    "fit_sparsity",
+    "load_pruned",
     "load_quantized",
     "make_student",
     "merge_adapters",
     "prune",
+    "prune_vocabulary",
     "push_to_hub",
     "quantize",
+    "share_layers",
     "suggest_bits",
 ]
 
@@ -116,7 +128,16 @@ if TYPE_CHECKING:
         SimilarityPreservingKD,
         TaskLoss,
     )
-    from .pruning import PruningCallback, prune
+    from .pruning import (
+        PruningCallback,
+        cluster_weights,
+        compressed_size,
+        fit_sparsity,
+        load_pruned,
+        prune,
+        prune_vocabulary,
+        share_layers,
+    )
     from .quantization import BitAllocation, QATCallback, load_quantized, merge_adapters, quantize, suggest_bits
     from .report import CompressionReport
     from .specs import PruningSpec, QuantizationSpec

@@ -64,9 +64,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from transformers import AutoConfig
-
-    from .architecture import checkpoint_class
+    from .architecture import load_checkpoint
     from .export import export_onnx
     from .quantization import load_quantized, quantized_spec
     from .specs import QuantizationSpec
@@ -76,8 +74,7 @@ def _export(options: argparse.Namespace) -> None:
         model = load_quantized(options.checkpoint)
         quantization = quantized_spec(model)
     else:
-        config = AutoConfig.from_pretrained(options.checkpoint)
-        model = checkpoint_class(config).from_pretrained(options.checkpoint)
+        model = load_checkpoint(options.checkpoint)
         quantization = "dynamic" if options.quantization == "dynamic" else None
     folder = export_onnx(
         model, options.folder, quantization=quantization, processing_class=_processing_class(options.checkpoint),

@@ -27,13 +27,11 @@ def tidy_graph(path: Path) -> None:
         path (`Path`): an ONNX file without external data; rewritten.
     """
     model = ir.load(path)
-    passes = ir.passes.Sequential(
-        common.LiftConstantsToInitializersPass(size_limit=0),
-        common.DeduplicateInitializersPass(),
-        common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
-    )
-    ir.save(passes(model).model, path)
+    passes = [common.LiftConstantsToInitializersPass(size_limit=0), common.DeduplicateInitializersPass()]
+    if not any(node.op_type == "If" for node in model.graph):  # it breaks branches that hand on an outer value
+        passes.append(common.IdentityEliminationPass())
+    passes.append(common.CommonSubexpressionEliminationPass())
+    ir.save(ir.passes.Sequential(*passes)(model).model, path)
 
 
 def count_fused_linears(path: Path) -> int:

@@ -66,7 +66,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
         raise ValueError(
             f"Optimum cannot export {model_type!r} for the task {task!r} as one file. It can for: {', '.join(single)}."
         )
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and task != "object-detection":  # the decoder of DETR runs once, in one file
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder, which Optimum splits into several files. "
             "This release exports models that fit in one: encoders, and decoders without a cache."

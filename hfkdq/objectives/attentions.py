@@ -17,7 +17,7 @@ from ..losses.features import attention_kl, attention_mse
 from ..losses.reduction import masked_mean
 from .base import Objective
 from .masks import Batch, Positions, valid_count
-from .outline import Outline, layer_map, outline_of
+from .outline import Outline, layer_map, layers_of, mean_over_standing, outline_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class AttentionKD(Objective):
                     f"{maps[s - 1]} (batch, heads, queries, keys), layer {t} of the teacher {targets[t - 1]} for the same "
                     "example. Use a student with as many positions, or objectives that compare examples: LogitKD, RKD."
                 )
-        self._found.update(pairs=tuple(pairs.items()))
+        self._found.update(pairs=tuple(pairs.items()), layers=layers_of(student))
         self._found.update(attentions=(frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())))
 
     def positions(self, batch: Batch) -> Positions:
@@ -85,4 +85,6 @@ class AttentionKD(Objective):
         for s, t in self._found["pairs"]:
             ours, theirs = student_out.attentions[s - 1], teacher_out.attentions[t - 1]
             values.append(attention_kl(ours, theirs) if self.distance == "kl" else attention_mse(ours, theirs, mask))
-        return masked_mean(torch.stack(values).mean(0), mask), self.positions(batch)
+        numbers = [s for s, _ in self._found["pairs"]]
+        mean = mean_over_standing(torch.stack(values), self._found["layers"], numbers)
+        return masked_mean(mean, mask), self.positions(batch)

@@ -18,7 +18,7 @@ from ..losses import cosine_distance, masked_mean, mean_squared_error, normalize
 from ..schedules import LayerSchedule
 from .base import Objective
 from .masks import Batch, Positions, valid_count
-from .outline import Outline, layer_map, outline_of
+from .outline import Outline, layer_map, layers_of, mean_over_standing, outline_of
 from .projections import Projection, add_projection
 
 _DISTANCES = {"mse": mean_squared_error, "cosine": cosine_distance, "normalized_mse": normalized_squared_error}
@@ -91,7 +91,7 @@ class HiddenStateKD(Objective):
             width, teacher_width = states[s][-1], targets[ts[0]][-1]
             if self.projection or (self.projection is None and width != teacher_width):
                 places[s] = add_projection(student, s, partial(Projection, width, teacher_width), len(states))
-        self._found.update(groups=tuple(groups.items()), places=places)
+        self._found.update(groups=tuple(groups.items()), places=places, layers=layers_of(student))
         self._found.update(hidden_states=(frozenset(groups), frozenset(t for ts in groups.values() for t in ts)))
 
     def _check(self, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]) -> None:
@@ -121,7 +121,8 @@ class HiddenStateKD(Objective):
             terms.append(torch.stack(candidates).min() if len(ts) > 1 else candidates[0])
         values = torch.stack(terms)
         if self.active is None:
-            return values.mean(), self.positions(batch)
+            numbers = [s for s, _ in groups]
+            return mean_over_standing(values, self._found["layers"], numbers), self.positions(batch)
         # A pair that does not count keeps a gradient of 0, so that every projection has one in every process.
         weights = values.new_tensor(self.active(self._found.get("progress", 0.0), len(groups)))
         return (values * weights).sum() / weights.sum().clamp(min=1e-12), self.positions(batch)

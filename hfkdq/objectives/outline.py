@@ -8,13 +8,14 @@ implementations silently return nothing. Knows no objective.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import evenly_spaced_layers
+from ..architecture import evenly_spaced_layers, find_layer_stack
 from ..facts import read_facts
 from ..forwards import as_output, base_of, by_name
 
@@ -221,3 +222,26 @@ def layer_map(
             f"(0 is the embeddings){'; out of range: ' + repr(bad) if bad else ', but is empty'}."
         )
     return dict(layers)
+
+
+def layers_of(student: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the student, or none where it is no single stack of them."""
+    try:
+        return list(find_layer_stack(base_of(student)).layers)
+    except ValueError:
+        return []
+
+
+def mean_over_standing(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
+    """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are at work.
+
+    Pruning passes layers by while it trains (they have `bypassed` set); what they hand on is the layer before them, which
+    has an entry of its own. Those left out keep a gradient of zero.
+    """
+    at_work = [
+        not (0 < number <= len(layers) and getattr(layers[number - 1], "bypassed", False)) for number in numbers
+    ]
+    if all(at_work):
+        return values.mean(0)
+    weights = values.new_tensor(at_work, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
+    return (values * weights).sum(0) / weights.sum().clamp(min=1.0)

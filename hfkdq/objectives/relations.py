@@ -23,7 +23,7 @@ from ..losses.relations import relation_kl
 from .attention_inputs import KINDS, Seen, Sources, find_sources, looks_back_only, watching
 from .base import Objective
 from .masks import Batch, Positions, valid_count
-from .outline import Outline, layer_map, probe
+from .outline import Outline, layer_map, mean_over_standing, probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class RelationKD(Objective):
         self._check_positions(pairs, *shapes)
         heads = self._heads(bases[1], {shape[-1] for found in shapes for shape in found.values()})
         self._found.update(pairs=tuple(pairs.items()), sources=tuple(sources), heads=heads, seen=({}, {}))
-        self._found.update(itself=bases[0] is bases[1])
+        self._found.update(itself=bases[0] is bases[1], layers=list(stacks[0].layers))
         self._found.update(causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)))
 
     def _try(self, model: Any, sources: Sources) -> dict[tuple[int, str], torch.Size]:
@@ -176,7 +176,9 @@ class RelationKD(Objective):
         finally:
             ours.clear()
             theirs.clear()
-        return masked_mean(torch.stack(values).mean(0), mask), self.positions(batch)
+        numbers = [s for s, _ in self._found["pairs"]]
+        mean = mean_over_standing(torch.stack(values), self._found["layers"], numbers)
+        return masked_mean(mean, mask), self.positions(batch)
 
     def _check_seen(self, ours: Seen, theirs: Seen) -> None:
         expected = [set(sources) for sources in self._found["sources"]]

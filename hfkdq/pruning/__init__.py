@@ -1,10 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning: weights or neurons that matter least are zeroed while the model trains, and neurons then removed.
+"""Pruning: what matters least is taken out of a model, at once or while it trains, and the model gets smaller.
 
 Knows specs and the structure of models, and of the Trainer only its callbacks.
 """
 
 from .callback import PruningCallback
+from .clustering import cluster_weights
+from .file_size import compressed_size
+from .fitting import fit_sparsity
 from .one_shot import prune
+from .reload import load_pruned
+from .sharing import share_layers, unshare_layers_
+from .vocabulary import prune_vocabulary
 
-__all__ = ["PruningCallback", "prune"]
+__all__ = [
+    "PruningCallback",
+    "cluster_weights",
+    "compressed_size",
+    "fit_sparsity",
+    "load_pruned",
+    "prune",
+    "prune_vocabulary",
+    "share_layers",
+    "unshare_layers_",
+]

@@ -6,18 +6,22 @@ Knows the callback protocol and nothing of distillation or quantization, with wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..schedules import Cubic
+from ..batches import Batches, make_batches
 from ..specs import PruningSpec
-from .masks import Masks, check_widths
-from .one_shot import prune
+from .criteria import FROM_GRADIENTS
+from .gathering import gather_
+from .one_shot import check_prunable, count_parameters, finish_
+from .progress import Progress
 from .targets import PruningTarget, find_targets
 
 logger = logging.get_logger(__name__)
@@ -26,25 +30,40 @@ logger = logging.get_logger(__name__)
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model of a `Trainer` along the schedule of a [`PruningSpec`].
 
-    After every optimizer step the share `s(t)` of the weights or neurons is zero, so that evaluation and checkpoints
-    see the pruned model; what is pruned stays pruned. At the end of training the model has the full sparsity and
-    neurons are removed as by [`prune`], which also records what was done in `model.config.hfkdq["pruning"]`. Training
-    that stops before `spec.end` is pruned to the full sparsity all the same, with a warning.
+    After every optimizer step the share `s(t)` of the units is out of what the model computes, so that evaluation and
+    checkpoints see the pruned model; what is pruned stays pruned, and has no gradient, so that it does not count when
+    gradients are clipped. At the end of training the model has the full sparsity and the units leave its shapes as by
+    [`prune`], which also records what was done in `model.config.hfkdq["pruning"]`. Training that stops before `spec.end`
+    is pruned to the full sparsity all the same, with a warning.
 
-    Masks are a function of the weights and of the step, so a resumed run equals an uninterrupted one. When the full
-    sparsity is reached, the best model is searched anew: `load_best_model_at_end` cannot bring back a denser one.
+    With `at_least` or `at_most` it prunes as far as a metric allows: the model is evaluated at the end of every round
+    (`spec.rounds`), and the first round that breaks the bound is undone and ends the training.
+
+    Masks, and what the criterion has seen, are in the state of the optimizer, and so in every checkpoint: a resumed run
+    equals an uninterrupted one, and all processes of a data-parallel run have the same masks. When the full sparsity is
+    reached, the best model is searched anew: `load_best_model_at_end` cannot bring back a denser one.
 
     Args:
         spec (`PruningSpec` or `dict`): what to prune, how much and when; a dictionary as `spec.to_dict()` gives it,
             which is what a Trainer that restores its callbacks passes.
         strict_resume (`bool`, defaults to `True`): refuse to resume from a checkpoint of another spec; `False` warns
             instead.
+        metric (`str`, defaults to `"loss"`): the metric of an evaluation that a bound is for, with or without `"eval_"`.
+        at_least (`float`, *optional*): what the metric must reach after every round, for example `0.99 * teacher_accuracy`.
+        at_most (`float`, *optional*): what it must not exceed.
+        calibration (iterable of `dict` or `datasets.Dataset`, *optional*): for the criterion `"teacher"`: batches of model
+            inputs, or examples to make them from, which are looked at whenever the sparsity grows.
+        teacher_model (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
+        batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
+        data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
+        processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
 
     Raises:
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
-        ValueError: as training is set up, the spec does not fit the model, or the checkpoint is one of another spec.
+        ValueError: a bound without `spec.rounds`, or the criterion `"teacher"` without data; as training is set up, the
+            spec does not fit the model, has more rounds than steps, or the checkpoint is one of another spec.
         RuntimeError: as training starts, the optimizer does not hold the weights to prune. A `Trainer` that has
-            removed neurons once cannot train again; make a new one.
+            removed units once cannot train again; make a new one.
 
     Example:
         ```python
@@ -52,22 +71,61 @@ class PruningCallback(TrainerCallback, ExportableState):
         >>> from hfkdq import PruningCallback, PruningSpec
         >>> callback = PruningCallback(PruningSpec(sparsity=0.5, structure="neuron"))
         >>> trainer = Trainer(model, args, train_dataset=train, callbacks=[callback])  # doctest: +SKIP
+        >>> far = PruningSpec(sparsity=0.9, structure="neuron", rounds=6, end=1.0)
+        >>> callback = PruningCallback(far, metric="accuracy", at_least=0.87)  # the last round that keeps 87 %
 
         ```
     """
 
-    def __init__(self, spec: PruningSpec | dict[str, Any], strict_resume: bool = True) -> None:
+    def __init__(
+        self,
+        spec: PruningSpec | dict[str, Any],
+        strict_resume: bool = True,
+        *,
+        metric: str = "loss",
+        at_least: float | None = None,
+        at_most: float | None = None,
+        calibration: Batches | None = None,
+        teacher_model: PreTrainedModel | None = None,
+        batch_size: int = 8,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        processing_class: Any = None,
+    ) -> None:
         if isinstance(spec, dict):
             spec = PruningSpec.from_dict(spec)
         if not isinstance(spec, PruningSpec):
             raise TypeError(f"PruningCallback takes a PruningSpec, got {type(spec).__name__}.")
+        if spec.structure == "vocab":
+            raise ValueError(
+                "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
+                "processing_class=tokenizer), before the trainer is made."
+            )
+        if spec.criterion == "teacher" and calibration is None:
+            raise ValueError(
+                "criterion='teacher' asks the teacher about data: PruningCallback(spec, calibration=dataset, "
+                "teacher_model=teacher). In a DistillationTrainer 'taylor' follows the trainer's own loss without it."
+            )
+        if (at_least is not None or at_most is not None) and spec.rounds is None:
+            raise ValueError(
+                "at_least and at_most are looked at after every round: give PruningSpec(rounds=...), and end=1.0 so that "
+                "every round has the same time to recover."
+            )
         self.spec = spec
         self.strict_resume = strict_resume
-        self._schedule = Cubic(0.0, spec.sparsity, spec.begin, spec.end)
-        self._masks = Masks([])
+        self.metric, self.at_least, self.at_most = metric, at_least, at_most
+        self._calibration, self._teacher = calibration, teacher_model
+        self._how = (batch_size, data_collator, processing_class)
+        self._progress: Progress | None = None
+        self._judging = False
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"spec": self.spec.to_dict()}, "attributes": {}}
+        bounds = {"metric": self.metric, "at_least": self.at_least, "at_most": self.at_most}
+        bounds = bounds if self._bounded else {}
+        return {"args": {"spec": self.spec.to_dict(), **bounds}, "attributes": {}}
+
+    @property
+    def _bounded(self) -> bool:
+        return self.at_least is not None or self.at_most is not None
 
     def on_init_end(
         self,
@@ -77,7 +135,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel = None,
         **kwargs: Any,
     ) -> None:
-        find_targets(model, self.spec)
+        check_prunable(model, self.spec, find_targets(model, self.spec))
+        if self._bounded and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end would choose among models of different sparsity. Leave it out: with at_least or "
+                "at_most the model of the last round that keeps the bound is what you get."
+            )
 
     def on_train_begin(
         self,
@@ -91,23 +154,97 @@ class PruningCallback(TrainerCallback, ExportableState):
         targets = find_targets(model, self.spec)
         if optimizer is not None:
             _check_trained_by(optimizer, targets)
-        check_widths(targets, self.spec)
+        check_prunable(model, self.spec, targets)
+        steps = math.floor(self.spec.end * state.max_steps) - math.floor(self.spec.begin * state.max_steps)
+        if self.spec.rounds is not None and self.spec.rounds > max(steps, 1):
+            raise ValueError(
+                f"{self.spec.rounds} rounds do not fit into the {steps} optimizer steps between begin={self.spec.begin} and "
+                f"end={self.spec.end} of a training of {state.max_steps} steps. Train longer, or use fewer rounds."
+            )
+        self._progress = Progress(model, targets, self.spec, count_parameters(model))
         if state.global_step > 0:
             self._check_resumed(state)
+            self._progress.resume(optimizer, self.spec.sparsity_at(state.global_step / state.max_steps))
         # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._masks = Masks(targets, from_zeros=self._schedule(state.global_step / state.max_steps) > 0)
+        self._progress.begin(optimizer)
 
-    def on_optimizer_step(
+    def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        progress = self._progress
+        if progress is not None and self.spec.criterion in FROM_GRADIENTS and self.spec.criterion != "teacher":
+            progress.observe_gradients()
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel = None,
+        **kwargs: Any,
+    ) -> None:
+        progress = self._progress
+        if progress is None:
+            return
         # The step being taken is not counted in global_step yet.
-        before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
-        self._masks.grow_to(self._schedule(now))
-        self._masks.apply_()
-        if before < self.spec.end <= now:
-            # Models before this step were denser; none of them may be loaded as the best one.
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        due = self.spec.sparsity_at((state.global_step + 1) / state.max_steps)
+        if due > progress.masks.sparsity and not progress.settled:
+            if self._bounded and progress.last_good is None:
+                progress.remember()
+            if self.spec.criterion == "teacher":
+                progress.evidence.forget()
+                batches = make_batches(model, self._calibration, *self._how)
+                gather_(model, progress.evidence, batches, self._teacher)
+            if progress.grow_to(due) and due == self.spec.sparsity:
+                # Models before this step were denser; none of them may be loaded as the best one.
+                state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        progress.apply((self.spec.end - self.spec.begin) * state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        progress = self._progress
+        if progress is None or not self._bounded or progress.settled or not progress.masks.sparsity:
+            return
+        last = state.global_step >= state.max_steps
+        if last or self.spec.sparsity_at((state.global_step + 1) / state.max_steps) > progress.masks.sparsity:
+            self._judging = control.should_evaluate = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        progress = self._progress
+        if not self._judging or progress is None:
+            return
+        self._judging = False
+        name = self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
+        if name not in (metrics or {}):
+            raise ValueError(
+                f"The evaluation gave no {name}, only {', '.join(sorted(metrics or {}))}. Name one of them as metric, or give "
+                "the trainer compute_metrics."
+            )
+        value = (metrics or {})[name]
+        kept = not math.isnan(value)
+        kept &= self.at_least is None or value >= self.at_least
+        kept &= self.at_most is None or value <= self.at_most
+        logger.info(
+            f"Pruned to sparsity {progress.masks.sparsity:.3f}: {name} is {value:.4f}, {'kept' if kept else 'too far'}."
+        )
+        if kept:
+            progress.remember()
+        else:
+            progress.go_back()
+            control.should_training_stop = True
+            if not progress.masks.sparsity:
+                logger.warning(
+                    f"Not even the first round of pruning keeps the bound: {name} is {value:.4f}. Nothing is pruned."
+                )
 
     def on_train_end(
         self,
@@ -117,14 +254,19 @@ class PruningCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel = None,
         **kwargs: Any,
     ) -> None:
-        if state.global_step < self.spec.end * state.max_steps:
+        progress, self._progress = self._progress, None
+        if progress is None:
+            return
+        final = self.spec.sparsity or 0.0
+        if not progress.settled and progress.masks.sparsity < final:
             logger.warning(
                 f"Training stopped at step {state.global_step} of {state.max_steps}, before the end of pruning "
                 f"(end={self.spec.end}). The model is now pruned to sparsity {self.spec.sparsity} without the training "
                 "that should have followed."
             )
-        self._masks = Masks([])
-        prune(model, self.spec)
+            progress.grow_to(final)
+        progress.end()
+        finish_(model, progress.masks, progress.parameters_before)
 
     def _check_resumed(self, state: TrainerState) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -145,10 +287,11 @@ class PruningCallback(TrainerCallback, ExportableState):
 def _check_trained_by(optimizer: Optimizer, targets: Sequence[PruningTarget]) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for target in targets:
-        for name, linear in target.linears:
-            if linear.weight.requires_grad and id(linear.weight) not in held:
+        for part in target.parts:
+            values = part.values
+            if isinstance(values, torch.nn.Parameter) and values.requires_grad and id(values) not in held:
                 raise RuntimeError(
-                    f"The optimizer does not train {name}.weight, which is to be pruned. If this Trainer has trained "
-                    "and removed neurons before, its optimizer is out of date: make a new Trainer to train on. "
+                    f"The optimizer does not train {part.name}.{part.tensor}, which is to be pruned. If this Trainer has "
+                    "trained and removed units before, its optimizer is out of date: make a new Trainer to train on. "
                     "Freeze weights with requires_grad_(False) rather than by leaving them out of the optimizer."
                 )

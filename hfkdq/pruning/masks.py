@@ -1,37 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which units of the targets are pruned; the set only ever grows.
 
-Knows numbers of units, not when they change.
+Knows scores and numbers of units, not when they change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ..specs import PruningSpec
-from .targets import NeuronTarget, PruningTarget
+from .criteria import Evidence
+from .masked_norms import mask_norm_
+from .targets import GroupTarget, LayerTarget, PruningTarget, WeightTarget
 
 
 def units_kept(units: int, sparsity: float) -> int:
-    """`max(1, round(units * (1 - sparsity)))`."""
-    return max(1, round(units * (1.0 - sparsity)))
+    """`round(units * (1 - sparsity))`."""
+    return round(units * (1.0 - sparsity))
 
 
-def check_widths(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses neurons to be removed before modules that need another number of inputs, as they say themselves.
+def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
+    """Refuses a sparsity that would leave a target empty, or break groups that a module says it has.
 
     Raises:
-        ValueError: such a module, with its reason.
+        ValueError: the target, what would be left, and why that cannot be.
     """
+    sparsity = spec.sparsity or 0.0
     for target in targets:
-        if isinstance(target, NeuronTarget):
-            for name, linear in target.block.outputs:
-                check = getattr(linear, "check_inputs", None)
+        kept = units_kept(target.units, sparsity)
+        if spec.ranking == "local" and kept < max(1, len(_protected(target))):
+            raise ValueError(
+                f"sparsity={sparsity} would leave {kept} of the {target.units} units ({spec.structure}) of {target.name or 'the model'}"
+                f"{', of which some cannot go' if _protected(target) else ''}. Choose a smaller sparsity."
+            )
+        n_m = spec.kept_of
+        if n_m is not None and isinstance(target, WeightTarget) and target.shape[1] % n_m[1]:
+            raise ValueError(
+                f"{target.name} has {target.shape[1]} inputs, which groups of {n_m[1]} do not divide. Leave it out with "
+                "exclude_modules, or choose another pattern."
+            )
+        if isinstance(target, GroupTarget) and spec.removes and spec.ranking == "local":
+            for entry in target.group.of_role("input"):
+                check = getattr(entry.module, "check_inputs", None)
                 try:
                     if check is not None:
-                        check(units_kept(linear.in_features, spec.sparsity))
+                        check(kept * entry.positions.shape[1])
                 except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                    raise ValueError(f"{entry.name}: {error}") from error
+
+
+def _protected(target: PruningTarget) -> tuple[int, ...]:
+    return target.protected if isinstance(target, LayerTarget) else ()
 
 
 class Masks:
@@ -39,30 +61,112 @@ class Masks:
 
     Args:
         targets (sequence of `PruningTarget`): what is pruned.
-        from_zeros (`bool`, defaults to `False`): take units that are zero already as pruned, for a model that comes
-            from a checkpoint of a pruned one; otherwise nothing is pruned yet.
+        spec (`PruningSpec`): how units are ranked, and what happens to those that are cut.
+        evidence (`Evidence`): their scores.
     """
 
-    def __init__(self, targets: Sequence[PruningTarget], from_zeros: bool = False) -> None:
+    def __init__(self, targets: Sequence[PruningTarget], spec: PruningSpec, evidence: Evidence) -> None:
         self.targets = list(targets)
-        self.pruned = [target.scores() == 0 for target in self.targets]
-        if not from_zeros:
-            for mask in self.pruned:
-                mask.fill_(False)
-        self._counts = [int(mask.sum()) for mask in self.pruned]
+        self.spec = spec
+        self.evidence = evidence
+        self.pruned = [
+            torch.zeros(target.units, dtype=torch.bool, device=target.parts[0].values.device)
+            for target in self.targets
+        ]
+        self.sparsity = 0.0
+
+    def counts(self) -> list[int]:
+        """Pruned units of every target."""
+        return [int(mask.sum()) for mask in self.pruned]
 
     def grow_to(self, sparsity: float) -> None:
-        """Prunes the units with the lowest scores of every target until the share `sparsity` of them is pruned."""
-        for i, target in enumerate(self.targets):
-            units = self.pruned[i].numel()
-            count = units - units_kept(units, sparsity)
-            if count > self._counts[i]:
-                # A score below every other keeps pruned units pruned, whatever the optimizer has made of them.
-                scores = target.scores().masked_fill_(self.pruned[i], -1.0)
-                self.pruned[i][scores.topk(count, largest=False, sorted=False).indices] = True
-                self._counts[i] = count
+        """Prunes the units with the lowest scores until the share `sparsity` of them is pruned."""
+        if sparsity <= self.sparsity:
+            return
+        self.sparsity = sparsity
+        before = [mask.clone() for mask in self.pruned] if self.spec.cut == "mean" else []
+        if self.spec.ranking == "global":
+            self._grow_globally(sparsity)
+        else:
+            for i, target in enumerate(self.targets):
+                if self.spec.kept_of is not None:
+                    self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
+                else:
+                    self._grow(i, target.units - units_kept(target.units, sparsity))
+        for i, old in enumerate(before):
+            self._fold_means(i, self.pruned[i] & ~old)
 
-    def apply_(self) -> None:
-        """Zeroes the pruned units in the model."""
+    def _ranked(self, i: int) -> Tensor:
+        """Scores with pruned units below all others and protected ones above them."""
+        scores = self.evidence.scores(i).masked_fill(self.pruned[i], -torch.inf)
+        for place in _protected(self.targets[i]):
+            scores[place] = torch.inf
+        return scores
+
+    def _grow(self, i: int, count: int) -> None:
+        if count > int(self.pruned[i].sum()):
+            self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
+
+    def _grow_globally(self, sparsity: float) -> None:
+        """All targets in one ranking; the best unit of each is out of reach, so that none is left empty."""
+        ranked = []
+        for i in range(len(self.targets)):
+            scores = self._ranked(i)
+            scores[scores.argmax()] = torch.inf
+            ranked.append(scores.to(self.pruned[0].device))
+        scores = torch.cat(ranked)
+        reachable = int((scores < torch.inf).sum())
+        count = min(len(scores) - units_kept(len(scores), sparsity), reachable)
+        chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        chosen[scores.topk(count, largest=False, sorted=False).indices] = count > 0
+        for mask, more in zip(self.pruned, torch.split(chosen, [len(entries) for entries in ranked]), strict=True):
+            mask |= more.to(mask.device)
+
+    def _grow_groups(self, i: int, share: float, n: int, m: int) -> None:
+        """N:M: in the share `share` of the groups the `m - n` weights that matter least, cheapest groups first."""
+        scores, mask = self.evidence.scores(i).view(-1, m), self.pruned[i].view(-1, m)
+        done = mask.any(dim=1)
+        lowest = scores.topk(m - n, dim=1, largest=False)
+        cost = lowest.values.sum(dim=1).masked_fill(done, -torch.inf)
+        count = round(len(cost) * share)
+        if count > int(done.sum()):
+            groups = cost.topk(count, largest=False, sorted=False).indices
+            groups = groups[~done[groups]]
+            mask[groups.unsqueeze(1), lowest.indices[groups]] = True
+
+    @torch.no_grad()
+    def _fold_means(self, i: int, fresh: Tensor) -> None:
+        """Adds to the biases behind the units that go now what they have brought on average."""
+        target = self.targets[i]
+        if not isinstance(target, GroupTarget) or not bool(fresh.any()):
+            return
+        for entry in target.group.of_role("input"):
+            mean = self.evidence.mean_input(i, entry.name)
+            if mean is None:
+                continue
+            gone = entry.entries(fresh)
+            weight = entry.values.float().masked_fill(~gone, 0.0)
+            mean = mean.to(weight.device)
+            entry.module.bias += mean @ weight if entry.dim == 0 else weight @ mean  # type: ignore[operator]
+
+    def apply_(self, fade: float = 0.0) -> None:
+        """Takes the pruned units out of what the model computes; `fade` is what is left of their weights, for decay."""
         for target, pruned in zip(self.targets, self.pruned, strict=True):
-            target.zero_(pruned)
+            if fade > 0.0:
+                with torch.no_grad():
+                    for part, mask in target.entries(pruned):
+                        values = part.values
+                        values.copy_(torch.where(mask, values * fade, values))
+            else:
+                target.apply_(pruned)
+
+    def lift_(self) -> None:
+        """Ends what is no zero in a tensor: layers work again and norms count all channels."""
+        for target, pruned in zip(self.targets, self.pruned, strict=True):
+            if isinstance(target, LayerTarget) or (isinstance(target, GroupTarget) and target.norms):
+                kept = torch.zeros_like(pruned)
+                if isinstance(target, GroupTarget):
+                    for norm in target.norms:
+                        mask_norm_(norm, kept)
+                else:
+                    target.apply_(kept)

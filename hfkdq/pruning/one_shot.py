@@ -1,39 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning a model at once to the full sparsity of a spec, neurons physically removed.
+"""Pruning a model at once to the full sparsity of a spec, and taking what is pruned out of its shapes.
 
 Knows no schedule and no Trainer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from transformers import PreTrainedModel
 
-from ..facts import record_fact, refresh_facts
+from ..architecture import record_shapes
+from ..batches import Batches, make_batches
+from ..facts import read_facts, record_fact, refresh_facts
 from ..specs import PruningSpec
-from .masks import Masks, check_widths
-from .removal import remove_neurons_
-from .targets import NeuronTarget, find_targets
+from .criteria import Evidence, check_criterion
+from .gathering import gather_
+from .masks import Masks, check_counts, units_kept
+from .removal import described_config, remove_layers_, remove_units_
+from .targets import LayerTarget, PruningTarget, WeightTarget, find_targets
+from .vocabulary import prune_vocabulary
 
 
-def prune(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel,
+    spec: PruningSpec,
+    calibration: Batches | None = None,
+    *,
+    teacher_model: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    processing_class: Any = None,
+) -> PreTrainedModel:
     """Prunes `model` in place, without training.
 
-    Weights with the smallest magnitude become zero, within each linear layer. Neurons with the smallest L2 norm of
-    all their weights are cut out of the feed-forward layers, and the width in the configuration becomes what is left
-    of it, `max(1, round(width * (1 - sparsity)))`, so that `from_pretrained` loads the saved model like any other.
+    What goes by `spec.structure` goes out of the shapes of the model, and its configuration says what is left of it,
+    so that `from_pretrained` loads the saved model like any other. What a configuration cannot describe is refused,
+    unless `spec.plain_checkpoint` is false: then [`load_pruned`] loads it. Single weights become zero.
     What was done is recorded in `model.config.hfkdq["pruning"]`: `spec`, `achieved_sparsity` (measured, share of the
-    weights or neurons that were up for pruning), `parameters_before` and `parameters_after` (of the model as it is saved).
+    units that were up for pruning), `parameters_before` and `parameters_after` (of the model as it is saved).
 
     Args:
         model (`PreTrainedModel`): the model to prune.
-        spec (`PruningSpec`): what to prune; its schedule (`begin`, `end`) plays no part here.
+        spec (`PruningSpec`): what to prune; its schedule (`begin`, `end`, `rounds`) plays no part here.
+        calibration (iterable of `dict` or `datasets.Dataset`, *optional*): batches of model inputs, or examples to make
+            them from; with labels for the criteria `"taylor"` and `"fisher"`. Needed by all criteria but `"magnitude"`
+            and `"random"`, and by `cut="mean"`. For `structure="vocab"` the corpus: texts, or a `Dataset` with a column
+            `"text"`.
+        teacher_model (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
+        batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
+        data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
+        processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`; for
+            `structure="vocab"` the tokenizer, which is changed along with the model.
 
     Returns:
         `PreTrainedModel`: the same model.
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: the spec does not fit the model. The model is then as it was.
+        ValueError: the spec does not fit the model, or data are missing. The model is then as it was.
 
     Example:
         ```python
@@ -46,30 +72,117 @@ def prune(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
 
         ```
     """
+    if spec.structure == "vocab":
+        return _prune_vocabulary(model, spec, calibration, processing_class)
     targets = find_targets(model, spec)
-    check_widths(targets, spec)
-    before = _count_parameters(model)
-    masks = Masks(targets)
-    masks.grow_to(spec.sparsity)
-    masks.apply_()
-    units = sum(mask.numel() for mask in masks.pruned)
-    if spec.structure == "neuron":
-        gone = sum(int(mask.sum()) for mask in masks.pruned)
-        remove_neurons_(model, [target.block for target in targets if isinstance(target, NeuronTarget)], masks.pruned)
-        refresh_facts(model)
-    else:
-        gone = sum(int((target.scores() == 0).sum()) for target in targets)
-    fact = {
-        "spec": spec.to_dict(),
-        "achieved_sparsity": gone / units,
-        "parameters_before": before,
-        "parameters_after": _count_parameters(model),
-    }
-    record_fact(model, "pruning", fact)
+    check_prunable(model, spec, targets)
+    evidence = Evidence(targets, spec)
+    masks = Masks(targets, spec, evidence)
+    if evidence.needs_gradients or evidence.needs_activations:
+        if spec.criterion == "movement":
+            raise ValueError(
+                "criterion='movement' is learned while the model is trained: use PruningCallback. Without training "
+                "'taylor' uses the same product of weight and gradient."
+            )
+        if calibration is None:
+            raise ValueError(
+                f"criterion={spec.criterion!r} and cut={spec.cut!r} look at data: give calibration, batches of model inputs or "
+                "a datasets.Dataset. criterion='magnitude' needs none."
+            )
+        batches = make_batches(model, calibration, batch_size, data_collator, processing_class)
+        gather_(model, evidence, batches, teacher_model)
+    before = count_parameters(model)
+    masks.grow_to(spec.sparsity or 0.0)
+    finish_(model, masks, before)
     return model
 
 
-def _count_parameters(model: PreTrainedModel) -> int:
-    # What only training needs (projections, scales) lies in the model but not in its state dict.
+def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[PruningTarget]) -> None:
+    """Refuses what cannot be done, before anything is done.
+
+    Raises:
+        ValueError: a target would be left empty, has groups that would break, has no bias for means, or the
+            configuration could not describe the result.
+    """
+    check_counts(targets, spec)
+    check_criterion(targets, spec)
+    for target in targets:
+        if isinstance(target, LayerTarget) and target.stack.beside:
+            raise ValueError(
+                f"{', '.join(target.stack.beside)} of {type(model).__name__} has an entry for every place between two layers, so "
+                "no layer can be passed by. make_student(teacher, layers=[...]) copies some of the layers."
+            )
+    if spec.removes and "sharing" in read_facts(model):
+        raise ValueError(
+            "Layers of this model share their weights, so their units cannot be removed one layer at a time. Call "
+            "unshare_layers_(model), prune, and share_layers(model) again; structure='weight' works on shared layers."
+        )
+    if not spec.removes or not spec.plain_checkpoint or spec.structure == "layer" or not spec.sparsity:
+        return
+    if spec.ranking == "global":
+        raise ValueError(
+            f"ranking='global' leaves layers with different numbers of units, which {type(model.config).__name__} cannot say. "
+            "Use ranking='local', or plain_checkpoint=False and load the result with hfkdq.load_pruned."
+        )
+    _, problem = described_config(model, spec, targets, [units_kept(t.units, spec.sparsity) for t in targets])
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
+    """Takes what the masks say out of the model, for good, and records it."""
+    spec, targets = masks.spec, masks.targets
+    units = sum(target.units for target in targets)
+    masks.apply_()
+    gone = sum(masks.counts())
+    if isinstance(targets[0], WeightTarget):
+        zeros = [target.reduce(lambda part: part.values.detach().abs()) == 0 for target in targets]
+        gone = sum(int(entries.sum()) for entries in zeros)
+    masks.lift_()
+    if spec.removes and gone:
+        if spec.structure == "layer":
+            remove_layers_(model, targets, masks.pruned)
+        else:
+            config, _ = described_config(
+                model, spec, targets, [t.units - c for t, c in zip(targets, masks.counts(), strict=True)]
+            )
+            counts = remove_units_(model, targets, masks.pruned)
+            facts = read_facts(model)
+            for name, value in vars(config).items():
+                if vars(model.config).get(name) != value and name != "hfkdq":
+                    setattr(model.config, name, value)
+            if facts:
+                model.config.hfkdq = facts
+            record_shapes(model, counts)
+        refresh_facts(model)
+    _record(model, spec, gone / units, before)
+
+
+def _record(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int) -> None:
+    fact = {
+        "spec": spec.to_dict(),
+        "achieved_sparsity": achieved,
+        "parameters_before": before,
+        "parameters_after": count_parameters(model),
+    }
+    record_fact(model, "pruning", fact)
+
+
+def _prune_vocabulary(model: PreTrainedModel, spec: PruningSpec, corpus: Any, tokenizer: Any) -> PreTrainedModel:
+    """`structure="vocab"`: the rarest tokens of a corpus, model and tokenizer together."""
+    if corpus is None or tokenizer is None:
+        raise ValueError(
+            "structure='vocab' removes the tokens that a corpus does not use, from the model and from its tokenizer: "
+            "prune(model, spec, corpus, processing_class=tokenizer)."
+        )
+    before, tokens = count_parameters(model), len(tokenizer)
+    largest = None if spec.sparsity is None else units_kept(tokens, spec.sparsity)
+    prune_vocabulary(model, tokenizer, corpus, max_size=largest)
+    _record(model, spec, 1.0 - len(tokenizer) / tokens, before)
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Parameters that the model is saved with: what only training needs (projections, scales) is not among them."""
     saved = model.state_dict().keys()
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name in saved)

@@ -1,56 +1,241 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting neurons out of the feed-forward layers of a model, so that its configuration describes what is left.
+"""Cutting units out of the tensors of a model, and saying in its configuration what is left.
 
-Knows which neurons go, not why.
+Knows which units go, not why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..architecture import FeedForward, width_field
+from ..architecture import (
+    Numbers,
+    Shapes,
+    build_model,
+    config_with,
+    fields_of_depth,
+    has_recorded_shapes,
+    hidden_field,
+    numbers_of,
+    record_shapes,
+    resize_,
+    shapes_of,
+    width_fields,
+)
+from ..facts import read_facts, record_fact
+from ..specs import PruningSpec
+from .bypass import bypass_
+from .targets import GroupTarget, LayerTarget, PruningTarget
+
+_HEAD_FIELDS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_HEAD_FIELDS_OF_PARTS = ("encoder_attention_heads", "decoder_attention_heads")
 
 
-def remove_neurons_(model: PreTrainedModel, blocks: Sequence[FeedForward], pruned: Sequence[torch.Tensor]) -> None:
-    """Removes neurons from every block and writes the new width into the configuration.
-
-    Modules stay what they are, with smaller parameters; an optimizer that holds the former ones is stale.
+def described_config(
+    model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]
+) -> tuple[PretrainedConfig, str | None]:
+    """The configuration of the model without what is to go, and why it does not describe it, if it does not.
 
     Args:
-        model (`PreTrainedModel`): the model that the blocks belong to.
-        blocks (sequence of `FeedForward`): all feed-forward blocks of the model.
-        pruned (sequence of `torch.Tensor`): for each block a bool tensor of shape `(width,)`, true for the neurons
-            to remove; the same number in every block.
-
-    Raises:
-        ValueError: blocks that would be left with different widths.
+        model (`PreTrainedModel`): the model as it is.
+        spec (`PruningSpec`): what goes.
+        targets (sequence of `PruningTarget`): where it goes.
+        kept (sequence of `int`): how many units of every target stay.
     """
-    kept = [(~mask).nonzero().flatten() for mask in pruned]  # (neurons left,) each
-    widths = sorted({len(indices) for indices in kept})
-    if len(widths) != 1:
-        raise ValueError(
-            f"The feed-forward layers would be left with different widths ({', '.join(map(str, widths))}), which "
-            f"{width_field(model.config)} cannot say. Remove the same number of neurons from each."
-        )
-    for block, indices in zip(blocks, kept, strict=True):
-        for _, linear in block.inputs:
-            linear.weight = _selected(linear.weight, 0, indices)
-            if linear.bias is not None:
-                linear.bias = _selected(linear.bias, 0, indices)
-            linear.out_features = widths[0]
-            follow = getattr(linear, "keep_outputs_", None)
-            if follow is not None:  # a module that knows more of its channels than weight and bias
-                follow(indices)
-        for _, linear in block.outputs:
-            linear.weight = _selected(linear.weight, 1, indices)
-            linear.in_features = widths[0]
-    setattr(model.config, width_field(model.config), widths[0])
+    planned = _planned(model, targets, kept)
+    candidates = _candidates(model, spec, targets, kept)
+    for fields in candidates:
+        config = config_with(model.config, **fields)
+        try:
+            if build_model(model, config) == planned:
+                return config, None
+        except Exception:
+            continue
+    return config_with(model.config), _reason(model, spec, targets, kept)
 
 
-def _selected(parameter: torch.Tensor, dim: int, indices: torch.Tensor) -> nn.Parameter:
-    values = parameter.detach().index_select(dim, indices)
-    return nn.Parameter(values, requires_grad=parameter.requires_grad)
+def _planned(model: PreTrainedModel, targets: Sequence[PruningTarget], kept: Sequence[int]) -> tuple[Shapes, Numbers]:
+    """Shapes of the tensors after the removal, and the numbers that modules will keep of them."""
+    shapes = {name: list(shape) for name, shape in shapes_of(model).items()}
+    numbers = numbers_of(model)
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    for target, count in zip(targets, kept, strict=True):
+        if not isinstance(target, GroupTarget):
+            continue
+        for entry in target.group.slices:
+            for name in names.get(id(entry.values), []):
+                shapes[name][entry.dim] = count * entry.positions.shape[1]
+        for name, _, attribute, per_unit in target.group.counts:
+            if name in numbers:
+                numbers[name][attribute] = count * per_unit
+    return {name: tuple(shape) for name, shape in shapes.items()}, numbers
+
+
+def _candidates(
+    model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Fields that might describe the model, the plainest first."""
+    config = model.config
+    shares = {count / target.units for target, count in zip(targets, kept, strict=True)}
+    if spec.structure == "hidden":
+        return [{hidden_field(config): kept[0]}]
+    if spec.structure == "neuron":
+        return _width_candidates(model, targets, kept)
+    if spec.structure == "head":
+        if len(shares) != 1:
+            return []
+        share = shares.pop()
+        names = [n for n in (*_HEAD_FIELDS, *_HEAD_FIELDS_OF_PARTS) if n in config.to_dict()]
+        heads = {name: round(getattr(config, name) * share) for name in names}
+        if isinstance(getattr(config, "num_key_value_heads", None), int):
+            heads["num_key_value_heads"] = round(config.num_key_value_heads * share)
+        size = _size_of_heads(targets)
+        return [heads] if size is None else [{**heads, "head_dim": size}, heads]
+    return []
+
+
+def _width_candidates(
+    model: PreTrainedModel, targets: Sequence[PruningTarget], kept: Sequence[int]
+) -> list[dict[str, Any]]:
+    values = width_fields(model.config)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, float):  # a ratio of widths that differ between stages
+            share = kept[0] / targets[0].units
+            # The code truncates the product, so a ratio between two that fit is safe from rounding.
+            fields[name] = value * share * (1.0 + 1e-9)
+            continue
+        counts = {count for target, count in zip(targets, kept, strict=True) if target.units == value}
+        if len(values) > 1:  # an encoder and a decoder with widths of their own
+            part = name.partition("_")[0]
+            counts = {c for target, c in zip(targets, kept, strict=True) if f".{part}." in f".{target.name}."}
+        if len(counts) == 1:
+            fields[name] = counts.pop()
+    return [fields]
+
+
+def _size_of_heads(targets: Sequence[PruningTarget]) -> int | None:
+    """Entries of a head in its keys or values, where these are computed apart from the queries."""
+    sizes = [
+        entry.positions.shape[1]
+        for target in targets
+        if isinstance(target, GroupTarget)
+        for entry in target.group.slices
+        if entry.role == "output" and entry.tensor == "weight"
+    ]
+    return min(sizes, default=None)
+
+
+def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]) -> str:
+    """Why a configuration cannot describe the model, for people."""
+    name = type(model.config).__name__
+    if has_recorded_shapes(model.config):
+        why = f"{name} does not describe the model even now, which has been pruned with plain_checkpoint=False before"
+    elif len({count / target.units for target, count in zip(targets, kept, strict=True)}) > 1:
+        why = f"layers would be left with different numbers of units ({spec.structure}), which {name} cannot say"
+    elif spec.structure == "head":
+        why = f"{name} has no size of a head that its model reads: {type(model).__name__} divides its width by the number of heads"
+    elif spec.structure == "hidden":
+        why = f"{type(model).__name__} divides its hidden width by the number of heads, so that their size would change with it"
+    else:
+        why = f"no field of {name} decides only the sizes that would change"
+    return (
+        f"from_pretrained could not load the result: {why}. PruningSpec(plain_checkpoint=False, ...) removes the units all "
+        "the same, for hfkdq.load_pruned to load."
+    )
+
+
+@torch.no_grad()
+def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> Numbers:
+    """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale.
+
+    Args:
+        model (`PreTrainedModel`): the model that the targets are of.
+        targets (sequence of `PruningTarget`): where units go.
+        pruned (sequence of `torch.Tensor`): for each target a bool tensor of shape `(units,)`, true for those that go.
+
+    Returns:
+        `dict`: by name of a module the integers that it keeps of its shapes, as they are now.
+    """
+    counts: Numbers = {}
+    for target, mask in zip(targets, pruned, strict=True):
+        if not isinstance(target, GroupTarget):
+            continue
+        left = (~mask).cpu()
+        for entry in target.group.slices:
+            kept, values = entry.positions[left].flatten().sort().values, entry.values
+            cut = values.detach().index_select(entry.dim, kept.to(values.device))
+            _replace_(
+                model, values, nn.Parameter(cut, values.requires_grad) if isinstance(values, nn.Parameter) else cut
+            )
+            resize_(entry.module)
+            follow = getattr(entry.module, "keep_outputs_", None)
+            if follow is not None and entry.role == "output" and entry.tensor == "weight":
+                follow(kept)  # a module that knows more of its channels than weight and bias
+        for name, module, attribute, per_unit in target.group.counts:
+            counts.setdefault(name, {})[attribute] = int(left.sum()) * per_unit
+            setattr(module, attribute, int(left.sum()) * per_unit)
+    return counts
+
+
+def _replace_(model: PreTrainedModel, old: Tensor, new: Tensor) -> None:
+    """Puts `new` wherever the model has `old`."""
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is old:
+                    store[name] = new
+
+
+def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> None:
+    """Removes layers from their stacks, and says in the configuration how many are left and which they were."""
+    kept_of: dict[str, list[int]] = {}
+    for target, mask in zip(targets, pruned, strict=True):
+        if not isinstance(target, LayerTarget):
+            continue
+        stack = target.stack
+        kept = (~mask).nonzero().flatten().tolist()
+        for layer in stack.layers:
+            bypass_(layer, False)
+            vars(layer).pop("bypassed", None)
+        for name, value in fields_of_depth(model.config, len(stack), kept, stack.field).items():
+            setattr(model.config, name, value)
+        layers = nn.ModuleList([stack.layers[place] for place in kept])
+        owner, _, name = stack.name.rpartition(".")
+        setattr(model.get_submodule(owner), name, layers)
+        for place, layer in enumerate(layers):
+            for module in layer.modules():
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = place  # type: ignore[assignment]
+        kept_of[stack.name] = kept
+    shapes = read_facts(model).get("shapes")
+    if shapes is not None:  # by names of layers, which have other numbers now
+        counts = {_renumbered(name, kept_of): numbers for name, numbers in shapes["counts"].items()}
+        counts.pop(None, None)
+        record_fact(model, "shapes", {**shapes, "counts": counts})
+        record_shapes(model, {})
+    if len(targets) == 1:
+        _record_origin(model, targets[0].units, next(iter(kept_of.values())))
+
+
+def _renumbered(name: str, kept_of: dict[str, list[int]]) -> str | None:
+    """The name of a module after layers have gone; `None` if it went with them."""
+    for stack, kept in kept_of.items():
+        if name.startswith(f"{stack}."):
+            place, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+            return f"{stack}.{kept.index(int(place))}{dot}{rest}" if int(place) in kept else None
+    return name
+
+
+def _record_origin(model: PreTrainedModel, total: int, kept: list[int]) -> None:
+    """Which layers of the teacher are left, so that layer maps follow them."""
+    before = read_facts(model).get("student", {"teacher_layers": total, "layers": list(range(1, total + 1))})
+    layers = [before["layers"][place] for place in kept]
+    record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": layers})

@@ -1,89 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a spec prunes in a model: groups of weights or neurons that compete with one another, and their scores.
+"""What a spec prunes in a model: units that compete with one another, and what belongs to each.
 
-Knows no schedule and no Trainer.
+Knows tensors and structure; how units are scored, when they go and how they are removed is told elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..architecture import FeedForward, find_feed_forwards, find_layer_stack
+from ..architecture import (
+    CountedStack,
+    UnitGroup,
+    find_channels,
+    find_heads,
+    find_hidden,
+    find_layer_stacks,
+    find_neurons,
+    norms_of,
+)
+from ..architecture.groups import CONVOLUTIONS
+from ..facts import read_facts
 from ..specs import PruningSpec, module_matches
+from .bypass import bypass_
+from .masked_norms import mask_norm_
+
+WEIGHTED = (nn.Linear, Conv1D, *CONVOLUTIONS)
+_OF_WEIGHTS = ("weight", "n:m", "block")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a module, as part of a target: its names, and whether it computes or reads the units."""
+
+    name: str
+    module: nn.Module
+    tensor: str
+    role: str
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor as it is now."""
+        return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
+
+
+Measure = Callable[[Part], Tensor | None]
+"""From a part to one number for each of its entries, in its shape; `None` if the part does not count."""
 
 
 class PruningTarget(Protocol):
-    """Units (weights or neurons) of one module that are ranked among themselves."""
+    """Units that are ranked among themselves."""
 
     @property
-    def linears(self) -> tuple[tuple[str, nn.Linear], ...]:
-        """Names and modules of the linear layers concerned."""
+    def name(self) -> str:
+        """Where the units are."""
 
-    def scores(self) -> torch.Tensor:
-        """How much each unit matters, at least 0 and exactly 0 for a unit that is gone; shape `(units,)`, float32."""
+    @property
+    def units(self) -> int:
+        """How many there are."""
 
-    def zero_(self, pruned: torch.Tensor) -> None:
-        """Zeroes the units for which `pruned`, a bool tensor of shape `(units,)`, is true."""
+    @property
+    def parts(self) -> list[Part]:
+        """The tensors that units have entries in."""
+
+    def reduce(self, measure: Measure) -> Tensor:
+        """The sum of `measure` over the entries of each unit; float32 of shape `(units,)`."""
+
+    def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """For every part a bool tensor that broadcasts over it: the entries of the units in the bool mask `pruned`."""
+
+    def apply_(self, pruned: Tensor) -> None:
+        """Takes the units out of what the model computes, in the shapes that it has."""
+
+
+@dataclass(frozen=True)
+class GroupTarget:
+    """Neurons, heads or channels of one block, or the hidden width of a model with its norms."""
+
+    group: UnitGroup
+    norms: tuple[nn.Module, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Where the units are."""
+        return self.group.name
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return self.group.units
+
+    @property
+    def parts(self) -> list[Part]:
+        """Everything that belongs to the units."""
+        return [Part(s.name, s.module, s.tensor, s.role) for s in self.group.slices]
+
+    def reduce(self, measure: Measure) -> Tensor:
+        """Sums over the slices of each unit."""
+        total = torch.zeros(self.units, device=self.parts[0].values.device)
+        for part, entry in zip(self.parts, self.group.slices, strict=True):
+            values = measure(part)
+            if values is not None:
+                total = total + entry.sums(values.float()).to(total.device)
+        return total
+
+    def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """Masks along the dimension of each slice."""
+        for part, entry in zip(self.parts, self.group.slices, strict=True):
+            yield part, entry.entries(pruned)
+
+    def apply_(self, pruned: Tensor) -> None:
+        """Zeroes the entries, and leaves their channels out of the norms."""
+        zero_(self, pruned)
+        for norm in self.norms:
+            mask_norm_(norm, pruned)
 
 
 @dataclass(frozen=True)
 class WeightTarget:
-    """The weights of one linear layer; their score is their magnitude."""
+    """The weights of one module, single or in blocks of rows and columns."""
 
     name: str
-    linear: nn.Linear
+    module: nn.Module
+    block: tuple[int, int] = (1, 1)
 
     @property
-    def linears(self) -> tuple[tuple[str, nn.Linear], ...]:
-        """The one layer."""
-        return ((self.name, self.linear),)
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of blocks: outputs by inputs, with the window of a convolution among the inputs."""
+        rows, columns = self._matrix(self.module.weight).shape  # type: ignore[arg-type]
+        return -(-rows // self.block[0]), -(-columns // self.block[1])
 
-    def scores(self) -> torch.Tensor:
-        """`|w|`, row after row."""
-        return self.linear.weight.detach().float().abs().flatten()  # (out_features * in_features,)
+    @property
+    def units(self) -> int:
+        """Number of blocks; those at the edges may be smaller."""
+        return self.shape[0] * self.shape[1]
 
-    @torch.no_grad()
-    def zero_(self, pruned: torch.Tensor) -> None:
+    @property
+    def parts(self) -> list[Part]:
+        """The weight alone."""
+        return [Part(self.name, self.module, "weight", "input")]
+
+    def _matrix(self, values: Tensor) -> Tensor:
+        return values.t() if isinstance(self.module, Conv1D) else values.flatten(1)
+
+    def reduce(self, measure: Measure) -> Tensor:
+        """Sums over blocks, row after row of them."""
+        values = measure(self.parts[0])
+        matrix = self._matrix(torch.zeros_like(self.parts[0].values) if values is None else values.float())
+        if self.block == (1, 1):
+            return matrix.flatten()
+        rows, columns = self.block
+        matrix = nn.functional.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
+        blocks = matrix.reshape(matrix.shape[0] // rows, rows, matrix.shape[1] // columns, columns)
+        return blocks.sum(dim=(1, 3)).flatten()
+
+    def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """The mask in the shape of the weight."""
+        weight = self.parts[0].values
+        matrix = self._matrix(weight)
+        mask = pruned.view(self.shape)
+        if self.block != (1, 1):
+            mask = mask.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
+            mask = mask[: matrix.shape[0], : matrix.shape[1]]
+        mask = mask.t() if isinstance(self.module, Conv1D) else mask.reshape(weight.shape)
+        yield self.parts[0], mask
+
+    def apply_(self, pruned: Tensor) -> None:
         """Zeroes weights."""
-        self.linear.weight.masked_fill_(pruned.view_as(self.linear.weight), 0.0)
+        zero_(self, pruned)
 
 
 @dataclass(frozen=True)
-class NeuronTarget:
-    """The neurons of one feed-forward block; their score is the L2 norm of what enters and leaves them."""
+class LayerTarget:
+    """The layers of one stack. One that is pruned passes its input on."""
 
-    block: FeedForward
+    stack: CountedStack
+    protected: tuple[int, ...] = field(default=())
 
     @property
-    def linears(self) -> tuple[tuple[str, nn.Linear], ...]:
-        """Layers into the neurons, then out of them."""
-        return self.block.inputs + self.block.outputs
+    def name(self) -> str:
+        """Name of the stack."""
+        return self.stack.name
 
-    def scores(self) -> torch.Tensor:
-        """`sqrt(sum of w ** 2)` over rows and bias entries of the inputs and columns of the outputs."""
-        parts = [_squares(linear.weight).sum(dim=1) for _, linear in self.block.inputs]
-        parts += [_squares(linear.bias) for _, linear in self.block.inputs if linear.bias is not None]
-        parts += [_squares(linear.weight).sum(dim=0) for _, linear in self.block.outputs]
-        return torch.stack(parts).sum(dim=0).sqrt()  # (width,)
+    @property
+    def units(self) -> int:
+        """Number of layers."""
+        return len(self.stack)
 
-    @torch.no_grad()
-    def zero_(self, pruned: torch.Tensor) -> None:
-        """Zeroes rows, bias entries and columns; the biases behind the neurons stay."""
-        for _, linear in self.block.inputs:
-            linear.weight.masked_fill_(pruned[:, None], 0.0)
-            if linear.bias is not None:
-                linear.bias.masked_fill_(pruned, 0.0)
-        for _, linear in self.block.outputs:
-            linear.weight.masked_fill_(pruned[None, :], 0.0)
+    @property
+    def parts(self) -> list[Part]:
+        """All parameters of all layers."""
+        return [part for layer in self.layers for part in layer]
+
+    @property
+    def layers(self) -> list[list[Part]]:
+        """The parameters of every layer."""
+        return [self._of_layer(i) for i in range(self.units)]
+
+    def _of_layer(self, place: int) -> list[Part]:
+        parts = []
+        for name, module in self.stack.layers[place].named_modules(prefix=f"{self.name}.{place}"):
+            parts += [Part(name, module, tensor, "other") for tensor, _ in module.named_parameters(recurse=False)]
+        return parts
+
+    def reduce(self, measure: Measure) -> Tensor:
+        """Sums over all parameters of a layer."""
+        total = torch.zeros(self.units, device=self.parts[0].values.device)
+        for i, layer in enumerate(self.layers):
+            for part in layer:
+                values = measure(part)
+                if values is not None:
+                    total[i] += values.float().sum().to(total.device)
+        return total
+
+    def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """None: the parameters of a layer stay while it is passed by."""
+        return iter(())
+
+    def apply_(self, pruned: Tensor) -> None:
+        """Passes the pruned layers by."""
+        for layer, gone in zip(self.stack.layers, pruned.tolist(), strict=True):
+            bypass_(layer, gone)
 
 
-def _squares(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().float().square()
+@torch.no_grad()
+def zero_(target: PruningTarget, pruned: Tensor) -> None:
+    """Zeroes all entries of the pruned units."""
+    for part, mask in target.entries(pruned):
+        part.values.masked_fill_(mask, 0.0)
 
 
 def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]:
@@ -94,12 +244,12 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         spec (`PruningSpec`): what to prune.
 
     Returns:
-        `list[PruningTarget]`: one entry per linear layer or feed-forward block, never empty.
+        `list[PruningTarget]`: never empty.
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: nothing matches, the model's structure is not clear, or a layer's weight is not a plain
-            floating-point matrix.
+        ValueError: nothing matches, the architecture lacks the structure, layers share their weights, or a weight is
+            not a plain floating-point tensor.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -107,38 +257,82 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
             "Merge adapters with merge_and_unload() before pruning."
         )
     targets: list[PruningTarget]
-    if spec.structure == "neuron":
-        targets = [NeuronTarget(block) for block in find_feed_forwards(model)]
+    if spec.structure == "vocab":
+        raise ValueError(
+            "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
+            "processing_class=tokenizer), before the trainer is made."
+        )
+    if read_facts(model).get("sharing") and (spec.criterion == "activation" or spec.structure not in _OF_WEIGHTS):
+        raise ValueError(
+            f"Layers of {type(model).__name__} share their weights, so structure={spec.structure!r} by criterion="
+            f"{spec.criterion!r} cannot choose for each of them. Prune first and share_layers afterwards, or call "
+            "unshare_layers_(model) before."
+        )
+    if spec.structure == "layer":
+        targets = [LayerTarget(stack, tuple(stack.bound_to())) for stack in find_layer_stacks(model)]
+    elif spec.structure == "hidden":
+        group = find_hidden(model)
+        targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
+    elif spec.structure in ("neuron", "head", "channel"):
+        find = {"neuron": find_neurons, "head": find_heads, "channel": find_channels}[spec.structure]
+        targets = [GroupTarget(group) for group in _matching(model, spec, find(model))]
     else:
-        targets = [WeightTarget(name, linear) for name, linear in _matching_linears(model, spec)]
+        modules = _matching_modules(model, spec)
+        first = {id(module.weight): name for name, module in reversed(modules)}  # of those that share a weight
+        targets = [WeightTarget(n, module, spec.block) for n, module in modules if first[id(module.weight)] == n]
     for target in targets:
-        for name, linear in target.linears:
-            _check_prunable(name, linear)
+        for part in target.parts:
+            _check_prunable(part)
     return targets
 
 
-def _matching_linears(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[str, nn.Linear]]:
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _matching(model: PreTrainedModel, spec: PruningSpec, groups: list[UnitGroup]) -> list[UnitGroup]:
+    """The groups in modules that the patterns of the spec name, by their own name or that of one of their layers."""
+
+    def named(group: UnitGroup, patterns: object) -> bool:
+        return any(module_matches(n, patterns) for n in (group.name, *(s.name for s in group.slices)))  # type: ignore[arg-type]
+
+    chosen = [g for g in groups if spec.target_modules is None or named(g, spec.target_modules)]
+    chosen = [g for g in chosen if not named(g, spec.exclude_modules)]
+    if not chosen:
+        raise _nothing_matches(model, spec, [group.name for group in groups])
+    return chosen
+
+
+def _matching_modules(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[str, nn.Module]]:
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
     if spec.target_modules is None:
-        prefix = f"{find_layer_stack(model).name}."
-        chosen = [(name, linear) for name, linear in linears if name.startswith(prefix)]
+        try:
+            prefixes = tuple(f"{stack.name}." for stack in find_layer_stacks(model))
+        except ValueError:  # a network of convolutions: its body
+            prefixes = ("" if model.base_model is model else f"{model.base_model_prefix}.",)
+        chosen = [(name, module) for name, module in modules if name.startswith(prefixes)]
     else:
-        chosen = [(name, linear) for name, linear in linears if module_matches(name, spec.target_modules)]
-    matching = [(name, linear) for name, linear in chosen if not module_matches(name, spec.exclude_modules)]
+        chosen = [(name, module) for name, module in modules if module_matches(name, spec.target_modules)]
+    matching = [(name, module) for name, module in chosen if not module_matches(name, spec.exclude_modules)]
     if not matching:
-        names = ", ".join(name for name, _ in (chosen or linears)[:3]) or "none"
-        raise ValueError(
-            f"PruningSpec(target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}) matches "
-            f"no linear layer of {type(model).__name__}. Linear layers of it are, for example: {names}."
-        )
+        raise _nothing_matches(model, spec, [name for name, _ in (chosen or modules)])
     return matching
 
 
-def _check_prunable(name: str, linear: nn.Linear) -> None:
-    weight = linear.weight
-    if not weight.is_floating_point() or weight.shape != (linear.out_features, linear.in_features):
+def _nothing_matches(model: PreTrainedModel, spec: PruningSpec, names: list[str]) -> ValueError:
+    kind = "layer" if spec.structure in _OF_WEIGHTS else f"group of units ({spec.structure})"
+    return ValueError(
+        f"PruningSpec(target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}) matches no {kind} of "
+        f"{type(model).__name__}. Those of it are, for example: {', '.join(names[:3]) or 'none'}."
+    )
+
+
+def _check_prunable(part: Part) -> None:
+    values = part.values
+    if isinstance(part.module, nn.Linear):
+        expected: tuple[int, ...] = (part.module.out_features, part.module.in_features)
+    else:
+        expected = tuple(values.shape)
+    wrong = part.tensor == "weight" and tuple(values.shape) != expected
+    if not values.is_floating_point() or wrong:
         raise ValueError(
-            f"The weight of {name} ({type(linear).__name__}) is {weight.dtype} of shape {tuple(weight.shape)}; pruning "
-            f"needs floating point of shape {(linear.out_features, linear.in_features)}. Load the model without "
+            f"The {part.tensor} of {part.name} ({type(part.module).__name__}) is {values.dtype} of shape "
+            f"{tuple(values.shape)}; pruning needs floating point of shape {expected}. Load the model without "
             "quantization_config, and train it with DDP rather than with sharded weights."
         )

@@ -117,8 +117,9 @@ def adopt_(model: nn.Module, modules: set[int]) -> None:
 def release_(model: nn.Module) -> None:
     """Undoes `adopt_`."""
     for module in list(model.modules()):
-        wrapper = vars(module).pop("adapter", None)
-        if wrapper is not None:
+        wrapper = vars(module).get("adapter")
+        if getattr(wrapper, "base_layer", None) is module:  # modules of Wav2Vec2 have an attribute of that name too
             from peft.tuners.lora import Linear
 
             wrapper.__class__ = Linear
+            del vars(module)["adapter"]

@@ -6,23 +6,18 @@ Knows models, data and recorded facts; never a trainer or the exported file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
-    DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
-    default_data_collator,
 )
-from transformers.utils import logging
 
-from ..architecture import checkpoint_class
-from ..forwards import forward_columns
+from ..architecture import hub_arguments, load_checkpoint
+from ..batches import Batches, make_batches, on_device
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
 from .corrections import correct_biases_, smooth_
@@ -35,9 +30,6 @@ from .records import (
     recorded_quantization,
     restore_record_,
 )
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-Batches = Iterable[Mapping[str, Any]]
 
 
 def quantize(
@@ -131,46 +123,12 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
         model.train(training)
 
 
-def make_batches(
-    model: PreTrainedModel, calibration: Any, batch_size: int, data_collator: Any, processing_class: Any
-) -> Batches:
-    """Batches of model inputs: those that were given, or made of the examples of a `datasets.Dataset`."""
-    if not isinstance(calibration, Dataset):
-        return calibration  # type: ignore[no-any-return]
-    accepted = {*forward_columns(model), "label", "label_ids"}
-    unused = [column for column in calibration.column_names if column not in accepted]
-    if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
-        data_collator = DataCollatorWithPadding(processing_class)
-    return DataLoader(
-        calibration.remove_columns(unused), batch_size=batch_size, collate_fn=data_collator or default_data_collator
-    )
-
-
 def _run(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[None]:
     """Runs the model over all batches, a step for each."""
-    count = 0
-    for count, batch in enumerate(logging.tqdm(batches, desc=what, unit="batch"), start=1):
-        check_batch(batch, count)
+    for batch in on_device(model, batches, what):
         with torch.no_grad():
-            model(**{k: value.to(model.device) if torch.is_tensor(value) else value for k, value in batch.items()})
+            model(**batch)
         yield
-    if not count:
-        raise ValueError("The calibration data hold no batch, so there is no range to find. Give at least one.")
-
-
-def check_batch(batch: Mapping[str, Any], number: int) -> None:
-    """Refuses a batch that is none, or holds NaN or infinite values."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"Calibration batch {number} is a {type(batch).__name__}. Expected a dict of model inputs, or a "
-            "datasets.Dataset instead of batches."
-        )
-    for name, value in batch.items():
-        if torch.is_tensor(value) and value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(
-                f"{name} of calibration batch {number} is not finite (NaN or infinite), and would make the range of "
-                "every layer behind it meaningless. Remove or repair these examples."
-            )
 
 
 def _check_ranges(model: PreTrainedModel) -> None:
@@ -202,13 +160,13 @@ def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
         model = load_quantized("out/checkpoint-500")
         ```
     """
-    config = AutoConfig.from_pretrained(path, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+    config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
     recorded = recorded_quantization(config)
     if recorded is None:
         raise ValueError(
             f"The configuration of {path} records no quantization by hfkdq. Load it with from_pretrained, and "
             "quantize it with quantize(model, spec, calibration)."
         )
-    model = checkpoint_class(config).from_pretrained(path, **{"dtype": "auto", **kwargs})
+    model = load_checkpoint(path, config, **{"dtype": "auto", **kwargs})
     spec, record = recorded
     return restore_record_(prepare_qat_(model, spec), record).eval()

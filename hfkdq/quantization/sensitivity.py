@@ -15,11 +15,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..batches import Batches, check_batch, make_batches
 from ..specs import QuantizationSpec
 from .adapters import has_adapters
 from .allocation import BitAllocation, choose_widths
 from .output_change import OutputChange
-from .post_training import Batches, check_batch, make_batches
 from .records import quantized_spec
 from .width_choices import WidthChoices
 

@@ -29,13 +29,11 @@ def _onnx_call(path: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int)
 
 def _torch_call(folder: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int) -> Callable[[], Any]:
     import torch
-    from transformers import AutoConfig
 
-    from hfkdq.architecture import checkpoint_class
+    from hfkdq.architecture import load_checkpoint
 
     torch.set_num_threads(threads)
-    config = AutoConfig.from_pretrained(folder)
-    model = checkpoint_class(config).from_pretrained(folder, dtype="auto").eval()
+    model = load_checkpoint(folder, dtype="auto").eval()
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     tensors = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 

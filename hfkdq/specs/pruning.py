@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights go, how many, and when.
+"""What goes from a model, how much, by which measure, and when.
 
 Knows nothing of trainers or files; the same spec drives training and the one-shot verb.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,59 +15,207 @@ from .base import ModulePatterns, Serializable, freeze_patterns
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSpec(Serializable):
-    """Which weights go, how many, and when.
+    """What goes from a model, how much, by which measure, and when.
 
-    The sparsity follows the cubic schedule of Zhu and Gupta, "To prune, or not to prune" (2017):
-    `s(t) = sparsity * (1 - (1 - (t - begin) / (end - begin)) ** 3)`, with t the progress of training in [0, 1].
+    | structure | what goes | the file and the clock |
+    |---|---|---|
+    | `"weight"` | single weights | zeros; smaller after ordinary compression |
+    | `"n:m"` | all but `n` of every `m` weights in a row | zeros, for hardware that skips them |
+    | `"block"` | blocks of weights | zeros |
+    | `"neuron"` | neurons of the feed-forward layers | smaller and faster |
+    | `"head"` | attention heads, with the keys they share | smaller and faster |
+    | `"channel"` | inner channels of convolutional blocks | smaller and faster |
+    | `"layer"` | whole layers | smaller and faster |
+    | `"hidden"` | channels of the hidden width, through all layers | smaller and faster |
+    | `"vocab"` | tokens that a corpus does not use | smaller |
+
+    Criteria, for a unit with the weights w, gradients g and inputs x; sums are over all weights, biases and norms of the unit,
+    and E is the mean over batches:
+
+    - `"magnitude"`: `|w|`, or the L2 norm of all weights of a unit;
+    - `"random"`: the control;
+    - `"activation"`: `|w| * ||x||`, summed over the weights that read a unit, with the root mean square of x over all positions,
+      padding too. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda, 2023). For layers
+      the mean of `1 - cos(input, output)`: Men et al., "ShortGPT" (2024);
+    - `"taylor"`: `E |sum of w * g|`, the change of the loss to first order. Molchanov et al., "Importance Estimation for
+      Neural Network Pruning" (2019);
+    - `"fisher"`: `E sum of (w * g) ** 2`, to second order with the diagonal of the empirical Fisher information, which is
+      that of Theis et al., "Faster gaze prediction with dense networks and Fisher pruning" (2018), for batches of one example.
+      Of single weights it is the mean square where `"taylor"` is the mean size: they rank alike on one batch, and large
+      gradients of few batches count more;
+    - `"movement"`: `-sum over steps of w * g`, what training has moved away from zero. Sanh et al., "Movement Pruning" (2020);
+    - `"teacher"`: `"taylor"` with the gradient of the cross-entropy to labels drawn from a teacher's predictions, the true labels
+      left out; of numbers and boxes, of the squares around drawn ones. Where model and teacher are equal, the mean of g
+      squared is the Fisher information of what the teacher says.
+
+    Training reaches the sparsity along `schedule` between `begin` and `end`, with t the share of that way gone:
+    `"cubic"` is `sparsity * (1 - (1 - t) ** 3)` (Zhu and Gupta, "To prune, or not to prune", 2017), `"exponential"`
+    `1 - (1 - sparsity) ** t` (the same share of what is left in every step), `"linear"` `sparsity * t`.
 
     Args:
-        sparsity (`float`): share of the weights or neurons to remove from each pruned module, in [0, 1).
-        structure (`str`, defaults to `"weight"`): `"weight"` zeroes single weights of linear layers (shapes stay);
-            `"neuron"` removes neurons of the feed-forward layers, the same number in every layer, so that the
-            model's own configuration describes the result.
-        criterion (`str`, defaults to `"magnitude"`): what makes a weight matter. `"magnitude"` is |w|; for neurons the
-            L2 norm of all weights that enter and leave one.
-        begin (`float`, defaults to 0.0): progress of training at which pruning starts.
+        sparsity (`float`, *optional*): share of the units to remove, in [0, 1). For `"n:m"` the pattern says it; for
+            `"vocab"` at most this share goes, all unused tokens by default.
+        structure (`str`, defaults to `"weight"`): what goes, from the table.
+        criterion (`str`, defaults to `"magnitude"`): what makes a unit matter, from the list.
+        ranking (`str`, defaults to `"local"`): `"local"`: the same share goes from every module, or stack of layers;
+            `"global"`: all units of the model compete, and each of those keeps one at least.
+        cut (`str`, defaults to `"remove"`): what happens to what is cut. `"remove"`: zero at once, and out of the shapes
+            at the end; `"mask"`: zero, the shapes stay; `"decay"`: fades to zero while training goes on, then as
+            `"remove"`; `"mean"`: replaced by its mean, which goes into the biases behind it, then as `"remove"`.
+        schedule (`str`, defaults to `"cubic"`): how the sparsity grows.
+        rounds (`int`, *optional*): in how many jumps it grows, with training between them; 1 is all at `begin`. By
+            default with every optimizer step (for `"teacher"`, which looks at data at every jump, 8).
+        begin (`float`, defaults to 0.0): progress of training at which pruning starts, in [0, 1].
         end (`float`, defaults to 0.7): progress at which the full sparsity is reached; the rest is recovery.
-        target_modules (`str` or list of `str`, *optional*): which linear layers, in the grammar of PEFT; for
-            `structure="weight"` alone. All of the encoder and decoder layers by default.
+        pattern (`str`, *optional*): for `"n:m"`, `"2:4"` by default; for `"block"` rows x columns, `"4x4"` by default.
+        target_modules (`str` or list of `str`, *optional*): which modules, in the grammar of PEFT. By default all linear
+            layers and convolutions of the layer stacks, all feed-forward layers, all attentions.
         exclude_modules (`str` or list of `str`, *optional*): which of those to leave alone.
+        plain_checkpoint (`bool`, defaults to `True`): refuse what the model's configuration cannot describe, so that
+            `from_pretrained` loads the result. `False` allows it; [`load_pruned`] loads that.
+        seed (`int`, defaults to 0): of the order in which `"random"` cuts.
 
     Raises:
-        ValueError: a sparsity outside [0, 1), an unknown structure or criterion, or `begin` not before `end`.
+        ValueError: a sparsity outside [0, 1), an unknown name, `begin` not before `end`, or fields that contradict one
+            another.
 
     Example:
         ```python
         >>> from hfkdq import PruningSpec
         >>> PruningSpec(sparsity=0.5, structure="neuron").end
         0.7
+        >>> PruningSpec(structure="n:m", pattern="2:4").sparsity
+        0.5
 
         ```
     """
 
-    STRUCTURES: ClassVar[tuple[str, ...]] = ("weight", "neuron")
-    CRITERIA: ClassVar[tuple[str, ...]] = ("magnitude",)
+    STRUCTURES: ClassVar[tuple[str, ...]] = (
+        "weight", "n:m", "block", "neuron", "head", "layer", "hidden", "vocab", "channel",
+    )  # fmt: skip
+    CRITERIA: ClassVar[tuple[str, ...]] = (
+        "magnitude", "random", "activation", "taylor", "fisher", "movement", "teacher",
+    )  # fmt: skip
+    RANKINGS: ClassVar[tuple[str, ...]] = ("local", "global")
+    CUTS: ClassVar[tuple[str, ...]] = ("remove", "mask", "decay", "mean")
+    SCHEDULES: ClassVar[tuple[str, ...]] = ("cubic", "exponential", "linear")
 
-    sparsity: float
+    sparsity: float | None = None
     structure: str = "weight"
     criterion: str = "magnitude"
+    ranking: str = "local"
+    cut: str = "remove"
+    schedule: str = "cubic"
+    rounds: int | None = None
     begin: float = 0.0
     end: float = 0.7
+    pattern: str | None = None
     target_modules: ModulePatterns = None
     exclude_modules: ModulePatterns = None
+    plain_checkpoint: bool = True
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity < 1.0:
+        for field in ("structure", "criterion", "ranking", "cut", "schedule"):
+            known = getattr(self, {"criterion": "CRITERIA"}.get(field, f"{field.upper()}S"))
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}={getattr(self, field)!r} does not exist. Use one of {', '.join(known)}.")
+        self._check_pattern()
+        if self.sparsity is None and self.structure != "vocab":
+            raise ValueError(
+                f"structure={self.structure!r} needs a sparsity in [0, 1). For half of the units use 0.5."
+            )
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity!r}. For half of the weights use 0.5.")
-        if self.structure not in self.STRUCTURES:
-            raise ValueError(f"structure={self.structure!r} does not exist. Use one of {', '.join(self.STRUCTURES)}.")
-        if self.criterion not in self.CRITERIA:
-            raise ValueError(f"criterion={self.criterion!r} does not exist. Use one of {', '.join(self.CRITERIA)}.")
         if not 0.0 <= self.begin < self.end <= 1.0:
             raise ValueError(f"Need 0 <= begin < end <= 1, got begin={self.begin!r} and end={self.end!r}.")
-        if self.structure == "neuron" and (self.target_modules is not None or self.exclude_modules is not None):
-            raise ValueError(
-                "structure='neuron' prunes every feed-forward layer alike, so that the model's configuration can "
-                "describe the result; target_modules and exclude_modules are for structure='weight'."
-            )
+        if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 1):
+            raise ValueError(f"rounds must be a whole number from 1 on, or None, got {self.rounds!r}.")
+        self._check_together()
         freeze_patterns(self)
+
+    def _check_pattern(self) -> None:
+        if self.structure not in ("n:m", "block"):
+            if self.pattern is not None:
+                raise ValueError(f"pattern is for structure='n:m' and 'block', not for {self.structure!r}.")
+            return
+        sign = ":" if self.structure == "n:m" else "x"
+        if self.pattern is None:
+            object.__setattr__(self, "pattern", f"2{sign}4" if sign == ":" else "4x4")
+        first, _, second = str(self.pattern).partition(sign)
+        if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+            example = "'2:4'" if sign == ":" else "'4x4' (rows x columns)"
+            raise ValueError(
+                f"pattern={self.pattern!r} does not fit structure={self.structure!r}. Use one like {example}."
+            )
+        if sign == ":":
+            n, m = int(first), int(second)
+            if n >= m:
+                raise ValueError(f"pattern={self.pattern!r} must keep fewer weights than it has: n < m, as in '2:4'.")
+            if self.sparsity not in (None, 1.0 - n / m):
+                raise ValueError(
+                    f"pattern={self.pattern!r} is a sparsity of {1.0 - n / m}, not {self.sparsity}. Leave sparsity out."
+                )
+            object.__setattr__(self, "sparsity", 1.0 - n / m)
+
+    def _check_together(self) -> None:
+        """Refuses what cannot be had at once."""
+        where = f"structure={self.structure!r}"
+        if self.structure in ("layer", "hidden") and self.cut != "remove":
+            raise ValueError(
+                f"{where} cannot be cut={self.cut!r}: a model without them has other shapes. Use 'remove'."
+            )
+        if self.cut == "mean" and self.structure not in ("neuron", "head"):
+            raise ValueError(
+                f"cut='mean' is for neurons and heads, whose readers have a bias to take it; not for {where}."
+            )
+        if self.criterion == "activation" and self.structure == "hidden":
+            raise ValueError(
+                f"{where} has no input of its own for criterion='activation'. Use 'taylor' or 'magnitude'."
+            )
+        if self.structure in ("layer", "hidden", "vocab") and (self.target_modules or self.exclude_modules):
+            raise ValueError(
+                f"{where} goes through the whole model; target_modules and exclude_modules are not for it."
+            )
+        if self.ranking == "global" and self.structure in ("n:m", "hidden"):
+            raise ValueError(f"{where} has one ranking only: leave ranking='local'.")
+        if self.structure == "vocab" and (self.criterion, self.cut) != ("magnitude", "remove"):
+            raise ValueError(f"{where} removes the rarest tokens of a corpus; leave criterion and cut out.")
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of the block of weights that is one unit, `(1, 1)` for single weights."""
+        if self.structure != "block":
+            return (1, 1)
+        rows, _, columns = str(self.pattern).partition("x")
+        return (int(rows), int(columns))
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """The `(n, m)` of `"n:m"`."""
+        if self.structure != "n:m":
+            return None
+        n, _, m = str(self.pattern).partition(":")
+        return (int(n), int(m))
+
+    @property
+    def removes(self) -> bool:
+        """Whether units go out of the shapes of the model, not only to zero."""
+        return self.cut != "mask" and self.structure not in ("weight", "n:m", "block")
+
+    def sparsity_at(self, progress: float) -> float:
+        """The sparsity that is due at `progress` of training, in [0, 1]."""
+        final = self.sparsity or 0.0
+        done = (progress - self.begin) / (self.end - self.begin)
+        rounds = self.rounds or (8 if self.criterion == "teacher" else None)
+        if rounds is not None:
+            # Round r of R starts at (r - 1) / R of the way, and has then what is due at its end.
+            done = (math.floor(done * rounds + 1e-9) + 1) / rounds if done >= 0.0 else 0.0
+        done = min(max(done, 0.0), 1.0)
+        if done == 1.0:
+            return final
+        if self.schedule == "cubic":
+            return final * (1.0 - (1.0 - done) ** 3)
+        if self.schedule == "exponential":
+            return 1.0 - float((1.0 - final) ** done)
+        return final * done

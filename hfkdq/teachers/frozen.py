@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from ..architecture import checkpoint_class
+from ..architecture import hub_arguments, load_checkpoint
 from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, full_precision, requested
 from ..sharding import is_spread, place_frozen, stays_put
 
@@ -30,7 +30,6 @@ _ALONG = {
     "input_ids": ("attention_mask", "token_type_ids", "position_ids"),
     "labels": ("decoder_input_ids", "decoder_attention_mask"),
 }
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -51,10 +50,9 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
             "trust_remote_code is set, but a teacher that is named is loaded as a class of Transformers, never with code "
             "of its repository. Load it yourself and give the model as teacher_model."
         )
-    hub = {k: arguments[k] for k in _HUB_ARGUMENTS if k in arguments}
     # Without this Transformers asks at the terminal whether to run the code.
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
-    return checkpoint_class(config).from_pretrained(name_or_path, **arguments)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments(arguments))
+    return load_checkpoint(name_or_path, config, **arguments)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The channels of convolutional blocks that no residual connection passes by, so that they can go one by one.
+
+Knows the two shapes of such blocks: convolutions in a row (ResNet), and an inverted bottleneck (ConvNeXt).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .groups import Slice, UnitGroup, each
+
+_BOTTLENECKS = (("pwconv1", "pwconv2"),)
+
+
+def find_channels(model: PreTrainedModel) -> list[UnitGroup]:
+    """The inner channels of every block: computed by one convolution or linear layer and read by the next alone.
+
+    Channels that a residual connection adds to others have no such block and stay.
+
+    Raises:
+        ValueError: no block of a known shape, or one with grouped convolutions.
+    """
+    groups = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and len(module) > 1 and all(_convolution(child) for child in module):
+            groups += [
+                _between(f"{name}.{i}", module[i], f"{name}.{i + 1}", module[i + 1]) for i in range(len(module) - 1)
+            ]
+        for first, second in _BOTTLENECKS:
+            if isinstance(getattr(module, first, None), nn.Linear):
+                groups.append(_linear(name, first, getattr(module, first), second, getattr(module, second)))
+    if not groups:
+        raise ValueError(
+            f"{type(model).__name__} has no block of convolutions whose inner channels could go (those of ResNet and "
+            "ConvNeXt are known). structure='neuron' is for Transformer layers, structure='weight' for any."
+        )
+    return groups
+
+
+def _convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution with a norm behind it."""
+    return isinstance(getattr(module, "convolution", None), nn.Conv2d) and hasattr(module, "normalization")
+
+
+def _between(name: str, block: Any, next_name: str, following: Any) -> UnitGroup:
+    computes, reads, norm = block.convolution, following.convolution, block.normalization
+    if computes.groups != 1 or reads.groups != 1:
+        raise ValueError(
+            f"{name}.convolution and {next_name}.convolution have {computes.groups} and {reads.groups} groups; removing "
+            "channels would break them. Only ungrouped convolutions can be pruned."
+        )
+    channels = each(computes.out_channels)
+    slices = [Slice(f"{name}.convolution", computes, "weight", 0, channels)]
+    if computes.bias is not None:
+        slices.append(Slice(f"{name}.convolution", computes, "bias", 0, channels))
+    for tensor in ("weight", "bias", "running_mean", "running_var"):
+        if getattr(norm, tensor, None) is not None:
+            slices.append(Slice(f"{name}.normalization", norm, tensor, 0, channels))
+    slices.append(Slice(f"{next_name}.convolution", reads, "weight", 1, channels))
+    return UnitGroup(name, computes.out_channels, tuple(slices))
+
+
+def _linear(name: str, first: str, computes: nn.Linear, second: str, reads: nn.Linear) -> UnitGroup:
+    channels = each(computes.out_features)
+    slices = [Slice(f"{name}.{first}", computes, "weight", 0, channels)]
+    if computes.bias is not None:
+        slices.append(Slice(f"{name}.{first}", computes, "bias", 0, channels))
+    slices.append(Slice(f"{name}.{second}", reads, "weight", 1, channels))
+    return UnitGroup(name, computes.out_features, tuple(slices))

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors of a model a field of its configuration decides, found by building it anew with another value.
+
+Knows that configurations make models, and nothing of any architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Configuration fields that hold a list with one entry per layer."""
+
+HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+"""Under which names attention modules keep the size of a head."""
+
+HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+"""Under which names they keep the number of heads."""
+
+HEAD_WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim", "dim")
+"""Under which names they keep the product of the two."""
+
+COUNTED = (*HEAD_COUNTS, *HEAD_WIDTHS)
+"""Integers that follow the number of heads."""
+
+Shapes = dict[str, tuple[int, ...]]
+Numbers = dict[str, dict[str, Any]]
+
+
+def shapes_of(model: PreTrainedModel) -> Shapes:
+    """Shape of every tensor of the state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def config_with(config: PretrainedConfig, **fields: Any) -> PretrainedConfig:
+    """A copy of `config` with other values, without what was recorded of the model."""
+    config = copy.deepcopy(config)
+    vars(config).pop("hfkdq", None)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def build_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:
+    """Shapes of a model of the same class made from `config`; no memory is taken and nothing is drawn at random.
+
+    Raises:
+        Exception: whatever the class raises for a configuration that it cannot be made from.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return shapes_of(type(model)._from_config(config))
+
+
+def build_model(model: PreTrainedModel, config: PretrainedConfig) -> tuple[Shapes, Numbers]:
+    """Shapes and numbers (as [`numbers_of`] gives them) of a model of the same class made from `config`.
+
+    Raises:
+        Exception: whatever the class raises for a configuration that it cannot be made from.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        built = type(model)._from_config(config)
+    return shapes_of(built), numbers_of(built)
+
+
+def numbers_of(model: PreTrainedModel) -> Numbers:
+    """What attention modules keep of the numbers and the size of their heads, by name of the module."""
+    found = {}
+    for name, module in model.named_modules():
+        numbers = {field: vars(module)[field] for field in (*COUNTED, *HEAD_SIZES, "scaling") if field in vars(module)}
+        if any(field in numbers for field in HEAD_SIZES):
+            found[name] = numbers
+    return found
+
+
+def doubled(model: PreTrainedModel, field: str, value: Any) -> list[tuple[str, int]] | None:
+    """Dimensions, as (name of the tensor, dimension), that double when `field` becomes twice `value`.
+
+    `None` if the model cannot be made so, or if other tensors or other sizes come of it.
+
+    Raises:
+        ValueError: the model has tensors that its class does not have by itself.
+    """
+    try:
+        before = build_shapes(model, config_with(model.config, **{field: value}))
+        after = build_shapes(model, config_with(model.config, **{field: 2 * value}))
+    except Exception:
+        return None
+    if before.keys() != after.keys():
+        return None
+    own = sorted(set(model.state_dict()) - before.keys())
+    if own:
+        raise ValueError(
+            f"{type(model).__name__} does not have {', '.join(own[:3])} by itself, so how they follow {field} is not known. "
+            "Prune the plain model, before adapters or other parts are added to it."
+        )
+    found = []
+    for name, shape in before.items():
+        for dim, (old, new) in enumerate(zip(shape, after[name], strict=True)):
+            if new == 2 * old:
+                found.append((name, dim))
+            elif new != old:
+                return None
+    return found

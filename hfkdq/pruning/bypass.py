@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passing a layer by: it hands on the hidden states that came in, as if it were not there.
+
+Knows the forward pass of a layer; which layers are passed by is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HOOK = "_bypass_hook"
+
+
+def bypass_(layer: nn.Module, on: bool) -> None:
+    """Passes a layer of a stack by, or lets it work again.
+
+    While it is trained its output still counts, times zero, so that its parameters have gradients of zero and every
+    process of a data-parallel run has one for each.
+    """
+    handle = layer.__dict__.get(_HOOK)
+    if on and handle is None:
+        layer.__dict__[_HOOK] = layer.register_forward_hook(_hand_on, with_kwargs=True)
+    elif not on and handle is not None:
+        handle.remove()
+        del layer.__dict__[_HOOK]
+    layer.bypassed = on  # type: ignore[assignment]
+
+
+def _hand_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    came = args[0] if args else kwargs["hidden_states"]
+    made = output if isinstance(output, Tensor) else output[0]
+    passed = came + 0.0 * made if torch.is_grad_enabled() and made.requires_grad else came
+    return passed if isinstance(output, Tensor) else (passed, *output[1:])

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sparsity a target of size, work or time needs: found by pruning copies of the model.
+
+Knows how to count and time a model in PyTorch; what the model is worth afterwards is not its business.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..specs import PruningSpec
+from .one_shot import check_prunable, count_parameters, prune
+from .targets import find_targets
+
+_HALVINGS = 10
+_CALLS = 15
+
+
+def fit_sparsity(
+    model: PreTrainedModel,
+    spec: PruningSpec,
+    *,
+    parameters: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    cost: Callable[[PreTrainedModel], float] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> PruningSpec:
+    """The spec with the smallest sparsity that brings a model down to a target.
+
+    Copies of the model are pruned at random to sparsities found by bisection, and counted or timed; the model itself
+    stays as it is. Which units go is left to the spec's criterion, so that the result is for [`prune`] and
+    [`PruningCallback`] alike.
+
+    Args:
+        model (`PreTrainedModel`): the model to prune.
+        spec (`PruningSpec`): what to prune; its sparsity is an upper bound, 0.95 if there is none.
+        parameters (`float`, *optional*): at most this share of the parameters, in (0, 1), or this number of them.
+        flops (`float`, *optional*): at most this share of the floating-point operations of a forward pass on `inputs`, or
+            this number, as `torch.utils.flop_counter` counts them (a multiplication and an addition are two).
+        latency (`float`, *optional*): at most this share of the time of a forward pass on `inputs`, in (0, 1): median of
+            15 calls in turn with the unpruned model, in PyTorch and in this process.
+        cost (`Callable`, *optional*): at most 1.0 of a measure of your own: from a pruned copy to a number, such as its
+            time in ONNX Runtime divided by what you can afford.
+        inputs (`dict`, *optional*): a batch, for `flops` and `latency`.
+
+    Returns:
+        `PruningSpec`: `spec` with the sparsity found.
+
+    Raises:
+        ValueError: not exactly one target, one out of range, a structure whose shapes stay, or a target that the largest
+            sparsity does not reach.
+
+    Example:
+        ```python
+        >>> from transformers import BertConfig, BertModel
+        >>> from hfkdq import PruningSpec, fit_sparsity
+        >>> config = BertConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2, vocab_size=50)
+        >>> spec = PruningSpec(sparsity=0.9, structure="neuron")
+        >>> round(fit_sparsity(BertModel(config), spec, parameters=0.9).sparsity, 2)
+        0.35
+
+        ```
+    """
+    targets = {"parameters": parameters, "flops": flops, "latency": latency, "cost": None if cost is None else 1.0}
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"Give one target of parameters, flops, latency and cost, got {', '.join(given) or 'none'}.")
+    ((name, target),) = given.items()
+    if target <= 0 or (name == "latency" and target >= 1):
+        raise ValueError(f"{name}={target!r} must be a share in (0, 1){'' if name == 'latency' else ' or a number'}.")
+    if not spec.removes:
+        raise ValueError(
+            f"structure={spec.structure!r} with cut={spec.cut!r} leaves the shapes of the model, and so its {name}. Give the "
+            "sparsity itself."
+        )
+    if name in ("flops", "latency") and inputs is None:
+        raise ValueError(f"{name} is that of a forward pass: give inputs, a batch of the model.")
+    measure = _measure(model, name, cost, inputs)
+    whole = measure(model)
+    bound = target * whole if name in ("parameters", "flops", "latency") and target < 1 else target
+    spec = dataclasses.replace(spec, sparsity=0.95 if spec.sparsity is None else spec.sparsity)
+    low, high = 0.0, _largest(model, spec)
+    if measure(_pruned(model, spec, high)) > bound:
+        raise ValueError(
+            f"Even at sparsity {high:.3f} the {name} would be more than {bound:g} (of {whole:g}). Choose a larger target, or prune "
+            "another structure besides."
+        )
+    for _ in logging.tqdm(range(_HALVINGS), desc=f"Finding the sparsity for {name}"):
+        middle = (low + high) / 2
+        low, high = (low, middle) if measure(_pruned(model, spec, middle)) <= bound else (middle, high)
+    return dataclasses.replace(spec, sparsity=high)
+
+
+def _largest(model: PreTrainedModel, spec: PruningSpec) -> float:
+    """The largest sparsity up to that of the spec at which no target is left empty."""
+    targets = find_targets(model, spec)
+    fewest = min(target.units for target in targets)
+    largest = min(spec.sparsity or 0.0, 1.0 - 1.0 / fewest)
+    check_prunable(model, dataclasses.replace(spec, sparsity=largest), targets)
+    return largest
+
+
+def _pruned(model: PreTrainedModel, spec: PruningSpec, sparsity: float) -> PreTrainedModel:
+    chosen = dataclasses.replace(
+        spec, sparsity=sparsity, criterion="random", cut="remove", ranking="local", plain_checkpoint=False
+    )
+    return prune(copy.deepcopy(model), chosen)
+
+
+def _measure(
+    model: PreTrainedModel,
+    name: str,
+    cost: Callable[[PreTrainedModel], float] | None,
+    inputs: Mapping[str, Any] | None,
+) -> Callable[[PreTrainedModel], float]:
+    if cost is not None:
+        return cost
+    if name == "parameters":
+        return count_parameters
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in (inputs or {}).items()}
+    if name == "flops":
+        return lambda pruned: _count_operations(pruned, batch)
+    return lambda pruned: _relative_time(pruned, model, batch)
+
+
+@torch.no_grad()
+def _count_operations(model: PreTrainedModel, batch: dict[str, Any]) -> float:
+    training = model.training
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(**batch)
+    model.train(training)
+    return float(counter.get_total_flops())
+
+
+@torch.no_grad()
+def _relative_time(pruned: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Any]) -> float:
+    """Median over calls of the time of one model divided by that of the other, right after it."""
+    training = model.training
+    pruned.eval()
+    model.eval()
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for call in range(_CALLS + 2):
+        for place, each in enumerate((pruned, model)):
+            started = time.perf_counter()
+            each(**batch)
+            if batch and each.device.type == "cuda":
+                torch.cuda.synchronize(each.device)
+            if call >= 2:
+                times[place].append(time.perf_counter() - started)
+    model.train(training)
+    return statistics.median(times[0]) / statistics.median(times[1])

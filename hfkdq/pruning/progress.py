@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the pruning of a model has come in a training: masks, evidence, and the last round worth keeping.
+
+Knows the model and its optimizer; which step it is, and what is due then, is told by the callback.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from ..specs import PruningSpec
+from .criteria import DECAY, Evidence
+from .masks import Masks
+from .targets import LayerTarget, PruningTarget
+
+_LEFT = 0.01
+_SHARE = 0.1
+
+
+class Progress:
+    """The state of one pruning in one training.
+
+    It lies in the optimizer's state under a name of its own, which PyTorch saves and loads as it is.
+
+    Args:
+        model (`PreTrainedModel`): what is pruned.
+        targets (sequence of `PruningTarget`): where.
+        spec (`PruningSpec`): what goes, and by which measure.
+        parameters_before (`int`): the size of the model before.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, targets: Sequence[PruningTarget], spec: PruningSpec, parameters_before: int
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.parameters_before = parameters_before
+        self.evidence = Evidence(targets, spec, decay=DECAY, while_training=True)
+        self.masks = Masks(targets, spec, self.evidence)
+        self.settled = False
+        self.last_good: dict[str, Tensor] | None = None
+        self._key = f"hfkdq.pruning {json.dumps(spec.to_dict(), sort_keys=True)}"
+        self._store: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._entries: dict[tuple[int, int], Tensor] = {}
+
+    def begin(self, optimizer: Optimizer | None) -> None:
+        """Starts to follow the training: gradients of what is pruned are zero from here on."""
+        self._save()
+        if optimizer is not None:
+            optimizer.state[self._key] = self._store  # type: ignore[index]
+        for key, values in self._mask_entries().items():
+            if values.requires_grad:
+                self._handles.append(values.register_hook(partial(self._without_pruned, key)))  # type: ignore[no-untyped-call]
+        if self.evidence.needs_activations:
+            self.evidence.watch()
+        if any(bool(mask.any()) for mask in self.masks.pruned):
+            self.masks.apply_()
+
+    def _mask_entries(self) -> dict[tuple[int, int], Tensor]:
+        """Renews the masks over whole tensors, and gives the tensors."""
+        tensors = {}
+        for i, (target, pruned) in enumerate(zip(self.masks.targets, self.masks.pruned, strict=True)):
+            for place, (part, mask) in enumerate(target.entries(pruned)):
+                self._entries[i, place] = mask
+                tensors[i, place] = part.values
+        return tensors
+
+    def _without_pruned(self, key: tuple[int, int], gradient: Tensor) -> Tensor:
+        return gradient.masked_fill(self._entries[key], 0.0)
+
+    def end(self) -> None:
+        """Lets go of the model's gradients and activations."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.evidence.unwatch()
+
+    def resume(self, optimizer: Optimizer | None, sparsity: float) -> None:
+        """Goes on from what the optimizer has loaded, or, where that is another spec's, from what is zero already."""
+        stored = None if optimizer is None else optimizer.state.get(self._key)  # type: ignore[call-overload]
+        if stored is None:
+            if sparsity > 0.0:
+                self._from_zeros()
+            return
+        for i, mask in enumerate(self.masks.pruned):
+            mask.copy_(stored[f"mask.{i}"])
+            self.evidence.restore(stored)
+        self.masks.sparsity = float(stored["sparsity"])
+        self.settled = bool(stored["settled"])
+        good = {name.removeprefix("good."): tensor for name, tensor in stored.items() if name.startswith("good.")}
+        self.last_good = good or None
+
+    def _from_zeros(self) -> None:
+        for mask, target in zip(self.masks.pruned, self.masks.targets, strict=True):
+            if not isinstance(target, LayerTarget):
+                mask.copy_(target.reduce(lambda part: part.values.detach().abs()) == 0)
+
+    def _save(self) -> None:
+        """Puts everything where a checkpoint finds it."""
+        self._store.clear()
+        self._store.update({f"mask.{i}": mask for i, mask in enumerate(self.masks.pruned)})
+        self._store.update(self.evidence.tensors_by_name())
+        self._store["sparsity"] = torch.tensor(self.masks.sparsity, dtype=torch.float64)
+        self._store["settled"] = torch.tensor(self.settled)
+        self._store.update({f"good.{name}": tensor for name, tensor in (self.last_good or {}).items()})
+
+    def observe_gradients(self) -> None:
+        """Takes what the gradients of this step say, while there is still something to decide."""
+        if self.masks.sparsity < (self.spec.sparsity or 0.0) and not self.settled:
+            self.evidence.observe_gradients()
+            self._save()
+
+    def grow_to(self, sparsity: float) -> bool:
+        """Prunes up to `sparsity`; `False` if nothing is known of some units yet."""
+        self.evidence.share_between_processes()
+        if not self.evidence.gathered():
+            return False
+        self.masks.grow_to(sparsity)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for mask in self.masks.pruned:  # equal scores may be ranked differently on different devices
+                as_bytes = mask.to(torch.uint8)
+                torch.distributed.broadcast(as_bytes, 0)
+                mask.copy_(as_bytes.bool())
+        self._mask_entries()
+        self._save()
+        return True
+
+    def apply(self, steps: float) -> None:
+        """Takes what is pruned out of the model, after an optimizer step; `steps` is the length of the pruning."""
+        final = self.masks.sparsity >= (self.spec.sparsity or 0.0) or self.settled
+        fading = self.spec.cut == "decay" and not final
+        self.masks.apply_(fade=_LEFT ** (1.0 / max(1.0, _SHARE * steps)) if fading else 0.0)
+        if self.evidence.needs_activations:
+            self._save()
+
+    def remember(self) -> None:
+        """Keeps the model as it is, to come back to."""
+        good = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        self.last_good = {f"model.{name}": tensor for name, tensor in good.items()}
+        self.last_good.update({f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self.masks.pruned)})
+        self.last_good["sparsity"] = torch.tensor(self.masks.sparsity, dtype=torch.float64)
+        self._save()
+
+    def go_back(self) -> None:
+        """Makes the model what it was when it was last remembered, for good."""
+        good = self.last_good or {}
+        weights = {name.removeprefix("model."): t for name, t in good.items() if name.startswith("model.")}
+        self.masks.lift_()
+        self.model.load_state_dict(weights, strict=False)
+        for i, mask in enumerate(self.masks.pruned):
+            mask.copy_(good[f"mask.{i}"])
+        self.masks.sparsity = float(good["sparsity"])
+        self.masks.apply_()
+        self._mask_entries()
+        self.settled = True
+        self._save()

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading pruned models whose configuration alone does not describe them.
+
+Knows checkpoints and recorded facts; never a trainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..architecture import load_checkpoint
+from .sharing import restore_sharing_
+
+
+def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Loads a checkpoint with the shapes that its configuration records, layer by layer, and the layers that are shared.
+
+    No code comes from the checkpoint: the class is that of Transformers, built with smaller tensors. What plain
+    `from_pretrained` can load, this loads as well.
+
+    Args:
+        path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
+        kwargs (*optional*): passed to `from_pretrained`; `dtype` is that of the file by default.
+
+    Returns:
+        `PreTrainedModel`: the model, in eval mode.
+
+    Raises:
+        ValueError: the record does not fit the class, or the configuration names no class of Transformers.
+
+    Example:
+        ```python
+        from hfkdq import load_pruned
+
+        model = load_pruned("out/pruned")
+        ```
+    """
+    return restore_sharing_(load_checkpoint(path, **{"dtype": "auto", **kwargs}))
