@@ -4,16 +4,15 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from hfkdq import architecture
-from hfkdq.architecture import find_feed_forwards, find_layer_stack, width_field
+from hfkdq.architecture import find_heads, find_layer_stack, find_layer_stacks, find_neurons, width_fields
 
 from . import tiny
+from .families import FAMILIES
 
 
 def _gpt2() -> GPT2LMHeadModel:
@@ -50,54 +49,108 @@ def test_encoder_decoders_have_no_one_stack():
         find_layer_stack(_t5())
 
 
-@pytest.mark.parametrize(
-    ("make", "field"),
-    [(tiny.bert, "intermediate_size"), (tiny.distilbert, "hidden_dim"), (tiny.llama, "intermediate_size")],
-)
-def test_the_width_has_a_name_in_the_configuration(make, field):
-    assert width_field(make().config) == field
+WIDTHS = {
+    "bert": {"intermediate_size": 48}, "distilbert": {"hidden_dim": 48}, "gpt2": {"n_inner": 48}, "t5": {"d_ff": 48},
+    "bart": {"encoder_ffn_dim": 48, "decoder_ffn_dim": 40}, "swin": {"mlp_ratio": 3.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_the_width_has_a_name_in_the_configuration(family):
+    assert width_fields(FAMILIES[family].make().config) == WIDTHS[family]
+
+
+def test_a_width_that_is_left_to_the_model_is_four_times_the_hidden_one():
+    model = _gpt2()
+    assert width_fields(model.config) == {"n_inner": 64}
+    assert [group.units for group in find_neurons(model)] == [64, 64, 64]
 
 
 def test_a_configuration_without_a_width_is_refused():
-    with pytest.raises(ValueError, match="GPT2Config has no feed-forward width"):
-        width_field(_gpt2().config)
+    with pytest.raises(ValueError, match="ResNetConfig has no feed-forward width"):
+        find_neurons(FAMILIES["resnet"].make())
 
 
-@pytest.mark.parametrize(
-    ("make", "inputs"), [(tiny.bert, 1), (tiny.distilbert, 1), (tiny.vit, 1), (tiny.llama, 2)]
-)  # fmt: skip
-def test_feed_forwards_lie_around_the_neurons(make, inputs):
-    model = make(layers=3)
-    width = getattr(model.config, width_field(model.config))
-    blocks = find_feed_forwards(model)
-    assert len(blocks) == 3
-    for index, block in enumerate(blocks):
-        assert [len(block.inputs), len(block.outputs)] == [inputs, 1]
-        assert all(linear.out_features == width for _, linear in block.inputs)
-        assert all(linear.in_features == width for _, linear in block.outputs)
-        for name, linear in block.inputs + block.outputs:
-            assert f".{index}." in name
-            assert model.get_submodule(name) is linear
+NEURONS = {  # layers into the neurons and out of them, in every feed-forward block
+    "bert": (1, 1), "roberta": (1, 1), "distilbert": (1, 1), "electra": (1, 1), "mpnet": (1, 1), "deberta": (1, 1),
+    "deberta-v2": (1, 1), "gpt2": (1, 1), "llama": (2, 1), "t5": (2, 1), "bart": (1, 1), "vit": (1, 1), "deit": (1, 1),
+    "swin": (1, 1), "wav2vec2": (1, 1), "hubert": (1, 1), "whisper": (1, 1), "detr": (1, 1), "yolos": (1, 1),
+}  # fmt: skip
 
 
-def test_a_width_that_equals_the_hidden_size_is_ambiguous():
-    with pytest.raises(ValueError, match=r"layer\.0 of BertForSequenceClassification .* 32 neurons"):
-        find_feed_forwards(tiny.bert(hidden=32, intermediate_size=32))
+@pytest.mark.parametrize("family", NEURONS)
+def test_neurons_lie_between_the_layers_that_compute_and_read_them(family):
+    model = FAMILIES[family].make()
+    groups = find_neurons(model)
+    layers = sum(len(stack) for stack in find_layer_stacks(model)) if family != "swin" else 4
+    assert len(groups) == layers
+    for group in groups:
+        sides = [[s for s in group.of_role(role) if s.tensor == "weight"] for role in ("output", "input")]
+        assert tuple(map(len, sides)) == NEURONS[family]
+        for entry in group.slices:
+            assert entry.values.shape[entry.dim] == group.units == len(entry.positions)
+            assert entry.name.startswith(f"{group.name}.")
+            assert model.get_submodule(entry.name) is entry.module
 
 
-def test_attention_of_the_width_of_the_feed_forward_is_not_taken_for_it():
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, head_dim=8
-    )
-    with pytest.raises(ValueError, match=r"found: .*q_proj.*down_proj"):
-        find_feed_forwards(LlamaForCausalLM(config))
+@pytest.mark.parametrize("changes", [{"intermediate_size": 32}, {"intermediate_size": 64, "head_dim": 16}])
+def test_neurons_are_told_from_other_parts_of_the_same_size(changes):
+    model = FAMILIES["llama"].make(**changes)
+    for group in find_neurons(model):
+        assert {entry.name.rpartition(".")[2] for entry in group.slices} == {"gate_proj", "up_proj", "down_proj"}
 
 
-def test_a_norm_over_the_neurons_is_refused():
+def test_tensors_that_the_class_has_not_by_itself_are_refused():
     model = tiny.bert()
     find_layer_stack(model).layers[1].intermediate.norm = nn.LayerNorm(64)
-    with pytest.raises(ValueError, match=r"layer\.1 .*intermediate\.norm\.weight"):
-        find_feed_forwards(model)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification .*layer\.1\.intermediate\.norm"):
+        find_neurons(model)
+
+
+STACKS = {
+    "bert": [("bert.encoder.layer", 3, "num_hidden_layers")],
+    "gpt2": [("transformer.h", 3, "num_hidden_layers")],
+    "t5": [("encoder.block", 2, "num_layers"), ("decoder.block", 3, "num_decoder_layers")],
+    "whisper": [("model.encoder.layers", 2, "encoder_layers"), ("model.decoder.layers", 3, "decoder_layers")],
+    "detr": [("model.encoder.layers", 2, "encoder_layers"), ("model.decoder.layers", 3, "decoder_layers")],
+}
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_stacks_are_those_that_the_configuration_counts(family):
+    model = FAMILIES[family].make()
+    stacks = find_layer_stacks(model)
+    assert [(stack.name, len(stack), stack.field) for stack in stacks] == STACKS[family]
+    assert all(model.get_submodule(stack.name) is stack.layers for stack in stacks)
+    assert [stack.bound_to() for stack in stacks] == ([[0], [0]] if family == "t5" else [[]] * len(stacks))
+
+
+def test_tensors_outside_of_the_stack_that_follow_its_depth_are_named():
+    (stack,) = find_layer_stacks(FAMILIES["yolos"].make())
+    assert [name.rpartition(".")[2] for name in stack.beside] == ["mid_position_embeddings"]
+
+
+def test_heads_that_share_keys_are_one_unit():
+    group = find_heads(FAMILIES["llama"].make())[0]  # 4 heads of 8, 2 for keys and values
+    rows = {entry.name.rpartition(".")[2]: entry.positions.tolist() for entry in group.slices}
+    assert group.units == 2
+    assert rows["q_proj"] == rows["o_proj"] == [list(range(16)), list(range(16, 32))]
+    assert rows["k_proj"] == rows["v_proj"] == [list(range(8)), list(range(8, 16))]
+
+
+def test_heads_in_a_fused_projection_have_an_entry_in_each_of_its_blocks():
+    entry = find_heads(FAMILIES["gpt2"].make())[0].slices[0]
+    assert entry.positions[1].tolist() == [8 + i + block * 32 for block in range(3) for i in range(8)]
+    entry = find_heads(FAMILIES["deberta"].make())[0].slices[0]
+    assert entry.positions[1].tolist() == list(range(24, 48))
+
+
+@pytest.mark.parametrize(("family", "names"), [
+    ("t5", ["encoder.block", "decoder.block", *(f"decoder.block.{i}.layer.1.EncDecAttention" for i in range(3))]),
+    ("mpnet", ["mpnet.encoder"]),
+])  # fmt: skip
+def test_heads_of_layers_that_share_position_biases_are_one_group(family, names):
+    assert [group.name for group in find_heads(FAMILIES[family].make())] == names
 
 
 @pytest.mark.parametrize("names", [None, [], ["NoSuchModel"]])

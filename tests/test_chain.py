@@ -29,6 +29,7 @@ from hfkdq import (
     quantize,
 )
 from hfkdq.metrics import classification_metrics
+from hfkdq.pruning.criteria import Evidence
 from hfkdq.pruning.masks import Masks
 from hfkdq.pruning.targets import find_targets
 
@@ -125,7 +126,8 @@ def test_accumulation_changes_nothing_with_everything_on(training_arguments):
 def test_removing_zeroed_neurons_changes_nothing_of_a_quantized_model(spec):
     model, batch = tiny.bert(0), tiny.batch(tiny.bert(0))
     quantize(model, QuantizationSpec(**spec), [batch])
-    masks = Masks(find_targets(model, NEURONS))
+    targets = find_targets(model, NEURONS)
+    masks = Masks(targets, NEURONS, Evidence(targets, NEURONS))
     masks.grow_to(NEURONS.sparsity)
     masks.apply_()
     zeroed = model(**batch).logits

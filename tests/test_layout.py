@@ -13,14 +13,14 @@ import hfkdq
 PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
-    "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "architecture": 0, "forwards": 0,
-    "metrics": 0,
-    "objectives": 1, "collators": 1, "quantization": 1, "pruning": 1, "students": 1, "sharding": 1,
-    "export": 2, "teachers": 2,
-    "report": 3, "caching": 3,
-    "trainer": 4,
-    "hub": 5,
-    "demo": 6, "cli": 7, "__main__": 8,
+    "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "forwards": 0, "metrics": 0,
+    "architecture": 1, "batches": 1,
+    "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "sharding": 2,
+    "export": 3, "teachers": 3,
+    "report": 4, "caching": 4,
+    "trainer": 5,
+    "hub": 6,
+    "demo": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}
 ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "optimum", "onnxscript"}

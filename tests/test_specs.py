@@ -38,6 +38,8 @@ def test_module_patterns_follow_peft(patterns, matches):
         ),
         QuantizationScheme(weight_mapping="power_law", power=0.7, percentile=98, averaging_constant=0.1),
         PruningSpec(sparsity=0.5, structure="neuron", begin=0.1, end=0.9),
+        PruningSpec(structure="n:m", pattern="1:4", criterion="taylor", exclude_modules=["query"]),
+        PruningSpec(sparsity=0.5, structure="head", ranking="global", plain_checkpoint=False, rounds=3, cut="mean"),
     ],
 )  # fmt: skip
 def test_specs_survive_json(spec):
@@ -109,7 +111,22 @@ def test_specs_survive_json(spec):
         (lambda: PruningSpec(sparsity=0.5, structure="cube"), "structure='cube'"),
         (lambda: PruningSpec(sparsity=0.5, criterion="luck"), "criterion='luck'"),
         (lambda: PruningSpec(sparsity=0.5, begin=0.7, end=0.7), "begin"),
-        (lambda: PruningSpec(sparsity=0.5, structure="neuron", target_modules=["x"]), "structure='weight'"),
+        (lambda: PruningSpec(sparsity=0.5, structure="layer", target_modules=["x"]), "goes through the whole model"),
+        (lambda: PruningSpec(structure="neuron"), "needs a sparsity"),
+        (lambda: PruningSpec(sparsity=0.5, ranking="best"), "ranking='best'"),
+        (lambda: PruningSpec(sparsity=0.5, cut="paste"), "cut='paste'"),
+        (lambda: PruningSpec(sparsity=0.5, schedule="step"), "schedule='step'"),
+        (lambda: PruningSpec(sparsity=0.5, rounds=0), "rounds"),
+        (lambda: PruningSpec(sparsity=0.5, pattern="2:4"), "pattern is for"),
+        (lambda: PruningSpec(structure="n:m", pattern="4:4"), "n < m"),
+        (lambda: PruningSpec(structure="n:m", pattern="2x4"), "'2:4'"),
+        (lambda: PruningSpec(structure="n:m", sparsity=0.7), "is a sparsity of 0.5"),
+        (lambda: PruningSpec(structure="block", sparsity=0.7, pattern="0x4"), "rows x columns"),
+        (lambda: PruningSpec(structure="layer", sparsity=0.5, cut="mask"), "cut='mask'"),
+        (lambda: PruningSpec(structure="weight", sparsity=0.5, cut="mean"), "neurons and heads"),
+        (lambda: PruningSpec(structure="hidden", sparsity=0.5, criterion="activation"), "no input of its own"),
+        (lambda: PruningSpec(structure="n:m", ranking="global"), "one ranking"),
+        (lambda: PruningSpec(structure="vocab", criterion="taylor"), "rarest tokens"),
     ],
 )
 def test_bad_specs_say_what_is_wrong(make, message):

@@ -25,13 +25,18 @@ def hidden_field(config: PretrainedConfig) -> str:
     """Name of the field that holds the hidden width.
 
     Raises:
-        ValueError: a family for which it is not known that it can be changed.
+        ValueError: a family for which it is not known that it can be changed, or a model that reads another's width.
     """
     if config.model_type not in HIDDEN_FAMILIES:
         raise ValueError(
             f"structure='hidden' is not supported for {config.model_type}: scales, position tables or group counts in its "
             f"code depend on the hidden width, not only shapes. It is for {', '.join(HIDDEN_FAMILIES)}. "
             "Use structure='neuron' or 'head' instead."
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(
+            "structure='hidden' is not supported with add_cross_attention=True: the cross-attention reads hidden states of "
+            "another model, whose width would not follow. Use structure='neuron' or 'head' instead."
         )
     return next(name for name in HIDDEN_FIELDS if name in config.to_dict())
 

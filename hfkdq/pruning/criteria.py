@@ -250,6 +250,24 @@ def _trained(part: Part) -> bool:
     return isinstance(part.values, nn.Parameter)
 
 
+def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
+    """Refuses to learn from gradients that the training will not have.
+
+    Raises:
+        ValueError: a criterion of the gradients in training, and a target, or a layer of one, that is frozen.
+    """
+    if spec.criterion not in FROM_GRADIENTS or spec.criterion == "teacher":
+        return
+    for target in targets:
+        for parts in target.layers if isinstance(target, LayerTarget) else [target.parts]:
+            if not any(part.values.requires_grad for part in parts):
+                raise ValueError(
+                    f"criterion={spec.criterion!r} learns from the gradients of the training, and {parts[0].name} has none: it is "
+                    "frozen. Leave it out with exclude_modules, use criterion='magnitude', 'activation' or 'teacher', or "
+                    "train it too."
+                )
+
+
 def check_criterion(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
     """Refuses means without a bias that could take them.
 

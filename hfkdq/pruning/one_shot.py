@@ -177,7 +177,8 @@ def _prune_vocabulary(model: PreTrainedModel, spec: PruningSpec, corpus: Any, to
         )
     before, tokens = count_parameters(model), len(tokenizer)
     largest = None if spec.sparsity is None else units_kept(tokens, spec.sparsity)
-    prune_vocabulary(model, tokenizer, corpus, max_size=largest)
+    column = "text" if "text" in (getattr(corpus, "column_names", None) or ()) else None
+    prune_vocabulary(model, tokenizer, corpus, column=column, max_size=largest)
     _record(model, spec, 1.0 - len(tokenizer) / tokens, before)
     return model
 

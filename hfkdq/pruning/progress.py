@@ -62,7 +62,7 @@ class Progress:
                 self._handles.append(values.register_hook(partial(self._without_pruned, key)))  # type: ignore[no-untyped-call]
         if self.evidence.needs_activations:
             self.evidence.watch()
-        if any(bool(mask.any()) for mask in self.masks.pruned):
+        if self.spec.cut != "decay" and any(bool(mask.any()) for mask in self.masks.pruned):
             self.masks.apply_()
 
     def _mask_entries(self) -> dict[tuple[int, int], Tensor]:

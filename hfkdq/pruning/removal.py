@@ -165,6 +165,7 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
         `dict`: by name of a module the integers that it keeps of its shapes, as they are now.
     """
     counts: Numbers = {}
+    names = {module: name for name, module in model.named_modules()}
     for target, mask in zip(targets, pruned, strict=True):
         if not isinstance(target, GroupTarget):
             continue
@@ -179,9 +180,10 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
             follow = getattr(entry.module, "keep_outputs_", None)
             if follow is not None and entry.role == "output" and entry.tensor == "weight":
                 follow(kept)  # a module that knows more of its channels than weight and bias
-        for name, module, attribute, per_unit in target.group.counts:
-            counts.setdefault(name, {})[attribute] = int(left.sum()) * per_unit
+        for _, module, attribute, per_unit in target.group.counts:
             setattr(module, attribute, int(left.sum()) * per_unit)
+            if module in names:  # its layer may have gone, or have another number, since the targets were found
+                counts.setdefault(names[module], {})[attribute] = int(left.sum()) * per_unit
     return counts
 
 

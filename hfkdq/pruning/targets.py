@@ -274,6 +274,7 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         group = find_hidden(model)
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
     elif spec.structure in ("neuron", "head", "channel"):
+        _check_floating(model)
         find = {"neuron": find_neurons, "head": find_heads, "channel": find_channels}[spec.structure]
         targets = [GroupTarget(group) for group in _matching(model, spec, find(model))]
     else:
@@ -321,6 +322,13 @@ def _nothing_matches(model: PreTrainedModel, spec: PruningSpec, names: list[str]
         f"PruningSpec(target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}) matches no {kind} of "
         f"{type(model).__name__}. Those of it are, for example: {', '.join(names[:3]) or 'none'}."
     )
+
+
+def _check_floating(model: PreTrainedModel) -> None:
+    """Refuses packed weights before their tensors are looked up by name, which those of quantized models do not have."""
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHTED):
+            _check_prunable(Part(name, module, "weight", "input"))
 
 
 def _check_prunable(part: Part) -> None:

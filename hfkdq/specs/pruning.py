@@ -30,7 +30,7 @@ class PruningSpec(Serializable):
     | `"vocab"` | tokens that a corpus does not use | smaller |
 
     Criteria, for a unit with the weights w, gradients g and inputs x; sums are over all weights, biases and norms of the unit,
-    and E is the mean over batches:
+    and E is the mean over batches (in training over optimizer steps, where one that lies 100 steps back counts a third):
 
     - `"magnitude"`: `|w|`, or the L2 norm of all weights of a unit;
     - `"random"`: the control;
@@ -73,7 +73,7 @@ class PruningSpec(Serializable):
         exclude_modules (`str` or list of `str`, *optional*): which of those to leave alone.
         plain_checkpoint (`bool`, defaults to `True`): refuse what the model's configuration cannot describe, so that
             `from_pretrained` loads the result. `False` allows it; [`load_pruned`] loads that.
-        seed (`int`, defaults to 0): of the order in which `"random"` cuts.
+        seed (`int`, defaults to 0): of the order in which `"random"` cuts, and of the labels that `"teacher"` draws.
 
     Raises:
         ValueError: a sparsity outside [0, 1), an unknown name, `begin` not before `end`, or fields that contradict one
@@ -209,8 +209,8 @@ class PruningSpec(Serializable):
         done = (progress - self.begin) / (self.end - self.begin)
         rounds = self.rounds or (8 if self.criterion == "teacher" else None)
         if rounds is not None:
-            # Round r of R starts at (r - 1) / R of the way, and has then what is due at its end.
-            done = (math.floor(done * rounds + 1e-9) + 1) / rounds if done >= 0.0 else 0.0
+            # Round r of R goes from (r - 1) / R to r / R of the way, and has from its first step what is due at its end.
+            done = math.ceil(done * rounds - 1e-9) / rounds
         done = min(max(done, 0.0), 1.0)
         if done == 1.0:
             return final

@@ -99,6 +99,7 @@ class KeepingMixin(_TrainerBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
+        self._follow()  # the last of these comes before callbacks take the trained model apart
         if "loss" in logs and self._log_window is not None:
             window, self._log_window = self._log_window, None
             bad = [torch.as_tensor(t.first_bad_step, device=window.sums.device) for t in self.teachers.values()]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,17 +15,37 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-from hfkdq.architecture import find_feed_forwards, find_layer_stack, width_field
+from hfkdq.architecture import find_layer_stack, find_neurons, width_fields
 from hfkdq.facts import read_facts
 from hfkdq.pruning import PruningCallback, prune
 from hfkdq.schedules import Cubic
 from hfkdq.specs import PruningSpec
 
-from . import tiny
+from .. import tiny
 
 FAMILIES = [tiny.bert, tiny.distilbert, tiny.vit, tiny.llama]
 WEIGHT = PruningSpec(sparsity=0.6)
 NEURON = PruningSpec(sparsity=0.3, structure="neuron")  # 64 neurons, 45 are kept
+
+
+@dataclass
+class _Block:
+    inputs: list
+    outputs: list
+
+
+def find_feed_forwards(model):
+    """Names and linear layers into the neurons of every layer, and out of them."""
+    sides = [
+        [[(s.name, s.module) for s in group.of_role(role) if s.tensor == "weight"] for role in ("output", "input")]
+        for group in find_neurons(model)
+    ]
+    return [_Block(*side) for side in sides]
+
+
+def width_field(config):
+    """The field with the number of neurons."""
+    return next(iter(width_fields(config)))
 
 
 class _Recorder(TrainerCallback):
@@ -184,17 +205,21 @@ def test_what_was_done_to_weights_is_measured():
     assert PruningSpec.from_dict(fact["spec"]) == WEIGHT
 
 
-@pytest.mark.parametrize("structure", PruningSpec.STRUCTURES)
-def test_nothing_goes_at_sparsity_zero_and_one_unit_stays_near_one(structure):
+@pytest.mark.parametrize("structure", ["weight", "block", "neuron"])
+def test_nothing_goes_at_sparsity_zero(structure):
     model = tiny.bert()
     prune(model, PruningSpec(sparsity=0.0, structure=structure))
-    read_facts(model)["pruning"].pop("spec")
+    assert read_facts(model)["pruning"]["achieved_sparsity"] == 0.0
     assert _same(model, tiny.bert())
-    prune(model, PruningSpec(sparsity=0.9999, structure=structure))
-    if structure == "neuron":
-        assert model.config.intermediate_size == 1
-    else:
-        assert all(int((linear.weight != 0).sum()) == 1 for linear in _linears(model).values())
+
+
+@pytest.mark.parametrize("structure", ["weight", "neuron", "layer", "block"])
+def test_a_sparsity_that_would_leave_nothing_is_refused(structure):
+    model = tiny.bert()
+    with pytest.raises(ValueError, match=r"sparsity=0\.9999 would leave 0 of the \d+ units .*Choose a smaller"):
+        prune(model, PruningSpec(sparsity=0.9999, structure=structure))
+    assert _same(model, tiny.bert())
+    assert not read_facts(model)
 
 
 def test_equal_magnitudes_are_cut_at_the_exact_count():
@@ -490,7 +515,7 @@ def test_a_spec_that_does_not_fit_is_refused_before_training_with_a_callback_add
     trainer = Trainer(tiny.bert(), training_arguments(max_steps=1), train_dataset=tiny.text_dataset(8))
     trainer.add_callback(PruningCallback(PruningSpec(sparsity=0.5, exclude_modules=r".*")))
     before = copy.deepcopy(trainer.model)
-    with pytest.raises(ValueError, match="matches no linear layer of BertForSequenceClassification"):
+    with pytest.raises(ValueError, match="matches no layer of BertForSequenceClassification"):
         trainer.train()
     assert _same(trainer.model, before)
 
