@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .architecture import PER_LAYER_FIELDS, LayerStack, evenly_spaced_layers, find_layer_stack
+from .architecture import CountedStack, config_with, evenly_spaced_layers, fields_of_depth, find_layer_stacks
 from .facts import record_fact
 
 
 def make_student(
-    teacher: PreTrainedModel, num_layers: int | None = None, *, layers: Sequence[int] | None = None
+    teacher: PreTrainedModel,
+    num_layers: int | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    num_decoder_layers: int | None = None,
+    decoder_layers: Sequence[int] | None = None,
 ) -> PreTrainedModel:
     """A model like `teacher` with fewer layers, all weights copied from it.
 
@@ -27,20 +33,25 @@ def make_student(
 
     With `num_layers`, layer `i` of `S` (counted from 1) is layer `round(i * T / S)` of the teacher's `T`, halves
     rounded up: evenly spaced, the last one always among them. Starting from copied layers is the way of Sanh et al.,
-    "DistilBERT, a distilled version of BERT" (2019).
+    "DistilBERT, a distilled version of BERT" (2019). Of an encoder-decoder, encoder and decoder are cut apart, and what is
+    not said stays whole: Gandhi et al., "Distil-Whisper" (2023), keep the encoder and two layers of the decoder. To choose
+    layers by what they matter, or to cut width, use [`prune`].
 
     Args:
-        teacher (`PreTrainedModel`): an encoder or decoder with one stack of layers.
-        num_layers (`int`, *optional*): how many layers the student gets, between 1 and the teacher's number.
+        teacher (`PreTrainedModel`): an encoder, a decoder or an encoder-decoder.
+        num_layers (`int`, *optional*): how many layers the student gets, of an encoder-decoder its encoder; between 1
+            and the teacher's number.
         layers (sequence of `int`, *optional*): the numbers of the teacher layers to copy, counted from 1, in
             increasing order. Give either this or `num_layers`.
+        num_decoder_layers (`int`, *optional*): as `num_layers`, of the decoder of an encoder-decoder.
+        decoder_layers (sequence of `int`, *optional*): as `layers`, of the decoder of an encoder-decoder.
 
     Returns:
         `PreTrainedModel`: the student.
 
     Raises:
         TypeError: `teacher` is no `PreTrainedModel`.
-        ValueError: both or neither of `num_layers` and `layers`, one of them out of range, a teacher without one
+        ValueError: both or neither of a number and its layers, one of them out of range, a teacher without a
             clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
 
     Example:
@@ -59,17 +70,35 @@ def make_student(
             f"make_student copies a Transformers PreTrainedModel, got {type(teacher).__name__}. "
             "Unwrap the model first; merge adapters with merge_and_unload()."
         )
-    stack = find_layer_stack(teacher)
-    kept = _evenly_spaced(num_layers, len(stack)) if layers is None else _checked(layers, num_layers, len(stack))
-    config = _student_config(teacher.config, kept)
+    stacks = find_layer_stacks(teacher)
+    first, second = (num_layers, layers), (num_decoder_layers, decoder_layers)
+    if len(stacks) == 1 and second != (None, None):
+        raise ValueError(
+            f"{type(teacher).__name__} has one stack of layers ({stacks[0].name}); num_decoder_layers and decoder_layers are "
+            "for encoder-decoders. Use num_layers or layers."
+        )
+    if len(stacks) > 1 and first == second == (None, None):
+        raise ValueError("Say what to keep: num_layers of the encoder, num_decoder_layers of the decoder, or both.")
+    kept = []
+    for stack, (number, chosen) in zip(stacks, (first, second), strict=False):
+        if len(stacks) > 1 and number is None and chosen is None:
+            kept.append(list(range(1, len(stack) + 1)))
+        else:
+            kept.append(_evenly_spaced(number, len(stack)) if chosen is None else _checked(chosen, number, len(stack)))
+    fields: dict[str, Any] = {}
+    for stack, numbers in zip(stacks, kept, strict=True):
+        fields |= fields_of_depth(teacher.config, len(stack), [number - 1 for number in numbers], stack.field)
     # Built on the CPU, so that its generator is the only one to put back.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        student = type(teacher)._from_config(config, dtype=teacher.dtype)
+        student = type(teacher)._from_config(config_with(teacher.config, **fields), dtype=teacher.dtype)
     student.to(teacher.device)
-    _copy_weights(teacher, student, stack, kept)
+    _copy_weights(teacher, student, stacks, kept)
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
-    record_fact(student, "student", {"teacher_layers": len(stack), "layers": kept})
+    fact: dict[str, Any] = {"teacher_layers": len(stacks[0]), "layers": kept[0]}
+    if len(stacks) > 1:
+        fact |= {"teacher_decoder_layers": len(stacks[1]), "decoder_layers": kept[1]}
+    record_fact(student, "student", fact)
     return student.eval()
 
 
@@ -97,34 +126,34 @@ def _checked(layers: Sequence[int], num_layers: int | None, total: int) -> list[
     return kept
 
 
-def _student_config(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig:
-    """A copy of `config` for the layers `kept`, without what was recorded of the teacher."""
-    total = config.num_hidden_layers
-    config = copy.deepcopy(config)
-    vars(config).pop("hfkdq", None)
-    config.num_hidden_layers = len(kept)
-    for name in PER_LAYER_FIELDS:
-        values = vars(config).get(name)
-        if isinstance(values, (list, tuple)) and len(values) == total:
-            setattr(config, name, [values[layer - 1] for layer in kept])
-    return config
-
-
-def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, stack: LayerStack, kept: list[int]) -> None:
-    """Copies the teacher's tensors, those of layer `kept[i]` to layer `i`."""
-    prefix = f"{stack.name}."
-    target = {str(layer - 1): str(index) for index, layer in enumerate(kept)}
+def _copy_weights(
+    teacher: PreTrainedModel, student: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]
+) -> None:
+    """Copies the teacher's tensors, those of layer `kept[stack][i]` to layer `i` of each stack."""
+    places = {
+        f"{stack.name}.{number - 1}.": f"{stack.name}.{place}."
+        for stack, numbers in zip(stacks, kept, strict=True)
+        for place, number in enumerate(numbers)
+    }
+    prefixes = tuple(f"{stack.name}." for stack in stacks)
+    beside = {name for stack in stacks for name in stack.beside}
+    source = teacher.state_dict()
     weights = {}
-    for name, tensor in teacher.state_dict().items():
-        if name.startswith(prefix):
-            layer, _, rest = name.removeprefix(prefix).partition(".")
-            if layer not in target:
+    for name, tensor in source.items():
+        if name.startswith(prefixes):
+            old = next((prefix for prefix in places if name.startswith(prefix)), None)
+            if old is None:
                 continue
-            name = f"{prefix}{target[layer]}.{rest}"
-        elif name.endswith("mid_position_embeddings"):  # of YOLOS: one for each place between two layers
-            tensor = tensor[[layer - 1 for layer in kept[:-1]]]
+            name = places[old] + name.removeprefix(old)
+        elif name in beside:  # of YOLOS: one for each place between two layers
+            tensor = tensor[[number - 1 for number in kept[0][:-1]]]
         weights[name] = tensor
-    differing = sorted(weights.keys() ^ student.state_dict().keys())
+    expected = student.state_dict()
+    for stack in stacks:
+        for name in expected.keys() - weights.keys():  # what the first layer holds for all (T5: position biases)
+            if name.startswith(f"{stack.name}.0.") and name in source:
+                weights[name] = source[name]
+    differing = sorted(weights.keys() ^ expected.keys())
     if differing:
         raise ValueError(
             f"The teacher and a plain {type(student).__name__} differ in {len(differing)} tensors, such as "

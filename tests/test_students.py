@@ -14,11 +14,13 @@ from transformers import (
     set_seed,
 )
 
-from hfkdq.architecture import find_layer_stack
+from hfkdq.architecture import find_layer_stack, find_layer_stacks
 from hfkdq.facts import read_facts, record_fact
+from hfkdq.pruning.bypass import bypass_
 from hfkdq.students import make_student
 
 from . import tiny
+from .families import FAMILIES
 
 
 def _roberta(layers):
@@ -40,7 +42,7 @@ def _qwen2(layers):
     return Qwen2ForCausalLM(config).eval()
 
 
-FAMILIES = [tiny.bert, tiny.bert_mlm, tiny.distilbert, tiny.vit, tiny.llama, _roberta, _gpt2, _qwen2]
+MAKERS = [tiny.bert, tiny.bert_mlm, tiny.distilbert, tiny.vit, tiny.llama, _roberta, _gpt2, _qwen2]
 
 
 def _logits(model):
@@ -48,7 +50,7 @@ def _logits(model):
         return model(**tiny.batch(model)).logits
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_student_is_the_teacher_without_some_layers(make, tmp_path):
     teacher = make(layers=5)
     teacher.config.use_cache = False  # layers know their place in the cache; those of the reference keep the old one
@@ -197,6 +199,42 @@ def test_the_generation_settings_come_along():
 def test_bad_choices_of_layers_say_what_is_possible(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_student(tiny.bert(layers=4), **arguments)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper", "detr"])
+def test_encoder_and_decoder_are_cut_apart(family):
+    teacher = FAMILIES[family].make()
+    encoder, decoder = find_layer_stacks(teacher)
+    student = make_student(teacher, layers=[2], decoder_layers=[2, 3])
+    assert student.config.hfkdq["student"] == {
+        "teacher_layers": 2, "layers": [2], "teacher_decoder_layers": 3, "decoder_layers": [2, 3],
+    }  # fmt: skip
+    found = {stack.name: stack.layers for stack in find_layer_stacks(student)}
+    for stack, kept in ((encoder, [2]), (decoder, [2, 3])):
+        assert len(found[stack.name]) == len(kept)
+        for layer, number in zip(found[stack.name], kept, strict=True):
+            own = {n: t for n, t in layer.state_dict().items() if "relative_attention_bias" not in n}
+            expected = stack.layers[number - 1].state_dict()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in own.items())
+    for name, tensor in student.state_dict().items():
+        if not name.startswith(tuple(found)) or "relative_attention_bias" in name:
+            assert torch.equal(tensor, teacher.state_dict()[name]), name
+    # As if the layers that are missing handed on their input.
+    for stack, gone in ((encoder, [0]), (decoder, [0])):
+        for place in gone:
+            bypass_(stack.layers[place], True)
+    if family != "t5":  # the layer that is passed by would still give its own position biases to the others
+        torch.testing.assert_close(FAMILIES[family].outputs(student), FAMILIES[family].outputs(teacher))
+
+
+def test_what_is_not_said_of_an_encoder_decoder_stays_whole():
+    teacher = FAMILIES["whisper"].make()
+    assert make_student(teacher, num_decoder_layers=2).config.encoder_layers == 2
+    assert make_student(teacher, num_layers=1).config.decoder_layers == 3
+    with pytest.raises(ValueError, match="num_layers of the encoder, num_decoder_layers of the decoder"):
+        make_student(teacher)
+    with pytest.raises(ValueError, match="one stack of layers"):
+        make_student(tiny.bert(), num_decoder_layers=1)
 
 
 def test_only_transformers_models_are_copied():

@@ -107,7 +107,7 @@ def test_a_resumed_search_equals_an_uninterrupted_one(training_arguments, tmp_pa
 
 def test_a_metric_that_is_not_there_is_named(training_arguments):
     trainer, _ = _trainer(training_arguments(max_steps=8), [0.9] * 4, metric="accuracy", at_least=0.5)
-    with pytest.raises(ValueError, match="gave no eval_accuracy, only .*eval_score"):
+    with pytest.raises(ValueError, match=r"gave no eval_accuracy, only .*eval_score"):
         trainer.train()
 
 
