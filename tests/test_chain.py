@@ -185,3 +185,18 @@ def test_what_was_trained_is_what_is_exported_and_reported(training_arguments, t
     card = report.to_card()
     for fact in ("LogitKD", "50.0% of the feed-forward neurons", "8-bit weights", "2 of the teacher's 4 layers"):
         assert fact in card
+
+
+def test_a_quantized_model_with_shapes_layer_by_layer_loads_back(tmp_path):
+    model, batch = tiny.bert(0), tiny.batch(tiny.bert(0))
+    spec = PruningSpec(sparsity=0.5, structure="neuron", ranking="global", plain_checkpoint=False)
+    prune(model, PruningSpec(sparsity=0.5, structure="head", plain_checkpoint=False))
+    model.bert.encoder.layer[0].intermediate.dense.weight.data *= 1.5
+    prune(model, spec)
+    widths = [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer]
+    assert widths[0] > widths[1]
+    quantize(model, QuantizationSpec(weight_bits=4), [batch])
+    model.save_pretrained(tmp_path)
+    loaded = load_quantized(str(tmp_path))
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert [layer.intermediate.dense.out_features for layer in loaded.bert.encoder.layer] == widths

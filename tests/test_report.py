@@ -17,13 +17,13 @@ from huggingface_hub import ModelCard
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from hfkdq import LogitKD, NoisyKD, QuantizationSpec, quantize
+from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, prune, quantize
 from hfkdq.export.runtime import OnnxSession
 from hfkdq.facts import record_fact
 from hfkdq.metrics import classification_metrics
 from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency, latency
-from hfkdq.report.card import _call, _quantization
+from hfkdq.report.card import _call, _pruning, _quantization
 from hfkdq.report.latency import TimedEngine, time_engines
 
 from . import tiny
@@ -234,6 +234,32 @@ def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
 def test_card_says_what_a_spec_asks_for(spec, words):
     line = _quantization({"spec": QuantizationSpec(**spec).to_dict()})
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (dict(structure="head", sparsity=0.5, criterion="taylor"), "of the attention heads are removed; chosen by taylor"),
+        (dict(structure="neuron", sparsity=0.5, cut="mask"), "of the feed-forward neurons of every layer are zero"),
+        (dict(structure="n:m"), "are zero, 2:4; their shapes are unchanged"),
+        (dict(structure="block", sparsity=0.5, pattern="1x8"), "in blocks of 1x8"),
+        (dict(structure="vocab"), "of the vocabulary, which a corpus did not use, is removed. Parameters: 1.00k before"),
+        *((dict(structure=name, sparsity=0.5), "removed") for name in ("channel", "layer", "hidden")),
+    ],
+)  # fmt: skip
+def test_card_says_what_was_pruned(spec, words):
+    fact = {"spec": PruningSpec(**spec).to_dict(), "achieved_sparsity": 0.5}
+    assert words in _pruning({**fact, "parameters_before": 1000, "parameters_after": 600})
+
+
+def test_card_tells_every_pruning_and_how_to_load_the_result(folder):
+    student = tiny.bert(seed=1)
+    prune(student, PruningSpec(sparsity=0.5, structure="neuron"))
+    prune(student, PruningSpec(sparsity=0.5, structure="head", plain_checkpoint=False))
+    card = measure(folder, student=student).to_card()
+    assert card.index("50.0% of the feed-forward neurons") < card.index("50.0% of the attention heads")
+    assert 'model = load_pruned("."' in card
+    assert "AutoModelForSequenceClassification.from_pretrained" not in card
 
 
 def test_base_model_comes_from_the_configuration_if_it_names_one(folder, tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def prune(
     so that `from_pretrained` loads the saved model like any other. What a configuration cannot describe is refused,
     unless `spec.plain_checkpoint` is false: then [`load_pruned`] loads it. Single weights become zero.
     What was done is recorded in `model.config.hfkdq["pruning"]`: `spec`, `achieved_sparsity` (measured, share of the
-    units that were up for pruning), `parameters_before` and `parameters_after` (of the model as it is saved).
+    units that were up for pruning), `parameters_before` and `parameters_after` (of the model as it is saved), and
+    `earlier`, the same of each pruning before, if there was one.
 
     Args:
         model (`PreTrainedModel`): the model to prune.
@@ -159,12 +160,15 @@ def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
 
 
 def _record(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int) -> None:
-    fact = {
+    fact: dict[str, Any] = {
         "spec": spec.to_dict(),
         "achieved_sparsity": achieved,
         "parameters_before": before,
         "parameters_after": count_parameters(model),
     }
+    former = read_facts(model).get("pruning")
+    if former is not None:
+        fact["earlier"] = [*former.pop("earlier", []), former]
     record_fact(model, "pruning", fact)
 
 

@@ -118,6 +118,7 @@ def _done(report: CompressionReport) -> list[str]:
     steps = [
         _layers(facts.get("student", {})),
         _distillation(facts.get("distillation", {})),
+        *(_pruning(fact) for fact in facts.get("pruning", {}).get("earlier", [])),
         _pruning(facts.get("pruning", {})),
         _quantization(facts.get("quantization", {})),
         _export(report.engines[-1]),
@@ -156,12 +157,21 @@ def _pruning(fact: dict[str, Any]) -> str:
     spec = fact.get("spec", {})
     what = {
         "neuron": "of the feed-forward neurons of every layer are removed, so the layers are smaller",
-        "weight": "of the weights of the pruned linear layers are zero; their shapes are unchanged",
+        "head": "of the attention heads are removed",
+        "channel": "of the inner channels of convolutional blocks are removed",
+        "layer": "of the layers are removed",
+        "hidden": "of the hidden width is removed, in all layers",
+        "vocab": "of the vocabulary, which a corpus did not use, is removed",
+        "weight": "of the weights of the pruned layers are zero; their shapes are unchanged",
+        "block": f"of the weights of the pruned layers are zero, in blocks of {spec.get('pattern')}; shapes are unchanged",
+        "n:m": f"of the weights of the pruned layers are zero, {spec.get('pattern')}; their shapes are unchanged",
     }.get(spec.get("structure", ""))
+    if spec.get("cut") == "mask" and what is not None:
+        what = what.split(" are removed")[0] + " are zero; shapes are unchanged"
     if what is None or "achieved_sparsity" not in fact:
         return ""
     line = f"**Pruning**: {fact['achieved_sparsity']:.1%} {what}"
-    if "criterion" in spec:
+    if "criterion" in spec and spec.get("structure") != "vocab":
         line += f"; chosen by {spec['criterion']}"
     if fact.get("parameters_before", 0) > fact.get("parameters_after", 0) > 0:
         line += f". Parameters: {count(fact['parameters_before'])} before, {count(fact['parameters_after'])} after"
@@ -243,10 +253,11 @@ def _parity(report: CompressionReport) -> str:
 
 
 def _zeroed(report: CompressionReport) -> bool:
-    return bool(report.facts.get("pruning", {}).get("spec", {}).get("structure") == "weight")
+    spec = report.facts.get("pruning", {}).get("spec", {})
+    return spec.get("structure") in ("weight", "n:m", "block") or spec.get("cut") == "mask"
 
 
-def _usage(report: CompressionReport, repo_id: str | None) -> dict[str, str]:
+def _usage(report: CompressionReport, repo_id: str | None) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     head = re.search(r"For[A-Z]\w*$", report.architecture)
     known = head is not None and report.task is not None
@@ -256,5 +267,6 @@ def _usage(report: CompressionReport, repo_id: str | None) -> dict[str, str]:
         "auto": f"AutoModel{head.group()}" if known and head else report.architecture,
         "ort": f"ORTModel{head.group()}" if known and head else "",
         "processor": report.processor or "",
+        "shaped": "shapes" in report.facts,
         "argument": _PIPELINE_ARGUMENT.get(report.processor or "", ""),
     }
