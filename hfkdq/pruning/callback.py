@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..batches import Batches, make_batches
 from ..specs import PruningSpec
-from .criteria import FROM_GRADIENTS
+from .criteria import FROM_GRADIENTS, check_trained
 from .gathering import gather_
 from .one_shot import check_prunable, count_parameters, finish_
 from .progress import Progress
@@ -155,6 +155,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         if optimizer is not None:
             _check_trained_by(optimizer, targets)
         check_prunable(model, self.spec, targets)
+        check_trained(targets, self.spec)
+        if args.fp16 and not args.max_grad_norm and self.spec.criterion in FROM_GRADIENTS:
+            raise ValueError(
+                f"criterion={self.spec.criterion!r} reads gradients, which fp16 without clipping leaves scaled by a factor that "
+                "changes. Set max_grad_norm, or train in bf16."
+            )
         steps = math.floor(self.spec.end * state.max_steps) - math.floor(self.spec.begin * state.max_steps)
         if self.spec.rounds is not None and self.spec.rounds > max(steps, 1):
             raise ValueError(
@@ -264,7 +270,11 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"(end={self.spec.end}). The model is now pruned to sparsity {self.spec.sparsity} without the training "
                 "that should have followed."
             )
-            progress.grow_to(final)
+            if not progress.grow_to(final):
+                logger.warning(
+                    f"No gradients or activations of {', '.join(list(progress.evidence.missing().values())[:3])} were seen in this training, so "
+                    f"no more was pruned than {progress.masks.sparsity:.3f}."
+                )
         progress.end()
         finish_(model, progress.masks, progress.parameters_before)
 

@@ -87,8 +87,8 @@ def prune(
             )
         if calibration is None:
             raise ValueError(
-                f"criterion={spec.criterion!r} and cut={spec.cut!r} look at data: give calibration, batches of model inputs or "
-                "a datasets.Dataset. criterion='magnitude' needs none."
+                f"criterion={spec.criterion!r} with cut={spec.cut!r} looks at data: give calibration, batches of model inputs or "
+                "a datasets.Dataset. criterion='magnitude' with cut='remove' needs none."
             )
         batches = make_batches(model, calibration, batch_size, data_collator, processing_class)
         gather_(model, evidence, batches, teacher_model)

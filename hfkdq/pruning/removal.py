@@ -97,7 +97,7 @@ def _candidates(
         if isinstance(getattr(config, "num_key_value_heads", None), int):
             heads["num_key_value_heads"] = round(config.num_key_value_heads * share)
         size = _size_of_heads(targets)
-        return [heads] if size is None else [{**heads, "head_dim": size}, heads]
+        return [heads] if size is None else [heads, {**heads, "head_dim": size}]
     return []
 
 

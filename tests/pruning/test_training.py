@@ -285,3 +285,16 @@ def test_norms_count_all_channels_again_after_the_training(training_arguments):
     norms = [module for module in trainer.model.modules() if isinstance(module, nn.LayerNorm)]
     assert {type(norm) for norm in norms} == {nn.LayerNorm}
     assert {norm.normalized_shape for norm in norms} == {(16,)}
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+def test_gradients_of_frozen_layers_cannot_decide(criterion, training_arguments):
+    model = tiny.bert()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    trainer = _trainer(
+        training_arguments(max_steps=2),
+        PruningSpec(sparsity=0.5, structure="neuron", criterion=criterion),
+        model=model,
+    )
+    with pytest.raises(ValueError, match=r"layer\.0.*is\s+frozen"):
+        trainer.train()
