@@ -32,5 +32,5 @@ def bypass_(layer: nn.Module, on: bool) -> None:
 def _hand_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     came = args[0] if args else kwargs["hidden_states"]
     made = output if isinstance(output, Tensor) else output[0]
-    passed = came + 0.0 * made if torch.is_grad_enabled() and made.requires_grad else came
+    passed = came + 0.0 * made.nan_to_num(0.0, 0.0, 0.0) if torch.is_grad_enabled() and made.requires_grad else came
     return passed if isinstance(output, Tensor) else (passed, *output[1:])
