@@ -5,7 +5,7 @@
     make bench-pruning TEXT=path/to/rotten_tomatoes
 
 Every pruned model of a task starts from the same one: for texts a distilled student of 3 layers, whose teacher of 6 goes on
-teaching; for images the teacher itself. It is trained for the same number of steps while it is pruned: from the labels
+teaching; for images the teacher itself (a ViT, and for channels a ConvNeXt). It is trained for the same number of steps while it is pruned: from the labels
 alone, or from labels and teacher. "dense" is trained in the same way and not pruned. Embeddings of texts stay as they are.
 Every run is kept in a file of its own, so that the command goes on where it was. Sizes and latency are those of the
 float ONNX file, timed in turn, each in a process of its own. It ends with a table and a plot of each task.
@@ -30,10 +30,21 @@ from objectives import by_length
 from rich.console import Console
 from rich.table import Table
 from text_classification import fine_tuned_teacher, pretrained
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, ViTImageProcessor, set_seed
+from transformers import (
+    AutoTokenizer,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
 
 from hfkdq import (
     DistillationTrainer,
+    FeatureMapKD,
     HiddenStateKD,
     LogitKD,
     PruningCallback,
@@ -51,17 +62,22 @@ from hfkdq.report.latency import TimedEngine, time_engines
 
 @dataclass(frozen=True)
 class Arm:
-    """A spec, and how many times the steps of the others it is trained for."""
+    """A spec, how many times the steps of the others it is trained for, and the one task that it is for.
+
+    `base` is the arm of the same model that is not pruned.
+    """
 
     spec: PruningSpec | None = None
     steps: float = 1.0
-    texts_only: bool = False
+    task: str | None = None
+    base: str = "dense"
 
 
 def structure(name: str, sparsity: float | None = 0.5, criterion: str = "taylor", **fields: Any) -> PruningSpec:
     return PruningSpec(structure=name, sparsity=sparsity, criterion=criterion, end=0.5, **fields)
 
 
+CONVOLUTIONS = "dense, ConvNeXt"
 ARMS = {
     "dense": Arm(),
     "weight 50 %": Arm(structure("weight")),
@@ -70,12 +86,14 @@ ARMS = {
     "head 50 %": Arm(structure("head", plain_checkpoint=False)),
     "layer 33 %": Arm(structure("layer", 0.34)),
     "hidden 25 %": Arm(structure("hidden", 0.25, plain_checkpoint=False)),
-    "vocab, unused": Arm(PruningSpec(structure="vocab"), texts_only=True),
+    "vocab, unused": Arm(PruningSpec(structure="vocab"), task="text"),
     **{
         f"neuron 50 %, {criterion}": Arm(structure("neuron", criterion=criterion))
         for criterion in ("random", "magnitude", "activation", "taylor", "fisher", "movement", "teacher")
     },
     "neuron 50 %, taylor, 4 x steps": Arm(structure("neuron"), steps=4.0),
+    CONVOLUTIONS: Arm(task="images", base=CONVOLUTIONS),
+    "channel 50 %, ConvNeXt": Arm(structure("channel", plain_checkpoint=False), task="images", base=CONVOLUTIONS),
 }
 
 
@@ -85,8 +103,7 @@ class Task:
 
     name: str
     rows: Callable[[Any], dict[str, Dataset]]
-    teacher: PreTrainedModel
-    start: PreTrainedModel
+    models: dict[str, tuple[PreTrainedModel, PreTrainedModel]]  # by name of the dense arm: the teacher, and the start
     processing_class: Any
     corpus: Any
     steps: int
@@ -118,7 +135,7 @@ def main() -> None:
         for seed in options.seeds:
             for arm in options.arms:
                 for distilled in (False, True):
-                    if task.corpus is not None or not ARMS[arm].texts_only:
+                    if ARMS[arm].task in (None, task.name):
                         run(task, arm, distilled, seed, folder)
         if options.rounds:
             time_files(task, folder, options)
@@ -155,11 +172,12 @@ def text_task(options: argparse.Namespace) -> Task:
         ).train()  # fmt: skip
         student.save_pretrained(start)
     student = type(teacher).from_pretrained(start)
-    return Task("text", rows, teacher, student, tokenizer, raw["train"]["text"], options.text_steps, settings)
+    models = {"dense": (teacher, student)}
+    return Task("text", rows, models, tokenizer, raw["train"]["text"], options.text_steps, settings)
 
 
 def image_task(options: argparse.Namespace) -> Task:
-    """Handwritten digits; a ViT from scratch, the data and the recipe of the demo."""
+    """Handwritten digits; a ViT from scratch, the data and the recipe of the demo, and a ConvNeXt for its channels."""
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     train, test = load_digits(processor)
     folder = options.output_dir / "images" / "teacher"
@@ -167,12 +185,23 @@ def image_task(options: argparse.Namespace) -> Task:
         set_seed(0)
         size = DemoSize()
         train_teacher(train, test, size, str(folder.parent / "scratch")).save_pretrained(folder)
-    from transformers import ViTForImageClassification
-
+    convolutions = options.output_dir / "images" / "convolutions"
+    if not (convolutions / "model.safetensors").exists():
+        set_seed(0)
+        config = ConvNextConfig(
+            image_size=SIZE, patch_size=2, num_channels=3, num_stages=2, hidden_sizes=[64, 128], depths=[2, 2],
+            layer_scale_init_value=0.1, num_labels=10,
+        )  # fmt: skip
+        model = ConvNextForImageClassification(config)
+        settings = dict(learning_rate=1e-3, per_device_train_batch_size=32, weight_decay=0.05)
+        Trainer(model, arguments(convolutions, 0, 600, settings), train_dataset=train).train()
+        model.save_pretrained(convolutions)
     teacher = ViTForImageClassification.from_pretrained(folder)
+    network = ConvNextForImageClassification.from_pretrained(convolutions)
+    models = {"dense": (teacher, teacher), CONVOLUTIONS: (network, network)}
     settings = dict(learning_rate=5e-4, per_device_train_batch_size=32, weight_decay=0.01)
     rows = {"train": train, "test": test}
-    return Task("images", lambda _: rows, teacher, teacher, processor, None, options.image_steps, settings)
+    return Task("images", lambda _: rows, models, processor, None, options.image_steps, settings)
 
 
 def arguments(folder: Path, seed: int, steps: int, settings: dict[str, Any]) -> TrainingArguments:
@@ -188,8 +217,9 @@ def run(task: Task, name: str, distilled: bool, seed: int, folder: Path) -> None
     file = folder / f"{slug(name)}-{how}-{seed}.json"
     if file.exists():
         return
-    arm, model = ARMS[name], copy.deepcopy(task.start).requires_grad_(True)
-    processing_class, teacher = task.processing_class, task.teacher
+    arm = ARMS[name]
+    processing_class, (teacher, start) = task.processing_class, task.models[arm.base]
+    model = copy.deepcopy(start).requires_grad_(True)
     set_seed(seed)
     before = sum(parameter.numel() for parameter in model.parameters())
     callbacks = []
@@ -206,7 +236,8 @@ def run(task: Task, name: str, distilled: bool, seed: int, folder: Path) -> None
             calibration=rows["train"].select(range(64)), teacher_model=teacher, processing_class=processing_class
         )
         callbacks = [PruningCallback(arm.spec, **(guided if arm.spec.criterion == "teacher" else {}))]
-    taught = dict(teacher_model=teacher, objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0), HiddenStateKD()])
+    inner = [HiddenStateKD()] if arm.base == "dense" else [FeatureMapKD()]
+    taught = dict(teacher_model=teacher, objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0), *inner])
     trainer = DistillationTrainer(
         model, arguments(folder, seed, round(task.steps * arm.steps), task.settings), train_dataset=rows["train"], processing_class=processing_class, callbacks=callbacks,
         compute_metrics=classification_metrics, **(taught if distilled else {}),
@@ -281,10 +312,8 @@ def show(task: Task, folder: Path) -> None:
             continue
         cells = []
         for distilled, values in runs.items():
-            base = [
-                a - accuracy["dense", distilled, s] for s, a in values.items() if ("dense", distilled, s) in accuracy
-            ]
-            cells += [spread(list(values.values())), "" if arm == "dense" else spread(base, "+")]
+            base = [a - dense for s, a in values.items() if (dense := accuracy.get((ARMS[arm].base, distilled, s)))]
+            cells += [spread(list(values.values())), "" if arm == ARMS[arm].base else spread(base, "+")]
         size = sizes.get(arm)
         cells += (
             [f"{size['parameters'] / 1e6:.2f}", f"{size['nonzero'] / 1e6:.2f}", f"{size['bytes'] / 1e6:.2f}", f"{size['compressed'] / 1e6:.2f}"]
@@ -293,7 +322,7 @@ def show(task: Task, folder: Path) -> None:
         )  # fmt: skip
         time_of = latency.get(arm)
         cells += (
-            [f"{time_of['median']:.2f}", f"{latency['dense']['median'] / time_of['median']:.2f}"]
+            [f"{time_of['median']:.2f}", f"{latency[ARMS[arm].base]['median'] / time_of['median']:.2f}"]
             if time_of
             else ["", ""]
         )
@@ -318,7 +347,7 @@ def plot(task: Task, accuracy: dict[Any, float], sizes: dict[str, Any], latency:
     def mean(arm: str, distilled: bool) -> list[float]:
         return [a for (name, how, _), a in accuracy.items() if (name, how) == (arm, distilled)]
 
-    structures = [arm for arm in ARMS if arm in sizes and not is_repeated(arm)]
+    structures = [arm for arm in ARMS if arm in sizes and not is_repeated(arm) and ARMS[arm].base == "dense"]
     for axes, label, places in (
         (left, "parameters that are not zero (million)", {arm: sizes[arm]["nonzero"] / 1e6 for arm in structures}),
         (middle, "ONNX Runtime, median (ms)", {arm: latency[arm]["median"] for arm in structures if arm in latency}),
