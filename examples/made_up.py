@@ -73,7 +73,9 @@ def text_tokenizer(words: Sequence[str], template: str = "[CLS] $A [SEP]", lette
     )  # fmt: skip
 
 
-def text_classification(teachers: int = 1) -> tuple[DatasetDict, PreTrainedTokenizerFast, list[PreTrainedModel]]:
+def text_classification(
+    teachers: int = 1, unused_words: int = 0
+) -> tuple[DatasetDict, PreTrainedTokenizerFast, list[PreTrainedModel]]:
     """Sentences whose adjective decides the label, and BERTs of 2 or more layers that have learned it."""
     rows = [
         {"text": f"a {word} film" + f" with a {noun}" * i, "label": label}
@@ -83,7 +85,8 @@ def text_classification(teachers: int = 1) -> tuple[DatasetDict, PreTrainedToken
         for word in group
     ]
     raw = Dataset.from_list(rows).cast_column("label", ClassLabel(names=list(ADJECTIVES))).train_test_split(32, seed=0)
-    tokenizer = text_tokenizer(sorted({word for row in rows for word in row["text"].split()}))
+    words = sorted({word for row in rows for word in row["text"].split()})
+    tokenizer = text_tokenizer([*words, *(f"unused{i}" for i in range(unused_words))])
     learned = raw["train"].map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     found = []
     for i in range(teachers):

@@ -24,6 +24,15 @@ def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> Non
     model.config.hfkdq = {**read_facts(model), topic: fact}
 
 
+def drop_fact(model: PreTrainedModel, topic: str) -> None:
+    """Takes a topic out again, and the record with it if nothing else is in it."""
+    facts = read_facts(model)
+    if facts.pop(topic, None) is not None:
+        model.config.hfkdq = facts
+        if not facts:
+            del model.config.hfkdq
+
+
 def refresh_facts(model: PreTrainedModel) -> None:
     """Lets the modules of a model that has changed its shapes write anew what they have recorded of it.
 

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 
-from hfkdq import load_quantized
+from hfkdq import load_pruned, load_quantized
 from hfkdq.schedules import Linear
 from tests import tiny
 
@@ -60,6 +60,9 @@ FAMILIES = [
     ("progressive_quantization", "", {"task_loss", "logit_kd", "quantization_loss"}),
     ("mixed_precision", "", {"task_loss", "logit_kd"}),
     ("low_bits", "--weight_bits 2", {"task_loss", "logit_kd", "hidden_state_kd"}),
+    ("prune_to_target", "--structure neuron", {"task_loss", "logit_kd", "hidden_state_kd"}),
+    ("prune_in_rounds", "--keep 0", {"task_loss", "logit_kd"}),
+    ("small_files", "", {"task_loss", "logit_kd"}),
     ("language_model", "--objective logits", {"task_loss", "logit_kd"}),
     ("language_model", "--objective on_policy", {"task_loss", "on_policy_kd"}),
     ("language_model", "--objective other_vocabulary", {"task_loss", "uld"}),
@@ -147,6 +150,33 @@ def test_progressive_terms_are_weighted_as_their_table_says(run, tmp_path):
         assert row["loss"] == pytest.approx(expected, rel=1e-3, abs=2e-4)
     assert rows[-1]["quantization_loss"] > 0
     assert load_quantized(tmp_path).config.hfkdq["quantization"]
+
+
+def test_a_round_that_costs_too_much_is_undone_and_the_last(run, tmp_path):
+    rows, printed = run("prune_in_rounds", tmp_path, "--tiny", "--max_steps", "10", "--rounds", "2", "--keep", "1.5")
+    assert len(rows) == 1
+    assert printed[-2].endswith("so undone")
+    assert printed[-1].startswith("5 steps. 0.0% of the neurons are removed")
+    assert json.loads((tmp_path / "config.json").read_text())["intermediate_size"] == 64
+
+
+def test_a_model_pruned_to_a_target_has_no_more_parameters(run, tmp_path):
+    options = ("--tiny", "--max_steps", "5", "--structure", "head", "--measure", "parameters", "--target", "0.8")
+    _, printed = run("prune_to_target", tmp_path, *options)
+    rows = {line.split()[0]: line.split()[1] for line in printed[-3:-1]}
+    before, after = (int(rows[name].replace(",", "")) for name in ("teacher", "pruned"))
+    assert 0.6 * before < after <= 0.8 * before
+    assert sum(p.numel() for p in load_pruned(tmp_path).parameters()) == after
+
+
+def test_small_files_hold_no_token_of_the_words_that_no_text_has(run, tmp_path):
+    _, printed = run("small_files", tmp_path, "--tiny", "--max_steps", "5", "--clusters", "8")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["bert.embeddings.word_embeddings.weight"].shape[0] == 19
+    layers = [value for name, value in weights.items() if name.endswith("dense.weight") and ".layer." in name]
+    assert all(len(value.unique()) <= 8 and (value == 0).float().mean() >= 0.5 for value in layers)
+    sizes = [int(line.split()[-3].replace(",", "")) for line in printed if line.endswith("after xz")]
+    assert sizes[1] < 0.3 * sizes[0]
 
 
 def test_speech_is_read_from_files(run, tmp_path, data_folder):

@@ -17,11 +17,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..batches import Batches, make_batches
+from ..facts import drop_fact
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
 from .gathering import gather_
 from .one_shot import check_prunable, count_parameters, finish_
-from .progress import Progress
+from .progress import UNFINISHED, Progress
 from .targets import PruningTarget, find_targets
 
 logger = logging.get_logger(__name__)
@@ -30,11 +31,14 @@ logger = logging.get_logger(__name__)
 class PruningCallback(TrainerCallback, ExportableState):
     """Prunes the model of a `Trainer` along the schedule of a [`PruningSpec`].
 
-    After every optimizer step the share `s(t)` of the units is out of what the model computes, so that evaluation and
-    checkpoints see the pruned model; what is pruned stays pruned, and has no gradient, so that it does not count when
+    After every optimizer step the share `s(t)` of the units is out of what the model computes, so that evaluations see the
+    pruned model, and so do checkpoints, but for layers and hidden width, whose checkpoints hold all of them and are for
+    resuming; what is pruned stays pruned, and has no gradient, so that it does not count when
     gradients are clipped. At the end of training the model has the full sparsity and the units leave its shapes as by
     [`prune`], which also records what was done in `model.config.hfkdq["pruning"]`. Training that stops before `spec.end`
     is pruned to the full sparsity all the same, with a warning.
+
+    The sparsity that is due is logged as `sparsity`.
 
     With `at_least` or `at_most` it prunes as far as a metric allows: the model is evaluated at the end of every round
     (`spec.rounds`), and the first round that breaks the bound is undone and ends the training.
@@ -252,6 +256,17 @@ class PruningCallback(TrainerCallback, ExportableState):
                     f"Not even the first round of pruning keeps the bound: {name} is {value:.4f}. Nothing is pruned."
                 )
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._progress is not None and logs is not None and state.log_history:
+            state.log_history[-1]["sparsity"] = logs["sparsity"] = round(self._progress.masks.sparsity, 4)
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -264,6 +279,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if progress is None:
             return
         final = self.spec.sparsity or 0.0
+        progress.follow_shapes()
         if not progress.settled and progress.masks.sparsity < final:
             logger.warning(
                 f"Training stopped at step {state.global_step} of {state.max_steps}, before the end of pruning "
@@ -276,6 +292,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                     f"no more was pruned than {progress.masks.sparsity:.3f}."
                 )
         progress.end()
+        drop_fact(model, UNFINISHED)
         finish_(model, progress.masks, progress.parameters_before)
 
     def _check_resumed(self, state: TrainerState) -> None:

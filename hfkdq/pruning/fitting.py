@@ -44,7 +44,7 @@ def fit_sparsity(
 
     Args:
         model (`PreTrainedModel`): the model to prune.
-        spec (`PruningSpec`): what to prune; its sparsity is an upper bound, 0.95 if there is none.
+        spec (`PruningSpec`): what to prune; its sparsity is an upper bound.
         parameters (`float`, *optional*): at most this share of the parameters, in (0, 1), or this number of them.
         flops (`float`, *optional*): at most this share of the floating-point operations of a forward pass on `inputs`, or
             this number, as `torch.utils.flop_counter` counts them (a multiplication and an addition are two).

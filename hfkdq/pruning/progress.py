@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from ..facts import record_fact
 from ..specs import PruningSpec
 from .criteria import DECAY, Evidence
 from .masks import Masks
 from .targets import LayerTarget, PruningTarget
+
+UNFINISHED = "unfinished_pruning"
+"""Fact in checkpoints whose weights alone are another model: layers passed by and norms over some channels are no weights."""
 
 _LEFT = 0.01
 _SHARE = 0.1
@@ -113,6 +117,15 @@ class Progress:
         self._store["settled"] = torch.tensor(self.settled)
         self._store.update({f"good.{name}": tensor for name, tensor in (self.last_good or {}).items()})
 
+    def follow_shapes(self) -> None:
+        """Takes what is zero as pruned where another pruning has removed units since, which the masks do not know of."""
+        targets, masks = self.masks.targets, self.masks.pruned
+        if all(len(mask) == target.units for mask, target in zip(masks, targets, strict=True)):
+            return
+        self.masks.pruned = [target.reduce(lambda part: part.values.detach().abs()) == 0 for target in targets]
+        # What was seen of gradients and activations is of the former shapes.
+        self.settled = self.settled or self.spec.criterion not in ("magnitude", "random")
+
     def observe_gradients(self) -> None:
         """Takes what the gradients of this step say, while there is still something to decide."""
         if self.masks.sparsity < (self.spec.sparsity or 0.0) and not self.settled:
@@ -132,6 +145,8 @@ class Progress:
                 mask.copy_(as_bytes.bool())
         self._mask_entries()
         self._save()
+        if self.spec.structure in ("layer", "hidden"):
+            record_fact(self.model, UNFINISHED, {"structure": self.spec.structure, "sparsity": self.masks.sparsity})
         return True
 
     def apply(self, steps: float) -> None:

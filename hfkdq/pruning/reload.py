@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from ..architecture import load_checkpoint
+from ..architecture import hub_arguments, load_checkpoint
+from ..facts import read_facts
+from .progress import UNFINISHED
 from .sharing import restore_sharing_
 
 
@@ -28,7 +30,8 @@ def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
         `PreTrainedModel`: the model, in eval mode.
 
     Raises:
-        ValueError: the record does not fit the class, or the configuration names no class of Transformers.
+        ValueError: the record does not fit the class, the configuration names no class of Transformers, or the checkpoint
+            is from the middle of a training that prunes layers or the hidden width.
 
     Example:
         ```python
@@ -37,4 +40,12 @@ def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
         model = load_pruned("out/pruned")
         ```
     """
-    return restore_sharing_(load_checkpoint(path, **{"dtype": "auto", **kwargs}))
+    config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
+    unfinished = read_facts(config).get(UNFINISHED)
+    if unfinished is not None:
+        raise ValueError(
+            f"{path} is from the middle of a training that prunes structure={unfinished.get('structure')!r}. Its weights alone are "
+            "another model than the one that was trained: go on with trainer.train(resume_from_checkpoint=...), or save the "
+            "model when the training has ended."
+        )
+    return restore_sharing_(load_checkpoint(path, config, **{"dtype": "auto", **kwargs}))

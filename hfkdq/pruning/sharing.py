@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..architecture import find_layer_stack
+from ..architecture import find_layer_stacks
 from ..facts import read_facts, record_fact
 
 logger = logging.get_logger(__name__)
@@ -73,7 +73,7 @@ def share_layers(
         ```
     """
     _check_shareable(model)
-    layers = find_layer_stack(model).layers
+    layers = _only_stack(model)
     chosen = _checked_groups(groups, len(layers))
     if init not in ("first", "mean"):
         raise ValueError(f"init={init!r} must be 'first' (the weights of a group's first layer) or 'mean'.")
@@ -108,7 +108,7 @@ def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
     groups = read_facts(model).get(FACT, {}).get("layers", [])
     if not groups:
         return model
-    layers = find_layer_stack(model).layers
+    layers = _only_stack(model)
     groups = _checked_groups(groups, len(layers))
     for group in groups:
         _check_alike(layers, group)
@@ -137,7 +137,7 @@ def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         `PreTrainedModel`: the same model.
     """
-    layers = find_layer_stack(model).layers
+    layers = _only_stack(model)
     copies: dict[tuple[int, int], nn.Parameter] = {}  # by layer, so that ties within one stay
     for index, name, parameter in list(_repeated(layers)):
         key = (index, id(parameter))
@@ -162,6 +162,16 @@ def _check_shareable(model: PreTrainedModel) -> None:
             "The model carries fake quantizers, whose scales were found for the weights before sharing. Call "
             "share_layers first and make the QATCallback or call quantize afterwards."
         )
+
+
+def _only_stack(model: PreTrainedModel) -> nn.ModuleList:
+    stacks = find_layer_stacks(model)
+    if len(stacks) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(stacks)} stacks of layers ({', '.join(stack.name for stack in stacks)}); sharing is "
+            "for encoders or decoders alone."
+        )
+    return stacks[0].layers
 
 
 def _checked_groups(groups: int | Sequence[Sequence[int]] | None, total: int) -> list[list[int]]:

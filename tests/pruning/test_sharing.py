@@ -20,8 +20,9 @@ from hfkdq.quantization.convert import prepare_qat_
 from hfkdq.specs import QuantizationSpec
 
 from .. import tiny
+from ..families import FAMILIES
 
-FAMILIES = [tiny.bert, tiny.bert_mlm, tiny.distilbert, tiny.vit, tiny.llama, tiny.gpt2]
+MAKERS = [tiny.bert, tiny.bert_mlm, tiny.distilbert, tiny.vit, tiny.llama, tiny.gpt2]
 
 
 def _layers(model):
@@ -116,7 +117,7 @@ def test_gradients_are_the_sum_over_the_layers():
 # --------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("make", FAMILIES)
+@pytest.mark.parametrize("make", MAKERS)
 def test_the_checkpoint_is_a_plain_one(make, tmp_path):
     model = share_layers(make(layers=3))
     expected, plain = _logits(model), make(layers=3)
@@ -523,3 +524,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
         compressed_size(tmp_path)
     with pytest.raises(ValueError, match="4,096 to 1,610,612,736"):
         compressed_size(tmp_path, dictionary=2**31)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_encoder_decoders_are_refused(layers):
+    model = FAMILIES["bart"].make(encoder_layers=2, decoder_layers=layers)
+    with pytest.raises(ValueError, match="2 stacks of layers"):
+        share_layers(model)

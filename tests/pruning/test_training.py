@@ -298,3 +298,40 @@ def test_gradients_of_frozen_layers_cannot_decide(criterion, training_arguments)
     )
     with pytest.raises(ValueError, match=r"layer\.0.*is\s+frozen"):
         trainer.train()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_neurons_and_weights_are_pruned_in_one_run_in_either_order(order, training_arguments):
+    specs = [PruningSpec(sparsity=0.5, structure="neuron"), PruningSpec(sparsity=0.6)][::order]
+    trainer = Trainer(
+        tiny.bert(), training_arguments(max_steps=6), DataCollatorWithPadding(tiny.tokenizer()),
+        train_dataset=tiny.text_dataset(32), callbacks=[*map(PruningCallback, specs), seen := _AtTheEnd()],
+    )  # fmt: skip
+    trainer.train()
+    torch.testing.assert_close(_logits(trainer.model), seen.logits, atol=1e-5, rtol=0)
+    assert trainer.model.config.intermediate_size == 32
+    query = trainer.model.bert.encoder.layer[0].attention.self.query.weight
+    assert int((query == 0).sum()) == 1024 - round(1024 * 0.4)
+    facts = read_facts(trainer.model)["pruning"]
+    assert [fact["spec"]["structure"] for fact in (*facts["earlier"], facts)] == [spec.structure for spec in specs]
+
+
+@pytest.mark.parametrize("name", ["layer, taylor", "hidden, magnitude", "head, taylor"])
+def test_a_checkpoint_from_the_middle_is_not_taken_for_the_model(name, training_arguments, tmp_path):
+    trainer = _trainer(training_arguments(max_steps=6, save_strategy="steps", save_steps=3), SPECS[name])
+    trainer.train()
+    assert "unfinished_pruning" not in read_facts(trainer.model)
+    middle = str(tmp_path / "out" / "checkpoint-3")
+    if "head" in name:
+        assert load_pruned(middle).num_parameters() == tiny.bert(layers=4).num_parameters()
+    else:
+        with pytest.raises(ValueError, match=r"middle of a training.*resume_from_checkpoint"):
+            load_pruned(middle)
+
+
+def test_the_sparsity_is_logged(training_arguments):
+    trainer = _trainer(training_arguments(max_steps=4, logging_steps=1), SPECS["neuron, taylor, mean"])
+    trainer.train()
+    logged = [row["sparsity"] for row in trainer.state.log_history if "loss" in row]
+    expected = [SPECS["neuron, taylor, mean"].sparsity_at(step / 4) for step in (1, 2, 3, 4)]
+    assert logged == pytest.approx(expected, abs=1e-4)
