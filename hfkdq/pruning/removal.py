@@ -140,6 +140,8 @@ def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[Pruning
         why = f"{name} does not describe the model even now, which has been pruned with plain_checkpoint=False before"
     elif len({count / target.units for target, count in zip(targets, kept, strict=True)}) > 1:
         why = f"layers would be left with different numbers of units ({spec.structure}), which {name} cannot say"
+    elif spec.target_modules is not None or spec.exclude_modules is not None:
+        why = f"target_modules and exclude_modules leave some layers as wide as they were, and {name} has one width for all"
     elif spec.structure == "head":
         why = f"{name} has no size of a head that its model reads: {type(model).__name__} divides its width by the number of heads"
     elif spec.structure == "hidden":

@@ -540,3 +540,12 @@ def test_packed_weights_are_refused_and_nothing_is_changed(spec):
         prune(model, spec)
     assert _same(model, before)
     assert read_facts(model) == {}
+
+
+def test_layers_that_are_left_out_need_shapes_of_their_own():
+    spec = dict(sparsity=0.5, structure="neuron", exclude_modules=r".*layer\.1\..*")
+    model = tiny.bert()
+    with pytest.raises(ValueError, match=r"exclude_modules leave some layers as wide.*plain_checkpoint=False"):
+        prune(model, PruningSpec(**spec))
+    prune(model, PruningSpec(**spec, plain_checkpoint=False))
+    assert [layer.intermediate.dense.out_features for layer in model.bert.encoder.layer] == [32, 64]
