@@ -84,7 +84,8 @@ ARMS = {
     "n:m 2:4": Arm(structure("n:m", None)),
     "block 4x4 50 %": Arm(structure("block")),
     "head 50 %": Arm(structure("head", plain_checkpoint=False)),
-    "layer 33 %": Arm(structure("layer", 0.34)),
+    "layer 33 %": Arm(structure("layer", 0.34), task="text"),
+    "layer 50 %": Arm(structure("layer"), task="images"),
     "hidden 25 %": Arm(structure("hidden", 0.25, plain_checkpoint=False)),
     "vocab, unused": Arm(PruningSpec(structure="vocab"), task="text"),
     **{
