@@ -162,10 +162,17 @@ def test_a_cost_of_ones_own_is_kept_below_one():
     assert prune(tiny.bert(), found).config.intermediate_size == 40
 
 
-def test_time_falls_with_the_sparsity():
-    model = tiny.bert(layers=8)
-    found = fit_sparsity(model, PruningSpec(sparsity=0.8, structure="layer"), latency=0.7, inputs=tiny.batch(model))
-    assert 0.1 < found.sparsity < 0.8
+def test_the_time_is_that_of_the_pruned_model_beside_the_whole_one(monkeypatch):
+    whole, compared = tiny.bert(layers=8), []
+
+    def clocked(pruned, model, batch):
+        compared.append(model)
+        return (1.0 + pruned.config.num_hidden_layers) / (1.0 + model.config.num_hidden_layers)
+
+    monkeypatch.setattr("hfkdq.pruning.fitting._relative_time", clocked)
+    found = fit_sparsity(whole, PruningSpec(sparsity=0.8, structure="layer"), latency=0.7, inputs=tiny.batch(whole))
+    assert all(model is whole for model in compared)
+    assert prune(whole, PruningSpec(sparsity=found.sparsity, structure="layer")).config.num_hidden_layers == 5
 
 
 @pytest.mark.parametrize(("target", "message"), [
