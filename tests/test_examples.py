@@ -51,7 +51,7 @@ def test_example_runs(script, processes, tmp_path):
 
 # ------------------------------------------------------------------ one for each family of objectives and teachers
 
-NO_TERMS = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
+NO_TERMS = {"loss", "sparsity", "grad_norm", "learning_rate", "epoch", "step"}
 FAMILIES = [
     ("several_teachers", "--kind ensemble", {"task_loss", "ensemble_kd"}),
     ("several_teachers", "--kind average", {"task_loss", "logit_kd"}),
