@@ -97,7 +97,7 @@ class Progress:
             return
         for i, mask in enumerate(self.masks.pruned):
             mask.copy_(stored[f"mask.{i}"])
-            self.evidence.restore(stored)
+        self.evidence.restore(stored)
         self.masks.sparsity = float(stored["sparsity"])
         self.settled = bool(stored["settled"])
         good = {name.removeprefix("good."): tensor for name, tensor in stored.items() if name.startswith("good.")}
