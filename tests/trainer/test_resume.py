@@ -6,10 +6,12 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +32,8 @@ from .common import ALL_TERMS, assert_equal_weights, losses, make_trainer, teach
 
 # Processes fork from one that has imported everything and has run nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
+# To start a process reads the exit codes of all that have ended; who reads one at the same moment gets 255.
+EXIT_CODES = threading.Lock()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,6 +50,13 @@ def start(folder, **kwargs):
     return start_processes(folder, [{}], **kwargs)[0]
 
 
+def exit_code(process):
+    multiprocessing.connection.wait([process.sentinel], 200)
+    with EXIT_CODES:
+        process.join(0)
+        return process.exitcode
+
+
 def start_processes(folder, environments, **kwargs):
     """What every process of one training ends with; `None` where the first was killed, and the others after it."""
     results = [Path(f"{folder}-{rank}.pt") for rank in range(len(environments))]
@@ -53,17 +64,17 @@ def start_processes(folder, environments, **kwargs):
         CONTEXT.Process(target=resume_runs.train, args=(folder, result, environment), kwargs=kwargs)
         for result, environment in zip(results, environments, strict=True)
     ]
-    for process in processes:
-        process.start()
-    processes[0].join(200)
-    killed = processes[0].exitcode == -signal.SIGKILL
+    with EXIT_CODES:
+        for process in processes:
+            process.start()
+    killed = exit_code(processes[0]) == -signal.SIGKILL
     for process in processes[1:]:
         if killed:
             process.kill()
-        process.join(200)
+    codes = [exit_code(process) for process in processes]
     if killed:
         return [None] * len(processes)
-    assert [process.exitcode for process in processes] == [0] * len(processes)
+    assert codes == [0] * len(processes)
     return [torch.load(result, weights_only=False) for result in results]
 
 
