@@ -58,16 +58,16 @@ def push_to_hub(
     """Publishes a compressed model on the Hugging Face Hub in one commit.
 
     Every file of the folder goes up, hidden ones aside, with the report's model card as `README.md`, its facts as
-    `report.json` and its plot as `report.png`. The repository is created where it does not exist. All local checks
-    come before the first request, no local file is written, and a push that failed can simply be repeated: what the
-    Hub has already is not sent again.
+    `compression_report.json` and its plot as `report.png`. The repository is created where it does not exist. All local
+    checks come before the first request, no local file is written, and a push that failed can simply be repeated: what
+    the Hub has already is not sent again.
 
     Args:
         folder (`str` or `os.PathLike`): what [`export_onnx`] wrote: configuration, safetensors checkpoint, ONNX
             files, tokenizer or processor.
         repo_id (`str`): the repository, `"user/name"`, or `"name"` for one of the token's owner.
         report ([`CompressionReport`], *optional*): what was measured. It takes the place of a `README.md`,
-            `report.json` and `report.png` in the folder; without it those are pushed as they are.
+            `compression_report.json` and `report.png` in the folder; without it those are pushed as they are.
         token (`str` or `bool`, *optional*): access token; that of `hf auth login` or `HF_TOKEN` by default.
         private (`bool`, *optional*): whether a repository that this call creates is private. By default it is
             public, unless its organization says otherwise. An existing repository stays what it is.
@@ -151,7 +151,7 @@ def _report_files(report: CompressionReport, repo_id: str) -> _Contents:
         return {
             # A name without its owner is no id that the card's example could load from.
             "README.md": report.to_card(repo_id if "/" in repo_id else None).encode(),
-            "report.json": report.to_json().encode(),
+            "compression_report.json": report.to_json().encode(),
             "report.png": plot.read_bytes(),
         }
 

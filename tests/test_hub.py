@@ -59,7 +59,7 @@ def folder(tmp_path) -> Path:
     tiny.bert().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     (folder / "model.onnx").write_bytes(b"onnx" * 100)
-    (folder / "export.json").write_text("{}")
+    (folder / "report.json").write_text("{}")
     (folder / "float").mkdir()
     (folder / "float" / "model.onnx").write_bytes(b"float onnx" * 100)
     (folder / ".cache").mkdir()
@@ -80,7 +80,11 @@ def test_one_commit_holds_folder_and_report(hub_server, folder):
     before = snapshot(folder)
     commit = push_to_hub(folder, "me/tiny", report=Report(), commit_message="First")
     repository = hub_server.repositories["me/tiny"]
-    report = {"README.md": CARD.encode(), "report.json": b'{"accuracy": 0.9}', "report.png": b"\x89PNG fake"}
+    report = {
+        "README.md": CARD.encode(),
+        "compression_report.json": b'{"accuracy": 0.9}',
+        "report.png": b"\x89PNG fake",
+    }
     assert repository.files() == {**visible(folder), **report}
     assert "float/model.onnx" in repository.files()
     assert repository.messages == ["First"]
@@ -93,15 +97,15 @@ def test_one_commit_holds_folder_and_report(hub_server, folder):
 
 def test_report_supersedes_the_files_of_the_folder(hub_server, folder):
     (folder / "README.md").write_text(f"old, with a token: {FAKE_TOKEN}")
-    (folder / "report.json").write_text("old")
+    (folder / "compression_report.json").write_text("old")
     push_to_hub(folder, "me/tiny", report=Report())
     assert hub_server.repositories["me/tiny"].files()["README.md"] == CARD.encode()
-    assert (folder / "report.json").read_text() == "old"
+    assert (folder / "compression_report.json").read_text() == "old"
 
 
 def test_without_report_the_folder_goes_up_as_it_is(hub_server, folder):
     (folder / "README.md").write_text(CARD)
-    (folder / "report.json").write_text("{}")
+    (folder / "compression_report.json").write_text("{}")
     push_to_hub(folder, "me/tiny")
     assert hub_server.repositories["me/tiny"].files() == visible(folder)
 
@@ -110,11 +114,11 @@ def test_pushing_again_sends_nothing_twice(hub_server, folder):
     first = push_to_hub(folder, "me/tiny", report=Report())
     uploads = hub_server.routes().count("lfs_upload")
     assert push_to_hub(folder, "me/tiny", report=Report()).oid == first.oid
-    (folder / "export.json").write_text('{"changed": true}')
+    (folder / "report.json").write_text('{"changed": true}')
     push_to_hub(folder, "me/tiny", report=Report())
     assert hub_server.commits == 2
     assert hub_server.routes().count("lfs_upload") == uploads
-    assert hub_server.repositories["me/tiny"].files()["export.json"] == b'{"changed": true}'
+    assert hub_server.repositories["me/tiny"].files()["report.json"] == b'{"changed": true}'
 
 
 def test_private_name_without_owner_and_branch(hub_server, folder):
@@ -271,7 +275,7 @@ def test_pickles_are_refused_before_any_request(hub_server, folder, name):
     assert hub_server.requests == []
 
 
-@pytest.mark.parametrize("name", ["export.json", "notes.txt", "float/README.md", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["report.json", "notes.txt", "float/README.md", "recipe.yaml"])
 def test_tokens_in_text_are_refused_before_any_request(hub_server, folder, name):
     (folder / name).write_text(f'{{"token": "{FAKE_TOKEN}"}}')
     with pytest.raises(ValueError, match=f"access token in: {name}") as caught:

@@ -56,7 +56,7 @@ def write_onnx(folder: Path, kind: str = "int8", labels: int = 3) -> np.ndarray:
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx"
     )
     parity = {"kind": kind, "opset": 17, "max_abs_diff": 0.01, "samples": 4, "folder": str(folder), "note": SECRET}
-    (folder / "export.json").write_text(json.dumps(parity))
+    (folder / "report.json").write_text(json.dumps(parity))
     return table
 
 
@@ -320,13 +320,13 @@ def write_image_onnx(folder: Path) -> None:
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx"
     )
-    (folder / "export.json").write_text("{}")
+    (folder / "report.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(onnx="nowhere"), ValueError, "no model.onnx and no export.json"),
+        (dict(onnx="nowhere"), ValueError, "no model.onnx and no report.json"),
         (dict(onnx={}), ValueError, "names no folder"),
         (dict(student=nn.Linear(2, 2)), TypeError, "student must be a PreTrainedModel"),
         (dict(eval_dataset=iter([])), TypeError, "data set with a length"),

@@ -19,7 +19,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import transformers
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
@@ -27,21 +26,16 @@ from .. import __version__
 from ..forwards import base_of
 from ..quantization import activation_ranges, merge_adapters, quantize, quantized_spec, strip_quantizers_
 from ..specs import QuantizationSpec
+from .backends import load_backend
+from .kinds import Kind, kind_of
 from .lowering import check_lowerable, lower_quantizers_
 from .verify import Batch, Collator, Parity, compare, iterate_batches, run_torch, sample_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Largest difference from torch that passes, as a share of the largest logit. Where activations stay in floating point
-# only rounding differs; a uint8 activation at a rounding tie may change its code, and move all that follow it.
-FLOAT_TOLERANCE = 1e-4
-INT8_TOLERANCE = 0.1
-# Compared with the float model, so that this is the error of quantization itself.
-DYNAMIC_TOLERANCE = 0.3
-PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
-# An ONNX file is one protobuf message, which cannot hold more.
-MAX_BYTES = 2**31
+REPORT = "report.json"
+TARGETS = ("onnxruntime", "standard")
 
 
 def export_onnx(
@@ -54,11 +48,12 @@ def export_onnx(
     data_collator: Collator | None = None,
     task: str | None = None,
     tolerance: float | None = None,
+    target: str = "onnxruntime",
 ) -> Path:
     """Writes a model as an ONNX file that was run and compared with it, next to its checkpoint.
 
     The new folder has `model.onnx`, the checkpoint (`config.json` and `model.safetensors`, float weights under their
-    ordinary names), the files of `processing_class`, and `export.json` with what was written and measured. It loads
+    ordinary names), the files of `processing_class`, and `report.json` with what was written and measured. It loads
     with Optimum's `ORTModelFor...` and with plain Transformers. The model is not changed. When anything fails, nothing
     is left behind.
 
@@ -97,23 +92,22 @@ def export_onnx(
         onnx_model = ORTModelForSequenceClassification.from_pretrained(folder)
         ```
     """
-    folder = Path(folder)
-    _check_arguments(model, folder, quantization, calibration, tolerance)
-    backend = _load_backend()
+    folder, kind = Path(folder), kind_of(quantization)
+    _check_arguments(model, folder, kind, calibration, tolerance, target)
+    backend = load_backend()
     if base_of(model) is not model:
         trained = quantized_spec(model)
         model = merge_adapters(model)
         # Merging names the layers that bitsandbytes had quantized in the spec.
-        quantization = quantized_spec(model) if trained is not None and quantization == trained else quantization
+        kind = kind_of(quantized_spec(model)) if trained is not None and kind.spec == trained else kind
     task = backend.resolve_task(model, task)
-    kind = quantization if isinstance(quantization, str) else "float" if quantization is None else "int8"
     if calibration is None:
         batches: list[Batch] = backend.dummy_batches(model, task)
         rest: Iterator[Batch] = iter(())
     else:
         rest = iterate_batches(calibration, model, processing_class, data_collator)
         batches = sample_batches(rest)
-    reference = _reference_model(model, quantization, chain(batches, rest))
+    reference = _reference_model(model, kind, chain(batches, rest))
     check_lowerable(reference)
     # Before there is a session: its waiting threads slow torch down many times over.
     expected = run_torch(reference, batches)
@@ -121,29 +115,32 @@ def export_onnx(
         reference.save_pretrained(staging)
         if processing_class is not None:
             processing_class.save_pretrained(staging)
-        written = _write_file(backend, reference, staging, kind, task)
-        session = backend.OnnxSession(staging / "model.onnx")
-        parity = compare(session, batches, expected)
-        tolerance = _default_tolerance(quantization) if tolerance is None else tolerance
-        _check_parity(parity, tolerance, kind)
+        written = _write_files(backend, reference, staging, kind, task, target)
+        runner = backend.open_files(staging, task)
+        parity = compare(runner, batches, expected)
+        tolerance = kind.tolerance if tolerance is None else tolerance
+        _check_parity(parity, tolerance, kind.name)
         facts = {
-            "kind": kind,
+            "kind": kind.name,
             "task": task,
+            "target": target,
             "opset": backend.OPSET,
-            "bytes": (staging / "model.onnx").stat().st_size,
-            "inputs": session.input_names,
-            "outputs": session.output_names,
+            "bytes": sum(file.stat().st_size for file in staging.glob("*.onnx*")),
+            "inputs": runner.input_names,
+            "outputs": runner.output_names,
             **asdict(parity),
             "tolerance": tolerance,
             **written,
-            "spec": quantization.to_dict() if isinstance(quantization, QuantizationSpec) else None,
-            "versions": {"hfkdq": __version__, **{name: version(name) for name in PACKAGES}},
+            "spec": None if kind.spec is None else kind.spec.to_dict(),
+            "versions": {"hfkdq": __version__, **{name: version(name) for name in backend.PACKAGES}},
         }
-        (staging / "export.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (staging / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
     return folder
 
 
-def _check_arguments(model: Any, folder: Path, quantization: Any, calibration: Any, tolerance: float | None) -> None:
+def _check_arguments(
+    model: Any, folder: Path, kind: Kind, calibration: Any, tolerance: float | None, target: str
+) -> None:
     if not isinstance(base_of(model), PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
@@ -156,14 +153,10 @@ def _check_arguments(model: Any, folder: Path, quantization: Any, calibration: A
         )
     if tolerance is not None and not (tolerance > 0 and math.isfinite(tolerance)):
         raise ValueError(f"tolerance must be a positive number (a share of the largest logit), got {tolerance!r}.")
-    if isinstance(quantization, QuantizationSpec):
-        _check_spec(model, quantization, calibration)
-    elif isinstance(quantization, str) and quantization != "dynamic":
-        raise ValueError(f'quantization={quantization!r} does not exist. Use None, "dynamic" or a QuantizationSpec.')
-    elif quantization is not None and not isinstance(quantization, str):
-        raise TypeError(
-            f'quantization must be None, "dynamic" or a QuantizationSpec, got {type(quantization).__name__}.'
-        )
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} does not exist. Use one of {', '.join(TARGETS)}.")
+    if kind.spec is not None:
+        _check_spec(model, kind.spec, calibration)
 
 
 def _check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any) -> None:
@@ -183,57 +176,37 @@ def _check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any
         )
 
 
-def _load_backend() -> Any:
-    try:
-        from . import optimum_backend
-    except ImportError as error:
-        raise RuntimeError(
-            "export_onnx goes through Optimum, which needs transformers<4.58; here is transformers "
-            f"{transformers.__version__}, and importing Optimum's exporter failed ({error}). Install the line that "
-            'exports, best in an environment of its own: pip install "hfkdq[optimum]"'
-        ) from error
-    return optimum_backend
-
-
-def _reference_model(
-    model: PreTrainedModel, quantization: QuantizationSpec | str | None, batches: Iterable[Batch]
-) -> PreTrainedModel:
+def _reference_model(model: PreTrainedModel, kind: Kind, batches: Iterable[Batch]) -> PreTrainedModel:
     """A copy on the CPU in float32 and eval mode, with fake quantizers if the file is to have their integers."""
     # Mixed precision leaves an autocast wrapper around `forward`, which is no part of the model.
     reference = extract_model_from_parallel(copy.deepcopy(model), keep_fp32_wrapper=False).cpu().float().eval()
-    if not isinstance(quantization, QuantizationSpec):
+    if kind.spec is None:
         reference = strip_quantizers_(reference)
     elif quantized_spec(reference) is None:
-        reference = quantize(reference, quantization, batches).eval()
+        reference = quantize(reference, kind.spec, batches).eval()
     return reference
 
 
-def _write_file(backend: Any, reference: PreTrainedModel, staging: Path, kind: str, task: str) -> dict[str, Any]:
-    """Writes `staging/model.onnx`; for trained int8, counts the linear layers quantized, and fused on this machine."""
+def _write_files(
+    backend: Any, reference: PreTrainedModel, staging: Path, kind: Kind, task: str, target: str
+) -> dict[str, Any]:
+    """Writes the ONNX files into `staging`; counts the linear layers with integer weights, and those fused here."""
+    from .graph import count_fused_linears, improve, quantize_dynamically, to_float16
+
     traced = copy.deepcopy(reference)
-    quantized = lower_quantizers_(traced) if kind == "int8" else 0
-    size = sum(t.numel() * t.element_size() for t in chain(traced.parameters(), traced.buffers()))
-    if size >= MAX_BYTES:
-        raise ValueError(
-            f"The model has {size / 2**30:.1f} GiB of weights; this release writes ONNX files below 2 GiB."
-        )
-    work = staging / "trace"
-    work.mkdir()
-    path = backend.trace(traced, work, task, fold_constants=kind != "int8")
-    if kind == "dynamic":
-        backend.quantize_dynamically(path)
-    backend.tidy_graph(path)
-    path = path.replace(staging / "model.onnx")
-    shutil.rmtree(work)
-    return (
-        {"quantized_linears": quantized, "fused_linears": backend.count_fused_linears(path)} if kind == "int8" else {}
-    )
-
-
-def _default_tolerance(quantization: QuantizationSpec | str | None) -> float:
-    if isinstance(quantization, QuantizationSpec) and quantization.activation_bits is not None:
-        return INT8_TOLERANCE
-    return DYNAMIC_TOLERANCE if quantization == "dynamic" else FLOAT_TOLERANCE
+    quantized = lower_quantizers_(traced) if kind.has_integers else 0
+    files = backend.trace(traced, staging, task, fold_constants=not kind.has_integers)
+    for file in files:
+        if kind.name == "dynamic":
+            quantize_dynamically(file)
+        improve(file, target=target)
+        if kind.name == "float16":
+            to_float16(file)
+    if kind.has_integers:
+        # A decoder with a past has the layers of the one without.
+        fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
+    backend.finish(staging, reference.config, task)
+    return {"quantized_linears": quantized, "fused_linears": fused} if kind.has_integers else {}
 
 
 def _check_parity(parity: Parity, tolerance: float, kind: str) -> None:

@@ -6,7 +6,7 @@ Knows torch's tracer and the modules of `hfkdq.quantization`; no exporter, no fi
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,31 +23,29 @@ from ..quantization import (
     QuantizedModule,
     quantized_modules,
 )
+from .operators import onnx_op
+
+# Of the operators written here; the opset of the file may be higher.
+OPSET = 13
 
 
-class _QuantizeDequantize(torch.autograd.Function):
-    """`(clamp(round(x / scale) + zero_point, 0, 255) - zero_point) * scale`, traced as a pair of Q and DQ."""
+def _quantize(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The uint8 codes `clamp(round(x / scale) + zero_point, 0, 255)`."""
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(values, scale, zero_point.int(), 0, 255)
+    def compute(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        # Torch multiplies by the inverse, ONNX Runtime divides: at ties they may differ by one.
+        return torch.clamp(torch.round(values / scale) + zero_point, 0, 255).to(torch.uint8)
 
-    @staticmethod
-    def symbolic(g: Any, values: Any, scale: Any, zero_point: Any) -> Any:
-        return g.op("DequantizeLinear", g.op("QuantizeLinear", values, scale, zero_point), scale, zero_point)
+    return onnx_op("QuantizeLinear", values, scale, zero_point, compute=compute, opset=OPSET)
 
 
-class _Dequantize(torch.autograd.Function):
-    """`codes * scale`, with one scale per column or one for all, traced as one DequantizeLinear."""
+def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int = 1) -> Tensor:
+    """`(codes - zero_point) * scale`, with one scale for all, or one for each place along `axis`, 0 or the last."""
 
-    @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor) -> Tensor:
-        return codes * scale
+    def compute(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return (codes.float() - zero_point.float()) * scale
 
-    @staticmethod
-    def symbolic(g: Any, codes: Any, scale: Any) -> Any:
-        # Ignored for a scalar scale; in a transposed weight, 1 is the axis of the output channels.
-        return g.op("DequantizeLinear", codes, scale, axis_i=1)
+    return onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=axis)
 
 
 class _IntegerModule(nn.Module):
@@ -55,6 +53,7 @@ class _IntegerModule(nn.Module):
 
     codes: Tensor
     scale: Tensor
+    zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
 
@@ -70,8 +69,8 @@ class _IntegerModule(nn.Module):
     def quantized_input(self, values: Tensor) -> Tensor:
         if not self.quantizes_input:
             return values
-        quantized: Tensor = _QuantizeDequantize.apply(values, self.input_scale, self.input_zero_point)  # type: ignore[no-untyped-call]
-        return quantized
+        codes = _quantize(values, self.input_scale, self.input_zero_point)
+        return _dequantize(codes, self.input_scale, self.input_zero_point)
 
 
 class _IntegerLinear(_IntegerModule):
@@ -82,6 +81,7 @@ class _IntegerLinear(_IntegerModule):
         codes = linear.integer_weight()
         self.register_buffer("codes", codes if isinstance(linear, QuantizedConv1D) else codes.t().contiguous())
         self.register_buffer("scale", linear.weight_scale())
+        self.register_buffer("zero_point", torch.zeros_like(self.scale, dtype=torch.int8))
         self.bias = cast("Tensor | None", linear.bias)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -97,8 +97,7 @@ class _IntegerLinear(_IntegerModule):
         if not self.quantizes_input:
             # ONNX Runtime would fuse a DequantizeLinear here into a kernel that rounds the activations to 8 bits too.
             return self.codes.float() * self.scale
-        weight: Tensor = _Dequantize.apply(self.codes, self.scale)  # type: ignore[no-untyped-call]
-        return weight
+        return _dequantize(self.codes, self.scale, self.zero_point)
 
 
 class _IntegerConv(_IntegerModule):
@@ -139,10 +138,7 @@ class _IntegerEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         codes = F.embedding(input, self.codes)
-        if self.scale.ndim:
-            return codes.float() * F.embedding(input, self.scale)
-        rows: Tensor = _Dequantize.apply(codes, self.scale)  # type: ignore[no-untyped-call]
-        return rows
+        return codes.float() * (F.embedding(input, self.scale) if self.scale.ndim else self.scale)
 
 
 def check_lowerable(model: PreTrainedModel) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,26 +17,24 @@ import numpy as np
 import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
-from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .graph import count_fused_linears, tidy_graph
-from .runtime import OnnxSession
+from .runner import SingleFile
 
 __all__ = [
     "OPSET",
-    "OnnxSession",
-    "count_fused_linears",
+    "PACKAGES",
     "dummy_batches",
-    "quantize_dynamically",
+    "finish",
+    "open_files",
     "resolve_task",
-    "tidy_graph",
     "trace",
 ]
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
+PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
@@ -86,7 +83,7 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
         return [config.generate_dummy_inputs(framework="pt", **size) for size in sizes]
 
 
-def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> Path:
+def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
     """Writes `model` as `folder/model.onnx`.
 
     Args:
@@ -110,15 +107,16 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
             do_constant_folding=fold_constants,
             sequence_length=_sequence_length(model),
         )
-    return folder / "model.onnx"
+    return [folder / "model.onnx"]
 
 
-def quantize_dynamically(path: Path) -> None:
-    """Replaces the float ONNX file at `path` by its dynamic int8 version (weights per channel)."""
-    config = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
-    with _quiet_and_seeded(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        ORTQuantizer(path).quantize(config, save_dir=folder, file_suffix="")
-        Path(folder, path.name).replace(path)
+def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
+    """Completes the folder after its files were rewritten."""
+
+
+def open_files(folder: Path, task: str) -> SingleFile:
+    """Runs the files as the model they came from."""
+    return SingleFile(folder / "model.onnx")
 
 
 def _sequence_length(model: PreTrainedModel) -> int:

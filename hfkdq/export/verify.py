@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -18,11 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
-if TYPE_CHECKING:
-    from .runtime import OnnxSession
-
 Batch = Mapping[str, Any]
 Collator = Callable[[list[Any]], Batch]
+Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 # Enough to see every code path and a few hundred logits; more would only cost time.
 MAX_BATCHES = 8
 BATCH_SIZE = 8
@@ -119,12 +117,12 @@ def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str
     return results
 
 
-def compare(session: OnnxSession, batches: Iterable[Batch], expected: Iterable[Mapping[str, Tensor]]) -> Parity:
-    """Runs a file on batches and measures how far it is from what torch gave.
+def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping[str, Tensor]]) -> Parity:
+    """Runs the exported files on batches and measures how far they are from what torch gave.
 
     Args:
-        session (`OnnxSession`): the file.
-        batches (iterable of `dict`): inputs by name; what the file does not take is left out.
+        runner (`Callable`): the files: outputs by name for a batch.
+        batches (iterable of `dict`): inputs by name; what the files do not take is left out.
         expected (iterable of `dict`): what `run_torch` gave for them.
 
     Returns:
@@ -136,10 +134,12 @@ def compare(session: OnnxSession, batches: Iterable[Batch], expected: Iterable[M
     """
     samples, largest, peak, total, count, agree, places = 0, 0.0, 0.0, 0.0, 0, 0, 0
     for batch, wanted in zip(batches, expected, strict=True):
-        outputs = session({name: torch.as_tensor(value).cpu().numpy() for name, value in batch.items()})
-        samples += len(batch[session.input_names[0]])
+        outputs = runner({name: torch.as_tensor(value).cpu() for name, value in batch.items()})
+        samples += len(next(iter(batch.values())))
+        # Positions of an encoder-decoder are those of the decoder.
+        mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
         for name, array in outputs.items():
-            want, got = _aligned(name, wanted, torch.from_numpy(array), batch.get("attention_mask"))
+            want, got = _aligned(name, wanted, array, mask)
             difference = (want - got).abs()
             largest, peak = max(largest, float(difference.max())), max(peak, float(want.abs().max()))
             total, count = total + float(difference.sum()), count + difference.numel()

@@ -35,7 +35,13 @@ from .latency import TimedEngine, time_engines
 
 logger = logging.get_logger(__name__)
 
-_KINDS = {"float": "ONNX float", "dynamic": "ONNX dynamic int8", "int8": "ONNX int8"}
+_KINDS = {
+    "float": "ONNX float",
+    "float16": "ONNX float16",
+    "dynamic": "ONNX dynamic int8",
+    "int8": "ONNX int8",
+    "weights": "ONNX integer weights",
+}
 _TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -144,7 +150,7 @@ def _measure_onnx(
         kind="onnx",
         metrics=evaluation.metrics(name, student, OnnxSession(file)),
         size=sum(part.stat().st_size for part in folder.glob("model.onnx*")),
-        parity=publishable(json.loads((folder / "export.json").read_text(encoding="utf-8"))),
+        parity=publishable(json.loads((folder / "report.json").read_text(encoding="utf-8"))),
     )
     return engine, TimedEngine(name, "onnx", file, evaluation.first_example(student))
 
@@ -184,7 +190,7 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        missing = [file for file in ("model.onnx", "export.json") if not (folder / file).is_file()]
+        missing = [file for file in ("model.onnx", "report.json") if not (folder / file).is_file()]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")
         if name in taken:
@@ -192,7 +198,7 @@ def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[st
     if not named:
         raise ValueError("onnx names no folder. Pass one that `export_onnx` wrote, or a mapping of names to folders.")
     if list(named) == [""]:
-        kind = json.loads((named[""] / "export.json").read_text(encoding="utf-8")).get("kind")
+        kind = json.loads((named[""] / "report.json").read_text(encoding="utf-8")).get("kind")
         return {_KINDS.get(kind, f"ONNX {kind}" if kind else "ONNX"): named[""]}
     return named
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes one integer operator of a quantized linear layer, and counts what ONNX Runtime runs in integers.
+
+Knows graphs and operators; no model, no torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+MICROSOFT = "com.microsoft"
+# Integer kernels that ONNX Runtime runs a linear layer and its quantizers in.
+FUSED_LINEARS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
+
+
+def fuse_linears(model: ir.Model) -> int:
+    """Replaces `MatMul(DequantizeLinear(codes), DequantizeLinear(weight)) + bias` by `MatMulIntegerToFloat`, in place.
+
+    That is what ONNX Runtime makes of it when it loads the file, only that it leaves the bias outside.
+
+    Args:
+        model (`onnx_ir.Model`): changed in place.
+
+    Returns:
+        `int`: how many linear layers were replaced.
+    """
+    graph, fused = model.graph, 0
+    for node in list(graph):
+        if node.op_type != "MatMul":
+            continue
+        values, weights = (_quantized(value) for value in node.inputs)
+        if values is None or weights is None or not weights[0].is_initializer():
+            continue
+        bias = _bias(node)
+        (codes, scale, zero), (weight, weight_scale, weight_zero) = values, weights
+        last = node if bias is None else next(iter(node.outputs[0].consumers()))
+        new = ir.node(
+            "MatMulIntegerToFloat",
+            [codes, weight, scale, weight_scale, zero, weight_zero, *([bias] if bias is not None else [])],
+            domain=MICROSOFT,
+            name=node.name,
+        )
+        result, old = new.outputs[0], last.outputs[0]
+        result.name, result.type, result.shape = old.name, old.type, old.shape
+        graph.insert_before(last, new)
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        graph.remove([last, node] if last is not node else [node], safe=True)
+        fused += 1
+    if fused:
+        graph.opset_imports.setdefault(MICROSOFT, 1)
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    return fused
+
+
+def _quantized(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Codes, scale and zero point of what a DequantizeLinear gives."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) != 3:
+        return None
+    codes, scale, zero = node.inputs
+    return None if codes is None or scale is None or zero is None else (codes, scale, zero)
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    """What is added to the result of a MatMul and to nothing else, if it is a vector of constants."""
+    result = node.outputs[0]
+    consumers = list(result.consumers())
+    if len(consumers) != 1 or consumers[0].op_type != "Add" or result.is_graph_output():
+        return None
+    bias = next(value for value in consumers[0].inputs if value is not result)
+    if bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
+        return None
+    return bias
+
+
+def count_fused_linears(path: Path) -> int:
+    """How many linear layers with quantized inputs ONNX Runtime runs in one integer kernel, on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, "optimized.onnx")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(optimized)
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return sum(node.op_type in FUSED_LINEARS for node in ir.load(optimized).graph.all_nodes())
