@@ -5,7 +5,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfkdq.export.lowering import lower_quantizers_
-from hfkdq.quantization import activation_ranges, quantize, quantized_modules
+from hfkdq.export.lowering.weights import pack, unpack
+from hfkdq.quantization import activation_ranges, prepare_qat_, quantize, quantized_modules
 from hfkdq.quantization.records import set_enabled_, set_weight_bits_
 from hfkdq.specs import QuantizationSpec
 
@@ -26,10 +27,20 @@ def calibrated(make, **spec):
         dict(weight_bits=4, weight_estimator="mse", activation_symmetric=True),
         dict(weight_bits=2, per_channel=False),
         dict(weight_bits=1),
+        dict(symmetric=False),
+        dict(weight_bits=2, symmetric=False, activation_bits=None),
+        dict(weight_bits=4, weight_mapping="kmeans"),
+        dict(weight_bits=4, weight_mapping="power_of_two", activation_bits=16),
+        dict(weight_bits=6, weight_mapping="power_law", symmetric=False, activation_bits=None),
+        dict(weight_bits=16, storage_dtype="bfloat16", activation_bits=4),
+        dict(weight_bits=3, storage_dtype="float16", activation_mapping="power_law"),
+        dict(attention=True),
     ],
 )
 @torch.no_grad()
 def test_computes_what_the_fake_quantizers_compute(make, spec):
+    if spec.get("attention") and make is tiny.resnet:
+        pytest.skip("a ResNet has no attention")
     model = calibrated(make, **spec)
     batch = tiny.batch(model, seed=9)
     expected = model(**batch).logits
@@ -37,6 +48,28 @@ def test_computes_what_the_fake_quantizers_compute(make, spec):
     assert lower_quantizers_(model) == sum(isinstance(m, (nn.Linear, Conv1D)) for m in make().modules())
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=2e-6)
     assert not quantized_modules(model)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "standard"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.no_grad()
+def test_groups_and_smoothed_inputs_compute_the_same(target, symmetric):
+    model = tiny.bert()
+    spec = QuantizationSpec(weight_bits=4, group_size=32, symmetric=symmetric)
+    quantize(model, spec, [tiny.batch(model)], smoothing=0.5)
+    batch = tiny.batch(model, seed=9)
+    expected = model(**batch).logits
+    lower_quantizers_(model, target=target)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_packed_low_bits_first(bits):
+    codes = torch.randint(0, 2**bits, (3, 7), generator=torch.Generator().manual_seed(0))
+    packed = pack(codes, bits)
+    assert packed.shape == (3, -(-7 * bits // 8))
+    assert packed[0, 0] == sum(int(codes[0, i]) << (bits * i) for i in range(8 // bits))
+    assert torch.equal(unpack(packed, bits)[:, :7], codes.float())
 
 
 @torch.no_grad()
@@ -49,10 +82,10 @@ def test_codes_are_those_of_training_bit_for_bit():
     weight, rows = linear(identity), table(torch.arange(table.num_embeddings))
     lower_quantizers_(model)
     linear, table = model.bert.encoder.layer[0].attention.self.query, model.bert.embeddings.word_embeddings
-    assert linear.codes.dtype == table.codes.dtype == torch.int8
-    assert torch.equal(linear.codes * linear.scale, weight)
-    assert torch.equal(table.codes * table.scale, rows)
-    assert linear.codes.abs().amax(0).eq(127).all()
+    assert linear.packed.dtype == table.stored.packed.dtype == torch.uint8
+    assert torch.equal(linear.weight.values().t(), weight)
+    assert torch.equal(table(torch.arange(len(rows))), rows)
+    assert (linear.weight.packed.int() - 128).abs().amax(1).eq(127).all()
 
 
 def test_ranges_are_taken_over():
@@ -61,8 +94,8 @@ def test_ranges_are_taken_over():
     lower_quantizers_(model)
     assert ranges
     for name, expected in ranges.items():
-        linear = model.get_submodule(name)
-        assert (linear.input_scale.item(), linear.input_zero_point.item()) == tuple(expected.values())
+        grid = model.get_submodule(name).input
+        assert (grid.scale.item(), grid.zero_point.item()) == tuple(expected.values())
 
 
 def test_excluded_modules_stay():
@@ -72,28 +105,11 @@ def test_excluded_modules_stay():
     assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
 
 
-@pytest.mark.parametrize(
-    ("make", "spec", "reason"),
-    [
-        (tiny.bert, dict(weight_bits=4, group_size=32), "query has group_size=32"),
-        (tiny.bert, dict(weight_bits=4, weight_mapping="kmeans"), "weight_mapping='kmeans'"),
-        (tiny.bert, dict(symmetric=False), "symmetric=False"),
-        (tiny.bert, dict(weight_bits=16, storage_dtype="float16"), "weight_bits=16"),
-        (tiny.vit, dict(activation_bits=4), "activation_bits=4"),
-        (tiny.bert, dict(attention=True), "attention.self has quantized matrix products"),
-    ],
-)
-def test_what_cannot_be_written_yet_is_refused_with_the_reason(make, spec, reason):
-    model = calibrated(make, **spec)
-    with pytest.raises(ValueError, match=reason):
-        lower_quantizers_(model)
-    assert quantized_modules(model), "and left as it was"
-
-
-def test_smoothed_inputs_are_refused():
+def test_recurrent_layers_are_refused():
     model = tiny.bert()
-    quantize(model, QuantizationSpec(), [tiny.batch(model)], smoothing=0.5)
-    with pytest.raises(ValueError, match="smoothed inputs"):
+    model.rnn = nn.GRU(4, 4)
+    prepare_qat_(model, QuantizationSpec(activation_bits=None))
+    with pytest.raises(ValueError, match=r"rnn has recurrent weights .* exclude_modules=\['rnn'\]"):
         lower_quantizers_(model)
 
 

@@ -194,7 +194,7 @@ def _write_files(
     from .graph import count_fused_linears, improve, quantize_dynamically, to_float16
 
     traced = copy.deepcopy(reference)
-    quantized = lower_quantizers_(traced) if kind.has_integers else 0
+    quantized = lower_quantizers_(traced, target=target) if kind.has_integers else 0
     files = backend.trace(traced, staging, task, fold_constants=not kind.has_integers)
     for file in files:
         if kind.name == "dynamic":

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns fake quantizers into modules that hold integer codes and trace to ONNX operators.
+
+Knows the modules of `hfkdq.quantization`; no exporter, no file.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...quantization import (
+    AttentionQuantizer,
+    QuantizedConv1D,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedModule,
+    quantized_modules,
+)
+from .activations import StoredRange
+from .layers import BlockLinear, FoldedConv, FoldedLinear, IntegerLinear, StoredEmbedding
+
+__all__ = ["check_lowerable", "lower_quantizers_"]
+
+_LOWERABLE = (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding)
+
+
+def check_lowerable(model: PreTrainedModel) -> None:
+    """Refuses what cannot be written as integers.
+
+    Raises:
+        ValueError: a recurrent module, or one from the middle of its training: off yet, or wider yet than its spec.
+    """
+    for name, module in quantized_modules(model).items():
+        if not isinstance(module, _LOWERABLE):
+            raise ValueError(
+                f"{name} has recurrent weights ({type(module).__name__}), which this release does not write. "
+                f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point."
+            )
+        if not module.fake_quantize_enabled:
+            raise ValueError(
+                f"{name} has fake quantizers that are off: its training has not reached the point where they begin. "
+                "Resume the training and export what it ends with."
+            )
+        bits = module.quantization_scheme.weight_bits
+        if module.weight_quantizer.bits != bits:
+            raise ValueError(
+                f"{name} has weights of {module.weight_quantizer.bits} bits, on the way to the {bits} of its spec. "
+                "Resume the training and export what it ends with."
+            )
+
+
+def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") -> int:
+    """Replaces every fake-quantized layer by one that holds integer codes, in place.
+
+    What it computes stays the same; it can be traced but no longer trained.
+
+    Args:
+        model (`PreTrainedModel`): a model with fake quantizers, on the CPU.
+        target (`str`, defaults to `"onnxruntime"`): or `"standard"`, without the operators of ONNX Runtime.
+
+    Returns:
+        `int`: how many linear layers were replaced.
+
+    Raises:
+        ValueError: as `check_lowerable` does.
+    """
+    check_lowerable(model)
+    linears = 0
+    # A table that encoder and decoder share has several names.
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module in quantized_modules(model).values():
+        if isinstance(module, (QuantizedLinear, QuantizedConv1D)):
+            lowered: nn.Module = _linear(module, target)
+            linears += 1
+        elif isinstance(module, (QuantizedConv1d, QuantizedConv2d)):
+            lowered = FoldedConv(module)
+        elif isinstance(module, QuantizedEmbedding):
+            lowered = StoredEmbedding(module)
+        for name in names[module]:
+            model.set_submodule(name, lowered)
+    for attention in [module for module in model.modules() if isinstance(module, AttentionQuantizer)]:
+        for operand, quantizer in attention.operands.items():
+            attention.operands[operand] = StoredRange(quantizer)  # type: ignore[arg-type]
+    return linears
+
+
+def _linear(module: QuantizedLinear | QuantizedConv1D, target: str) -> nn.Module:
+    """The layer in the operators that run it best."""
+    scheme = module.quantization_scheme
+    is_linear = scheme.weight_mapping == "linear" and module.weight_quantizer.bits <= 8
+    if is_linear and scheme.group_size is None and _has_bytes(module):
+        return IntegerLinear(module)
+    return BlockLinear(module) if is_linear and target == "onnxruntime" else FoldedLinear(module)
+
+
+def _has_bytes(module: QuantizedModule) -> bool:
+    """Whether the input is uint8."""
+    return StoredRange(module.activation_quantizer).is_integer

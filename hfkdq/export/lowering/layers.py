@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that hold trained integers, and trace to operators of ONNX.
+
+Knows one layer at a time; which of a model's layers become one is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ...quantization import (
+    QuantizedConv1D,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedModule,
+)
+from ..operators import onnx_op
+from .activations import StoredRange, dequantize
+from .weights import StoredWeight, unpack
+
+
+class _Linear(nn.Module):
+    """What linear layers have in common: smoothing, the grid of the input, the bias."""
+
+    factors: Tensor | None
+
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+        super().__init__()
+        self.input = StoredRange(linear.activation_quantizer)
+        self.register_buffer("factors", linear.smoothing.factors)
+        self.bias = cast("Tensor | None", linear.bias)
+
+    def quantized_input(self, values: Tensor) -> Tensor:
+        return self.input(values if self.factors is None else values / self.factors)  # type: ignore[no-any-return]
+
+
+class IntegerLinear(_Linear):
+    """A linear layer that multiplies int8 or uint8 codes of the weight with uint8 codes of the input.
+
+    Its codes are transposed, as MatMul wants them: (in_features, out_features), a byte each.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+        super().__init__(linear)
+        codes, zero_point = linear.integer_weight(), linear.weight_zero_point()
+        self.register_buffer("codes", codes if isinstance(linear, QuantizedConv1D) else codes.t().contiguous())
+        self.register_buffer("scale", linear.weight_scale())
+        zeros = torch.zeros_like(self.scale) if zero_point is None else zero_point
+        self.register_buffer("zero_point", zeros.to(codes.dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The values of the codes; some models ask a layer for its precision."""
+        return (self.codes.float() - self.zero_point.float()) * self.scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        # ONNX Runtime makes a Gemm of what has two axes and has no fused integer kernel for it; with three it has.
+        flat = input.dim() == 2
+        values = input.unsqueeze(0) if flat else input
+        values = self.quantized_input(values) @ dequantize(self.codes, self.scale, self.zero_point)
+        if self.bias is not None:
+            values = values + self.bias
+        return values.squeeze(0) if flat else values
+
+
+class BlockLinear(_Linear):
+    """A linear layer whose weight stays in blocks of integers in memory: one `MatMulNBits`."""
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+        super().__init__(linear)
+        self.weight = StoredWeight(linear, transposed=isinstance(linear, QuantizedConv1D))
+        self.block_size, packed, scale, zero_point = self.weight.blocks()
+        for name, value in (("packed", packed), ("scale", scale), ("zero_point", zero_point)):
+            self.register_buffer(name, value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, zeros = self.weight, () if self.zero_point is None else (self.zero_point,)
+
+        # From its arguments alone: a tracer looks inside, and knows no other tensors.
+        def compute(values: Tensor, packed: Tensor, scale: Tensor, *zeros: Tensor) -> Tensor:
+            middle = [unpack(each.reshape(weight.channels, -1), weight.bits) for each in zeros]
+            zero = middle[0][:, : packed.shape[1], None] if middle else float(2 ** (weight.bits - 1))
+            blocks = (unpack(packed, weight.bits) - zero) * scale.reshape(weight.channels, -1, 1)
+            return values @ blocks.flatten(1)[:, : weight.inputs].t()
+
+        values = onnx_op(
+            "com.microsoft::MatMulNBits",
+            *(self.quantized_input(input), self.packed, self.scale, *zeros),
+            compute=compute,
+            opset=1,
+            K=weight.inputs,
+            N=weight.channels,
+            bits=weight.bits,
+            block_size=self.block_size,
+            accuracy_level=1,  # in float32; faster levels round the input to 8 bits
+        )
+        return values if self.bias is None else values + self.bias
+
+
+class FoldedLinear(_Linear):
+    """A linear layer whose weight is small in the file, and made floating point when the file is loaded."""
+
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+        super().__init__(linear)
+        is_wide = linear.weight_quantizer.bits == 16
+        self.weight = _wide(linear) if is_wide else StoredWeight(linear, isinstance(linear, QuantizedConv1D))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.quantized_input(input), self.weight.values(), self.bias)
+
+
+class FoldedConv(nn.Module):
+    """A convolution whose weight is small in the file, and made floating point when the file is loaded."""
+
+    def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
+        super().__init__()
+        self.input = StoredRange(conv.activation_quantizer)
+        self.stored = _wide(conv) if conv.weight_quantizer.bits == 16 else StoredWeight(conv)
+        self.bias = conv.bias
+        self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
+        self.shape = tuple(conv.weight.shape)
+        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(conv, name))
+
+    @property
+    def weight(self) -> Tensor:
+        """The values of the codes; some models ask their convolution for its precision."""
+        return self.stored.values().reshape(self.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.kind._conv_forward(self, self.input(input), self.weight, self.bias)  # type: ignore[arg-type]
+        return output
+
+
+class StoredEmbedding(nn.Module):
+    """A table that gathers the codes of rows and what they are multiplied with."""
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.stored = _wide(embedding) if embedding.weight_quantizer.bits == 16 else StoredWeight(embedding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.stored.rows(input)
+
+
+class _wide(nn.Module):
+    """A weight of 16 bits."""
+
+    stored: Tensor
+
+    def __init__(self, module: QuantizedModule) -> None:
+        super().__init__()
+        weight = module.effective_weight().detach()
+        weight = weight.t() if isinstance(module, QuantizedConv1D) else weight.reshape(len(weight), -1)
+        self.register_buffer("stored", weight.to(getattr(torch, module.quantization_scheme.storage_dtype)))
+
+    def values(self) -> Tensor:
+        return self.stored.float()
+
+    def rows(self, index: Tensor) -> Tensor:
+        return nn.functional.embedding(index, self.stored).float()
