@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ONNX files with Optimum: traced from torch, or dynamically quantized.
+"""Writes ONNX files with Optimum, traced from torch, and puts those of a generating model together.
 
-Knows Optimum and the file; what to export, where to, and whether it came out right is decided elsewhere.
+Knows Optimum and the files; what to export, where to, and whether it came out right is decided elsewhere.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import random
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from accelerate.utils import find_tied_parameters
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
+from optimum.onnx import merge_decoders, remove_duplicate_weights_from_tied_info
+from optimum.utils import DEFAULT_DUMMY_SHAPES
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .optimum_attention import PlainAttention
+from .optimum_files import GENERATING, PAST, GeneratingFiles
 from .runner import SingleFile
 
 __all__ = [
@@ -35,6 +44,9 @@ __all__ = [
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
 PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
+ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
+    f"{name}.onnx" for name in ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
+)
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
@@ -42,49 +54,79 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
 
     Args:
         model (`PreTrainedModel`): the model.
-        task (`str`, *optional*): the answer, in any spelling that Optimum knows; read off the model's class by default.
+        task (`str`, *optional*): the answer, in any spelling that Optimum knows. By default what the class of the model
+            does, with a cache (`-with-past`) if it generates.
 
     Raises:
-        ValueError: Optimum cannot export such a model, or not for this task, or not as a single file.
+        ValueError: Optimum cannot export such a model, or not for this task.
     """
+    supported = _supported_tasks(model)
+    if task is None:
+        return _inferred_task(model, supported)
+    resolved: str = TasksManager.map_from_synonym(task)
+    # Optimum has "seq2seq-lm" with and without "-with-past"; "summarization" says nothing of a cache.
+    silent = resolved != task and TasksManager.map_from_synonym(task + PAST) == task + PAST
+    if silent and resolved + PAST in supported:
+        resolved += PAST
+    if resolved not in supported:
+        raise ValueError(
+            f"Optimum cannot export {model.config.model_type!r} for the task {task!r}. It can for: "
+            f"{', '.join(supported)}."
+        )
+    return resolved
+
+
+def _supported_tasks(model: PreTrainedModel) -> list[str]:
+    """What Optimum exports this architecture for and something of its own loads again."""
     model_type = model.config.model_type
     try:
-        supported = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
+        tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     except KeyError as error:
-        raise ValueError(f"Optimum has no ONNX export for the architecture {model_type!r}.") from error
-    try:
-        task = TasksManager.map_from_synonym(task) if task else TasksManager.infer_task_from_model(model)
-    except (KeyError, ValueError) as error:
+        known = {name for task in TasksManager.get_all_tasks() for name in _model_types(task)}
+        nearest = difflib.get_close_matches(model_type, sorted(known), n=3, cutoff=0.0)
         raise ValueError(
-            f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
+            f"Optimum has no ONNX export for the architecture {model_type!r}. The nearest names it has are "
+            f"{', '.join(nearest)}."
         ) from error
-    single = [name for name in supported if not name.endswith("-with-past")]
-    if task not in single:
-        raise ValueError(
-            f"Optimum cannot export {model_type!r} for the task {task!r} as one file. It can for: {', '.join(single)}."
-        )
-    if model.config.is_encoder_decoder and task != "object-detection":  # the decoder of DETR runs once, in one file
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder, which Optimum splits into several files. "
-            "This release exports models that fit in one: encoders, and decoders without a cache."
-        )
-    return task
+    # Without a head there is nothing to generate, and no ORTModelFor... class reads the several files.
+    return [task for task in tasks if task != "feature-extraction" + PAST]
+
+
+def _model_types(task: str) -> list[str]:
+    types: list[str] = TasksManager.get_supported_model_type_for_task(task, "onnx")
+    return types
+
+
+def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
+    """What the first class that Transformers knows, of those that `model` inherits from, is the model for."""
+    for cls in type(model).__mro__:
+        # Optimum's own inference takes the first entry, which for BART is fill-mask, and stops at DeiT's two classes.
+        known: dict[str, dict[str, Any]] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS
+        for task, classes in known.items():
+            names = {name for entry in classes.values() for name in ([entry] if isinstance(entry, str) else entry)}
+            if task in supported and cls.__name__ in names:
+                return task + PAST if task + PAST in supported else task
+    raise ValueError(
+        f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
+    )
 
 
 def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
     """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
     with _quiet_and_seeded():
         constructor = TasksManager.get_exporter_config_constructor(
-            "onnx", model=model, task=task, library_name="transformers"
+            "onnx", model=model, task=task.removesuffix(PAST), library_name="transformers"
         )
-        config = constructor(model.config)
-        length = _sequence_length(model)
-        sizes = ({"batch_size": 8, "sequence_length": length}, {"batch_size": 3, "sequence_length": length // 2})
-        return [config.generate_dummy_inputs(framework="pt", **size) for size in sizes]
+        config, shapes = constructor(model.config), _shapes(model)
+        length = shapes["sequence_length"]
+        sizes = ({"batch_size": 8}, {"batch_size": 3, "sequence_length": length // 2})
+        batches = [config.generate_dummy_inputs(framework="pt", **{**shapes, **size}) for size in sizes]
+    # The random positions that it draws are none that a text has.
+    return [{name: value for name, value in batch.items() if name != "position_ids"} for batch in batches]
 
 
 def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
-    """Writes `model` as `folder/model.onnx`.
+    """Writes `model` as `folder/model.onnx`, or an encoder-decoder that generates as one file for each part.
 
     Args:
         model (`PreTrainedModel`): a float32 model on the CPU. Optimum changes its configuration.
@@ -93,36 +135,90 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
         fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
 
     Returns:
-        `Path`: the file.
+        `list[Path]`: the files: `model.onnx`, or `encoder_model.onnx`, `decoder_model.onnx` and with a cache
+        `decoder_with_past_model.onnx`, which `finish` merges.
     """
-    # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
-    model.config._name_or_path = str(folder)
-    with _quiet_and_seeded():
-        onnx_export_from_model(
-            model,
-            folder,
-            task=task,
-            opset=OPSET,
-            do_validation=False,
-            do_constant_folding=fold_constants,
-            sequence_length=_sequence_length(model),
-        )
-    return [folder / "model.onnx"]
+    # Some models ask this rather than the configuration, and would make a mask for every query.
+    for module in model.modules():
+        if hasattr(module, "attn_implementation"):
+            module.attn_implementation = "eager"
+    with _quiet_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
+        # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
+        model.config._name_or_path = work
+        with PlainAttention():
+            onnx_export_from_model(
+                model,
+                work,
+                task=task,
+                opset=OPSET,
+                do_validation=False,
+                do_constant_folding=fold_constants,
+                no_post_process=True,
+                **_shapes(model),
+            )
+        for path in Path(work).glob("*.onnx"):
+            if path.name != ENCODER:
+                _tie_weights(model, path)
+        # Files of more than 2 GB have their weights beside them.
+        files = [file.replace(folder / file.name) for file in Path(work).glob("*.onnx*")]
+    return sorted(file for file in files if file.suffix == ".onnx")
+
+
+def _tie_weights(model: PreTrainedModel, path: Path) -> None:
+    """Writes once what several modules share, as a head its embedding."""
+    tied = find_tied_parameters(model)
+    if tied:
+        remove_duplicate_weights_from_tied_info(onnx.load(path), model, tied, save_path=str(path))
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Completes the folder after its files were rewritten."""
+    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if there are two.
+
+    Args:
+        folder (`Path`): where they are.
+        config (`PretrainedConfig`): of the model.
+        task (`str`): as `resolve_task` gave it.
+    """
+    decoders = [folder / DECODER, folder / DECODER_WITH_PAST]
+    if not all(path.is_file() for path in decoders):
+        return
+    beside = [path.with_name(f"{path.name}_data") for path in decoders]
+    if any(path.is_file() for path in beside):
+        # Optimum writes weights beside a file only where there is such a file.
+        (folder / f"{MERGED}_data").touch()
+    with _quiet_and_seeded():
+        merge_decoders(*decoders, save_path=folder / MERGED, strict=False)
+    for path in (*decoders, *beside):
+        path.unlink(missing_ok=True)
 
 
-def open_files(folder: Path, task: str) -> SingleFile:
-    """Runs the files as the model they came from."""
-    return SingleFile(folder / "model.onnx")
+def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
+    """What runs an exported folder.
+
+    Args:
+        folder (`Path`): the folder, with the configuration of the model.
+        task (`str`): as `resolve_task` gave it.
+
+    Returns:
+        [`SingleFile`] or [`GeneratingFiles`]: takes a batch as `model(**batch)` does and returns the tensors that it
+        returns.
+    """
+    generates = task.startswith("text-generation") or (folder / ENCODER).is_file()
+    if not generates or task.removesuffix(PAST) not in GENERATING:
+        return SingleFile(folder / "model.onnx")
+    with _quiet_and_seeded():
+        return GeneratingFiles(folder, task)
 
 
-def _sequence_length(model: PreTrainedModel) -> int:
-    """A length that fits into the position table, with room for models that start counting at an offset."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(16, positions // 2) if isinstance(positions, int) else 16
+def _shapes(model: PreTrainedModel) -> dict[str, int]:
+    """Sizes of random inputs that fit the model."""
+    config = model.config
+    # Half of the position table leaves room for models that start counting at an offset.
+    tables = [getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    shapes = {"sequence_length": min([16, *(table // 2 for table in tables if isinstance(table, int))])}
+    if isinstance(frames := getattr(config, "max_source_positions", None), int):
+        shapes["nb_max_frames"] = min(2 * frames, DEFAULT_DUMMY_SHAPES["nb_max_frames"])  # the encoder halves them
+    return shapes
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Knows neither torch nor transformers, so that a process that times a file carrie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class OnnxSession:
     Attributes:
         input_names (`list[str]`): what a call takes.
         output_names (`list[str]`): what a call returns, in the order of the file.
+        input_shapes (`dict[str, list]`): the shape of each input, with names for the axes that vary.
 
     Raises:
         ValueError: `threads` is less than 1, or there is no such file.
@@ -54,14 +55,15 @@ class OnnxSession:
         self._types = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
+        self.input_shapes: dict[str, list[int | str]] = {value.name: value.shape for value in self._session.get_inputs()}
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Runs the file once.
 
         Args:
             inputs (`Mapping[str, np.ndarray]`): an array per input; what the file does not take is ignored. As a
-                Transformers model does, a missing `attention_mask` counts as ones and missing `token_type_ids` as
-                zeros.
+                Transformers model does, a missing `attention_mask` counts as ones, missing `token_type_ids` as zeros,
+                and missing `position_ids` as the numbers from 0.
 
         Returns:
             `dict[str, np.ndarray]`: an array per output.
@@ -78,4 +80,13 @@ class OnnxSession:
             return inputs[name].astype(self._types[name], casting="same_kind", copy=False)
         if name in _DEFAULTS and "input_ids" in inputs:
             return np.full(inputs["input_ids"].shape, _DEFAULTS[name], self._types[name])
+        if name == "position_ids" and "input_ids" in inputs:
+            shape = inputs["input_ids"].shape
+            return np.broadcast_to(np.arange(shape[-1], dtype=self._types[name]), shape)
         raise ValueError(f"The file takes {', '.join(self.input_names)}; {name} is missing: got {', '.join(inputs)}.")
+
+
+def timed_call(path: str, inputs: Mapping[str, Array], threads: int) -> Callable[[], Any]:
+    """What runs a file once on `inputs`, for the process that times it."""
+    session = OnnxSession(path, threads=threads)
+    return lambda: session(inputs)
