@@ -15,6 +15,8 @@ import onnx_ir as ir
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 logger = logging.getLogger(__name__)
+# It warns of every slice whose end it cannot compare.
+logging.getLogger("onnxruntime.tools.symbolic_shape_infer").setLevel(logging.ERROR)
 Shape = Sequence[int | str | None]
 # Bytes of a constant that is no shape.
 LARGE = 1024

@@ -26,10 +26,10 @@ class StoredWeight(nn.Module):
         transposed (`bool`): whether output channels are the last axis of its weight.
 
     Attributes:
-        packed (`torch.Tensor`): uint8, of shape (channels, bytes).
-        scale (`torch.Tensor`): of shape (channels or 1, groups, 1).
+        packed (`torch.Tensor`): of shape (channels, bytes): int8 codes as they are; narrower or unsigned ones in uint8.
+        scale (`torch.Tensor`): of shape (channels or 1, groups).
         zero_point (`torch.Tensor`, *optional*): in the shape of `scale`.
-        offset (`int`): what was added to make codes unsigned.
+        offset (`int`): what was added to make narrow codes unsigned.
         bits (`int`): of one stored code: 2, 4 or 8.
     """
 
@@ -43,22 +43,16 @@ class StoredWeight(nn.Module):
         quantizer = module.weight_quantizer
         self.grid: Grid = quantizer.grid
         codes = module.integer_weight()
-        self.shape = codes.shape
-        codes = (codes.t() if transposed else codes.reshape(len(codes), -1)).short()
+        codes = codes.t().contiguous() if transposed else codes.reshape(len(codes), -1)
         self.channels, self.inputs = codes.shape
         self.bits = next(bits for bits in (2, 4, 8) if bits >= quantizer.bits)
-        self.offset = 2 ** (self.bits - 1) if self.grid.low < 0 else 0
-        self.register_buffer("packed", pack(codes + self.offset, self.bits))
+        self.offset = 2 ** (self.bits - 1) if self.grid.low < 0 and self.bits < 8 else 0
+        self.register_buffer("packed", codes if self.bits == 8 else pack(codes.short() + self.offset, self.bits))
         scale, zero_point = quantizer.qparams(module.effective_weight())
-        self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("scale", scale.squeeze(-1).clone())
+        self.register_buffer("zero_point", None if zero_point is None else zero_point.squeeze(-1))
         codebook = getattr(quantizer, "codebook", None)
         self.register_buffer("codebook", None if codebook is None else codebook.detach().clone())
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether a value is a scale times an integer."""
-        return self.grid.mapping == "linear"
 
     def values(self) -> Tensor:
         """The weight, of shape (channels, inputs), in operators that ONNX Runtime computes once, when it loads."""
@@ -66,25 +60,27 @@ class StoredWeight(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of a table, of shape (*index, inputs)."""
-        # One scale for all stays as it is.
-        scale, zero_point = (
-            None if each is None else each[index] if len(each) > 1 else each for each in (self.scale, self.zero_point)
-        )
-        return self._values(nn.functional.embedding(index, self.packed), cast(Tensor, scale), zero_point)
+        zeros = None if self.zero_point is None else _rows(self.zero_point, index)
+        return self._values(nn.functional.embedding(index, self.packed), _rows(self.scale, index), zeros)
 
     def _values(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        codes = unpack(packed, self.bits)[..., : self.inputs]
+        codes = packed.float() if self.bits == 8 else unpack(packed, self.bits)[..., : self.inputs]
         if self.offset:
             codes = codes - self.offset
-        blocks = codes.reshape(*codes.shape[:-1], scale.shape[-2], -1)
+        if self.scale.shape[1] == 1:
+            return self._on_grid(codes, scale, zero_point)
+        blocks = codes.reshape(*codes.shape[:-1], self.scale.shape[1], -1)
+        zeros = None if zero_point is None else zero_point.unsqueeze(-1)
+        return self._on_grid(blocks, scale.unsqueeze(-1), zeros).flatten(-2)
+
+    def _on_grid(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """What [`Grid.values`] gives, in operators that can be traced."""
         if self.codebook is not None:
-            values = self.codebook[blocks.long()] * scale
-        elif self.grid.mapping == "power_of_two":
-            values = blocks.sign() * scale * torch.pow(2.0, blocks.abs() - self.grid.high)
-        else:
-            values = (blocks if zero_point is None else blocks - zero_point) * scale
-            values = expand(values, self.grid.power) if self.grid.mapping == "power_law" else values
-        return values.flatten(-2)
+            return self.codebook[codes.long()] * scale
+        if self.grid.mapping == "power_of_two":
+            return codes.sign() * scale * torch.pow(2.0, codes.abs() - self.grid.high)
+        values = (codes if zero_point is None else codes - zero_point) * scale
+        return expand(values, self.grid.power) if self.grid.mapping == "power_law" else values
 
     def blocks(self) -> tuple[int, Tensor, Tensor, Tensor | None]:
         """What `MatMulNBits` takes: its block size, codes (channels, blocks, bytes), scales and packed zero points."""
@@ -92,14 +88,21 @@ class StoredWeight(nn.Module):
         size = self.inputs // groups if groups > 1 else next((b for b in BLOCKS if self.inputs % b == 0), 32)
         count = -(-self.inputs // size)
         codes = unpack(self.packed, self.bits)[:, : self.inputs]
+        # Without zero points the operator takes the middle of the unsigned codes for zero.
+        codes = codes + 128 if self.packed.dtype == torch.int8 else codes
         padded = nn.functional.pad(codes, (0, count * size - self.inputs))
         packed = pack(padded.reshape(self.channels, count, size).short(), self.bits)
         scale, zero_point = (
-            None if each is None else each.squeeze(-1).expand(self.channels, count).contiguous()
+            None if each is None else each.expand(self.channels, count).contiguous()
             for each in (self.scale, self.zero_point)
         )
         zeros = None if zero_point is None else pack(zero_point.short(), self.bits).flatten()
         return size, packed, cast(Tensor, scale).flatten(), zeros
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`; the one row for all stays as it is."""
+    return nn.functional.embedding(index, table) if len(table) > 1 else table
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
