@@ -32,7 +32,7 @@ FOLDED = {
 
 
 def export(folder, spec, **kwargs):
-    model = tiny.bert()
+    model = tiny.bert(layers=1)
     batches = [tiny.batch(model, seed=seed) for seed in range(3)]
     return export_onnx(
         model, folder, quantization=QuantizationSpec(**spec), calibration=batches, latency_rounds=0, **kwargs
@@ -43,7 +43,7 @@ def operators(folder):
     return collections.Counter((node.domain, node.op_type) for node in ir.load(folder / "model.onnx").graph)
 
 
-LINEARS = sum(isinstance(module, nn.Linear) for module in tiny.bert().modules())
+LINEARS = sum(isinstance(module, nn.Linear) for module in tiny.bert(layers=1).modules())
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -90,7 +90,7 @@ def test_quantized_inputs_of_any_kind(tmp_path, spec):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_inputs_that_no_block_divides(tmp_path, symmetric):
-    model = tiny.bert(hidden=36)
+    model = tiny.bert(layers=1, hidden=36)
     spec = QuantizationSpec(weight_bits=4, symmetric=symmetric, activation_bits=None)
     facts = json.loads((export_onnx(model, tmp_path / "onnx", quantization=spec) / "report.json").read_text())
     assert facts["max_abs_diff"] <= 1e-5 * facts["max_abs_logit"]
@@ -100,7 +100,7 @@ def test_bytes_follow_the_bits(tmp_path):
     """A table of 2,000 rows outweighs the rest."""
 
     def size(bits):
-        model = tiny.bert(vocab_size=4000)
+        model = tiny.bert(layers=1, vocab_size=4000)
         spec = QuantizationSpec(weight_bits=8, embedding_bits=bits, activation_bits=None)
         folder = export_onnx(model, tmp_path / str(bits), quantization=spec, latency_rounds=0)
         table = next(v for v in ir.load(folder / "model.onnx").graph.initializers.values() if v.shape[0] == 4000)
@@ -113,7 +113,7 @@ def test_bytes_follow_the_bits(tmp_path):
 def test_codes_in_the_file_are_those_of_training(tmp_path):
     from hfkdq.quantization import quantize, quantized_modules
 
-    model = tiny.bert()
+    model = tiny.bert(layers=1)
     spec = QuantizationSpec(weight_bits=4, group_size=32, activation_bits=None)
     quantize(model, spec)
     trained = quantized_modules(model)["bert.encoder.layer.0.attention.self.query"].integer_weight()

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that a generating model is exported as, with their caches as tensors, and what runs those files.
+
+Knows caches, and what Optimum calls their tensors; nothing of tracers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from .exporters_tasks import PAST
+from .runtime import OnnxSession
+
+ENCODER, DECODER, DECODER_WITH_PAST, SINGLE = "encoder_model", "decoder_model", "decoder_with_past_model", "model"
+# Of the traced inputs: several tokens after several others, so that neither number is taken for a constant.
+_PAST_LENGTH, _LENGTH = 5, 3
+Entry = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file: what to trace, and with which inputs.
+
+    Args:
+        name (`str`): of the file, without its ending.
+        model (`nn.Module`): holds the weights.
+        forward (`Callable`): what is traced.
+        inputs (`dict[str, Any]`): its inputs.
+    """
+
+    name: str
+    model: nn.Module
+    forward: Callable[..., Any]
+    inputs: dict[str, Any]
+
+
+@torch.no_grad()
+def generation_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], task: str) -> list[Part]:
+    """A decoder that takes and returns its cache; or an encoder, and its decoder without and with a cache.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        batch (`Mapping[str, Tensor]`): inputs of the whole model.
+        task (`str`): a task that generates.
+
+    Returns:
+        `list[Part]`: the files.
+    """
+    if not model.config.is_encoder_decoder:
+        return [_decoder(model, batch)]
+    encoder = model.get_encoder()
+    given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+    accepted = inspect.signature(encoder.forward).parameters
+    given = {name: value for name, value in given.items() if name in accepted}
+    encode = encoder.forward
+    states = encode(**given).last_hidden_state
+    shared = {} if "attention_mask" not in given else {"encoder_attention_mask": given["attention_mask"]}
+    ids = batch["decoder_input_ids"]
+    first = {"input_ids": ids, **shared, "encoder_hidden_states": states}
+    parts = [
+        Part(ENCODER, encoder, lambda **inputs: {"last_hidden_state": encode(**inputs).last_hidden_state}, given),
+        Part(DECODER, model, _starting(model, caches=task.endswith(PAST)), first),
+    ]
+    if task.endswith(PAST):
+        present = parts[1].forward(**{**first, "input_ids": ids[:, :1].expand(-1, _PAST_LENGTH)})["present"]
+        later = {"input_ids": ids[:, :_LENGTH], **shared, "past_key_values": present}
+        parts.append(Part(DECODER_WITH_PAST, model, _continuing(model), later))
+    return parts
+
+
+def _decoder(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Part:
+    """A decoder by itself, whose cache may be empty: one file for the prompt and for what follows."""
+    call = model.forward
+    positions = "position_ids" in inspect.signature(call).parameters
+
+    def forward(past_key_values: list[Entry], **inputs: Tensor) -> dict[str, Any]:
+        outputs = call(**inputs, past_key_values=_filled(past_key_values), use_cache=True)
+        return {"logits": outputs.logits, "present": _tensors(outputs.past_key_values)}
+
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    size = len(ids)
+    inputs: dict[str, Any] = {
+        "input_ids": ids[:, :_LENGTH],
+        "attention_mask": mask[:, :1].expand(-1, _PAST_LENGTH + _LENGTH),
+    }
+    if positions:
+        inputs["position_ids"] = torch.arange(_PAST_LENGTH, _PAST_LENGTH + _LENGTH).repeat(size, 1)
+    outputs = call(input_ids=ids[:, :1].expand(-1, _PAST_LENGTH), use_cache=True)
+    inputs["past_key_values"] = _tensors(outputs.past_key_values)
+    return Part(SINGLE, model, forward, inputs)
+
+
+def _starting(model: PreTrainedModel, caches: bool) -> Callable[..., Any]:
+    """The decoder of an encoder-decoder on its first tokens."""
+    call = model.forward
+
+    def forward(
+        input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None
+    ) -> dict[str, Any]:
+        mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
+        encoded = BaseModelOutput(last_hidden_state=encoder_hidden_states)
+        outputs = call(decoder_input_ids=input_ids, encoder_outputs=encoded, use_cache=caches, **mask)
+        logits = {"logits": outputs.logits}
+        return {**logits, "present": _pairs(outputs.past_key_values)} if caches else logits
+
+    return forward
+
+
+def _continuing(model: PreTrainedModel) -> Callable[..., Any]:
+    """The decoder of an encoder-decoder on later tokens; what it keeps of the encoder does not change."""
+    call, width = model.forward, model.get_encoder().config.hidden_size
+
+    def forward(
+        input_ids: Tensor, past_key_values: list[dict[str, Entry]], encoder_attention_mask: Tensor | None = None
+    ) -> dict[str, Any]:
+        own = _filled([entry["decoder"] for entry in past_key_values])
+        crossed = _filled([entry["encoder"] for entry in past_key_values])
+        mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
+        keys = past_key_values[0]["encoder"]["key"]
+        # Only their number is looked at: their keys and values are in the cache.
+        encoded = BaseModelOutput(last_hidden_state=keys.new_zeros(keys.shape[0], keys.shape[2], width))
+        outputs = call(
+            decoder_input_ids=input_ids,
+            encoder_outputs=encoded,
+            past_key_values=EncoderDecoderCache(own, crossed),
+            use_cache=True,
+            **mask,
+        )
+        present = [{"decoder": entry["decoder"]} for entry in _pairs(outputs.past_key_values)]
+        return {"logits": outputs.logits, "present": present}
+
+    return forward
+
+
+def _filled(entries: list[Entry]) -> DynamicCache:
+    """A cache that holds these tensors, without the concatenation that adding them would trace."""
+    cache = DynamicCache()
+    for entry in entries:
+        layer = DynamicLayer()
+        layer.lazy_initialization(entry["key"], entry["value"])
+        layer.keys, layer.values = entry["key"], entry["value"]
+        cache.layers.append(layer)
+    return cache
+
+
+def _tensors(cache: Any) -> list[Entry]:
+    return [{"key": layer.keys, "value": layer.values} for layer in cache.layers]
+
+
+def _pairs(cache: Any) -> list[dict[str, Entry]]:
+    both = zip(_tensors(cache.self_attention_cache), _tensors(cache.cross_attention_cache), strict=True)
+    return [{"decoder": own, "encoder": crossed} for own, crossed in both]
+
+
+def part_axes(name: str, part: str) -> Mapping[int, str]:
+    """The axes that vary of an input or output of a part, under Optimum's names."""
+    encoded = "encoder_sequence_length"
+    own, past = ("sequence_length", "past_sequence_length")
+    if part in (DECODER, DECODER_WITH_PAST):
+        own, past = "decoder_sequence_length", "past_decoder_sequence_length"
+    if name.startswith(("past_key_values", "present")):
+        grown = own if part == DECODER else f"{past} + {own}"
+        length = encoded if ".encoder." in name else past if name.startswith("past") else grown
+        return {0: "batch_size", 2: length}
+    if name == "input_features":
+        return {0: "batch_size"}
+    if part == ENCODER or name.startswith("encoder_"):
+        return {0: "batch_size", 1: encoded}
+    if name == "attention_mask" and part == SINGLE:
+        return {0: "batch_size", 1: f"{past} + {own}"}
+    return {0: "batch_size", 1: own}
+
+
+class GeneratingFiles:
+    """A folder with the file of a decoder, or those of an encoder and its decoder.
+
+    Args:
+        folder (`Path`): the folder.
+        task (`str`): as `resolve_task` gave it.
+
+    Attributes:
+        input_names (`list[str]`): what a call takes.
+        output_names (`list[str]`): what a call returns.
+    """
+
+    def __init__(self, folder: Path, task: str) -> None:
+        self._encodes = (folder / f"{ENCODER}.onnx").is_file()
+        self._caches = task.endswith(PAST)
+        names = (ENCODER, DECODER, DECODER_WITH_PAST) if self._encodes else (SINGLE,)
+        files = {name: folder / f"{name}.onnx" for name in names}
+        self._sessions = {name: OnnxSession(path) for name, path in files.items() if path.is_file()}
+        encoder = self._sessions.get(ENCODER)
+        self.input_names = [*encoder.input_names, "decoder_input_ids"] if encoder else ["input_ids", "attention_mask"]
+        self.output_names = ["logits"]
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The logits that `model(**batch)` has; inputs that the files do not take are ignored."""
+        return {"logits": self._run(batch, None)}
+
+    def step_by_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The same logits, made as generation makes them: what comes later is added to the cache token by token.
+
+        Args:
+            batch (`Mapping[str, torch.Tensor]`): as for a call, texts padded on the right.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `logits`, at every position.
+
+        Raises:
+            ValueError: the files have no cache.
+        """
+        if not self._caches:
+            raise ValueError("These files have no cache to decode with. Export with a task that ends in -with-past.")
+        # A decoder beside an encoder starts with one token, another with a prompt.
+        return {"logits": self._run(batch, 1 if self._encodes else max(1, np.shape(batch["input_ids"])[1] // 2))}
+
+    def _run(self, batch: Mapping[str, Any], begin: int | None) -> Tensor:
+        """All logits; the tokens from `begin` on are given one by one."""
+        arrays = {name: torch.as_tensor(value).cpu().numpy() for name, value in batch.items()}
+        name = "decoder_input_ids" if self._encodes else "input_ids"
+        if name not in arrays:
+            raise ValueError(f"The files take {', '.join(self.input_names)}; got {', '.join(arrays)}.")
+        ids = arrays.pop(name)
+        length = ids.shape[1]
+        begin = length if begin is None else begin
+        shared = self._encoded(arrays) if self._encodes else arrays
+        state: dict[str, Any] = {} if self._encodes else self._empty(len(ids))
+        logits = []
+        for start, end in [(0, begin), *((i, i + 1) for i in range(begin, length))]:
+            part = SINGLE if not self._encodes else DECODER_WITH_PAST if start else DECODER
+            inputs = {"input_ids": ids[:, start:end], **shared, **state}
+            if not self._encodes:
+                inputs.update(_places(arrays, ids, start, end))
+            outputs = self._sessions[part](inputs)
+            logits.append(torch.from_numpy(outputs["logits"]))
+            made = {key.replace("present", "past_key_values"): value for key, value in outputs.items()}
+            state.update({key: value for key, value in made.items() if key != "logits"})
+        return torch.cat(logits, dim=1)
+
+    def _encoded(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """What the decoder gets from the encoder."""
+        states = self._sessions[ENCODER](arrays)["last_hidden_state"]
+        mask = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def _empty(self, size: int) -> dict[str, Any]:
+        """A cache of no tokens."""
+        shapes = self._sessions[SINGLE].input_shapes
+        kept = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values")}
+        return {name: np.zeros((size, shape[1], 0, shape[3]), np.float32) for name, shape in kept.items()}
+
+
+def _places(arrays: Mapping[str, Any], ids: Any, start: int, end: int) -> dict[str, Any]:
+    """Mask and positions of the tokens from `start` to `end` of a text."""
+    mask = arrays.get("attention_mask", np.ones(ids.shape, np.int64))
+    positions = arrays.get("position_ids", np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
+    return {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
