@@ -55,9 +55,9 @@ from hfkdq import (
     prune,
 )
 from hfkdq.demo import SIZE, DemoSize, load_digits, train_teacher
+from hfkdq.measuring.latency import TimedEngine, time_engines
 from hfkdq.metrics import classification_metrics
 from hfkdq.pruning import compressed_size
-from hfkdq.report.latency import TimedEngine, time_engines
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """`export_onnx`: from a model in memory to a folder that is proven, loads anywhere and can be pushed.
 
-Knows the order of things and the folder; how a file is traced, tidied and compared is done by its neighbours.
+Knows the order of things and the folder; how a file is written, compared, measured and chosen is done by its neighbours.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from importlib.metadata import version
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import extract_model_from_parallel
-from transformers import PreTrainedModel
+import numpy as np
+from transformers import EvalPrediction, PreTrainedModel
 
-from .. import __version__
 from ..forwards import base_of
-from ..quantization import activation_ranges, merge_adapters, quantize, quantized_spec, strip_quantizers_
-from ..specs import QuantizationSpec
+from ..measuring.evaluation import Evaluation
+from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
+from .checks import check_arguments, check_folder, check_spec
+from .choosing import AUTO, MAX_DROP, write_best
 from .kinds import Kind, kind_of
-from .lowering import check_lowerable, lower_quantizers_
-from .verify import Batch, Collator, Parity, compare, iterate_batches, run_torch, sample_batches
+from .proof import BATCH_SIZE, FLOAT, Quality, Timing, one_example
+from .verify import Batch, Collator, iterate_batches, sample_batches
+from .writing import Source, plain_copy
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..specs import QuantizationSpec
+
 REPORT = "report.json"
-TARGETS = ("onnxruntime", "standard")
 
 
 def export_onnx(
@@ -49,175 +48,187 @@ def export_onnx(
     task: str | None = None,
     tolerance: float | None = None,
     target: str = "onnxruntime",
+    eval_dataset: Dataset | None = None,
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
+    metric: str | None = None,
+    greater_is_better: bool = True,
+    max_drop: float | None = None,
+    allow_drop: bool = False,
+    latency_rounds: int = 3,
+    threads: int | None = None,
 ) -> Path:
-    """Writes a model as an ONNX file that was run and compared with it, next to its checkpoint.
+    """Writes a model as ONNX files that were run, compared with it and timed, next to its checkpoint.
 
-    The new folder has `model.onnx`, the checkpoint (`config.json` and `model.safetensors`, float weights under their
-    ordinary names), the files of `processing_class`, and `report.json` with what was written and measured. It loads
-    with Optimum's `ORTModelFor...` and with plain Transformers. The model is not changed. When anything fails, nothing
-    is left behind.
+    The new folder has `model.onnx` (a model that generates may have several files), the checkpoint (`config.json` and
+    `model.safetensors`, float weights under their ordinary names), the files of `processing_class`, and `report.json`
+    with what was written and measured. It loads with Optimum's `ORTModelFor...` and with plain Transformers. The model
+    is not changed. When anything fails, nothing is left behind.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model, on any device, in any floating-point precision; exported in
             float32. LoRA adapters are merged first, see [`merge_adapters`].
         folder (`str` or `Path`): where to; must not exist yet.
-        quantization (`QuantizationSpec` or `str`, *optional*): `None` writes float32. `"dynamic"` has Optimum quantize
-            the float weights to int8; ranges of activations are then found at each call. A [`QuantizationSpec`] writes
-            the int8 codes and the ranges of a model trained with it, or with `calibration` quantizes a model that was
-            not.
-        processing_class (tokenizer or processor, *optional*): saved beside the model, and pads `calibration`.
+        quantization (`QuantizationSpec` or `str`, *optional*): `None` or `"float32"` writes float32. `"float16"`
+            stores and computes in half precision. `"dynamic"` quantizes the float weights to int8; ranges of
+            activations are then found at each call. A [`QuantizationSpec`] writes the integers and the ranges of a
+            model trained with it, or with `calibration` quantizes a model that was not; `"int8"`, `"int8_weights"` and
+            `"int4_weights"` stand for usual ones. `"auto"` writes and measures all of them (instead of `"int8"` the
+            spec that the model was trained with, if it was) and keeps the fastest file whose metric drops by at most
+            `max_drop`, the smallest of those that are as fast within 5 %; it needs `eval_dataset`.
+        processing_class (tokenizer or processor, *optional*): saved beside the model, and pads the data.
         calibration (`datasets.Dataset` or iterable of `dict`, *optional*): examples, or batches of tensors, as the
-            model takes them. The file is compared on the first 8 batches; random inputs serve by default.
-        data_collator (`DataCollator`, *optional*): makes batches of `calibration`. As the Trainer does by default.
+            model takes them. The file is compared on the first 8 batches; random inputs of two sizes serve by default.
+        data_collator (`DataCollator`, *optional*): makes batches of `calibration` and `eval_dataset`. As the Trainer
+            does by default.
         task (`str`, *optional*): Optimum's name of the task. Read off the model's class by default.
         tolerance (`float`, *optional*): largest difference of any output from torch, as a share of the largest logit.
-            By default 0.0001 where activations are in floating point, 0.1 for uint8 activations (compared with the
-            fake-quantized model) and 0.3 for `"dynamic"` (compared with the float model).
+            By default 0.0001 where activations are in floating point, 0.1 for quantized activations (compared with the
+            fake-quantized model), 0.02 for `"float16"` and 0.3 for `"dynamic"` (compared with the float model).
+        target (`str`, defaults to `"onnxruntime"`): or `"standard"`, which keeps to ONNX's own operators.
+        eval_dataset (`datasets.Dataset`, *optional*): labelled examples to measure the file and the model on, by the
+            Trainer, as [`CompressionReport.measure`] does.
+        compute_metrics (`Callable`, *optional*): as for `Trainer`; needed with `eval_dataset`.
+        metric (`str`, *optional*): the key of its result that is bounded; needed if there are several.
+        greater_is_better (`bool`, defaults to `True`): whether a higher metric is better.
+        max_drop (`float`, *optional*): how much worse the metric of the file may be than that of the model as it is
+            given (with fake quantizers if it has them; in torch, in float32), in the unit of the metric. Without it
+            nothing is refused; `"auto"` takes 0.01.
+        allow_drop (`bool`, defaults to `False`): keep a file that drops more, with `"accepted": false` and the reason
+            in its report, rather than refuse it.
+        latency_rounds (`int`, defaults to 3): how often the file and the float32 file of the same model have their
+            turn of about half a second, each in a process of its own; 0 leaves latency out. A float32 file is not timed.
+        threads (`int`, *optional*): threads of each file while it is timed. As many as PyTorch uses by default.
 
     Returns:
         `Path`: the folder.
 
     Raises:
         FileExistsError: `folder` exists.
-        TypeError: `model` or `quantization` is something else.
-        ValueError: the model cannot be exported so, the spec is not the one it was trained with, or bad `calibration`.
-        RuntimeError: Optimum is missing, or the file differs from the model by more than the tolerance, or gives NaN.
+        OSError: it cannot be made or written.
+        TypeError: `model`, `quantization` or the data are something else.
+        ValueError: the model cannot be exported so, the spec is not the one it was trained with, bad `calibration`, or
+            arguments that need one another.
+        RuntimeError: the exporter is missing, the file differs from the model by more than the tolerance or gives NaN,
+            or its metric drops by more than `max_drop`.
 
     Example:
         ```python
         from hfkdq import QuantizationSpec, export_onnx
         from optimum.onnxruntime import ORTModelForSequenceClassification
 
-        folder = export_onnx(trainer.model, "out/onnx", quantization=QuantizationSpec(), processing_class=tokenizer)
+        folder = export_onnx(
+            trainer.model, "out/onnx", quantization=QuantizationSpec(), processing_class=tokenizer,
+            eval_dataset=validation, compute_metrics=trainer.compute_metrics, metric="accuracy", max_drop=0.005,
+        )
         onnx_model = ORTModelForSequenceClassification.from_pretrained(folder)
         ```
     """
-    folder, kind = Path(folder), kind_of(quantization)
-    _check_arguments(model, folder, kind, calibration, tolerance, target)
-    backend = load_backend()
-    if base_of(model) is not model:
-        trained = quantized_spec(model)
-        model = merge_adapters(model)
-        # Merging names the layers that bitsandbytes had quantized in the spec.
-        kind = kind_of(quantized_spec(model)) if trained is not None and kind.spec == trained else kind
-    task = backend.resolve_task(model, task)
-    if calibration is None:
-        batches: list[Batch] = backend.dummy_batches(model, task)
-        rest: Iterator[Batch] = iter(())
-    else:
-        rest = iterate_batches(calibration, model, processing_class, data_collator)
-        batches = sample_batches(rest)
-    reference = _reference_model(model, kind, chain(batches, rest))
-    check_lowerable(reference)
-    # Before there is a session: its waiting threads slow torch down many times over.
-    expected = run_torch(reference, batches)
-    with _staged(folder) as staging:
-        reference.save_pretrained(staging)
-        if processing_class is not None:
-            processing_class.save_pretrained(staging)
-        written = _write_files(backend, reference, staging, kind, task, target)
-        runner = backend.open_files(staging, task)
-        parity = compare(runner, batches, expected)
-        tolerance = kind.tolerance if tolerance is None else tolerance
-        _check_parity(parity, tolerance, kind.name)
-        facts = {
-            "kind": kind.name,
-            "task": task,
-            "target": target,
-            "opset": backend.OPSET,
-            "bytes": sum(file.stat().st_size for file in staging.glob("*.onnx*")),
-            "inputs": runner.input_names,
-            "outputs": runner.output_names,
-            **asdict(parity),
-            "tolerance": tolerance,
-            **written,
-            "spec": None if kind.spec is None else kind.spec.to_dict(),
-            "versions": {"hfkdq": __version__, **{name: version(name) for name in backend.PACKAGES}},
-        }
+    folder, is_auto = Path(folder), isinstance(quantization, str) and quantization == AUTO
+    kind = None if is_auto else kind_of(quantization)
+    check_arguments(model, tolerance, target)
+    check_folder(folder)
+    asked = quantized_spec(model) if kind is None else kind.spec
+    if asked is not None:
+        check_spec(model, asked, calibration)
+    _check_metric_arguments(eval_dataset, compute_metrics, metric, max_drop, allow_drop, is_auto)
+    timing, quality = Timing(latency_rounds, threads), None
+    with ExitStack() as stack:
+        if compute_metrics is not None:
+            trainer_folder = stack.enter_context(tempfile.TemporaryDirectory())
+            evaluation = Evaluation(
+                eval_dataset, compute_metrics, processing_class, data_collator, BATCH_SIZE, trainer_folder
+            )  # fmt: skip
+            quality = Quality(
+                evaluation, metric, greater_is_better, MAX_DROP if is_auto and max_drop is None else max_drop
+            )
+        backend = load_backend()
+        if base_of(model) is not model:
+            model, kind = _merged(model, kind)
+        task = backend.resolve_task(model, task)
+        batches, rest = _batches(backend, model, task, calibration, processing_class, data_collator)
+        given = plain_copy(model)
+        staging = stack.enter_context(_staged(folder))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging)))
+        source = Source(given, backend, task, target, tolerance, processing_class, batches, rest, quality, scratch)
+        if quality is not None:
+            quality.begin(source.model, source.float_model)
+        if quality is not None and kind is None:
+            calibrated = calibration is not None
+            facts = write_best(source, quality, timing, staging, _inputs(source), calibrated, allow_drop)
+        else:
+            facts = _write_one(source, kind or kind_of(None), timing, staging, allow_drop)
         (staging / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
     return folder
 
 
-def _check_arguments(
-    model: Any, folder: Path, kind: Kind, calibration: Any, tolerance: float | None, target: str
+def _check_metric_arguments(
+    eval_dataset: Any,
+    compute_metrics: Any,
+    metric: str | None,
+    max_drop: float | None,
+    allow_drop: bool,
+    is_auto: bool,
 ) -> None:
-    if not isinstance(base_of(model), PreTrainedModel):
-        raise TypeError(
-            f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
+    """Refuses arguments that lack another."""
+    if (eval_dataset is None) != (compute_metrics is None):
+        have, lack = (
+            ("eval_dataset", "compute_metrics") if compute_metrics is None else ("compute_metrics", "eval_dataset")
         )
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
-    if getattr(model, "is_quantized", False) and base_of(model) is model:
-        raise ValueError(
-            "The model was loaded with integer weights (quantization_config). Load it in floating point to export it."
-        )
-    if tolerance is not None and not (tolerance > 0 and math.isfinite(tolerance)):
-        raise ValueError(f"tolerance must be a positive number (a share of the largest logit), got {tolerance!r}.")
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r} does not exist. Use one of {', '.join(TARGETS)}.")
-    if kind.spec is not None:
-        _check_spec(model, kind.spec, calibration)
+        raise ValueError(f"{have}= was given without {lack}=; a metric needs both. Pass what the Trainer has.")
+    if eval_dataset is None:
+        needy = {'quantization="auto"': is_auto, "max_drop=": max_drop is not None, "metric=": metric is not None}
+        for name, is_given in needy.items():
+            if is_given:
+                raise ValueError(f"{name} needs eval_dataset= and compute_metrics=: there is nothing to measure on.")
+    if allow_drop and max_drop is None and not is_auto:
+        raise ValueError("allow_drop=True needs max_drop=: without a bound every drop is allowed.")
 
 
-def _check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any) -> None:
+def _merged(model: PreTrainedModel, kind: Kind | None) -> tuple[PreTrainedModel, Kind | None]:
+    """The model without its adapters, and the kind with the spec that it has then."""
     trained = quantized_spec(model)
-    if trained is None and calibration is None and spec.activation_bits is not None:
-        raise ValueError(
-            "The model was not trained with a QuantizationSpec, so there are no ranges to export. Train it with "
-            "QATCallback(spec), or pass calibration= to have the ranges observed on your data."
-        )
-    if trained is not None and trained != spec:
-        raise ValueError(
-            f"The model was trained with {trained}; asked for is {spec}. Export it with the spec it was trained with."
-        )
-    if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
-        raise ValueError(
-            "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model."
-        )
+    model = merge_adapters(model)
+    # Merging names the layers that bitsandbytes had quantized in the spec.
+    is_same = kind is not None and trained is not None and kind.spec == trained
+    return model, kind_of(quantized_spec(model)) if is_same else kind
 
 
-def _reference_model(model: PreTrainedModel, kind: Kind, batches: Iterable[Batch]) -> PreTrainedModel:
-    """A copy on the CPU in float32 and eval mode, with fake quantizers if the file is to have their integers."""
-    # Mixed precision leaves an autocast wrapper around `forward`, which is no part of the model.
-    reference = extract_model_from_parallel(copy.deepcopy(model), keep_fp32_wrapper=False).cpu().float().eval()
-    if kind.spec is None:
-        reference = strip_quantizers_(reference)
-    elif quantized_spec(reference) is None:
-        reference = quantize(reference, kind.spec, batches).eval()
-    return reference
+def _batches(
+    backend: Any, model: PreTrainedModel, task: str, calibration: Any, processing_class: Any, collator: Collator | None
+) -> tuple[list[Batch], Iterator[Batch]]:
+    """The batches that files are compared on, and those that come after them."""
+    if calibration is None:
+        return backend.dummy_batches(model, task), iter(())
+    rest = iterate_batches(calibration, model, processing_class, collator)
+    return sample_batches(rest, model), rest
 
 
-def _write_files(
-    backend: Any, reference: PreTrainedModel, staging: Path, kind: Kind, task: str, target: str
-) -> dict[str, Any]:
-    """Writes the ONNX files into `staging`; counts the linear layers with integer weights, and those fused here."""
-    from .graph import count_fused_linears, improve, quantize_dynamically, to_float16
-
-    traced = copy.deepcopy(reference)
-    quantized = lower_quantizers_(traced, target=target) if kind.has_integers else 0
-    files = backend.trace(traced, staging, task, fold_constants=not kind.has_integers)
-    for file in files:
-        if kind.name == "dynamic":
-            quantize_dynamically(file)
-        improve(file, target=target)
-        if kind.name == "float16":
-            to_float16(file)
-    if kind.has_integers:
-        # A decoder with a past has the layers of the one without.
-        fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
-    backend.finish(staging, reference.config, task)
-    return {"quantized_linears": quantized, "fused_linears": fused} if kind.has_integers else {}
+def _inputs(source: Source) -> dict[str, np.ndarray[Any, Any]]:
+    """One example to time with: the first of the evaluation, if there is one."""
+    if source.quality is not None:
+        return source.quality.evaluation.first_example(source.model)
+    return one_example(source.batches[0])
 
 
-def _check_parity(parity: Parity, tolerance: float, kind: str) -> None:
-    bound = tolerance * parity.max_abs_logit
-    if not parity.max_abs_diff <= bound:
+def _write_one(source: Source, kind: Kind, timing: Timing, staging: Path, allow_drop: bool) -> dict[str, Any]:
+    """Writes and measures the files of one kind; their facts."""
+    facts = source.write(kind, staging)
+    reason = None if source.quality is None else source.quality.objection(facts["metrics"])
+    if reason is not None and not allow_drop:
         raise RuntimeError(
-            f"The {kind} ONNX file differs from the torch model by up to {parity.max_abs_diff:.4g} (mean "
-            f"{parity.mean_abs_diff:.4g}, {parity.samples} samples, largest logit {parity.max_abs_logit:.4g}); allowed is "
-            f"{bound:.4g} ({tolerance:g} of the largest logit). Nothing was written. Pass calibration= with real data if "
-            "this was measured on random inputs, or tolerance= if the difference is acceptable."
+            f"{reason} Nothing was written. Pass a larger max_drop=, or allow_drop=True to keep the file all the same."
         )
+    plain = kind_of(FLOAT)
+    obstacle = "it is the float32 file itself" if kind == plain else timing.obstacle([staging])
+    if obstacle:
+        latency: dict[str, Any] = {"left_out": obstacle}
+    else:
+        beside, inputs = source.scratch / FLOAT, _inputs(source)
+        beside.mkdir()
+        source.write_files(plain, beside)
+        found = timing.time({kind.name: staging, FLOAT: beside}, inputs)
+        latency = timing.facts(kind.name, found, inputs)
+    return {**facts, "latency": latency, "accepted": reason is None, "reason": reason}
 
 
 @contextmanager

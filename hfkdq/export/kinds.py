@@ -6,8 +6,11 @@ Knows specs and names; no model, no file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..specs import QuantizationSpec
 
@@ -29,11 +32,15 @@ NAMES = ("float32", "float16", "dynamic", *SPECS, "auto")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: its name in the report, the spec of its integers, how far from torch it may be."""
+    """A kind of file: its name in the report, the spec of its integers, how far from torch it may be.
+
+    Where the spec was only named, it is fitted to the model, see [`fitted`].
+    """
 
     name: str
     spec: QuantizationSpec | None
     tolerance: float
+    is_named: bool = False
 
     @property
     def has_integers(self) -> bool:
@@ -60,7 +67,7 @@ def kind_of(quantization: Any) -> Kind:
             f"quantization must be None, a QuantizationSpec or one of {', '.join(NAMES)}, got {type(quantization).__name__}."
         )
     if quantization in SPECS:
-        return kind_of(SPECS[quantization])
+        return replace(kind_of(SPECS[quantization]), is_named=True)
     if quantization == "float16":
         return Kind("float16", None, FLOAT16_TOLERANCE)
     if quantization == "dynamic":
@@ -68,3 +75,23 @@ def kind_of(quantization: Any) -> Kind:
     raise ValueError(
         f"quantization={quantization!r} does not exist. Use None, a QuantizationSpec or one of {', '.join(NAMES)}."
     )
+
+
+def fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
+    """The spec with one scale a channel where its groups do not divide the inputs, and 8 bits for convolutions.
+
+    Convolutions have few weights, and lose most at 4 bits.
+    """
+    if spec.group_size is None:
+        return spec
+    overrides = dict(spec.overrides)
+    for name, module in model.named_modules():
+        if not spec.selects(name, module):
+            continue
+        if type(module) in (nn.Conv1d, nn.Conv2d):  # one whose weight is computed is a subclass, and stays as it is
+            overrides[name] = {"weight_bits": 8, "group_size": None}
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            inputs = len(module.weight) if isinstance(module, Conv1D) else module.in_features
+            if inputs % spec.group_size:
+                overrides[name] = {"group_size": None}
+    return replace(spec, overrides=overrides)

@@ -55,7 +55,9 @@ class OnnxSession:
         self._types = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
-        self.input_shapes: dict[str, list[int | str]] = {value.name: value.shape for value in self._session.get_inputs()}
+        self.input_shapes: dict[str, list[int | str]] = {
+            value.name: value.shape for value in self._session.get_inputs()
+        }
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Runs the file once.

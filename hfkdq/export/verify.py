@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
+from ..measuring.evaluation import Runner
+
 Batch = Mapping[str, Any]
 Collator = Callable[[list[Any]], Batch]
-Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 # Enough to see every code path and a few hundred logits; more would only cost time.
 MAX_BATCHES = 8
 BATCH_SIZE = 8
@@ -37,6 +38,7 @@ class Parity:
         max_abs_logit (`float`): largest absolute output value of the torch model.
         top1_agreement (`float`, *optional*): share of the positions where both have the largest logit at the same
             place, in [0, 1]; `None` where there are no classes.
+        batches (`list[dict]`): of each batch the shapes of its inputs by name, and its largest difference.
     """
 
     samples: int
@@ -44,6 +46,7 @@ class Parity:
     mean_abs_diff: float
     max_abs_logit: float
     top1_agreement: float | None
+    batches: list[dict[str, Any]]
 
 
 def iterate_batches(
@@ -58,7 +61,7 @@ def iterate_batches(
         data_collator (`DataCollator`, *optional*): used instead of padding, on all columns.
 
     Raises:
-        ValueError: the data set has no column that the model takes.
+        ValueError: the data set has not the columns that the model takes, or its examples make no batch.
     """
     if not isinstance(data, (Dataset, IterableDataset)):
         yield from data
@@ -67,22 +70,39 @@ def iterate_batches(
         accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
         columns = list(data.column_names or next(iter(data)))
         kept = [name for name in columns if name in accepted]
-        if not kept:
-            raise ValueError(
-                f"calibration has the columns {', '.join(columns)}; {type(model).__name__} takes none of them. "
-                "Tokenize or process it first, or pass the data_collator that does."
-            )
+        _check_columns(kept, columns, model)
         data = data.remove_columns([name for name in columns if name not in kept])
         pads = hasattr(processing_class, "pad")
         data_collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
-    yield from DataLoader(data, batch_size=BATCH_SIZE, collate_fn=data_collator)
+    loader = iter(DataLoader(data, batch_size=BATCH_SIZE, collate_fn=data_collator))
+    while True:
+        try:
+            batch = next(loader, None)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"The examples of calibration make no batch: {error}. Pass the processing_class= that pads them, or the "
+                "data_collator= of your Trainer."
+            ) from error
+        if batch is None:
+            return
+        yield batch
 
 
-def sample_batches(batches: Iterator[Batch]) -> list[Batch]:
+def _check_columns(kept: Iterable[str], columns: Iterable[str], model: PreTrainedModel) -> None:
+    """Refuses data without what the model looks at."""
+    if not {model.main_input_name, "inputs_embeds"} & set(kept):
+        raise ValueError(
+            f"calibration has the columns {', '.join(columns)}; {type(model).__name__} takes {model.main_input_name}. "
+            "Tokenize or process it first, or pass the data_collator that does."
+        )
+
+
+def sample_batches(batches: Iterator[Batch], model: PreTrainedModel) -> list[Batch]:
     """The first batches of an iterator, as many as a comparison needs.
 
     Raises:
-        ValueError: there is none, or it is no batch.
+        TypeError: one of them is no batch.
+        ValueError: there is none, or it has nothing for the model.
     """
     samples = list(islice(batches, MAX_BATCHES))
     if not samples:
@@ -95,6 +115,8 @@ def sample_batches(batches: Iterator[Batch]) -> list[Batch]:
             f"calibration must be a datasets.Dataset or an iterable of batches (dictionaries of tensors), "
             f"got an iterable of {type(wrong).__name__}."
         )
+    for batch in samples:
+        _check_columns(batch, batch, model)
     return samples
 
 
@@ -132,10 +154,13 @@ def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping
         RuntimeError: one of them gives NaN or infinity, or the file has an output that torch has not, or of another
             shape.
     """
-    samples, largest, peak, total, count, agree, places = 0, 0.0, 0.0, 0.0, 0, 0, 0
+    samples, peak, total, count, agree, places = 0, 0.0, 0.0, 0, 0, 0
+    rows: list[dict[str, Any]] = []
     for batch, wanted in zip(batches, expected, strict=True):
-        outputs = runner({name: torch.as_tensor(value).cpu() for name, value in batch.items()})
-        samples += len(next(iter(batch.values())))
+        inputs = {name: torch.as_tensor(value).cpu() for name, value in batch.items()}
+        outputs = runner(inputs)
+        samples += len(next(iter(inputs.values())))
+        largest = 0.0
         # Positions of an encoder-decoder are those of the decoder.
         mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
         for name, array in outputs.items():
@@ -146,7 +171,16 @@ def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping
             if name == "logits" and want.shape[-1] > 1:
                 agree += int((want.argmax(-1) == got.argmax(-1)).sum())
                 places += want[..., 0].numel()
-    return Parity(samples, largest, total / count, peak, agree / places if places else None)
+        shapes = {name: list(value.shape) for name, value in inputs.items()}
+        rows.append({"inputs": shapes, "max_abs_diff": largest})
+    return Parity(
+        samples=samples,
+        max_abs_diff=max(row["max_abs_diff"] for row in rows),
+        mean_abs_diff=total / count,
+        max_abs_logit=peak,
+        top1_agreement=agree / places if places else None,
+        batches=rows,
+    )
 
 
 def _aligned(name: str, expected: Mapping[str, Tensor], got: Tensor, mask: Any) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compression import CompressionReport, DatasetInfo, Engine, Latency
+    from ..measuring.latency import Latency
+    from .compression import CompressionReport, DatasetInfo, Engine
 
 __all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency"]
 

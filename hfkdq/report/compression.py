@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import EvalPrediction, PreTrainedModel
 
+from ..measuring.latency import Latency
 from .card import render_card
 from .plots import draw_plot
 from .table import render_markdown, render_table
@@ -43,21 +44,6 @@ class DatasetInfo:
     config: str | None = None
     split: str | None = None
     revision: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """Milliseconds of one call.
-
-    Args:
-        median_ms (`float`): median of all timed calls.
-        min_ms (`float`): the fastest of them.
-        calls (`int`): how many were timed.
-    """
-
-    median_ms: float
-    min_ms: float
-    calls: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,12 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from ..export.runtime import OnnxSession
+from ..export.runner import SingleFile
 from ..facts import read_facts
+from ..measuring.evaluation import Evaluation
+from ..measuring.latency import TimedEngine, check_counts, time_engines
 from .compression import CompressionReport, DatasetInfo, Engine
 from .environment import describe_environment, publishable
-from .evaluation import Evaluation
-from .latency import TimedEngine, time_engines
 
 logger = logging.get_logger(__name__)
 
@@ -78,8 +78,9 @@ def measure_report(
 ) -> CompressionReport:
     """Does what `CompressionReport.measure` describes."""
     threads = torch.get_num_threads() if threads is None else threads
-    _check_numbers(batch_size=(batch_size, 1), latency_rounds=(latency_rounds, 0), threads=(threads, 1))
-    _check_data(eval_dataset, dataset)
+    check_counts(batch_size=(batch_size, 1), latency_rounds=(latency_rounds, 0), threads=(threads, 1))
+    if dataset is not None and not isinstance(dataset, DatasetInfo):
+        raise TypeError(f"dataset must be a DatasetInfo, got {dataset!r}. For a dict: DatasetInfo(**dataset).")
     models = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
     _check_models(models)
     folders = _onnx_folders(onnx, models)
@@ -148,26 +149,18 @@ def _measure_onnx(
     engine = Engine(
         name=name,
         kind="onnx",
-        metrics=evaluation.metrics(name, student, OnnxSession(file)),
+        metrics=evaluation.metrics(name, student, SingleFile(file)),
         size=sum(part.stat().st_size for part in folder.glob("model.onnx*")),
-        parity=publishable(json.loads((folder / "report.json").read_text(encoding="utf-8"))),
+        parity=_parity(folder),
     )
     return engine, TimedEngine(name, "onnx", file, evaluation.first_example(student))
 
 
-def _check_numbers(**limits: tuple[int, int]) -> None:
-    for name, (value, least) in limits.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-
-
-def _check_data(eval_dataset: Any, info: DatasetInfo | None) -> None:
-    if not hasattr(eval_dataset, "__len__") or not hasattr(eval_dataset, "__getitem__"):
-        raise TypeError(f"eval_dataset must be a data set with a length, got {type(eval_dataset).__name__}.")
-    if len(eval_dataset) == 0:
-        raise ValueError("eval_dataset has no examples; there is nothing to measure on.")
-    if info is not None and not isinstance(info, DatasetInfo):
-        raise TypeError(f"dataset must be a DatasetInfo, got {info!r}. For a dict: DatasetInfo(**dataset).")
+def _parity(folder: Path) -> dict[str, Any]:
+    """What the export recorded of the file, without what is measured here again."""
+    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    facts = {name: value for name, value in facts.items() if name not in ("metrics", "latency", "choice", "batches")}
+    return dict(publishable(facts))
 
 
 def _check_models(models: Mapping[str, Any]) -> None:

@@ -330,10 +330,12 @@ def test_adapters_are_merged_on_export(training_arguments, tmp_path, calibrated)
     spec = QuantizationSpec(target_modules=LINEARS)
     if calibrated:
         model = adapted(init_lora_weights=False)
-        folder = export_onnx(model, tmp_path / "onnx", quantization=spec, calibration=[tiny.batch(model)])
+        folder = export_onnx(
+            model, tmp_path / "onnx", quantization=spec, calibration=[tiny.batch(model)], latency_rounds=0
+        )
     else:
         model = trained(training_arguments, spec).model
-        folder = export_onnx(model, tmp_path / "onnx", quantization=spec)
+        folder = export_onnx(model, tmp_path / "onnx", quantization=spec, latency_rounds=0)
     facts = json.loads((folder / "report.json").read_text())
     assert facts["quantized_linears"] == 7
     assert facts["max_abs_diff"] < 0.05 * facts["max_abs_logit"]
@@ -407,7 +409,7 @@ def test_an_nf4_base_keeps_its_integers_and_becomes_floating_point_when_merged(t
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, merged(**inputs).logits)
     if not ON_V5:
-        folder = export_onnx(model, tmp_path / "onnx", quantization=spec)
+        folder = export_onnx(model, tmp_path / "onnx", quantization=spec, latency_rounds=0)
         facts = json.loads(Path(folder, "report.json").read_text())
         assert facts["max_abs_diff"] < 1e-3 * facts["max_abs_logit"]
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from .linears import count_fused_linears, fuse_linears
 from .narrow import quantize_dynamically, to_float16
+from .saving import save_graph
 from .shapes import fix_reshapes
 from .tidy import tidy_graph
 
@@ -23,10 +24,6 @@ __all__ = [
     "tidy_graph",
     "to_float16",
 ]
-
-
-# An ONNX file is one protobuf message, which cannot hold 2 GiB; the graph needs some of it.
-MAX_BYTES = 2**31 - 2**26
 
 
 def improve(path: Path, *, target: str) -> None:
@@ -43,11 +40,3 @@ def improve(path: Path, *, target: str) -> None:
         fuse_linears(model)
     tidy_graph(model)
     save_graph(model, path)
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes a file; weights that do not fit into one go beside it, as `model.onnx_data`."""
-    size = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
-    ir.save(model, path, external_data=f"{path.name}_data" if size > MAX_BYTES else None)

@@ -12,28 +12,70 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import onnx
+import numpy as np
+import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from .saving import save_graph
+
+# Bytes of a constant that is no weight.
+SMALL = 1024
 
 
 def quantize_dynamically(path: Path) -> None:
     """Replaces a float32 file by its dynamic int8 version, with the settings of Optimum's `avx512_vnni(is_static=False)`.
 
     Weights are symmetric int8 per channel; activations, those of attention's products too, get a uint8 range at each
-    call.
+    call. Convolutions whose weight is computed stay as they are, as the positional one of Wav2Vec2.
     """
+    computed = [
+        node.name
+        for node in ir.load(path).graph.all_nodes()
+        if node.op_type == "Conv" and not (node.inputs[1] is not None and node.inputs[1].is_initializer())
+    ]
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         target = Path(folder, path.name)
         options = {"WeightSymmetric": True, "ActivationSymmetric": False, "EnableSubgraph": False}
-        quantize_dynamic(path, target, per_channel=True, weight_type=QuantType.QInt8, extra_options=options)
+        quantize_dynamic(
+            path,
+            target,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=computed,
+            extra_options=options,
+        )
         target.replace(path)
 
 
 def to_float16(path: Path) -> None:
-    """Replaces a float32 file by one that stores and computes in float16; what goes in and comes out stays float32."""
-    with _quiet():
-        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    """Replaces a float32 file by one that stores its weights in float16.
+
+    They become float32 when the file is loaded: ONNX Runtime has few kernels for float16 on CPUs, and converts between
+    any two others.
+
+    Raises:
+        ValueError: a weight does not fit.
+    """
+    model = ir.load(path)
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes <= SMALL:
+            continue
+        weight = tensor.numpy()
+        largest = float(np.abs(weight).max())
+        if largest > np.finfo(np.float16).max:
+            raise ValueError(
+                f"The largest weight of {name}, {largest:.3g}, does not fit into float16 (at most 65504)."
+            )
+        stored = ir.val(f"{name}_float16", const_value=ir.tensor(weight.astype(np.float16), name=f"{name}_float16"))
+        cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}_Cast")
+        cast.outputs[0].name = f"{name}_float32"
+        graph.register_initializer(stored)
+        value.replace_all_uses_with(cast.outputs[0])
+        graph.insert_before(graph[0], cast)
+        del graph.initializers[name]
+    save_graph(model, path)
 
 
 @contextmanager

@@ -151,6 +151,8 @@ class StoredEmbedding(nn.Module):
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        # Who takes it without a lookup has it in floating point in training too, as relative positions are.
+        self.weight = embedding.weight
         self.stored = _wide(embedding) if embedding.weight_quantizer.bits == 16 else StoredWeight(embedding)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -22,12 +22,27 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .compression import Latency
-
+# Functions that take a path, inputs and threads and return what the process calls; it alone imports them.
+ENGINES = {"torch": "hfkdq.measuring.torch_engine:timed_call", "onnx": "hfkdq.export.runtime:timed_call"}
 TURN_SECONDS = 0.5
 # The threads of ONNX Runtime keep a core busy for about 20 ms after its last call.
 SETTLE_SECONDS = 0.05
 STDERR_TAIL = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one call.
+
+    Args:
+        median_ms (`float`): median of all timed calls.
+        min_ms (`float`): the fastest of them.
+        calls (`int`): how many were timed.
+    """
+
+    median_ms: float
+    min_ms: float
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class _Worker:
         self.name = engine.name
         inputs = folder / f"{number}.npz"
         np.savez(inputs, **engine.inputs)  # type: ignore[arg-type]
-        task = {"engine": engine.engine, "path": str(engine.path), "inputs": str(inputs), "threads": threads}
+        task = {"engine": ENGINES[engine.engine], "path": str(engine.path), "inputs": str(inputs), "threads": threads}
         root = str(Path(__file__).parents[2])
         environment = {
             **os.environ,
@@ -57,7 +72,7 @@ class _Worker:
         }
         self._errors = (folder / f"{number}.stderr").open("w+", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hfkdq.report.worker", json.dumps(task)],
+            [sys.executable, "-m", "hfkdq.measuring.worker", json.dumps(task)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -102,6 +117,17 @@ class _Worker:
             f"The process that times {self.name!r} ended with code {code}. Measure with latency_rounds=0 to leave "
             f"latency out. The end of what it said:\n{tail}"
         )
+
+
+def check_counts(**limits: tuple[Any, int]) -> None:
+    """Refuses what is no integer or too small; names of arguments to their values and the least that they may be.
+
+    Raises:
+        ValueError: one of them is.
+    """
+    for name, (value, least) in limits.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> list[Latency]:

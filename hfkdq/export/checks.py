@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export refuses before it starts.
+
+Knows arguments; no backend, no file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..forwards import base_of
+from ..quantization import activation_ranges, quantized_spec
+from ..specs import QuantizationSpec
+
+TARGETS = ("onnxruntime", "standard")
+
+
+def check_arguments(model: Any, tolerance: float | None, target: str) -> None:
+    """Refuses what is no model in floating point, and numbers and names that mean nothing.
+
+    Raises:
+        TypeError: `model` is no Transformers model.
+        ValueError: it holds integer weights, or `tolerance` or `target` is not one.
+    """
+    if not isinstance(base_of(model), PreTrainedModel):
+        raise TypeError(
+            f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
+        )
+    if getattr(model, "is_quantized", False) and base_of(model) is model:
+        raise ValueError(
+            "The model was loaded with integer weights (quantization_config). Load it in floating point to export it."
+        )
+    if tolerance is not None and not (tolerance > 0 and math.isfinite(tolerance)):
+        raise ValueError(f"tolerance must be a positive number (a share of the largest logit), got {tolerance!r}.")
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} does not exist. Use one of {', '.join(TARGETS)}.")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that is there, or that cannot be made.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        NotADirectoryError: it lies below a file.
+        PermissionError: what it lies in cannot be written to.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {parent} is a file. Export to another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be made: {parent} is read-only. Export to another folder.")
+
+
+def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any) -> None:
+    """Refuses a spec that the model has no ranges for.
+
+    Raises:
+        ValueError: it was trained with another spec or with none, or its quantizers have seen no data.
+    """
+    trained = quantized_spec(model)
+    if trained is None and calibration is None and spec.activation_bits is not None:
+        raise ValueError(
+            "The model was not trained with a QuantizationSpec, so there are no ranges to export. Train it with "
+            "QATCallback(spec), or pass calibration= to have the ranges observed on your data."
+        )
+    if trained is not None and trained != spec:
+        raise ValueError(
+            f"The model was trained with {trained}; asked for is {spec}. Export it with the spec it was trained with."
+        )
+    if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
+        raise ValueError(
+            "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model."
+        )

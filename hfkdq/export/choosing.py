@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a model in every kind that makes sense and keeps the fastest that is good enough.
+
+Knows candidates, their measurements and the rule; how one is written or measured is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from ..measuring.latency import Latency
+from ..quantization import quantized_spec
+from .kinds import Kind, kind_of
+from .proof import FLOAT, NOISE, Quality, Timing
+from .writing import Source
+
+logger = logging.get_logger(__name__)
+AUTO = "auto"
+MAX_DROP = 0.01
+TRAINED = "trained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A row of the table that a choice is made from.
+
+    Args:
+        name (`str`): `"trained"`, or what `quantization=` of [`export_onnx`] would be.
+        bytes (`int`, *optional*): size of the ONNX files; `None` if there is none.
+        drop (`float`, *optional*): how much worse the metric is than that of the model in torch.
+        median_ms (`float`, *optional*): median latency; `None` if it was not timed.
+        min_ms (`float`, *optional*): the fastest call.
+        accepted (`bool`): whether the file is there and its drop allowed.
+        error (`str`, *optional*): why there is none, or why it is not accepted.
+    """
+
+    name: str
+    bytes: int | None = None
+    drop: float | None = None
+    median_ms: float | None = None
+    min_ms: float | None = None
+    accepted: bool = False
+    error: str | None = None
+
+
+def write_best(
+    source: Source,
+    quality: Quality,
+    timing: Timing,
+    folder: Path,
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    calibrated: bool,
+    allow_drop: bool,
+) -> dict[str, Any]:
+    """Writes all candidates below `folder`, and leaves the files of the best one in it.
+
+    Args:
+        source ([`Source`]): the model.
+        quality ([`Quality`]): the metric and its bound.
+        timing ([`Timing`]): how to time.
+        folder (`Path`): an existing folder.
+        inputs (`dict[str, np.ndarray]`): what to time with.
+        calibrated (`bool`): whether there are real data to find ranges on.
+        allow_drop (`bool`): whether to keep the best of those that drop too far if all do.
+
+    Returns:
+        `dict[str, Any]`: the facts of the chosen one, with its latency and how it was chosen.
+
+    Raises:
+        RuntimeError: no candidate could be written, or none is good enough.
+    """
+    kinds, left_out = _kinds(source, calibrated)
+    facts, rows = _write_all(source, quality, kinds, folder)
+    found: dict[str, Latency] = {}
+    obstacle = timing.obstacle(folder / name for name in facts)
+    if obstacle is None:
+        found = timing.time({name: folder / name for name in facts}, inputs)
+        rows = [_timed(row, found.get(row.name)) for row in rows]
+    table = [*rows, *left_out]
+    chosen, reason = choose(rows, quality.metric or "", quality.max_drop or 0.0)
+    if chosen is None and not allow_drop:
+        raise RuntimeError(
+            f"{reason} Nothing was written. Pass a larger max_drop=, or allow_drop=True.\n{render(table)}"
+        )
+    if chosen is None:
+        chosen = min((row for row in rows if row.drop is not None), key=lambda row: row.drop or 0.0)
+        reason += f" {chosen.name} drops least, and allow_drop keeps it."
+    for name in facts:
+        if name == chosen.name:
+            _move_up(folder / name)
+        else:
+            shutil.rmtree(folder / name)
+    logger.info(f"{render(table)}\n{reason}")
+    latency = {"left_out": obstacle} if obstacle else timing.facts(chosen.name, found, inputs)
+    choice = {"chosen": chosen.name, "reason": reason, "candidates": [asdict(row) for row in table]}
+    verdict = {"accepted": chosen.accepted, "reason": chosen.error}
+    return {**facts[chosen.name], "latency": latency, **verdict, "choice": choice}
+
+
+def choose(rows: Sequence[Candidate], metric: str, max_drop: float) -> tuple[Candidate | None, str]:
+    """The fastest of the accepted candidates, the smallest of those that are as fast, and why it is that one.
+
+    Two medians are alike if they differ by at most 5 %. Without latencies it is the smallest.
+
+    Args:
+        rows (`list[Candidate]`): the candidates.
+        metric (`str`): its name.
+        max_drop (`float`): how far it may drop.
+
+    Returns:
+        `tuple[Candidate | None, str]`: the candidate, `None` if none is accepted; and the reason in words.
+
+    Raises:
+        RuntimeError: there is no file at all.
+    """
+    if all(row.drop is None for row in rows):
+        errors = "\n".join(f"{row.name}: {row.error}" for row in rows)
+        raise RuntimeError(f"The model could be exported in no way. Nothing was written.\n{errors}")
+    accepted = [row for row in rows if row.accepted]
+    bound = f"whose {metric} drops by at most {max_drop:g}"
+    if not accepted:
+        return None, f"There is no candidate {bound}."
+    timed = [row for row in accepted if row.median_ms is not None]
+    if not timed:
+        best = min(accepted, key=lambda row: row.bytes or 0)
+        return (
+            best,
+            f"{best.name} is the smallest of the {len(accepted)} candidates {bound}; latency was not measured.",
+        )
+    fastest = min(row.median_ms for row in timed if row.median_ms is not None)
+    alike = [row for row in timed if row.median_ms is not None and row.median_ms <= (1 + NOISE) * fastest]
+    best = min(alike, key=lambda row: row.bytes or 0)
+    reason = f"{best.name} is the fastest of the {len(accepted)} candidates {bound}: {best.median_ms:.3g} ms a call."
+    others = ", ".join(row.name for row in alike if row is not best)
+    return best, f"{reason} As fast within {NOISE:.0%}, and larger: {others}." if others else reason
+
+
+def render(table: Sequence[Candidate]) -> str:
+    """The candidates as a table for the terminal."""
+    lines = [f"{'candidate':<14}{'MB':>9}{'drop':>10}{'median ms':>11}{'min ms':>9}  verdict"]
+    for row in table:
+        size = "-" if row.bytes is None else f"{row.bytes / 1e6:.2f}"
+        numbers = ["-" if value is None else f"{value:.4g}" for value in (row.drop, row.median_ms, row.min_ms)]
+        verdict = "accepted" if row.accepted else (row.error or "").splitlines()[0]
+        lines.append(f"{row.name:<14}{size:>9}{numbers[0]:>10}{numbers[1]:>11}{numbers[2]:>9}  {verdict}")
+    return "\n".join(lines)
+
+
+def _kinds(source: Source, calibrated: bool) -> tuple[dict[str, Kind], list[Candidate]]:
+    """What to write, by name, and what was left out."""
+    trained = quantized_spec(source.model)
+    if trained is not None:
+        names = ["dynamic", "int8_weights", "int4_weights", "float16", FLOAT]
+        return {TRAINED: kind_of(trained), **{name: kind_of(name) for name in names}}, []
+    names = ["int8", "dynamic", "int8_weights", "int4_weights", "float16", FLOAT]
+    kinds = {name: kind_of(name) for name in names if calibrated or name != "int8"}
+    missing = Candidate(name="int8", error="left out: it needs calibration=")
+    return kinds, [] if calibrated else [missing]
+
+
+def _write_all(
+    source: Source, quality: Quality, kinds: Mapping[str, Kind], folder: Path
+) -> tuple[dict[str, dict[str, Any]], list[Candidate]]:
+    """Facts of those that could be written, each below `folder`, and a row for every one."""
+    facts: dict[str, dict[str, Any]] = {}
+    rows = []
+    bar = logging.tqdm(kinds, desc="Candidates")
+    for name in bar:
+        bar.set_postfix_str(name)
+        own = folder / name
+        own.mkdir()
+        try:
+            facts[name] = source.write(kinds[name], own)
+        except OSError:
+            raise  # a disk that is full is so for all
+        except Exception as error:  # exporters and runtimes raise their own, and another kind may do
+            shutil.rmtree(own)
+            # The report is published; the folder is nobody's business.
+            rows.append(Candidate(name=name, error=f"{type(error).__name__}: {error}".replace(str(folder), "")))
+            continue
+        metrics = facts[name]["metrics"]
+        objection = quality.objection(metrics)
+        rows.append(
+            Candidate(
+                name=name,
+                bytes=facts[name]["bytes"],
+                drop=metrics["drop"],
+                accepted=objection is None,
+                error=objection,
+            )
+        )
+    return facts, rows
+
+
+def _timed(row: Candidate, latency: Latency | None) -> Candidate:
+    return row if latency is None else replace(row, median_ms=latency.median_ms, min_ms=latency.min_ms)
+
+
+def _move_up(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.rename(folder.parent / path.name)
+    folder.rmdir()

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves a file: its metric against that of the model in torch, its latency against that of the float file.
+
+Knows scores, bounds and timings; how a file is written, and what is written about it, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..measuring.evaluation import Evaluation, Runner, Scores
+from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines
+from .verify import Batch, run_torch
+
+logger = logging.get_logger(__name__)
+# Two medians closer than this are alike; the machines that this runs on do other work too.
+NOISE = 0.05
+BATCH_SIZE = 32
+FLOAT = "float32"
+
+
+class Quality:
+    """Measures a metric in torch and on files, and bounds how far it may drop.
+
+    Args:
+        evaluation ([`Evaluation`]): the data and the metrics.
+        metric (`str`, *optional*): the one of the metrics that is bounded; needed where there are several.
+        greater_is_better (`bool`): whether a higher metric is better.
+        max_drop (`float`, *optional*): how much worse a file may be, in the unit of the metric.
+
+    Raises:
+        ValueError: `max_drop` is negative or no number.
+    """
+
+    def __init__(
+        self, evaluation: Evaluation, metric: str | None, greater_is_better: bool, max_drop: float | None
+    ) -> None:
+        if max_drop is not None and not (max_drop >= 0 and math.isfinite(max_drop)):
+            raise ValueError(
+                f"max_drop must be 0 or a positive number (in the unit of the metric), got {max_drop!r}. For a metric "
+                "that falls as models get better, pass greater_is_better=False."
+            )
+        self.evaluation, self.metric = evaluation, metric
+        self.greater_is_better, self.max_drop = greater_is_better, max_drop
+        self._known: list[tuple[PreTrainedModel, Scores]] = []
+        self._measured: dict[str, dict[str, float]] = {}
+
+    def begin(self, model: PreTrainedModel, plain: PreTrainedModel) -> None:
+        """Measures the model as it was given and, if it has fake quantizers, what it is without them.
+
+        Raises:
+            ValueError: there is no such metric, or none was named and there are several to bound.
+        """
+        metrics = self.of_torch("torch", model).metrics
+        if self.metric is None and len(metrics) == 1:
+            self.metric = next(iter(metrics))
+        if self.metric is None and self.max_drop is not None:
+            raise ValueError(
+                f"max_drop bounds one metric; compute_metrics gave {', '.join(metrics) or 'no number'}. "
+                "Name it with metric=."
+            )
+        if self.metric is not None and self.metric not in metrics:
+            raise ValueError(
+                f"metric={self.metric!r} is none of what compute_metrics gave: {', '.join(metrics) or 'no number'}."
+            )
+        self._measured = {"torch": metrics}
+        if plain is not model:
+            self._measured["float"] = self.of_torch("float", plain).metrics
+
+    def of_torch(self, name: str, model: PreTrainedModel) -> Scores:
+        """The scores of a model on the CPU, measured once; to be called while no session of ONNX Runtime is open."""
+        for known, scores in self._known:
+            if known is model:
+                return scores
+        scores = self.evaluation.scores(name, model, _torch_runner(model))
+        self._known.append((model, scores))
+        return scores
+
+    def of_file(self, model: PreTrainedModel, reference: Scores, runner: Runner) -> dict[str, Any]:
+        """Facts about a file that computes what a model with the scores `reference` does; `model` tells the Trainer."""
+        scores = self.evaluation.scores("the ONNX file", model, runner)
+        ours, theirs = scores.top_classes, reference.top_classes
+        compared = len(ours) if ours.shape == theirs.shape else 0
+        different = int((ours != theirs).sum()) if compared else 0
+        return {
+            "metric": self.metric,
+            "greater_is_better": self.greater_is_better,
+            "max_drop": self.max_drop,
+            "examples": len(self.evaluation.dataset),
+            **self._measured,
+            "reference": reference.metrics,
+            "onnx": scores.metrics,
+            "drop": self._drop(scores.metrics),
+            "top1_compared": compared,
+            "top1_different": different if compared else None,
+            "top1_different_share": different / compared if compared else None,
+        }
+
+    def objection(self, facts: Mapping[str, Any]) -> str | None:
+        """Why a file with these facts is not good enough; `None` if it is."""
+        if self.max_drop is None or facts["drop"] <= self.max_drop:
+            return None
+        before, after = facts["torch"][self.metric], facts["onnx"][self.metric]
+        return (
+            f"{self.metric} goes from {before:.6g} in torch to {after:.6g} in the ONNX file on {facts['examples']} "
+            f"examples; that is {facts['drop']:.4g} worse, and max_drop allows {self.max_drop:g}."
+        )
+
+    def _drop(self, metrics: Mapping[str, float]) -> float | None:
+        if self.metric is None:
+            return None
+        if self.metric not in metrics:
+            raise ValueError(
+                f"compute_metrics gave {self.metric} for torch, and only {', '.join(metrics)} for the file."
+            )
+        drop = self._measured["torch"][self.metric] - metrics[self.metric]
+        return round(drop if self.greater_is_better else -drop, 12)  # 0.9 - 0.89 is more than 0.01
+
+
+def _torch_runner(model: PreTrainedModel) -> Runner:
+    def run(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Files of several parts give no states of their encoder.
+        outputs = run_torch(model, [batch])[0]
+        return {name: value for name, value in outputs.items() if name != "encoder_last_hidden_state"}
+
+    return run
+
+
+class Timing:
+    """Times files in turn, each in a process of its own.
+
+    Args:
+        rounds (`int`): how often each has its turn; 0 leaves timing out.
+        threads (`int`, *optional*): threads of each; as many as PyTorch uses by default.
+
+    Raises:
+        ValueError: one of them is too small.
+    """
+
+    def __init__(self, rounds: int, threads: int | None) -> None:
+        self.rounds, self.threads = rounds, torch.get_num_threads() if threads is None else threads
+        check_counts(latency_rounds=(rounds, 0), threads=(self.threads, 1))
+
+    def obstacle(self, folders: Iterable[Path]) -> str | None:
+        """Why the files in these folders are not timed; `None` if they are."""
+        if self.rounds == 0:
+            return "latency_rounds is 0"
+        names = sorted({file.name for folder in folders for file in folder.glob("*.onnx")})
+        return (
+            None
+            if names == ["model.onnx"]
+            else f"the model is several files that call one another: {', '.join(names)}"
+        )
+
+    def time(self, folders: Mapping[str, Path], inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Latency]:
+        """The latency of `model.onnx` in each folder."""
+        files = {name: folder / "model.onnx" for name, folder in folders.items()}
+        engines = [TimedEngine(name, "onnx", file, _with_empty_cache(inputs, file)) for name, file in files.items()]
+        return dict(zip(folders, time_engines(engines, threads=self.threads, rounds=self.rounds), strict=True))
+
+    def facts(
+        self, name: str, found: Mapping[str, Latency], inputs: Mapping[str, np.ndarray[Any, Any]]
+    ) -> dict[str, Any]:
+        """What the report says of the file `name`, which was timed beside the float32 file."""
+        ours, theirs = found[name], found.get(FLOAT)
+        facts = {
+            "device": "cpu",
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "inputs": {key: list(array.shape) for key, array in inputs.items()},
+            "onnx": asdict(ours),
+        }
+        if theirs is None or name == FLOAT:
+            return facts
+        if ours.median_ms > (1 + NOISE) * theirs.median_ms:
+            logger.warning(
+                f"The {name} file takes {ours.median_ms:.3g} ms a call, that of float32 {theirs.median_ms:.3g} ms: on "
+                "this machine it is smaller, but not faster."
+            )
+        return {**facts, FLOAT: asdict(theirs), "speedup": theirs.median_ms / ours.median_ms}
+
+
+def one_example(batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
+    """The first example of a batch as a batch of one, without labels."""
+    tensors = {name: torch.as_tensor(value).cpu()[:1] for name, value in batch.items() if name != "labels"}
+    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
+
+
+def _with_empty_cache(inputs: Mapping[str, np.ndarray[Any, Any]], path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The inputs, and for a decoder that takes a cache one that holds nothing yet: the prompt is timed."""
+    from .runtime import OnnxSession
+
+    cache = {
+        name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], np.float32)
+        for name, shape in OnnxSession(path).input_shapes.items()
+        if name.startswith("past_key_values")
+    }
+    return {**inputs, **cache}

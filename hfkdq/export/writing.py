@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes one kind of a model's files into a folder and compares them with it.
+
+Knows models, backends and the order of passes; which kinds there are to be, and where, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..quantization import quantize, quantized_spec, strip_quantizers_
+from .kinds import Kind, fitted
+from .lowering import check_lowerable, lower_quantizers_
+from .proof import Quality
+from .verify import Batch, Parity, compare, run_torch
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the CPU in float32 and eval mode."""
+    # Mixed precision leaves an autocast wrapper around `forward`, which is no part of the model.
+    plain: PreTrainedModel = extract_model_from_parallel(copy.deepcopy(model), keep_fp32_wrapper=False)
+    return plain.cpu().float().eval()
+
+
+@dataclass
+class Source:
+    """What is exported, and what its files are compared on.
+
+    Args:
+        model (`PreTrainedModel`): the model, as [`plain_copy`] made it.
+        backend (module): the exporter.
+        task (`str`): as the backend resolved it.
+        target (`str`): `"onnxruntime"` or `"standard"`.
+        tolerance (`float`, *optional*): largest difference from torch; that of the kind by default.
+        processing_class (*optional*): saved beside the model.
+        batches (`list[dict]`): what files are compared on.
+        rest (`Iterator[dict]`): more batches, to find ranges on; read once.
+        quality ([`Quality`], *optional*): measures a metric, if there is one.
+        scratch (`Path`): an existing folder for what several kinds are made from.
+    """
+
+    model: PreTrainedModel
+    backend: Any
+    task: str
+    target: str
+    tolerance: float | None
+    processing_class: Any
+    batches: list[Batch]
+    rest: Iterator[Batch]
+    quality: Quality | None
+    scratch: Path
+
+    @cached_property
+    def float_model(self) -> PreTrainedModel:
+        """The model without fake quantizers."""
+        if quantized_spec(self.model) is None:
+            return self.model
+        return strip_quantizers_(copy.deepcopy(self.model))
+
+    def write(self, kind: Kind, folder: Path) -> dict[str, Any]:
+        """Writes checkpoint, processor and ONNX files of a kind into an existing folder.
+
+        Returns:
+            `dict[str, Any]`: facts for the report.
+
+        Raises:
+            ValueError: the model cannot be written so.
+            RuntimeError: the files differ from the model by more than the tolerance, or give NaN.
+        """
+        reference = self._reference(kind)
+        check_lowerable(reference)
+        # Before there is a session: its waiting threads slow torch down many times over.
+        expected = run_torch(reference, self.batches)
+        scores = None if self.quality is None else self.quality.of_torch(kind.name, reference)
+        reference.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        written = self.write_files(kind, folder, reference)
+        runner = self.backend.open_files(folder, self.task)
+        parity = compare(runner, self.batches, expected)
+        tolerance = kind.tolerance if self.tolerance is None else self.tolerance
+        _check_parity(parity, tolerance, kind.name)
+        spec = quantized_spec(reference)
+        facts = {
+            "kind": kind.name,
+            "task": self.task,
+            "target": self.target,
+            "opset": self.backend.OPSET,
+            "bytes": sum(file.stat().st_size for file in folder.glob("*.onnx*")),
+            "inputs": runner.input_names,
+            "outputs": runner.output_names,
+            **asdict(parity),
+            "tolerance": tolerance,
+            **written,
+            "spec": None if spec is None else spec.to_dict(),
+            "versions": {"hfkdq": __version__, **{name: version(name) for name in self.backend.PACKAGES}},
+        }
+        if self.quality is not None and scores is not None:
+            facts["metrics"] = self.quality.of_file(reference, scores, runner)
+        return facts
+
+    def write_files(self, kind: Kind, folder: Path, reference: PreTrainedModel | None = None) -> dict[str, Any]:
+        """Writes the ONNX files alone; counts the linear layers with integer weights, and those fused here."""
+        from .graph import count_fused_linears, improve, quantize_dynamically, to_float16
+
+        reference = self._reference(kind) if reference is None else reference
+        quantized = 0
+        if kind.has_integers:
+            traced = copy.deepcopy(reference)
+            quantized = lower_quantizers_(traced, target=self.target)
+            files = self.backend.trace(traced, folder, self.task, fold_constants=False)
+        else:
+            shutil.copytree(self._float_files, folder, dirs_exist_ok=True)
+            files = [folder / file.name for file in sorted(self._float_files.glob("*.onnx"))]
+        for file in files:
+            if kind.name == "dynamic":
+                quantize_dynamically(file)
+            improve(file, target=self.target)
+            if kind.name == "float16":
+                to_float16(file)
+        if kind.has_integers:
+            # A decoder with a past has the layers of the one without.
+            fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
+        self.backend.finish(folder, reference.config, self.task)
+        return {"quantized_linears": quantized, "fused_linears": fused} if kind.has_integers else {}
+
+    @cached_property
+    def _float_files(self) -> Path:
+        """The folder of the traced float model, which float32, float16 and dynamic files begin as."""
+        folder = self.scratch / "traced"
+        folder.mkdir()
+        self.backend.trace(copy.deepcopy(self.float_model), folder, self.task, fold_constants=True)
+        return folder
+
+    def _reference(self, kind: Kind) -> PreTrainedModel:
+        """The model in torch that computes what files of a kind are to compute."""
+        if kind.spec is None:
+            return self.float_model
+        if kind.spec == quantized_spec(self.model):
+            return self.model
+        data: Iterable[Batch] = chain(self.batches, self.rest)
+        spec = fitted(kind.spec, self.float_model) if kind.is_named else kind.spec
+        return quantize(copy.deepcopy(self.float_model), spec, data).eval()
+
+
+def _check_parity(parity: Parity, tolerance: float, kind: str) -> None:
+    bound = tolerance * parity.max_abs_logit
+    if not parity.max_abs_diff <= bound:
+        raise RuntimeError(
+            f"The {kind} ONNX file differs from the torch model by up to {parity.max_abs_diff:.4g} (mean "
+            f"{parity.mean_abs_diff:.4g}, {parity.samples} samples, largest logit {parity.max_abs_logit:.4g}); allowed is "
+            f"{bound:.4g} ({tolerance:g} of the largest logit). Nothing was written. Pass calibration= with real data if "
+            "this was measured on random inputs, or tolerance= if the difference is acceptable."
+        )

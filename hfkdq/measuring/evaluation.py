@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluates models and whatever runs in their place alike, through the Trainer.
+
+Knows data, collators and metrics; sizes, latencies and files are measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import denumpify_detensorize
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+# Outputs whose last axis are classes, or the tokens where an answer begins and ends.
+_CLASSES = ("logits", "start_logits", "end_logits")
+_SHIFT = "prepare_decoder_input_ids_from_labels"
+Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Runs a batch, on the CPU and without labels, in place of a model: outputs by name."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation found.
+
+    Args:
+        metrics (`dict[str, float]`): what `compute_metrics` gave, numbers only.
+        top_classes (`torch.Tensor`): the likeliest class at every place of the data set that has a label, int64 of
+            shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for.
+    """
+
+    metrics: dict[str, float]
+    top_classes: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How every engine is evaluated: the data, the metrics and a folder for what the Trainer may write."""
+
+    dataset: Any
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]]
+    processing_class: Any
+    data_collator: Any
+    batch_size: int
+    folder: str
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
+            raise TypeError(f"eval_dataset must be a data set with a length, got {type(self.dataset).__name__}.")
+        if len(self.dataset) == 0:
+            raise ValueError("eval_dataset has no examples; there is nothing to measure on.")
+
+    def trainer(self, model: PreTrainedModel, runner: Runner | None = None, batch_size: int = 0) -> Trainer:
+        """A plain Trainer around `model`, or a `RunnerTrainer` if there is a runner."""
+        on_cpu = model.device.type == "cpu"
+        args = TrainingArguments(
+            output_dir=self.folder,
+            per_device_eval_batch_size=batch_size or self.batch_size,
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            # A transform makes the model's columns out of others, which must still be there.
+            remove_unused_columns=getattr(self.dataset, "format", {}).get("type") != "custom",
+            report_to=[],
+            disable_tqdm=None if logging.is_progress_bar_enabled() else True,
+        )
+        settings = dict(
+            model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class
+        )
+        return Trainer(**settings) if runner is None else RunnerTrainer(runner, **settings)
+
+    def metrics(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> dict[str, float]:
+        """What `compute_metrics` says of the engine, numbers only."""
+        return self.scores(name, model, runner).metrics
+
+    def scores(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> Scores:
+        """Runs the engine called `name` over the whole data set: `runner` if there is one, else `model`.
+
+        Raises:
+            ValueError: the data have no labels, or a metric is not finite.
+        """
+        was_training, trainer = model.training, self.trainer(model, runner)
+        try:
+            output = trainer.predict(self.dataset)
+        finally:
+            model.train(was_training)
+        if output.label_ids is None:
+            raise ValueError(
+                f"eval_dataset gives {type(model).__name__} no labels, so nothing can be measured. Its columns are "
+                f"{', '.join(getattr(self.dataset, 'column_names', [])) or 'unknown'}; name the labels 'labels'."
+            )
+        values = denumpify_detensorize(
+            dict(self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=output.label_ids)))
+        )
+        numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+        if len(numbers) < len(values):
+            logger.warning(f"Left out of the report, as no numbers: {', '.join(sorted(set(values) - set(numbers)))}.")
+        wrong = [f"{key}={value}" for key, value in numbers.items() if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"compute_metrics gave {', '.join(wrong)} for {name!r}; the report needs finite numbers.")
+        tops = trainer.top_classes if isinstance(trainer, RunnerTrainer) else []
+        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64))
+
+    def first_example(self, model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
+        """The first example as a batch of one, without labels."""
+        trainer = self.trainer(model, batch_size=1)
+        batch = next(iter(trainer.get_eval_dataloader(self.dataset)))
+        return {key: _on_cpu(value).numpy() for key, value in batch.items() if key not in trainer.label_names}
+
+
+class RunnerTrainer(Trainer):
+    """Evaluates a runner in place of the model that it stands for.
+
+    Attributes:
+        top_classes (`list[torch.Tensor]`): of every batch, the likeliest classes at the places that have a label.
+    """
+
+    def __init__(self, runner: Runner, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._runner = runner
+        self.top_classes: list[Tensor] = []
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        batch = {name: _on_cpu(value) for name, value in inputs.items() if isinstance(value, Tensor)}
+        labels = tuple(batch.pop(name) for name in self.label_names if name in batch)
+        if len(labels) == 1 and "decoder_input_ids" not in batch and hasattr(model, _SHIFT):
+            batch["decoder_input_ids"] = getattr(model, _SHIFT)(labels[0])  # as the model itself does
+        outputs = self._runner(batch)
+        self.top_classes += [_top_classes(value, labels) for name, value in outputs.items() if name in _CLASSES]
+        return None, _alone(tuple(outputs.values())), _alone(labels)
+
+
+def _top_classes(logits: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+    """The likeliest classes, flat, without the places whose label says that they do not count."""
+    if logits.shape[-1] == 1:
+        return torch.zeros(0, dtype=torch.int64)
+    tops = logits.argmax(-1)  # logits without their last axis
+    return tops[labels[0] != -100] if labels and labels[0].shape == tops.shape else tops.flatten()
+
+
+def _alone(values: tuple[Tensor, ...]) -> Any:
+    return values[0] if len(values) == 1 else values or None
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
