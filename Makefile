@@ -7,7 +7,7 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning constraints clean
+.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-kernels constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,14 @@ fix: .venv/.dev ## lint and format, changing files
 bench-pruning: .venv/.bench ## TEXT=folder of rotten_tomatoes: what every structure and criterion costs and brings, over three seeds
 	@test -d "$(TEXT)" || { echo "Name the data: make bench-pruning TEXT=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }
 	$(O)/python benchmarks/pruning.py --text "$(TEXT)" --images
+
+bench-export: .venv/.bench .venv-v5/.dev ## int8 files of both lines against PyTorch, ONNX float and Optimum's dynamic int8: latency and size
+	$(O)/python benchmarks/export.py write
+	$(V)/python benchmarks/export.py write
+	$(O)/python benchmarks/export.py time
+
+bench-kernels: .venv/.dev ## which operators run an int8 encoder fastest
+	$(O)/python benchmarks/kernels.py
 
 constraints: ## pin both lines anew (needs uv)
 	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \

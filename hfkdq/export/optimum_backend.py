@@ -172,7 +172,7 @@ def _tie_weights(model: PreTrainedModel, path: Path) -> None:
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if there are two.
+    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if there are two that can be merged.
 
     Args:
         folder (`Path`): where they are.
@@ -180,7 +180,7 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
         task (`str`): as `resolve_task` gave it.
     """
     decoders = [folder / DECODER, folder / DECODER_WITH_PAST]
-    if not all(path.is_file() for path in decoders):
+    if not all(path.is_file() for path in decoders) or not _can_be_merged(config):
         return
     beside = [path.with_name(f"{path.name}_data") for path in decoders]
     if any(path.is_file() for path in beside):
@@ -190,6 +190,12 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
         merge_decoders(*decoders, save_path=folder / MERGED, strict=False)
     for path in (*decoders, *beside):
         path.unlink(missing_ok=True)
+
+
+def _can_be_merged(config: PretrainedConfig) -> bool:
+    """Whether `ORTModelForSeq2SeqLM` runs a merged decoder: it takes all heads together to be as wide as the model."""
+    width = getattr(config, "d_kv", None)
+    return width is None or width * config.num_heads == config.d_model
 
 
 def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:

@@ -353,3 +353,17 @@ def test_dummy_batches_are_the_same_at_every_call_and_leave_random_numbers_alone
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys() == {"input_ids", "attention_mask", "decoder_input_ids"}
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_heads_of_another_width_than_the_model_keep_two_decoders(tmp_path):
+    """As flan-t5-small has them; `ORTModelForSeq2SeqLM` starts a merged decoder with a past of the wrong width."""
+    model = FAMILIES["t5"].make(d_kv=16, num_layers=2, num_decoder_layers=2)
+    exported(model, tmp_path, "text2text-generation-with-past")
+    assert {file.name for file in tmp_path.glob("*.onnx")} == {
+        "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
+    }  # fmt: skip
+    ort_model = optimum.onnxruntime.ORTModelForSeq2SeqLM.from_pretrained(tmp_path)
+    inputs = FAMILIES["t5"].batch(size=3, seed=1)
+    del inputs["decoder_input_ids"]
+    wanted = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ort_model.generate(**inputs, **wanted), model.generate(**inputs, **wanted))

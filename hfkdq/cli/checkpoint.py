@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as it has to be loaded for a kind of file: with or without the fake quantizers that it records.
+
+Knows names of kinds and records of quantization; no data and no file.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from ..architecture import load_checkpoint
+from ..export.kinds import SPECS
+from ..quantization import load_quantized
+from ..quantization.records import recorded_quantization
+from ..specs import QuantizationSpec
+
+
+def load_model(checkpoint: str, kind: str | None, calibrated: bool) -> tuple[PreTrainedModel, QuantizationSpec | str]:
+    """The model, and what `export_onnx` is to make of it.
+
+    Args:
+        checkpoint (`str`): a folder or a Hub id.
+        kind (`str`, *optional*): what was asked for; by default `"trained"` if there is a record, else `"float32"`.
+        calibrated (`bool`): whether there are calibration data.
+
+    Returns:
+        `tuple[PreTrainedModel, QuantizationSpec | str]`: the model, with fake quantizers if the kind needs them.
+
+    Raises:
+        ValueError: `"trained"` without a record, or a kind that needs calibration data without them.
+    """
+    recorded = recorded_quantization(AutoConfig.from_pretrained(checkpoint))
+    spec = None if recorded is None else recorded[0]
+    if kind is None:
+        kind = "float32" if spec is None else "trained"
+    if kind == "trained" and spec is None:
+        raise ValueError(
+            f"{checkpoint} records no quantization: it was not trained with QATCallback, or was saved without its "
+            "fake quantizers. For int8 without training pass --quantization int8 --calibration-data DATA."
+        )
+    # The very integers that were asked for are there already.
+    if spec is not None and (kind in ("trained", "auto") or SPECS.get(kind) == spec):
+        return load_quantized(checkpoint, dtype="auto"), kind if kind == "auto" else spec
+    if kind in SPECS and SPECS[kind].activation_bits is not None and not calibrated:
+        raise ValueError(
+            f"--quantization {kind} needs --calibration-data, to find the ranges of activations on. Without data there "
+            "are dynamic, int8_weights and int4_weights."
+        )
+    return load_checkpoint(checkpoint), "float32" if kind == "none" else kind
+
+
+def load_processor(checkpoint: str) -> Any:
+    """The checkpoint's tokenizer or processor; `None` if it has none that loads."""
+    # Of a speech model that classifies there is a feature extractor alone, which AutoProcessor does not look for.
+    for loader in (AutoProcessor, AutoTokenizer, AutoFeatureExtractor, AutoImageProcessor):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            return loader.from_pretrained(checkpoint)
+    return None

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hfkdq export`: a checkpoint as ONNX files, with data from files or the Hub.
+
+Knows options and how they become arguments of `export_onnx`; imports nothing heavy before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "write a checkpoint as ONNX files that are compared with PyTorch"
+DESCRIPTION = (
+    "Writes a checkpoint as ONNX files, compares them with PyTorch, measures what is lost and how fast they are, and "
+    "keeps all that in report.json."
+)
+KINDS = ("float32", "float16", "dynamic", "int8", "int8_weights", "int4_weights", "trained", "auto")
+_QUANTIZATION = """float32; float16; dynamic: int8 with ranges found at each call; int8: ranges from the calibration
+data; int8_weights, int4_weights: activations stay float; trained: the integers that a QATCallback trained; auto: the
+fastest of these that loses at most --max-drop on the evaluation data. Default: trained for a checkpoint that was saved
+with fake quantizers, else float32"""
+_DATA = """parquet, CSV or JSON file, a folder of them, or the id of a data set on the Hub; a split may follow a colon,
+as in squad:validation, and so may a configuration before it, as in nyu-mll/glue:sst2:validation"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command to `parser`, which may be that of another program."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a Transformers checkpoint")
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?",
+        help="where to write; must not exist (default: the checkpoint's name and -onnx, beside it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantization", metavar="KIND", choices=(*KINDS, "none"), help=" ".join(_QUANTIZATION.split())
+    )
+    parser.add_argument("--task", help="Optimum's name of the task (default: what the model's class is for)")
+    parser.add_argument(
+        "--target", choices=("onnxruntime", "standard"), default="onnxruntime",
+        help="with ONNX Runtime's own operators, or with none but ONNX's (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X",
+        help="largest difference from PyTorch, as a share of the largest logit (default: by kind, see export_onnx)",
+    )  # fmt: skip
+    _add_data(parser.add_argument_group("data"))
+    _add_proof(parser.add_argument_group("proof"))
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument(
+        "--calibration-data", metavar="DATA",
+        help=f"what ranges are found and files compared on: a {' '.join(_DATA.split())} (split: train first)",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration-samples", type=int, default=256, metavar="N",
+        help="rows of it, drawn at random, the same at every call (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval-data", metavar="DATA",
+        help="labelled rows that PyTorch and the file are measured on, named in the same way (split: validation, then "
+        "test); for classifiers of texts, images and sounds, with the labels in label or labels",
+    )  # fmt: skip
+    group.add_argument("--eval-samples", type=int, metavar="N", help="rows of it, drawn likewise (default: all)")
+    group.add_argument(
+        "--text-columns", type=_names, metavar="NAME[,NAME]",
+        help="one column of texts, or two for pairs (default: the one or two columns of strings that there are)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens beyond this are cut off (default: what the model takes)"
+    )
+
+
+def _add_proof(group: Any) -> None:
+    group.add_argument(
+        "--metric", choices=("accuracy", "f1"), help="what may drop (default: accuracy; f1 is macro F1)"
+    )
+    group.add_argument(
+        "--max-drop", type=float, metavar="X",
+        help="refuse a file whose metric, in [0, 1], is lower than PyTorch's by more (default: refuse none; auto: 0.01)",
+    )  # fmt: skip
+    group.add_argument("--allow-drop", action="store_true", help="keep such a file, and say so in its report")
+    group.add_argument(
+        "--latency-rounds", type=int, default=3, metavar="N",
+        help="turns of half a second that the file and its float32 file are timed for, 0 for none (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads while timing (default: as many as PyTorch uses)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Exports, and prints what was written and measured.
+
+    Raises:
+        ValueError: options that need one another, or data that do not fit the model.
+        OSError: there is no such checkpoint or data, or the folder exists.
+        RuntimeError: as `export_onnx` does.
+    """
+    folder = default_folder(options.checkpoint) if options.folder is None else Path(options.folder)
+    _check_options(options)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    from ..export import export_onnx
+    from ..export.checks import check_folder
+    from .checkpoint import load_model, load_processor
+    from .data import CALIBRATION, EVALUATION
+    from .inputs import Reader
+    from .summary import print_summary, quietly
+
+    check_folder(folder)
+    with quietly():
+        model, quantization = load_model(
+            options.checkpoint, options.quantization, calibrated=options.calibration_data is not None
+        )
+        processor = load_processor(options.checkpoint)
+        reader = Reader(model, processor, options.text_columns, options.max_length)
+        given: dict[str, Any] = {}
+        if options.calibration_data is not None:
+            given["calibration"] = reader.batches(options.calibration_data, CALIBRATION, options.calibration_samples)
+        if options.eval_data is not None:
+            given |= reader.evaluation(options.eval_data, EVALUATION, options.eval_samples)
+            given |= {"metric": options.metric or "accuracy", "max_drop": options.max_drop}
+        folder = export_onnx(
+            model, folder, quantization=quantization, processing_class=processor, task=options.task,
+            target=options.target, tolerance=options.tolerance, allow_drop=options.allow_drop,
+            latency_rounds=options.latency_rounds, threads=options.threads, **given,
+        )  # fmt: skip
+    print_summary(folder, sys.stdout)
+
+
+def default_folder(checkpoint: str) -> Path:
+    """Beside a checkpoint in a folder; in the current folder for one on the Hub."""
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        path = path.resolve() if path.name in ("", "..") else path
+        return path.parent / f"{path.name}-onnx"
+    return Path(f"{checkpoint.rstrip('/').split('/')[-1]}-onnx")
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.eval_data is None:
+        needy = {
+            "--quantization auto": options.quantization == "auto", "--metric": options.metric is not None,
+            "--max-drop": options.max_drop is not None, "--eval-samples": options.eval_samples is not None,
+            "--allow-drop": options.allow_drop,
+        }  # fmt: skip
+        for name, is_given in needy.items():
+            if is_given:
+                raise ValueError(f"{name} needs --eval-data: there is nothing to measure on.")
+    for name in ("calibration_samples", "eval_samples", "max_length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
+
+
+def _names(text: str) -> list[str]:
+    """One or two names of columns."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) > 2 or not all(names):
+        raise argparse.ArgumentTypeError(f"expected one name or two with a comma between them, got {text!r}")
+    return names

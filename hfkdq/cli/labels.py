@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels of a data set as the numbers that a classifier has learned for them.
+
+Knows names and numbers of classes; nothing of models beyond their configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+from transformers import PretrainedConfig
+
+LABELS = ("label", "labels")
+
+
+def label_reader(
+    rows: Dataset, config: PretrainedConfig, description: str
+) -> Callable[[dict[str, list[Any]]], list[int]]:
+    """What reads the labels off rows, as `config.label2id` numbers them.
+
+    Names, those of a `datasets.ClassLabel` too, are looked up in `label2id`. Numbers, and the numbers of a `ClassLabel`
+    whose names the model does not know, are taken as they are.
+
+    Raises:
+        ValueError: there are none, or the model does not know them.
+    """
+    column = next((name for name in LABELS if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(
+            f"{description} have no column label or labels; their columns are {', '.join(rows.column_names)}."
+        )
+    table = _table(rows.unique(column), rows.features[column], config, description)
+    return lambda batch: [table[label] for label in batch[column]]
+
+
+def _table(found: list[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
+    """The number in the model of every label that occurs."""
+    known = {str(name): int(number) for name, number in config.label2id.items()}
+    if any(isinstance(label, str) for label in found):
+        unknown = sorted({str(label) for label in found} - set(known))
+        if unknown:
+            raise ValueError(
+                f"{description} have the label {unknown[0]!r}, which the model does not know; its label2id has "
+                f"{_few(list(known))}."
+            )
+        return {label: known[label] for label in found}
+    numbers = {label: int(label) for label in found if isinstance(label, (int, bool))}
+    wrong = [label for label in found if label not in numbers or not 0 <= numbers[label] < config.num_labels]
+    if wrong:
+        raise ValueError(
+            f"{description} have the label {wrong[0]!r}; the model has the classes 0 to {config.num_labels - 1}"
+            f" ({_few(list(known))}). A split without labels often has -1: name another one, as in DATA:validation."
+        )
+    if not isinstance(feature, ClassLabel):
+        return numbers
+    if set(feature.names) <= set(known):
+        return {label: known[feature.names[label]] for label in numbers}
+    classes = {number: name for name, number in known.items()}
+    pairs = [f"{name} = {classes.get(number, number)}" for number, name in enumerate(feature.names)]
+    sys.stderr.write(f"Labels are taken by their numbers, as the model has other names for them: {_few(pairs)}\n")
+    return numbers
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

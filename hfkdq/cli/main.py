@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which commands there are, and what becomes of their errors.
+
+Knows the commands by name; what each does is its own business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import card, demo, export
+from .words import in_options
+
+COMMANDS = {"demo": demo, "export": export, "card": card}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status, 1 after an error that the user can do something about."""
+    options = _parser().parse_args(arguments)
+    return run_command(options.command, options)
+
+
+def run_command(name: str, options: argparse.Namespace) -> int:
+    """Runs the command of a name with the options that it has added to a parser; returns the exit status."""
+    try:
+        COMMANDS[name].run(options)
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        sys.stderr.write(f"hfkdq {name}: {in_options(str(error))}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hfkdq", description="Distil, prune and quantize Transformers models, and export them to ONNX."
+    )
+    parser.add_argument("--version", action="version", version=f"hfkdq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.DESCRIPTION))
+    return parser

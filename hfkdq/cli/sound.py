@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sounds of a `datasets.Audio` column as samples at a model's rate.
+
+Knows what decodes them; nothing of models.
+"""
+
+from __future__ import annotations
+
+import io
+import wave
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Audio, Dataset
+
+_Array = np.ndarray[Any, Any]
+_INSTALL = "Install torchcodec, with which datasets reads sounds of all kinds and brings them to any rate"
+
+
+def decodable(rows: Dataset, column: str, rate: int) -> Dataset:
+    """The rows with sounds that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes."""
+    feature = Audio(sampling_rate=rate) if find_spec("torchcodec") is not None else Audio(decode=False)
+    return rows.cast_column(column, feature)
+
+
+def samples_of(sound: Any, rate: int) -> _Array:
+    """The samples of a sound in [-1, 1], float32 of shape `(samples,)`; of several channels their mean.
+
+    Raises:
+        ValueError: nothing that is installed can read it, or bring it to `rate`.
+    """
+    if not isinstance(sound, dict) or "array" in sound:
+        samples = np.asarray(sound["array"], dtype=np.float32)
+        return samples if samples.ndim == 1 else samples.mean(0)
+    data = Path(sound["path"]).read_bytes() if sound["bytes"] is None else sound["bytes"]
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            width, channels, own = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            frames = file.readframes(file.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise ValueError(f"The sounds are no plain WAV files ({error}). {_INSTALL}.") from error
+    if width != 2:
+        raise ValueError(f"The sounds are WAV files of {8 * width} bits; 16 can be read without help. {_INSTALL}.")
+    samples = np.frombuffer(frames, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 32768
+    return samples if own == rate else _resampled(samples, own, rate)
+
+
+def _resampled(samples: _Array, own: int, rate: int) -> _Array:
+    try:
+        from scipy.signal import resample_poly
+    except ImportError as error:
+        raise ValueError(
+            f"The sounds have {own:,} samples a second and the model takes {rate:,}. {_INSTALL}; SciPy does for WAV files."
+        ) from error
+    resampled: _Array = resample_poly(samples, rate, own).astype(np.float32)
+    return resampled

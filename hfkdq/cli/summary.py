@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export came to, in a few lines for the terminal, from its `report.json`.
+
+Knows the report's facts and how people read them; measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, TextIO
+
+import datasets
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from ..report.table import megabytes, three_digits
+from .words import in_options
+
+_NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps the tracer's notes to developers, and progress bars that nobody sees, off the terminal."""
+    is_seen = sys.stderr.isatty()
+    if not is_seen:
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if not is_seen:
+            logging.enable_progress_bar()
+            datasets.enable_progress_bars()
+
+
+def print_summary(folder: Path, stream: TextIO) -> None:
+    """Prints what was written into `folder` and measured; the folder is the last line.
+
+    Args:
+        folder (`Path`): what `export_onnx` returned.
+        stream (`TextIO`): where to.
+    """
+    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    width = Console(file=stream).width
+    lines = []
+    if "choice" in facts:
+        choice = facts["choice"]
+        lines += [*_candidates(choice["candidates"], choice["chosen"], width), *wrap(choice["reason"], width), ""]
+    for name, text in summary_lines(facts, _float_bytes(folder)):
+        lines += wrap(text, width, initial_indent=f"{name:<14}", subsequent_indent=" " * 14)
+    stream.write("\n".join([*lines, str(folder), ""]))
+
+
+def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str, str]]:
+    """Names and values of the lines below one another.
+
+    Args:
+        facts (`dict`): a report.
+        float_bytes (`int`): size of the float32 weights, 0 if unknown.
+
+    Returns:
+        `list[tuple[str, str]]`: what the line is about, and what it says.
+    """
+    size = f"{megabytes(facts['bytes'])} MB"
+    if float_bytes:
+        size += f", {facts['bytes'] / float_bytes:.2f} of the float32 weights ({megabytes(float_bytes)} MB)"
+    lines = [("file", f"{_kind(facts)}, {facts['task']}, opset {facts['opset']}"), ("size", size)]
+    share = facts["max_abs_diff"] / facts["max_abs_logit"] if facts["max_abs_logit"] else 0.0
+    difference = f"at most {facts['max_abs_diff']:.2g} from PyTorch, {share:.2g} of the largest output; "
+    difference += f"allowed {facts['tolerance']:g} ({facts['samples']} examples)"
+    lines.append(("difference", difference))
+    if "metrics" in facts:
+        lines += _metric_lines(facts["metrics"])
+    lines.append(("latency", _latency(facts["latency"])))
+    if not facts.get("accepted", True):
+        lines.append(("not accepted", in_options(facts["reason"])))
+    return lines
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    name = metrics["metric"]
+    before, after = metrics["torch"][name], metrics["onnx"][name]
+    text = f"{after:.4f}, in PyTorch {before:.4f}"
+    if "float" in metrics:
+        text += f", without fake quantizers {metrics['float'][name]:.4f}"
+    text += f" ({metrics['examples']:,} examples)"
+    lines = [(name, text)]
+    if metrics["top1_compared"]:
+        lines.append(("other class", f"{metrics['top1_different']:,} of {metrics['top1_compared']:,} examples"))
+    return lines
+
+
+def _latency(latency: Mapping[str, Any]) -> str:
+    if "left_out" in latency:
+        return f"not measured: {latency['left_out']}"
+    shape = "; ".join(f"{name} {' x '.join(map(str, sizes))}" for name, sizes in _first(latency["inputs"]).items())
+    text = f"{three_digits(latency['onnx']['median_ms'])} ms a call"
+    if "speedup" in latency:
+        text += (
+            f", {latency['speedup']:.2f} times as fast as float32 ({three_digits(latency['float32']['median_ms'])} ms)"
+        )
+    return f"{text}; {shape}, {latency['threads']} {'thread' if latency['threads'] == 1 else 'threads'}"
+
+
+def _first(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first input; the others are as long."""
+    return dict(list(inputs.items())[:1])
+
+
+def _kind(facts: Mapping[str, Any]) -> str:
+    spec = facts.get("spec")
+    chosen = facts.get("choice", {}).get("chosen")
+    name = {"float": "float32", "weights": "weights in integers"}.get(facts["kind"], facts["kind"])
+    if spec is not None:
+        name = f"int{spec['weight_bits']}" + (" weights" if spec["activation_bits"] is None else "")
+    return f"{chosen} ({name})" if chosen is not None and chosen != name else name
+
+
+def _candidates(rows: list[dict[str, Any]], chosen: str, width: int) -> list[str]:
+    """The table that a choice was made from and what was wrong with some, in lines."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("candidate", no_wrap=True)
+    for name in ("MB", "drop", "median ms", "min ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    notes = []
+    for row in rows:
+        numbers = [row["drop"], row["median_ms"], row["min_ms"]]
+        texts = [_NONE if number is None else f"{number:.3g}" for number in numbers]
+        size = _NONE if row["bytes"] is None else megabytes(row["bytes"])
+        table.add_row(row["name"], size, *texts, "chosen" if row["name"] == chosen else _verdict(row))
+        if row["error"]:
+            notes += wrap(in_options(f"{row['name']}: {row['error'].splitlines()[0]}"), width, subsequent_indent="  ")
+    page = StringIO()
+    Console(file=page, width=width).print(table)
+    return [*(line.rstrip() for line in page.getvalue().splitlines()), *notes]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["bytes"] is None:
+        return "not written"
+    return "accepted" if row["accepted"] else "refused"
+
+
+def _float_bytes(folder: Path) -> int:
+    """Size of the checkpoint beside the file, whose weights are in float32."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line makes of files, folders and their columns."""
+
+import io
+import wave
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image
+from PIL import Image as Picture
+from transformers import (
+    ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
+)
+
+from hfkdq.cli.data import CALIBRATION, EVALUATION, load_rows
+from hfkdq.cli.inputs import Reader
+from hfkdq.cli.labels import label_reader
+from hfkdq.cli.sound import samples_of
+
+from . import tiny
+
+NAMES = ["red", "green", "blue"]
+TEXTS = ["w1 w2", "w3", "w4 w5 w6 w7"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def bert(**kwargs):
+    return tiny.bert(id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)}, **kwargs)
+
+
+def texts_of(where, preferred=CALIBRATION, samples=None):
+    return load_rows(str(where), preferred, samples)[0]["text"][:]
+
+
+def saved(rows, path):
+    path.parent.mkdir(exist_ok=True)
+    Dataset.from_dict(rows).to_parquet(path)
+    return path
+
+
+def reader(model=None, columns=None, processor=None, length=None):
+    return Reader(model or bert(), processor or tiny.tokenizer(), columns, length)
+
+
+def batches(reader, where):
+    return list(reader.batches(str(where), CALIBRATION, 64))
+
+
+def test_a_folder_has_splits_by_the_names_of_its_files(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation", "test"):
+        saved({"text": [name]}, tmp_path / "data" / f"{name}.parquet")
+    assert len(texts_of(tmp_path / "data")) == 2
+    assert texts_of(tmp_path / "data", EVALUATION) == ["validation"]
+    assert texts_of(f"{tmp_path / 'data'}:test") == ["test"]
+    with pytest.raises(ValueError, match="no split 'dev'; it has train, validation, test"):
+        texts_of(f"{tmp_path / 'data'}:dev")
+
+
+def test_training_rows_of_several_splits_do_not_evaluate(tmp_path):
+    DatasetDict(train=Dataset.from_dict({"text": ["a"]}), extra=Dataset.from_dict({"text": ["b"]})).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert texts_of(tmp_path / "saved") == ["a"]
+    with pytest.raises(ValueError, match="train, extra and none of validation, test"):
+        texts_of(tmp_path / "saved", EVALUATION)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_file_is_read_alone(tmp_path, monkeypatch, suffix):
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[suffix](tmp_path / f"rows.{suffix}")
+    Dataset.from_dict({"text": ["other"]}).to_csv(tmp_path / "test.csv")
+    assert texts_of(tmp_path / f"rows.{suffix}", EVALUATION) == ["a", "b"]
+    monkeypatch.chdir(tmp_path)
+    assert texts_of(f"rows.{suffix}") == ["a", "b"]
+
+
+def test_samples_are_drawn_from_all_rows_and_always_the_same(tmp_path):
+    path = saved({"text": [str(i) for i in range(1000)]}, tmp_path / "rows.parquet")
+    drawn = texts_of(path, samples=50)
+    assert len(drawn) == 50
+    assert max(map(int, drawn)) > 500
+    assert drawn == texts_of(path, samples=50)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing\.csv"):
+        texts_of(tmp_path / "nothing.csv")
+    with pytest.raises(ValueError, match="DATA:CONFIGURATION:SPLIT"):
+        texts_of("a:b:c:d")
+
+
+def test_texts_become_what_the_tokenizer_makes_of_them(tmp_path):
+    path = saved({"text": TEXTS, "id": [1, 2, 3], "label": NAMES}, tmp_path / "rows.parquet")
+    (batch,) = batches(reader(), path)
+    expected = tiny.tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    torch.testing.assert_close(batch["input_ids"], expected["input_ids"])
+    torch.testing.assert_close(batch["attention_mask"], expected["attention_mask"])
+
+
+def test_two_columns_are_pairs_and_long_texts_are_cut(tmp_path):
+    path = saved({"a": TEXTS, "b": ["w9 " * 100] * 3, "c": TEXTS}, tmp_path / "rows.parquet")
+    (batch,) = batches(reader(columns=["c", "b"]), path)
+    expected = tiny.tokenizer()(TEXTS, ["w9 " * 100] * 3, truncation=True, padding=True, return_tensors="pt")
+    torch.testing.assert_close(batch["input_ids"], expected["input_ids"])
+    assert batch["input_ids"].shape[1] == 32  # of the tokenizer
+    assert batches(reader(columns=["b"], length=7), path)[0]["input_ids"].shape[1] == 7
+    with pytest.raises(ValueError, match=r"3 of them in a \(string\), b \(string\), c \(string\).*--text-columns"):
+        batches(reader(), path)
+    with pytest.raises(ValueError, match="--text-columns d: no column of strings"):
+        batches(reader(columns=["d"]), path)
+
+
+def test_tokens_are_taken_as_they_are(tmp_path):
+    path = saved(
+        {"input_ids": [[2, 5, 3], [2, 3]], "attention_mask": [[1] * 3, [1] * 2], "note": ["x", "y"]},
+        tmp_path / "rows.parquet",
+    )
+    (batch,) = batches(reader(), path)
+    assert batch["input_ids"].tolist() == [[2, 5, 3], [2, 3, 0]]
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_become_pixels_of_as_many_channels_as_the_model_has(tmp_path, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
+    rows = Dataset.from_dict({"picture": [Picture.fromarray(image) for image in pixels]}).cast_column(
+        "picture", Image()
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    model = tiny.vit()
+    model.config.num_channels = channels
+    processor = ViTImageProcessor(
+        size={"height": 12, "width": 10}, image_mean=[0.5] * channels, image_std=[0.25] * channels
+    )
+    (batch,) = batches(Reader(model, processor, None, None), tmp_path / "rows.parquet")
+    images = (
+        pixels
+        if channels == 3
+        else np.stack([np.asarray(Picture.fromarray(p).convert("L")) for p in pixels])[..., None]
+    )
+    expected = (images.transpose(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(batch["pixel_values"].numpy(), expected, atol=1e-5)
+
+
+def wav(samples, rate, channels=1):
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(channels)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes((np.asarray(samples) * 32767).astype("<i2").tobytes())
+    return file.getvalue()
+
+
+def test_sounds_are_brought_to_the_rate_of_the_model_and_mixed_down():
+    tone = np.sin(2 * np.pi * 440 * np.arange(800) / 8000)
+    same = samples_of({"bytes": wav(tone, 8000), "path": None}, 8000)
+    np.testing.assert_allclose(same, tone, atol=1e-4)
+    twice = samples_of({"bytes": wav(tone, 8000), "path": None}, 16000)
+    expected = np.sin(2 * np.pi * 440 * np.arange(1600) / 16000)
+    np.testing.assert_allclose(twice[200:-200], expected[200:-200], atol=0.01)
+    both = samples_of({"bytes": wav(np.stack([tone, -tone], 1), 8000, 2), "path": None}, 8000)
+    np.testing.assert_allclose(both, np.zeros(800), atol=1e-4)
+    with pytest.raises(ValueError, match=r"no plain WAV.*torchcodec"):
+        samples_of({"bytes": b"OggS", "path": None}, 8000)
+
+
+def test_batches_of_sounds_have_no_mask_as_files_take_none(tmp_path):
+    tones = [np.sin(np.arange(length) / 9) for length in (1600, 1200)]
+    rows = Dataset.from_dict(
+        {"sound": [{"bytes": wav(t, 16000), "path": None} for t in tones], "label": ["blue", "red"]}
+    )
+    rows.cast_column("sound", Audio(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    names = dict(id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)})
+    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**{**tiny.wav2vec2_config().to_diff_dict(), **names}))
+    extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    (batch,) = batches(Reader(model, extractor, None, None), tmp_path / "rows.parquet")
+    assert set(batch) == {"input_values"}
+    normal = [(t - t.mean()) / t.std() for t in tones]
+    np.testing.assert_allclose(batch["input_values"][0].numpy(), normal[0], atol=1e-3)
+    np.testing.assert_allclose(batch["input_values"][1].numpy(), np.pad(normal[1], (0, 400)), atol=1e-3)
+    assert extractor.return_attention_mask  # it is saved with the file
+    given = Reader(model, extractor, None, None).evaluation(str(tmp_path / "rows.parquet"), EVALUATION, None)
+    assert [row["labels"] for row in given["eval_dataset"]] == [2, 0]
+    assert given["data_collator"](list(given["eval_dataset"]))["labels"].tolist() == [2, 0]
+
+
+def labels(rows, names=NAMES, feature=None):
+    rows = Dataset.from_dict({"label": rows})
+    if feature is not None:
+        rows = rows.cast_column("label", feature)
+    config = tiny.bert_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    return label_reader(rows, config, "the rows")(rows[:])
+
+
+def test_names_of_labels_are_those_of_the_model(capsys):
+    assert labels(["blue", "red"]) == [2, 0]
+    assert labels([0, 2]) == [0, 2]
+    assert labels([0, 1], feature=ClassLabel(names=["blue", "red"])) == [2, 0]
+    assert not capsys.readouterr().err
+    assert labels([0, 1], feature=ClassLabel(names=["rouge", "vert", "bleu"])) == [0, 1]
+    assert "rouge = red, vert = green" in capsys.readouterr().err
+
+
+def test_labels_that_the_model_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="label 'pink', which the model does not know; its label2id has red, green"):
+        labels(["blue", "pink"])
+    with pytest.raises(ValueError, match=r"label -1; the model has the classes 0 to 2.*DATA:validation"):
+        labels([-1, 0])
+    with pytest.raises(ValueError, match=r"label 0\.5"):
+        labels([0.5, 1.0])
+    with pytest.raises(ValueError, match="no column label or labels; their columns are text"):
+        label_reader(Dataset.from_dict({"text": TEXTS}), tiny.bert_config(), "the rows")
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    path = saved({"text": TEXTS, "n": [1, 2, 3]}, tmp_path / "rows.parquet")
+    for model, words in {
+        tiny.vit(): r"one column of images \(datasets.Image\); there are 0 of them in text \(string\), n \(int64\)",
+        tiny.t5(): "cannot make the inputs of T5ForConditionalGeneration",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            batches(reader(model), path)
+    with pytest.raises(ValueError, match=r"no tokenizer or processor that makes input_ids of the columns text"):
+        batches(Reader(bert(), None, None, None), path)
+
+
+def test_only_classifiers_are_evaluated(tmp_path):
+    path = saved({"text": TEXTS, "label": [0, 1, 2]}, tmp_path / "rows.parquet")
+    for model in (tiny.bert_mlm(), tiny.bert_tokens(), bert(problem_type="regression")):
+        with pytest.raises(ValueError, match=r"can evaluate text-classification, .*compute_metrics="):
+            reader(model).evaluation(str(path), EVALUATION, None)
+    given = reader().evaluation(str(path), EVALUATION, None)
+    batch = given["data_collator"](list(given["eval_dataset"]))
+    assert batch["labels"].tolist() == [0, 1, 2]
+    assert batch["input_ids"].shape == (3, 6)
