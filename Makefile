@@ -7,7 +7,7 @@ O := .venv/bin
 V := .venv-v5/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-kernels constraints clean
+.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -90,6 +90,10 @@ bench-export: .venv/.bench .venv-v5/.dev ## int8 files of both lines against PyT
 	$(O)/python benchmarks/export.py write
 	$(V)/python benchmarks/export.py write
 	$(O)/python benchmarks/export.py time
+
+bench-equality: .venv/.bench ## TEXT=folder of rotten_tomatoes: how equal an int8 file is to the fake-quantized model
+	@test -d "$(TEXT)" || { echo "Name the data: make bench-equality TEXT=path/to/rotten_tomatoes (train and validation parquet)"; exit 1; }
+	$(O)/python benchmarks/equality.py --text "$(TEXT)"
 
 bench-kernels: .venv/.dev ## which operators run an int8 encoder fastest
 	$(O)/python benchmarks/kernels.py

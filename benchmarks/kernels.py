@@ -33,7 +33,11 @@ GRAPHS = {
     "MatMulIntegerToFloat, MultiHeadAttention": ("fused", "multi-head", False),
     "MatMulIntegerToFloat, QAttention": ("fused", "quantized", False),
     "DynamicQuantizeMatMul, plain attention": ("dynamic", "plain", False),
+    "float, plain attention": ("float", "plain", False),
+    "MatMulNBits of 8 bits, plain attention": ("8 bits", "plain", False),
+    "MatMulNBits of 4 bits, plain attention": ("4 bits", "plain", False),
 }
+BLOCK = 32
 
 
 class Encoder:
@@ -67,9 +71,14 @@ class Encoder:
         )
 
     def prepared(self, value: str) -> str:
-        return value if self.linears == "dynamic" else self.op("QuantizeLinear", value, self.scale, self.zero)
+        is_quantized = self.linears in ("qdq", "fused")
+        return self.op("QuantizeLinear", value, self.scale, self.zero) if is_quantized else value
 
     def linear(self, value: str, name: str, inputs: int, outputs: int) -> str:
+        if self.linears == "float":
+            return self.op("MatMul", value, self.constant(self.random.random((inputs, outputs), np.float32), name))
+        if self.linears.endswith("bits"):
+            return self.blocks(value, name, inputs, outputs, int(self.linears[0]))
         codes, scale, zero, bias = self.weight(name, inputs, outputs)
         if self.linears == "dynamic":
             return self.op("DynamicQuantizeMatMul", value, codes, scale, zero, bias, domain=MICROSOFT)
@@ -79,6 +88,15 @@ class Encoder:
             )
         values = self.op("DequantizeLinear", value, self.scale, self.zero)
         return self.op("Add", self.op("MatMul", values, self.op("DequantizeLinear", codes, scale, zero, axis=1)), bias)
+
+    def blocks(self, value: str, name: str, inputs: int, outputs: int, bits: int) -> str:
+        shape = (outputs, inputs // BLOCK, BLOCK * bits // 8)
+        codes = self.constant(self.random.integers(0, 256, shape, dtype=np.uint8), f"{name}.codes")
+        scale = self.constant(
+            self.random.random(outputs * inputs // BLOCK, np.float32) * np.float32(0.001), f"{name}.scale"
+        )
+        settings = dict(K=inputs, N=outputs, bits=bits, block_size=BLOCK, accuracy_level=1)
+        return self.op("MatMulNBits", value, codes, scale, domain=MICROSOFT, **settings)
 
     def attend(self, value: str, layer: int) -> str:
         if self.attention == "quantized":
@@ -141,7 +159,8 @@ def main() -> None:
                 TimedEngine(name, "onnx", Path(folder, f"{number}.onnx"), {"hidden": hidden})
                 for number, name in enumerate(GRAPHS)
             ]
-            for name, found in zip(GRAPHS, time_engines(engines, threads=options.threads, rounds=options.rounds)):
+            times = time_engines(engines, threads=options.threads, rounds=options.rounds)
+            for name, found in zip(GRAPHS, times, strict=True):
                 rows[name].append(f"{found.median_ms:.2f} ({found.min_ms:.2f})")
     for name, cells in rows.items():
         table.add_row(name, *cells)

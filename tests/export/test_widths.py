@@ -15,8 +15,6 @@ from hfkdq import QuantizationSpec, export_onnx
 from tests import tiny
 
 WIDTHS = {
-    "8": dict(activation_bits=None),
-    "8 affine": dict(activation_bits=None, symmetric=False),
     "4 in groups": dict(weight_bits=4, group_size=32, activation_bits=None),
     "4 affine in groups": dict(weight_bits=4, group_size=32, symmetric=False, activation_bits=None),
     "4, inputs of 8": dict(weight_bits=4, group_size=32),
@@ -24,6 +22,9 @@ WIDTHS = {
     "1": dict(weight_bits=1, activation_bits=None),
 }
 FOLDED = {
+    "8": dict(activation_bits=None),
+    "8 affine": dict(activation_bits=None, symmetric=False),
+    "8 in groups": dict(group_size=32, activation_bits=None),
     "kmeans": dict(weight_bits=4, weight_mapping="kmeans", activation_bits=None),
     "power of two": dict(weight_bits=4, weight_mapping="power_of_two", activation_bits=None),
     "power law": dict(weight_bits=6, weight_mapping="power_law", activation_bits=None),
@@ -51,15 +52,26 @@ def test_integer_weights_stay_integers_in_blocks(tmp_path, name):
     folder = export(tmp_path / "onnx", WIDTHS[name])
     facts = json.loads((folder / "report.json").read_text())
     assert facts["quantized_linears"] == LINEARS
-    # The head has 8 bits, no groups and quantized inputs, and so an integer kernel.
+    # The head has 8 bits and no groups: an integer kernel if its input is quantized, else a float one.
+    assert operators(folder)["com.microsoft", "MatMulNBits"] == LINEARS - 1
     head = 1 if name == "4, inputs of 8" else 0
-    assert operators(folder)["com.microsoft", "MatMulNBits"] == LINEARS - head
     assert operators(folder)["com.microsoft", "MatMulIntegerToFloat"] == facts["fused_linears"] == head
     bound = 2e-2 if WIDTHS[name].get("activation_bits", 8) else 1e-5
     assert facts["max_abs_diff"] <= bound * facts["max_abs_logit"]
 
 
-@pytest.mark.parametrize("name", [*WIDTHS, *FOLDED])
+@pytest.mark.parametrize("name", FOLDED)
+def test_what_no_operator_is_fast_for_becomes_floating_point_at_load(tmp_path, name):
+    folder = export(tmp_path / "onnx", FOLDED[name])
+    assert {domain for domain, _ in operators(folder)} == {""}
+    facts = json.loads((folder / "report.json").read_text())
+    assert facts["max_abs_diff"] <= 1e-5 * facts["max_abs_logit"]
+    graph = ir.load(folder / "model.onnx").graph
+    floats = [value.const_value.size for value in graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
+    assert max(floats) < 32 * 32, "the weights themselves are stored in integers"
+
+
+@pytest.mark.parametrize("name", WIDTHS)
 def test_standard_operators_alone_compute_the_same(tmp_path, name):
     spec = {**WIDTHS, **FOLDED}[name]
     folder = export(tmp_path / "onnx", spec, target="standard")

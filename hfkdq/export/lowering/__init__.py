@@ -91,11 +91,12 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
 
 def _linear(module: QuantizedLinear | QuantizedConv1D, target: str) -> nn.Module:
     """The layer in the operators that run it best."""
-    scheme = module.quantization_scheme
-    is_linear = scheme.weight_mapping == "linear" and module.weight_quantizer.bits <= 8
+    scheme, bits = module.quantization_scheme, module.weight_quantizer.bits
+    is_linear = scheme.weight_mapping == "linear" and bits <= 8
     if is_linear and scheme.group_size is None and _has_bytes(module):
         return IntegerLinear(module)
-    return BlockLinear(module) if is_linear and target == "onnxruntime" else FoldedLinear(module)
+    # With 8 bits, MatMulNBits takes several times as long as a float layer does (`make bench-kernels`).
+    return BlockLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module)
 
 
 def _has_bytes(module: QuantizedModule) -> bool:
