@@ -149,6 +149,10 @@ def time_all(options: argparse.Namespace) -> None:
 
 def show(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Prints the tables and draws the plot."""
+    order = [
+        f"{name} {batch} x {length}" for name, shape in SHAPES.items() for batch in BATCHES for length in shape.lengths
+    ]
+    results = {key: results[key] for key in order if key in results}
     console = Console(width=150)
     table = Table(title=f"Milliseconds: median (fastest), {options.threads} threads; ratio to Optimum's dynamic int8")
     for column in ("Model", "Batch x length", TORCH, FLOAT, DYNAMIC, OURS, "ratio", OURS_V5, "ratio"):

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
@@ -159,7 +158,6 @@ def test_groups_that_removal_would_cut_are_refused_before_training(training_argu
     assert not steps
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")
 @pytest.mark.parametrize("estimator", ["moving_average", "learned"])
 def test_what_was_trained_is_what_is_exported_and_reported(training_arguments, tmp_path, estimator):
     spec = QuantizationSpec(range_estimator=estimator)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 from safetensors.torch import load_file
 
 from hfkdq import load_pruned, load_quantized
@@ -33,7 +32,6 @@ OPTIONS = {
 }
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", sorted(OPTIONS))
 def test_example_runs(script, processes, tmp_path):
@@ -63,6 +61,7 @@ FAMILIES = [
     ("prune_to_target", "--structure neuron", {"task_loss", "logit_kd", "hidden_state_kd"}),
     ("prune_in_rounds", "--keep 0", {"task_loss", "logit_kd"}),
     ("small_files", "", {"task_loss", "logit_kd"}),
+    ("choose_a_file", "", {"task_loss", "logit_kd"}),
     ("language_model", "--objective logits", {"task_loss", "logit_kd"}),
     ("language_model", "--objective on_policy", {"task_loss", "on_policy_kd"}),
     ("language_model", "--objective other_vocabulary", {"task_loss", "uld"}),

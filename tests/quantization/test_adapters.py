@@ -325,7 +325,6 @@ def test_the_base_model_teaches_in_floating_point(training_arguments):
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.skipif(ON_V5, reason="Optimum's exporter needs transformers<4.58")
 def test_adapters_are_merged_on_export(training_arguments, tmp_path, calibrated):
     spec = QuantizationSpec(target_modules=LINEARS)
     if calibrated:
