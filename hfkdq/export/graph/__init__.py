@@ -6,11 +6,10 @@ Knows graphs and operators; no model, no torch.
 
 from pathlib import Path
 
-import onnx_ir as ir
 
 from .linears import count_fused_linears, fuse_linears
 from .narrow import quantize_dynamically, to_float16
-from .saving import save_graph
+from .saving import load_graph, save_graph
 from .shapes import fix_reshapes
 from .tidy import tidy_graph
 
@@ -33,7 +32,7 @@ def improve(path: Path, *, target: str) -> None:
         path (`Path`): an ONNX file.
         target (`str`): `"onnxruntime"` or `"standard"`, which keeps to ONNX's own operators.
     """
-    model = ir.load(path)
+    model = load_graph(path)
     tidy_graph(model)
     fix_reshapes(model)
     if target == "onnxruntime":

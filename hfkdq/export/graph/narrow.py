@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from .saving import save_graph
+from .saving import load_graph, save_graph
 
 # Bytes of a constant that is no weight.
 SMALL = 1024
@@ -56,7 +56,7 @@ def to_float16(path: Path) -> None:
     Raises:
         ValueError: a weight does not fit.
     """
-    model = ir.load(path)
+    model = load_graph(path)
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

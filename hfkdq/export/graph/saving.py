@@ -14,9 +14,18 @@ import onnx_ir as ir
 MAX_BYTES = 2**31 - 2**26
 
 
+def load_graph(path: Path) -> ir.Model:
+    """Reads a file, with the weights that lie beside it."""
+    model = ir.load(path)
+    ir.external_data.load_to_model(model)  # what is written to the same place would be gone from there
+    return model
+
+
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes a file; weights that do not fit into one go beside it, as `model.onnx_data`."""
+    """Writes a file; weights that do not fit into one go beside it, under the name of those that were there before."""
     size = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
-    ir.save(model, path, external_data=f"{path.name}_data" if size > MAX_BYTES else None)
+    names = [f"{path.name}.data", f"{path.name}_data"]
+    beside = next((name for name in names if path.with_name(name).exists()), names[-1])
+    ir.save(model, path, external_data=beside if size > MAX_BYTES else None)
