@@ -6,7 +6,6 @@ Knows graphs and operators; no model, no torch.
 
 from pathlib import Path
 
-
 from .linears import count_fused_linears, fuse_linears
 from .narrow import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
