@@ -22,7 +22,7 @@ from ..forwards import base_of
 from ..measuring.evaluation import Evaluation
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
-from .checks import check_arguments, check_folder, check_spec
+from .checks import check_arguments, check_folder, check_spec, resolve_task
 from .choosing import AUTO, MAX_DROP, write_best
 from .kinds import Kind, kind_of
 from .proof import BATCH_SIZE, FLOAT, Quality, Timing, one_example
@@ -144,7 +144,7 @@ def export_onnx(
         backend = load_backend()
         if base_of(model) is not model:
             model, kind = _merged(model, kind)
-        task = backend.resolve_task(model, task)
+        task = resolve_task(backend, model, task)
         batches, rest = _batches(backend, model, task, calibration, processing_class, data_collator)
         given = plain_copy(model)
         staging = stack.enter_context(_staged(folder))

@@ -13,11 +13,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..facts import read_facts
 from ..forwards import base_of
 from ..quantization import activation_ranges, quantized_spec
 from ..specs import QuantizationSpec
 
 TARGETS = ("onnxruntime", "standard")
+PAST = "-with-past"
 
 
 def check_arguments(model: Any, tolerance: float | None, target: str) -> None:
@@ -78,3 +80,21 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
         raise ValueError(
             "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model."
         )
+
+
+def resolve_task(backend: Any, model: PreTrainedModel, task: str | None) -> str:
+    """The task as the backend resolves it, without a cache where heads were pruned layer by layer.
+
+    Raises:
+        ValueError: the backend's, or such a model was asked for with a cache.
+    """
+    resolved: str = backend.resolve_task(model, task)
+    shapes = read_facts(model).get("shapes", {}).get("tensors", {})
+    if not resolved.endswith(PAST) or not any("attn" in name or "attention" in name.lower() for name in shapes):
+        return resolved
+    if task is None:
+        return resolved.removesuffix(PAST)
+    raise ValueError(
+        f"The layers of {type(model).__name__} were left with different attention heads, which a cache of the task "
+        f"{resolved!r} cannot hold. Export it for {resolved.removesuffix(PAST)!r}, which works without."
+    )

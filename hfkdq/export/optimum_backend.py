@@ -43,6 +43,8 @@ __all__ = [
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
+# Decoders whose `head_dim` its `ORTModelForCausalLM` reads.
+_OWN_WIDTH = ("gemma", "gemma3_text", "gemma3", "gpt_oss", "nemotron", "deepseek_v3")
 PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
     f"{name}.onnx" for name in ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
@@ -62,7 +64,8 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
     """
     supported = _supported_tasks(model)
     if task is None:
-        return _inferred_task(model, supported)
+        inferred = _inferred_task(model, supported)
+        return inferred if _runs_with_cache(model.config) else inferred.removesuffix(PAST)
     resolved: str = TasksManager.map_from_synonym(task)
     # Optimum has "seq2seq-lm" with and without "-with-past"; "summarization" says nothing of a cache.
     silent = resolved != task and TasksManager.map_from_synonym(task + PAST) == task + PAST
@@ -72,6 +75,12 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
         raise ValueError(
             f"Optimum cannot export {model.config.model_type!r} for the task {task!r}. It can for: "
             f"{', '.join(supported)}."
+        )
+    if resolved.endswith(PAST) and not _runs_with_cache(model.config):
+        raise ValueError(
+            f"ORTModelForCausalLM takes the heads of {model.config.model_type!r} together to be as wide as the model; here "
+            f"head_dim={model.config.head_dim}, with {model.config.num_attention_heads} heads for a width of "
+            f"{model.config.hidden_size}. Export it for {resolved.removesuffix(PAST)!r}, which works without a cache."
         )
     return resolved
 
@@ -190,6 +199,14 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
         merge_decoders(*decoders, save_path=folder / MERGED, strict=False)
     for path in (*decoders, *beside):
         path.unlink(missing_ok=True)
+
+
+def _runs_with_cache(config: PretrainedConfig) -> bool:
+    """Whether `ORTModelForCausalLM` gives a decoder a cache of its width."""
+    width = getattr(config, "head_dim", None)
+    if not isinstance(width, int) or config.is_encoder_decoder or config.model_type in _OWN_WIDTH:
+        return True
+    return bool(width * config.num_attention_heads == config.hidden_size)
 
 
 def _can_be_merged(config: PretrainedConfig) -> bool:
