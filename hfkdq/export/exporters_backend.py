@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
+from .checks import PAST
 from .exporters_generation import SINGLE, GeneratingFiles, Part, generation_parts, part_axes
-from .exporters_tasks import PAST, dummy_batches, output_names, resolve_task
+from .exporters_tasks import dummy_batches, output_names, resolve_task
 from .exporters_tracing import METADATA, OPSET, trace_file
 from .runner import SingleFile
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .exporters_tasks import PAST
+from .checks import PAST
 from .runtime import OnnxSession
 
 ENCODER, DECODER, DECODER_WITH_PAST, SINGLE = "encoder_model", "decoder_model", "decoder_with_past_model", "model"

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-PAST = "-with-past"
+from .checks import PAST
+
 _TABLES = {
     "SEQ_TO_SEQ_CAUSAL_LM": "text2text-generation",
     "SPEECH_SEQ_2_SEQ": "automatic-speech-recognition",

@@ -6,18 +6,13 @@ Knows the tracer and its habits; neither tasks nor folders.
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
@@ -25,11 +20,13 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
 
+from .graph import saving
+from .quiet import quiet_and_seeded
+
 # The first opset with everything the exported models need as single operators; the same as on the other line.
 OPSET = 18
 # Under which a file keeps what the manifest of its folder says about it.
 METADATA = "hfkdq.exporters"
-_MAX_BYTES = 2**31 - 2**20
 _NARROW = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
 
 
@@ -72,7 +69,7 @@ def trace_file(
     size = sum(
         value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value is not None
     )
-    ir.save(program, path, external_data=f"{path.name}.data" if size > _MAX_BYTES else None)
+    ir.save(program, path, external_data=f"{path.name}.data" if size > saving.MAX_BYTES else None)
     return path
 
 
@@ -242,27 +239,3 @@ def _strip_notes(program: ir.Model) -> None:
                 if not value.is_graph_output():
                     # With shapes in the file ONNX Runtime takes a fused LayerNormalization that is slower on CPUs.
                     value.shape = value.type = None
-
-
-@contextmanager
-def quiet_and_seeded() -> Iterator[None]:
-    """Hides the tracer's notes, fixes the random numbers, and puts both back."""
-    disabled, python_state, numpy_state = logging.root.manager.disable, random.getstate(), np.random.get_state()
-    silence = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=[]),
-        redirect_stdout(silence),
-        redirect_stderr(silence),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

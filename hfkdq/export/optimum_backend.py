@@ -7,18 +7,11 @@ Knows Optimum and the files; what to export, where to, and whether it came out r
 from __future__ import annotations
 
 import difflib
-import logging
-import random
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import torch
 from accelerate.utils import find_tied_parameters
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
@@ -27,8 +20,10 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .checks import PAST
 from .optimum_attention import PlainAttention
-from .optimum_files import GENERATING, PAST, GeneratingFiles
+from .optimum_files import GENERATING, GeneratingFiles
+from .quiet import quiet_and_seeded
 from .runner import SingleFile
 
 __all__ = [
@@ -122,7 +117,7 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
 
 def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
     """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
-    with _quiet_and_seeded():
+    with quiet_and_seeded():
         constructor = TasksManager.get_exporter_config_constructor(
             "onnx", model=model, task=task.removesuffix(PAST), library_name="transformers"
         )
@@ -151,7 +146,7 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
     for module in model.modules():
         if hasattr(module, "attn_implementation"):
             module.attn_implementation = "eager"
-    with _quiet_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
+    with quiet_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
         # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
         model.config._name_or_path = work
         with PlainAttention():
@@ -195,7 +190,7 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
     if any(path.is_file() for path in beside):
         # Optimum writes weights beside a file only where there is such a file.
         (folder / f"{MERGED}_data").touch()
-    with _quiet_and_seeded():
+    with quiet_and_seeded():
         merge_decoders(*decoders, save_path=folder / MERGED, strict=False)
     for path in (*decoders, *beside):
         path.unlink(missing_ok=True)
@@ -229,7 +224,7 @@ def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
     generates = task.startswith("text-generation") or (folder / ENCODER).is_file()
     if not generates or task.removesuffix(PAST) not in GENERATING:
         return SingleFile(folder / "model.onnx")
-    with _quiet_and_seeded():
+    with quiet_and_seeded():
         return GeneratingFiles(folder, task)
 
 
@@ -242,21 +237,3 @@ def _shapes(model: PreTrainedModel) -> dict[str, int]:
     if isinstance(frames := getattr(config, "max_source_positions", None), int):
         shapes["nb_max_frames"] = min(2 * frames, DEFAULT_DUMMY_SHAPES["nb_max_frames"])  # the encoder halves them
     return shapes
-
-
-@contextmanager
-def _quiet_and_seeded() -> Iterator[None]:
-    """Hides the tracer's and Optimum's notes, fixes the random numbers they draw, and puts both back."""
-    disabled, python_state, numpy_state = logging.root.manager.disable, random.getstate(), np.random.get_state()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

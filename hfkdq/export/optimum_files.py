@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum import onnxruntime as ort_models
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-PAST = "-with-past"
+from optimum import onnxruntime as ort_models
+
+from .checks import PAST
+
 GENERATING = {
     "text-generation": "ORTModelForCausalLM",
     "text2text-generation": "ORTModelForSeq2SeqLM",

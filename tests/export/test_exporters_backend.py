@@ -22,6 +22,7 @@ from transformers.exporters import ExportedModel
 
 from hfkdq.export import exporters_backend as backend
 from hfkdq.export import exporters_tracing as tracing
+from hfkdq.export.graph import saving
 from hfkdq.export.operators import onnx_op
 
 from ..families import FAMILIES, VARIANTS
@@ -236,7 +237,7 @@ def test_an_axis_that_the_tracer_fixed_is_an_error(tmp_path):
 
 
 def test_weights_that_no_file_holds_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracing, "_MAX_BYTES", 100)
+    monkeypatch.setattr(saving, "MAX_BYTES", 100)
     layer, values = nn.Linear(64, 64), torch.randn(3, 64)
     call = layer.forward
     path = tracing.trace_file(
