@@ -27,7 +27,7 @@ from .quiet import quiet_and_seeded
 OPSET = 18
 # Under which a file keeps what the manifest of its folder says about it.
 METADATA = "hfkdq.exporters"
-_NARROW = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
+_NARROW = {"INT8", "UINT8", "INT4", "UINT4", "FLOAT16", "BFLOAT16"}
 
 
 def trace_file(
@@ -118,12 +118,13 @@ def _plain_masks() -> Iterator[None]:
 
 @contextmanager
 def _folding(fold_constants: bool) -> Iterator[None]:
-    """Keeps the optimizer from turning integer weights into floats, unless it may."""
+    """Keeps the optimizer from widening weights of few bits, unless it may."""
     original = optimizer.optimize_ir
 
     def optimize(model: ir.Model, *args: Any, should_fold: Any = lambda node: None, **kwargs: Any) -> Any:
         def decide(node: ir.Node) -> bool | None:
-            narrow = any(value is not None and value.dtype in _NARROW for value in node.inputs)
+            types = [value.dtype for value in node.inputs if value is not None and value.dtype is not None]
+            narrow = any(dtype.name in _NARROW for dtype in types)
             return False if narrow and not fold_constants else should_fold(node)
 
         return original(model, *args, should_fold=decide, **kwargs)
