@@ -140,6 +140,10 @@ def test_trained_int8(make, spec, tmp_path, training_arguments):
     graph, operators = nodes(folder)
     values = constants(graph)
     stored = {value.tobytes() for value in values.values() if value.dtype in (np.int8, np.uint8)}
+    attention = [
+        values[node.input[1]] for node in operators.get("QAttention", [])
+    ]  # query, key and value side by side
+    stored |= {part.tobytes() for codes in attention for part in np.split(codes, 3, axis=1)}
     for module in quantized_modules(model).values():
         wanted = module.integer_weight().numpy().astype(np.int8)
         # As MatMul wants them, as Gather does, or a channel after the other and unsigned.

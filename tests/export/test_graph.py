@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from hfkdq.export.graph import fix_reshapes, fuse_linears, improve, saving
+from hfkdq.export.graph import fix_shapes, fuse_linears, improve, saving
 
 QUANTIZED = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -89,11 +89,45 @@ def test_a_shape_that_keeps_its_axes_becomes_a_constant(target, fixed):
     model = graph(RESHAPED % target)
     x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
     before = run(model, x=x)
-    assert fix_reshapes(model) == (fixed is not None)
+    assert fix_shapes(model) == (fixed is not None)
     np.testing.assert_array_equal(run(model, x=x), before)
     if fixed:
         assert kinds(model) == {"Reshape": 1}
         assert next(iter(model.graph)).inputs[1].const_value.numpy().tolist() == fixed
+
+
+def test_a_shape_that_names_a_size_it_keeps_keeps_the_axis():
+    model = graph(
+        """
+        <ir_version: 10, opset_import: ["" : 18]>
+        split (float[batch, 5, 12] x) => (float[a, b, c, d] y)
+        <int64[4] target = {-1, 5, 3, 4}> { y = Reshape(x, target) }
+        """
+    )
+    assert fix_shapes(model) == 1
+    assert next(iter(model.graph)).inputs[1].const_value.numpy().tolist() == [0, 0, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step", "is_dropped"), [(0, 99, 1, True), (0, 5, 1, True), (-1, -99, -1, False), (1, 5, 1, False)]
+)
+def test_a_slice_that_keeps_everything_is_dropped(start, end, step, is_dropped):
+    model = graph(
+        f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        cut (float[batch, 5] x) => (float[a, b] y)
+        <int64[1] start = {{{start}}}, int64[1] end = {{{end}}}, int64[1] axis = {{1}}, int64[1] step = {{{step}}}>
+        {{
+            s = Slice(x, start, end, axis, step)
+            y = Relu(s)
+        }}
+        """
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    before = run(model, x=x)
+    fix_shapes(model)
+    assert (kinds(model)["Slice"] == 0) == is_dropped
+    np.testing.assert_array_equal(run(model, x=x), before)
 
 
 @pytest.mark.parametrize("before", ["model.onnx.data", "model.onnx_data", None])

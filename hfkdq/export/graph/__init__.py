@@ -6,15 +6,17 @@ Knows graphs and operators; no model, no torch.
 
 from pathlib import Path
 
+from .attention import fuse_attention
 from .linears import count_fused_linears, fuse_linears
 from .narrow import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
-from .shapes import fix_reshapes
+from .shapes import fix_shapes
 from .tidy import tidy_graph
 
 __all__ = [
     "count_fused_linears",
-    "fix_reshapes",
+    "fix_shapes",
+    "fuse_attention",
     "fuse_linears",
     "improve",
     "quantize_dynamically",
@@ -33,8 +35,10 @@ def improve(path: Path, *, target: str) -> None:
     """
     model = load_graph(path)
     tidy_graph(model)
-    fix_reshapes(model)
+    fix_shapes(model)
     if target == "onnxruntime":
         fuse_linears(model)
+        tidy_graph(model)
+        fuse_attention(model)
     tidy_graph(model)
     save_graph(model, path)

@@ -13,8 +13,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 MICROSOFT = "com.microsoft"
-# Integer kernels that ONNX Runtime runs a linear layer and its quantizers in.
-FUSED_LINEARS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
+# Integer kernels that ONNX Runtime runs linear layers and their quantizers in, and how many.
+FUSED_LINEARS = {
+    "MatMulIntegerToFloat": 1,
+    "QLinearMatMul": 1,
+    "QGemm": 1,
+    "DynamicQuantizeMatMul": 1,
+    "QAttention": 3,
+}
 
 
 def fuse_linears(model: ir.Model) -> int:
@@ -86,4 +92,4 @@ def count_fused_linears(path: Path) -> int:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return sum(node.op_type in FUSED_LINEARS for node in ir.load(optimized).graph.all_nodes())
+        return sum(FUSED_LINEARS.get(node.op_type, 0) for node in ir.load(optimized).graph.all_nodes())

@@ -22,33 +22,50 @@ Shape = Sequence[int | str | None]
 LARGE = 1024
 
 
-def fix_reshapes(model: ir.Model) -> int:
-    """Gives `Reshape` a constant shape where it keeps the axes that are not known, and at most one changes.
+def fix_shapes(model: ir.Model) -> int:
+    """Makes constants of shapes that are known, and drops slices that keep everything.
 
     A tracer writes `x.view(batch, length, heads, -1)` as operators that read the shape of `x`, take it apart and put it
-    together; `[0, 0, heads, d]` says the same.
+    together; `Reshape` with `[0, 0, heads, d]` says the same. So it does where the shape names the size of an axis that
+    stays. A mask cut to the length that it has is left as it is.
 
     Args:
         model (`onnx_ir.Model`): changed in place.
 
     Returns:
-        `int`: how many were found.
+        `int`: how many operators were changed or dropped.
     """
     shapes, fixed = _symbolic_shapes(model), 0
     for node in list(model.graph):
-        if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].is_initializer():
-            continue
-        data, result = (shapes.get(value.name or "") for value in (node.inputs[0], node.outputs[0]) if value)
-        target = _constant_target(data, result)
-        if target is None or node.attributes.get_int("allowzero", 0):
-            continue
-        name = f"{node.outputs[0].name}_shape"
-        value = ir.val(name, const_value=ir.tensor(np.array(target, np.int64), name=name))
-        model.graph.register_initializer(value)
-        node.replace_input_with(1, value)
-        fixed += 1
+        data, result = (shapes.get(value.name or "") for value in (*node.inputs[:1], *node.outputs[:1]) if value)
+        if node.op_type == "Reshape":
+            fixed += _fix_reshape(model.graph, node, _constant_target(data, result))
+        elif node.op_type == "Slice" and data is not None and None not in data and data == result and _is_plain(node):
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            fixed += 1
     ir.passes.common.RemoveUnusedNodesPass()(model)
     return fixed
+
+
+def _fix_reshape(graph: ir.Graph, node: ir.Node, target: list[int] | None) -> bool:
+    if target is None or node.attributes.get_int("allowzero", 0):
+        return False
+    name = f"{node.outputs[0].name}_shape"
+    value = ir.val(name, const_value=ir.tensor(np.array(target, np.int64), name=name))
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
+    return True
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a slice takes what lies side by side, from the first to the last, for use inside the graph."""
+    steps = node.inputs[4] if len(node.inputs) > 4 else None
+    if node.outputs[0].is_graph_output() or steps is None:
+        return not node.outputs[0].is_graph_output()
+    maker = steps.producer()
+    steps = maker.inputs[0] if maker is not None and maker.op_type == "Unsqueeze" else steps
+    tensor = steps.const_value if steps is not None else None
+    return tensor is not None and bool((tensor.numpy() == 1).all())
 
 
 def _constant_target(data: Shape | None, result: Shape | None) -> list[int] | None:
@@ -58,7 +75,7 @@ def _constant_target(data: Shape | None, result: Shape | None) -> list[int] | No
     target = []
     for axis, size in enumerate(result):
         stays = axis < len(data) and size is not None and data[axis] == size
-        target.append(size if isinstance(size, int) else 0 if stays else -1)
+        target.append(0 if stays else size if isinstance(size, int) else -1)
     return target if target.count(-1) <= 1 and target.count(0) <= len(data) else None
 
 
