@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
 
-from .graph import saving
+from .graph import fix_shapes, noted_shapes, saving
 from .quiet import quiet_and_seeded
 
 # The first opset with everything the exported models need as single operators; the same as on the other line.
@@ -62,7 +62,9 @@ def trace_file(
     _order_gelu(program.graph)
     _check_axes(program.graph, axes)
     _name_axes(program.graph, axes)
+    shapes = noted_shapes(program)
     _strip_notes(program)
+    fix_shapes(program, shapes)
     metadata = asdict(exported.components["model"].metadata)
     metadata["export_config"].pop("dynamic_shapes", None)
     program.metadata_props[METADATA] = json.dumps(metadata)

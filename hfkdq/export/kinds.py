@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import layer_class
 from ..specs import QuantizationSpec
 
 # Largest difference from torch that passes, as a share of the largest logit. Where activations stay in floating point
@@ -88,7 +89,7 @@ def fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
     for name, module in model.named_modules():
         if not spec.selects(name, module):
             continue
-        if type(module) in (nn.Conv1d, nn.Conv2d):  # one whose weight is computed is a subclass, and stays as it is
+        if layer_class(module) in (nn.Conv1d, nn.Conv2d):
             overrides[name] = {"weight_bits": 8, "group_size": None}
         elif isinstance(module, (nn.Linear, Conv1D)):
             inputs = len(module.weight) if isinstance(module, Conv1D) else module.in_features

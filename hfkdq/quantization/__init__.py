@@ -19,6 +19,7 @@ from .layers import (
     QuantizedLinear,
     QuantizedLSTM,
     QuantizedModule,
+    layer_class,
 )
 from .merging import merge_adapters
 from .post_training import load_quantized, quantize
@@ -50,6 +51,7 @@ __all__ = [
     "activation_quantizers",
     "activation_ranges",
     "fold_batch_norm_",
+    "layer_class",
     "load_quantized",
     "merge_adapters",
     "prepare_qat_",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -105,7 +106,7 @@ def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tu
 
     handles = []
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and not is_parametrized(module):
             handles.append(module.register_forward_hook(after))
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(before))

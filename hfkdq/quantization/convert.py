@@ -16,7 +16,7 @@ from ..specs import QuantizationScheme, QuantizationSpec, module_matches, overri
 from ..specs.quantization import RECURRENT
 from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
 from .attention import find_attention, swap_attention_in_, swap_attention_out_
-from .layers import CLASSES, QuantizedModule, swap_in_, swap_out_
+from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_
 from .records import (
     FACT,
     activation_quantizers,
@@ -114,7 +114,7 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
             skipped[name] = f"it holds {weight.dtype} weights already"
             continue
         _check_convertible(name, module, weight)
-        if type(module) not in CLASSES:
+        if layer_class(module) not in CLASSES:
             skipped[name] = f"{type(module).__name__} has a forward pass of its own"
         elif not isinstance(module, nn.Embedding) and id(weight) in tables:
             skipped[name] = "its weight is also the table of an embedding"
@@ -144,7 +144,7 @@ def head_modules(model: PreTrainedModel) -> set[int]:
 
 def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     """Refuses a single pattern that means no module, as a misspelt one does."""
-    modules = [(name, module) for name, module in plain_modules(model) if type(module) in CLASSES]
+    modules = [(name, module) for name, module in plain_modules(model) if layer_class(module) in CLASSES]
     targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
     lost = [f"target_modules: {p!r}" for p in targets if not any(module_matches(name, [p]) for name, _ in modules)]
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
@@ -176,7 +176,7 @@ def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str,
     )
     if skipped:
         return message + "Skipped were " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) + "."
-    names = [name for name, module in plain_modules(model) if type(module) in CLASSES]
+    names = [name for name, module in plain_modules(model) if layer_class(module) in CLASSES]
     return message + (
         "A list holds names or their last parts, a string is a regular expression for the whole name. "
         f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..specs import QuantizationScheme, QuantizationSpec
@@ -281,6 +282,20 @@ CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
 PLAIN: Mapping[type[QuantizedModule], type[nn.Module]] = {new: old for old, new in CLASSES.items()}
 
 
+def layer_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer; weight norm and other parametrizations, which give it one of its own, do not count."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def _set_layer_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Changes the class of a layer; a weight that is computed goes on being computed."""
+    present = type(module)
+    if parametrize.is_parametrized(module):
+        computed = {key: value for key, value in vars(present).items() if key not in ("__module__", "__doc__")}
+        new = type(f"Parametrized{new.__name__}", (new,), computed)
+    module.__class__ = new
+
+
 def weight_quantizers_of(module: QuantizedModule) -> dict[str, tuple[WeightQuantizer, Tensor]]:
     """The weight quantizers of a layer and what each quantizes, by the name of the parameter."""
     if isinstance(module, _Recurrent):
@@ -290,13 +305,13 @@ def weight_quantizers_of(module: QuantizedModule) -> dict[str, tuple[WeightQuant
 
 def swap_in_(module: nn.Module, name: str, scheme: QuantizationScheme, spec: QuantizationSpec) -> QuantizedModule:
     """Turns a layer into its fake-quantized kind, in place."""
-    plain = type(module)
-    module.__class__ = CLASSES[plain]
+    plain = layer_class(module)
+    _set_layer_class(module, CLASSES[plain])
     quantized = cast(QuantizedModule, module)
     try:
         quantized.attach_quantizers(scheme, name)
     except BaseException:
-        module.__class__ = plain
+        _set_layer_class(module, plain)
         raise
     quantized.quantization_spec, quantized.quantization_scheme = spec, scheme
     return quantized.train(quantized.training)
@@ -307,4 +322,4 @@ def swap_out_(module: QuantizedModule) -> None:
     module.detach_quantizers()
     del module.quantization_spec, module.quantization_scheme
     vars(module).pop("fake_quantize_enabled", None)
-    module.__class__ = PLAIN[type(module)]  # type: ignore[assignment]
+    _set_layer_class(module, PLAIN[layer_class(module)])  # type: ignore[index]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
 from ..specs.quantization import RECURRENT
 from .convert import choose_modules, head_modules
-from .layers import CLASSES, QuantizedModule, swap_in_, swap_out_, weight_quantizers_of
+from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_quantizers_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class WidthChoices:
         groups: dict[Any, list[str]] = {}
         for name, (module, scheme) in chosen.items():
             weight: Any = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
-            groups.setdefault((weight.data_ptr(), weight.shape, scheme, name in free), []).append(name)
+            shared = (
+                weight.data_ptr() if isinstance(weight, nn.Parameter) else id(module)
+            )  # one that is computed is new
+            groups.setdefault((shared, weight.shape, scheme, name in free), []).append(name)
         schemes: dict[str, dict[int, QuantizationScheme]] = {
             name: {} if name in free else {scheme.weight_bits: scheme} for name, (_, scheme) in chosen.items()
         }
@@ -165,6 +168,6 @@ def _is_set(spec: QuantizationSpec, name: str, module: nn.Module, is_head: bool)
 
 def _patterns(model: nn.Module, names: Mapping[str, Any]) -> dict[str, str]:
     """For every name a pattern that means this module alone: the name, unless it means others too."""
-    modules = [(name, module) for name, module in model.named_modules() if type(module) in CLASSES]
+    modules = [(name, module) for name, module in model.named_modules() if layer_class(module) in CLASSES]
     alone = {name: sum(override_matches(name, *entry) for entry in modules) == 1 for name in names}
     return {name: name if alone[name] else f"(?:{re.escape(name)})" for name in names}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
 from .base import ModulePatterns, Serializable, freeze_patterns, module_matches
@@ -276,7 +277,7 @@ class QuantizationSpec(QuantizationScheme):
 
 def override_matches(pattern: str, name: str, module: nn.Module) -> bool:
     """Whether a key of `QuantizationSpec.overrides` means `module`, found under `name`."""
-    if type(module).__name__ == pattern or module_matches(name, [pattern]):
+    if type_before_parametrizations(module).__name__ == pattern or module_matches(name, [pattern]):
         return True
     try:
         return module_matches(name, pattern)

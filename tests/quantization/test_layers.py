@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -232,6 +233,28 @@ def test_gradient_checkpointing_updates_once(kind, scheme, reentrant):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
     states = [[*m.buffers()] for m in (layer, twin)]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_weight_that_is_computed_is_quantized_as_it_comes_out(scheme):
+    normed = weight_norm(nn.Conv1d(32, 6, 3, padding=1), dim=2)
+    plain = nn.Conv1d(32, 6, 3, padding=1)
+    plain.load_state_dict({"weight": normed.weight, "bias": normed.bias})
+    layer, expected = (quantized(copy.deepcopy(module), **SCHEMES[scheme]) for module in (normed, plain))
+    assert list(layer.state_dict()) == list(normed.state_dict())
+    inputs = torch.randn(2, 32, 7)
+    assert torch.equal(layer.train()(inputs), expected.train()(inputs))
+    layer(inputs).sum().backward()
+    parameters = dict(normed.named_parameters())
+    assert set(parameters) == {"bias", "parametrizations.weight.original0", "parametrizations.weight.original1"}
+    assert all(layer.get_parameter(name).grad.abs().sum() > 0 for name in parameters)
+    with torch.no_grad():
+        layer.get_parameter("parametrizations.weight.original0").mul_(1.5)
+    assert torch.equal(copy.deepcopy(layer)(inputs), layer(inputs))
+    assert not torch.equal(layer(inputs), expected(inputs))
+    swap_out_(layer)
+    assert list(layer.state_dict()) == list(normed.state_dict())
+    torch.testing.assert_close(layer.weight, 1.5 * normed.weight)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

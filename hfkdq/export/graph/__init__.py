@@ -10,7 +10,7 @@ from .attention import fuse_attention
 from .linears import count_fused_linears, fuse_linears
 from .narrow import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
-from .shapes import fix_shapes
+from .shapes import fix_shapes, noted_shapes
 from .tidy import tidy_graph
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "fuse_attention",
     "fuse_linears",
     "improve",
+    "noted_shapes",
     "quantize_dynamically",
     "save_graph",
     "tidy_graph",

@@ -7,7 +7,7 @@ Knows graphs and operators; no model, no torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -22,7 +22,7 @@ Shape = Sequence[int | str | None]
 LARGE = 1024
 
 
-def fix_shapes(model: ir.Model) -> int:
+def fix_shapes(model: ir.Model, shapes: Mapping[str, Shape] | None = None) -> int:
     """Makes constants of shapes that are known, and drops slices that keep everything.
 
     A tracer writes `x.view(batch, length, heads, -1)` as operators that read the shape of `x`, take it apart and put it
@@ -31,11 +31,13 @@ def fix_shapes(model: ir.Model) -> int:
 
     Args:
         model (`onnx_ir.Model`): changed in place.
+        shapes (`Mapping[str, Shape]`, *optional*): of its values: numbers, and for sizes that vary strings, the same for
+            the same size. What ONNX Runtime can tell by default.
 
     Returns:
         `int`: how many operators were changed or dropped.
     """
-    shapes, fixed = _symbolic_shapes(model), 0
+    shapes, fixed = _symbolic_shapes(model) if shapes is None else shapes, 0
     for node in list(model.graph):
         data, result = (shapes.get(value.name or "") for value in (*node.inputs[:1], *node.outputs[:1]) if value)
         if node.op_type == "Reshape":
@@ -50,7 +52,13 @@ def fix_shapes(model: ir.Model) -> int:
 def _fix_reshape(graph: ir.Graph, node: ir.Node, target: list[int] | None) -> bool:
     if target is None or node.attributes.get_int("allowzero", 0):
         return False
+    shape = node.inputs[1]
+    present = shape.const_value.numpy().tolist() if shape is not None and shape.const_value is not None else None
+    if present == target:
+        return False
     name = f"{node.outputs[0].name}_shape"
+    while name in graph.initializers:
+        name += "_"
     value = ir.val(name, const_value=ir.tensor(np.array(target, np.int64), name=name))
     graph.register_initializer(value)
     node.replace_input_with(1, value)
@@ -66,6 +74,16 @@ def _is_plain(node: ir.Node) -> bool:
     steps = maker.inputs[0] if maker is not None and maker.op_type == "Unsqueeze" else steps
     tensor = steps.const_value if steps is not None else None
     return tensor is not None and bool((tensor.numpy() == 1).all())
+
+
+def noted_shapes(model: ir.Model) -> dict[str, Shape]:
+    """Shapes that an exporter has noted, as far as it has; those of a tracer that reasons about sizes are the surest."""
+    values = [value for node in model.graph for value in node.outputs] + list(model.graph.inputs)
+    return {
+        str(value.name): [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+        for value in values
+        if value.shape is not None
+    }
 
 
 def _constant_target(data: Shape | None, result: Shape | None) -> list[int] | None:
