@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,13 @@ def _alone():
         del os.environ[name]
     os.environ.update(environment)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_old_to_search():
+    """A training begins with a search for garbage, which takes seconds among all that earlier tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

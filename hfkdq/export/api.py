@@ -97,6 +97,7 @@ def export_onnx(
             in its report, rather than refuse it.
         latency_rounds (`int`, defaults to 3): how often the file and the float32 file of the same model have their
             turn of about half a second, each in a process of its own; 0 leaves latency out. A float32 file is not timed.
+            A model that generates is timed part by part, for 32 tokens in all.
         threads (`int`, *optional*): threads of each file while it is timed. As many as PyTorch uses by default.
 
     Returns:
@@ -219,14 +220,14 @@ def _write_one(source: Source, kind: Kind, timing: Timing, staging: Path, allow_
             f"{reason} Nothing was written. Pass a larger max_drop=, or allow_drop=True to keep the file all the same."
         )
     plain = kind_of(FLOAT)
-    obstacle = "it is the float32 file itself" if kind == plain else timing.obstacle([staging])
+    obstacle = "it is the float32 file itself" if kind == plain else timing.obstacle
     if obstacle:
         latency: dict[str, Any] = {"left_out": obstacle}
     else:
         beside, inputs = source.scratch / FLOAT, _inputs(source)
         beside.mkdir()
         source.write_files(plain, beside)
-        found = timing.time({kind.name: staging, FLOAT: beside}, inputs)
+        found = timing.time({kind.name: staging, FLOAT: beside}, source.task, inputs)
         latency = timing.facts(kind.name, found, inputs)
     return {**facts, "latency": latency, "accepted": reason is None, "reason": reason}
 

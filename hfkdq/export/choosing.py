@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..measuring.latency import Latency
 from ..quantization import quantized_spec
 from .kinds import Kind, kind_of
-from .proof import FLOAT, NOISE, Quality, Timing
+from .proof import FLOAT, NOISE, Quality, Timed, Timing
 from .writing import Source
 
 logger = logging.get_logger(__name__)
@@ -78,10 +77,9 @@ def write_best(
     """
     kinds, left_out = _kinds(source, calibrated)
     facts, rows = _write_all(source, quality, kinds, folder)
-    found: dict[str, Latency] = {}
-    obstacle = timing.obstacle(folder / name for name in facts)
-    if obstacle is None:
-        found = timing.time({name: folder / name for name in facts}, inputs)
+    found: dict[str, Timed] = {}
+    if timing.obstacle is None:
+        found = timing.time({name: folder / name for name in facts}, source.task, inputs)
         rows = [_timed(row, found.get(row.name)) for row in rows]
     table = [*rows, *left_out]
     chosen, reason = choose(rows, quality.metric or "", quality.max_drop or 0.0)
@@ -98,7 +96,7 @@ def write_best(
         else:
             shutil.rmtree(folder / name)
     logger.info(f"{render(table)}\n{reason}")
-    latency = {"left_out": obstacle} if obstacle else timing.facts(chosen.name, found, inputs)
+    latency = {"left_out": timing.obstacle} if timing.obstacle else timing.facts(chosen.name, found, inputs)
     choice = {"chosen": chosen.name, "reason": reason, "candidates": [asdict(row) for row in table]}
     verdict = {"accepted": chosen.accepted, "reason": chosen.error}
     return {**facts[chosen.name], "latency": latency, **verdict, "choice": choice}
@@ -199,8 +197,8 @@ def _write_all(
     return facts, rows
 
 
-def _timed(row: Candidate, latency: Latency | None) -> Candidate:
-    return row if latency is None else replace(row, median_ms=latency.median_ms, min_ms=latency.min_ms)
+def _timed(row: Candidate, timed: Timed | None) -> Candidate:
+    return row if timed is None else replace(row, median_ms=timed.whole.median_ms, min_ms=timed.whole.min_ms)
 
 
 def _move_up(folder: Path) -> None:

@@ -19,12 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
 from .checks import PAST
-from .exporters_generation import SINGLE, GeneratingFiles, Part, generation_parts, part_axes
+from .exporters_generation import Part, generation_parts, part_axes
 from .exporters_tasks import dummy_batches, output_names, resolve_task
 from .exporters_tracing import METADATA, OPSET, trace_file
-from .runner import SingleFile
+from .runner import SINGLE
 
-__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "open_files", "resolve_task", "trace"]
+__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
 PACKAGES = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime")
 _TEXT = {0: "batch_size", 1: "sequence_length"}
@@ -120,18 +120,3 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
         path.with_name(f"{path.name}.data").touch()  # which has to be there; weights of less than 2 GB are in the file
     manifest = {"schema_version": EXPORT_SCHEMA_VERSION, "export_format": "onnx", "components": components}
     (folder / EXPORT_MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
-    """What runs an exported folder.
-
-    Args:
-        folder (`Path`): the folder.
-        task (`str`): as `resolve_task` gave it.
-
-    Returns:
-        [`SingleFile`] or [`GeneratingFiles`]: takes a batch as `model(**batch)` does and returns the tensors that it
-        returns.
-    """
-    parts = (folder / "encoder_model.onnx").is_file() or task.endswith(PAST)
-    return GeneratingFiles(folder, task) if parts else SingleFile(folder / "model.onnx")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that a generating model is exported as, with their caches as tensors, and what runs those files.
+"""The parts that a generating model is exported as, with their caches as tensors.
 
 Knows caches, and what Optimum calls their tensors; nothing of tracers.
 """
@@ -9,10 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
@@ -20,9 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .checks import PAST
-from .runtime import OnnxSession
+from .runner import DECODER, DECODER_WITH_PAST, ENCODER, SINGLE
 
-ENCODER, DECODER, DECODER_WITH_PAST, SINGLE = "encoder_model", "decoder_model", "decoder_with_past_model", "model"
 # Of the traced inputs: several tokens after several others, so that neither number is taken for a constant.
 _PAST_LENGTH, _LENGTH = 5, 3
 Entry = dict[str, Tensor]
@@ -180,89 +177,3 @@ def part_axes(name: str, part: str) -> Mapping[int, str]:
     if name == "attention_mask" and part == SINGLE:
         return {0: "batch_size", 1: f"{past} + {own}"}
     return {0: "batch_size", 1: own}
-
-
-class GeneratingFiles:
-    """A folder with the file of a decoder, or those of an encoder and its decoder.
-
-    Args:
-        folder (`Path`): the folder.
-        task (`str`): as `resolve_task` gave it.
-
-    Attributes:
-        input_names (`list[str]`): what a call takes.
-        output_names (`list[str]`): what a call returns.
-    """
-
-    def __init__(self, folder: Path, task: str) -> None:
-        self._encodes = (folder / f"{ENCODER}.onnx").is_file()
-        self._caches = task.endswith(PAST)
-        names = (ENCODER, DECODER, DECODER_WITH_PAST) if self._encodes else (SINGLE,)
-        files = {name: folder / f"{name}.onnx" for name in names}
-        self._sessions = {name: OnnxSession(path) for name, path in files.items() if path.is_file()}
-        encoder = self._sessions.get(ENCODER)
-        self.input_names = [*encoder.input_names, "decoder_input_ids"] if encoder else ["input_ids", "attention_mask"]
-        self.output_names = ["logits"]
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The logits that `model(**batch)` has; inputs that the files do not take are ignored."""
-        return {"logits": self._run(batch, None)}
-
-    def step_by_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The same logits, made as generation makes them: what comes later is added to the cache token by token.
-
-        Args:
-            batch (`Mapping[str, torch.Tensor]`): as for a call, texts padded on the right.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `logits`, at every position.
-
-        Raises:
-            ValueError: the files have no cache.
-        """
-        if not self._caches:
-            raise ValueError("These files have no cache to decode with. Export with a task that ends in -with-past.")
-        # A decoder beside an encoder starts with one token, another with a prompt.
-        return {"logits": self._run(batch, 1 if self._encodes else max(1, np.shape(batch["input_ids"])[1] // 2))}
-
-    def _run(self, batch: Mapping[str, Any], begin: int | None) -> Tensor:
-        """All logits; the tokens from `begin` on are given one by one."""
-        arrays = {name: torch.as_tensor(value).cpu().numpy() for name, value in batch.items()}
-        name = "decoder_input_ids" if self._encodes else "input_ids"
-        if name not in arrays:
-            raise ValueError(f"The files take {', '.join(self.input_names)}; got {', '.join(arrays)}.")
-        ids = arrays.pop(name)
-        length = ids.shape[1]
-        begin = length if begin is None else begin
-        shared = self._encoded(arrays) if self._encodes else arrays
-        state: dict[str, Any] = {} if self._encodes else self._empty(len(ids))
-        logits = []
-        for start, end in [(0, begin), *((i, i + 1) for i in range(begin, length))]:
-            part = SINGLE if not self._encodes else DECODER_WITH_PAST if start else DECODER
-            inputs = {"input_ids": ids[:, start:end], **shared, **state}
-            if not self._encodes:
-                inputs.update(_places(arrays, ids, start, end))
-            outputs = self._sessions[part](inputs)
-            logits.append(torch.from_numpy(outputs["logits"]))
-            made = {key.replace("present", "past_key_values"): value for key, value in outputs.items()}
-            state.update({key: value for key, value in made.items() if key != "logits"})
-        return torch.cat(logits, dim=1)
-
-    def _encoded(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """What the decoder gets from the encoder."""
-        states = self._sessions[ENCODER](arrays)["last_hidden_state"]
-        mask = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-    def _empty(self, size: int) -> dict[str, Any]:
-        """A cache of no tokens."""
-        shapes = self._sessions[SINGLE].input_shapes
-        kept = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values")}
-        return {name: np.zeros((size, shape[1], 0, shape[3]), np.float32) for name, shape in kept.items()}
-
-
-def _places(arrays: Mapping[str, Any], ids: Any, start: int, end: int) -> dict[str, Any]:
-    """Mask and positions of the tokens from `start` to `end` of a text."""
-    mask = arrays.get("attention_mask", np.ones(ids.shape, np.int64))
-    positions = arrays.get("position_ids", np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
-    return {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}

@@ -20,18 +20,16 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from . import runner
 from .checks import PAST
 from .optimum_attention import PlainAttention
-from .optimum_files import GENERATING, GeneratingFiles
 from .quiet import quiet_and_seeded
-from .runner import SingleFile
 
 __all__ = [
     "OPSET",
     "PACKAGES",
     "dummy_batches",
     "finish",
-    "open_files",
     "resolve_task",
     "trace",
 ]
@@ -42,7 +40,7 @@ OPSET = 18
 _OWN_WIDTH = ("gemma", "gemma3_text", "gemma3", "gpt_oss", "nemotron", "deepseek_v3")
 PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
-    f"{name}.onnx" for name in ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
+    f"{name}.onnx" for name in (runner.ENCODER, runner.DECODER, runner.DECODER_WITH_PAST, runner.MERGED)
 )
 
 
@@ -208,24 +206,6 @@ def _can_be_merged(config: PretrainedConfig) -> bool:
     """Whether `ORTModelForSeq2SeqLM` runs a merged decoder: it takes all heads together to be as wide as the model."""
     width = getattr(config, "d_kv", None)
     return width is None or width * config.num_heads == config.d_model
-
-
-def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
-    """What runs an exported folder.
-
-    Args:
-        folder (`Path`): the folder, with the configuration of the model.
-        task (`str`): as `resolve_task` gave it.
-
-    Returns:
-        [`SingleFile`] or [`GeneratingFiles`]: takes a batch as `model(**batch)` does and returns the tensors that it
-        returns.
-    """
-    generates = task.startswith("text-generation") or (folder / ENCODER).is_file()
-    if not generates or task.removesuffix(PAST) not in GENERATING:
-        return SingleFile(folder / "model.onnx")
-    with quiet_and_seeded():
-        return GeneratingFiles(folder, task)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, int]:

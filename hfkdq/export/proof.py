@@ -7,8 +7,8 @@ Knows scores, bounds and timings; how a file is written, and what is written abo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def _torch_runner(model: PreTrainedModel) -> Runner:
 
 
 class Timing:
-    """Times files in turn, each in a process of its own.
+    """Times files in turn, each in a process of its own; a model that generates on a text of `runner.TOKENS` tokens.
 
     Args:
         rounds (`int`): how often each has its turn; 0 leaves timing out.
@@ -151,28 +151,37 @@ class Timing:
         self.rounds, self.threads = rounds, torch.get_num_threads() if threads is None else threads
         check_counts(latency_rounds=(rounds, 0), threads=(self.threads, 1))
 
-    def obstacle(self, folders: Iterable[Path]) -> str | None:
-        """Why the files in these folders are not timed; `None` if they are."""
-        if self.rounds == 0:
-            return "latency_rounds is 0"
-        names = sorted({file.name for folder in folders for file in folder.glob("*.onnx")})
-        return (
-            None
-            if names == ["model.onnx"]
-            else f"the model is several files that call one another: {', '.join(names)}"
-        )
+    @property
+    def obstacle(self) -> str | None:
+        """Why nothing is timed; `None` if it is."""
+        return "latency_rounds is 0" if self.rounds == 0 else None
 
-    def time(self, folders: Mapping[str, Path], inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Latency]:
-        """The latency of `model.onnx` in each folder."""
-        files = {name: folder / "model.onnx" for name, folder in folders.items()}
-        engines = [TimedEngine(name, "onnx", file, _with_empty_cache(inputs, file)) for name, file in files.items()]
-        return dict(zip(folders, time_engines(engines, threads=self.threads, rounds=self.rounds), strict=True))
+    def time(
+        self, folders: Mapping[str, Path], task: str, inputs: Mapping[str, np.ndarray[Any, Any]]
+    ) -> dict[str, Timed]:
+        """How long the files in each folder take, each file in a process of its own.
+
+        Args:
+            folders (`dict[str, Path]`): what is timed side by side.
+            task (`str`): as the backend resolved it.
+            inputs (`dict[str, np.ndarray]`): one example.
+        """
+        from .runner import open_files
+
+        calls = {name: open_files(folder, task).calls(inputs) for name, folder in folders.items()}
+        engines = [
+            TimedEngine(f"{name}, {call.part}", "onnx", call.path, call.inputs)
+            for name, parts in calls.items()
+            for call in parts
+        ]
+        times = iter(time_engines(engines, threads=self.threads, rounds=self.rounds))
+        return {name: Timed({call.part: (next(times), call.times) for call in parts}) for name, parts in calls.items()}
 
     def facts(
-        self, name: str, found: Mapping[str, Latency], inputs: Mapping[str, np.ndarray[Any, Any]]
+        self, name: str, found: Mapping[str, Timed], inputs: Mapping[str, np.ndarray[Any, Any]]
     ) -> dict[str, Any]:
-        """What the report says of the file `name`, which was timed beside the float32 file."""
-        ours, theirs = found[name], found.get(FLOAT)
+        """What the report says of the files `name`, which were timed beside the float32 files."""
+        ours, theirs = found[name].whole, found[FLOAT].whole if FLOAT in found else None
         facts = {
             "device": "cpu",
             "threads": self.threads,
@@ -180,6 +189,12 @@ class Timing:
             "inputs": {key: list(array.shape) for key, array in inputs.items()},
             "onnx": asdict(ours),
         }
+        if len(found[name].parts) > 1:
+            facts["parts"] = {
+                part: {"times": times, "onnx": asdict(latency)}
+                | ({FLOAT: asdict(found[FLOAT].parts[part][0])} if FLOAT in found and name != FLOAT else {})
+                for part, (latency, times) in found[name].parts.items()
+            }
         if theirs is None or name == FLOAT:
             return facts
         if ours.median_ms > (1 + NOISE) * theirs.median_ms:
@@ -190,19 +205,24 @@ class Timing:
         return {**facts, FLOAT: asdict(theirs), "speedup": theirs.median_ms / ours.median_ms}
 
 
+@dataclass(frozen=True)
+class Timed:
+    """How long a model takes: by part, the latency of a call and how many there are."""
+
+    parts: Mapping[str, tuple[Latency, int]]
+
+    @property
+    def whole(self) -> Latency:
+        """All calls together: a sum of medians, and of minima."""
+        found = self.parts.values()
+        return Latency(
+            median_ms=sum(latency.median_ms * times for latency, times in found),
+            min_ms=sum(latency.min_ms * times for latency, times in found),
+            calls=min(latency.calls for latency, _ in found),
+        )
+
+
 def one_example(batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
     """The first example of a batch as a batch of one, without labels."""
     tensors = {name: torch.as_tensor(value).cpu()[:1] for name, value in batch.items() if name != "labels"}
     return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
-
-
-def _with_empty_cache(inputs: Mapping[str, np.ndarray[Any, Any]], path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The inputs, and for a decoder that takes a cache one that holds nothing yet: the prompt is timed."""
-    from .runtime import OnnxSession
-
-    cache = {
-        name: np.zeros([1, *(size if isinstance(size, int) else 0 for size in shape[1:])], np.float32)
-        for name, shape in OnnxSession(path).input_shapes.items()
-        if name.startswith("past_key_values")
-    }
-    return {**inputs, **cache}

@@ -1,18 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an exported file as the model that it came from: tensors in, tensors out.
+"""Runs exported files as the model that they came from: tensors in, tensors out.
 
-Knows torch and one file; how it was written, and how far off it may be, is decided elsewhere.
+Knows the names of the files, which both exporters share, and caches; how far off they may be is decided elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .runtime import OnnxSession
+from .checks import PAST
+from .runtime import Array, OnnxSession
+
+ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
+# A decoder without and with a cache in one file, and a model that is one file.
+MERGED, SINGLE = "decoder_model_merged", "model"
+# What a text is timed by: so many tokens are generated.
+TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """A file, and what it is fed.
+
+    Args:
+        part (`str`): what it does: `"model"`, `"encoder"`, `"prompt"`, `"next token"`.
+        path (`Path`): the file.
+        inputs (`dict[str, np.ndarray]`): its inputs.
+        times (`int`): how often it is called in the whole.
+    """
+
+    part: str
+    path: Path
+    inputs: Mapping[str, Array]
+    times: int = 1
 
 
 class SingleFile:
@@ -26,11 +53,158 @@ class SingleFile:
         output_names (`list[str]`): what it gives.
     """
 
+    has_cache = False
+
     def __init__(self, path: Path) -> None:
-        self._session = OnnxSession(path)
+        self._path, self._session = path, OnnxSession(path)
         self.input_names, self.output_names = self._session.input_names, self._session.output_names
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for a batch, by name; inputs that the file does not take are ignored."""
         outputs = self._session({name: value.numpy() for name, value in batch.items()})
         return {name: torch.from_numpy(value) for name, value in outputs.items()}
+
+    def calls(self, example: Mapping[str, Array]) -> list[Call]:
+        """What is timed: the file on the example."""
+        return [Call(SINGLE, self._path, example)]
+
+
+class GeneratingFiles:
+    """The file of a decoder, or those of an encoder and its decoder.
+
+    Args:
+        folder (`Path`): the folder.
+        task (`str`): as `resolve_task` gave it.
+
+    Attributes:
+        input_names (`list[str]`): what a call takes.
+        output_names (`list[str]`): what a call returns.
+        has_cache (`bool`): whether what comes later can be added token by token.
+    """
+
+    def __init__(self, folder: Path, task: str) -> None:
+        names = [
+            name for name in (ENCODER, DECODER, DECODER_WITH_PAST, MERGED, SINGLE) if _file(folder, name).is_file()
+        ]
+        self._paths = {name: _file(folder, name) for name in names}
+        self._sessions = {name: OnnxSession(path) for name, path in self._paths.items()}
+        self._encodes, self.has_cache = ENCODER in self._sessions, task.endswith(PAST)
+        encoder = self._sessions.get(ENCODER)
+        self.input_names = [*encoder.input_names, "decoder_input_ids"] if encoder else ["input_ids", "attention_mask"]
+        self.output_names = ["logits"]
+        self._tokens = "decoder_input_ids" if self._encodes else "input_ids"
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The logits that `model(**batch)` has; inputs that the files do not take are ignored."""
+        return self._logits(batch, None)
+
+    def step_by_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The same logits, made as generation makes them: what comes later is added to the cache token by token.
+
+        Args:
+            batch (`Mapping[str, torch.Tensor]`): as for a call, texts padded on the right.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `logits`, at every position.
+
+        Raises:
+            ValueError: the files have no cache.
+        """
+        if not self.has_cache:
+            raise ValueError("These files have no cache to decode with. Export with a task that ends in -with-past.")
+        # A decoder beside an encoder starts with one token, another with a prompt.
+        return self._logits(batch, 1 if self._encodes else max(1, np.shape(batch["input_ids"])[1] // 2))
+
+    def calls(self, example: Mapping[str, Array]) -> list[Call]:
+        """What is timed: generating `TOKENS` tokens, or, without a cache, one.
+
+        Args:
+            example (`Mapping[str, np.ndarray]`): a batch of one. Where there is an encoder, what the decoder is fed
+                does not matter.
+        """
+        ids = np.zeros((1, 2), np.int64) if self._encodes else np.pad(example["input_ids"], [(0, 0), (0, 1)])
+        longer = () if self._encodes else ("attention_mask", "position_ids")
+        given = {name: value for name, value in example.items() if name not in longer}
+        last = ids.shape[1] - 1
+        calls = [Call("encoder", self._paths[ENCODER], given)] if self._encodes else []
+        steps = self._steps({**given, self._tokens: ids if self.has_cache else ids[:, :last]}, last)
+        for part, (name, inputs, _) in zip(("prompt", "next token"), steps, strict=False):
+            taken = {key: value for key, value in inputs.items() if key in self._sessions[name].input_names}
+            calls.append(Call(part, self._paths[name], taken, 1 if part == "prompt" else TOKENS - 1))
+        return calls
+
+    def _logits(self, batch: Mapping[str, Any], begin: int | None) -> dict[str, Tensor]:
+        """All logits; the tokens from `begin` on are given one by one."""
+        arrays = {name: torch.as_tensor(value).cpu().numpy() for name, value in batch.items()}
+        if self._tokens not in arrays:
+            raise ValueError(f"The files take {', '.join(self.input_names)}; got {', '.join(arrays)}.")
+        logits = [outputs["logits"] for _, _, outputs in self._steps(arrays, begin)]
+        return {"logits": torch.from_numpy(np.concatenate(logits, axis=1))}
+
+    def _steps(
+        self, arrays: Mapping[str, Array], begin: int | None
+    ) -> Iterator[tuple[str, dict[str, Array], dict[str, Array]]]:
+        """Calls of the decoder, one after the other: the name of its file, what went in, what came out."""
+        arrays = dict(arrays)
+        ids = arrays.pop(self._tokens)
+        length = ids.shape[1]
+        begin = length if begin is None else begin
+        shared = self._encoded(arrays) if self._encodes else arrays
+        cache: dict[str, Array] = {}
+        for start, end in [(0, begin), *((i, i + 1) for i in range(begin, length))]:
+            name = self._decoder(start)
+            inputs = {"input_ids": ids[:, start:end], **shared, **(cache or self._empty(name, len(ids)))}
+            inputs["use_cache_branch"] = np.array([start > 0])
+            if not self._encodes:
+                inputs.update(_places(arrays, ids, start, end))
+            outputs = self._sessions[name](inputs)
+            yield name, inputs, outputs
+            for key, value in outputs.items():
+                # What is kept of the encoder does not change, and is not always given again.
+                if key.startswith("present") and (start == 0 or ".encoder." not in key):
+                    cache[key.replace("present", "past_key_values")] = value
+
+    def _decoder(self, start: int) -> str:
+        """The file that is fed tokens from `start` on."""
+        if not self._encodes:
+            return SINGLE
+        return MERGED if MERGED in self._sessions else DECODER_WITH_PAST if start else DECODER
+
+    def _encoded(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """What the decoder gets from the encoder."""
+        states = self._sessions[ENCODER](arrays)["last_hidden_state"]
+        mask = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def _empty(self, name: str, size: int) -> dict[str, Array]:
+        """A cache of no tokens; a merged decoder, which does not look at it then, wants one."""
+        shapes = self._sessions[name].input_shapes
+        kept = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values")}
+        tokens = int(self._encodes)
+        return {key: np.zeros((size, shape[1], tokens, shape[3]), np.float32) for key, shape in kept.items()}
+
+
+def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
+    """What runs an exported folder.
+
+    Args:
+        folder (`Path`): the folder.
+        task (`str`): as `resolve_task` gave it.
+
+    Returns:
+        [`SingleFile`] or [`GeneratingFiles`]: takes a batch as `model(**batch)` does and returns the tensors that it
+        returns.
+    """
+    generates = _file(folder, ENCODER).is_file() or task.startswith("text-generation")
+    return GeneratingFiles(folder, task) if generates else SingleFile(_file(folder, SINGLE))
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.onnx"
+
+
+def _places(arrays: Mapping[str, Array], ids: Array, start: int, end: int) -> dict[str, Array]:
+    """Mask and positions of the tokens from `start` to `end` of a text."""
+    mask = arrays.get("attention_mask", np.ones(ids.shape, np.int64))
+    positions = arrays.get("position_ids", np.broadcast_to(np.arange(ids.shape[1]), ids.shape))
+    return {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}

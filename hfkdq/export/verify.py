@@ -24,6 +24,8 @@ Batch = Mapping[str, Any]
 Collator = Callable[[list[Any]], Batch]
 # Enough to see every code path and a few hundred logits; more would only cost time.
 MAX_BATCHES = 8
+# Decoding token by token takes a call for each.
+MAX_ROWS, MAX_TOKENS = 2, 32
 BATCH_SIZE = 8
 
 
@@ -118,6 +120,19 @@ def sample_batches(batches: Iterator[Batch], model: PreTrainedModel) -> list[Bat
     for batch in samples:
         _check_columns(batch, batch, model)
     return samples
+
+
+def beginning(batch: Batch) -> Batch:
+    """The first tokens of the first texts of a batch, without labels: enough to see a cache at work."""
+    texts = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    length = torch.as_tensor(batch[texts]).shape[1] if texts in batch else 0
+
+    def cut(name: str, value: Any) -> Tensor:
+        rows = torch.as_tensor(value)[:MAX_ROWS]
+        is_text = name.startswith("decoder_") == (texts != "input_ids") and rows.ndim == 2 and rows.shape[1] == length
+        return rows[:, :MAX_TOKENS] if is_text else rows
+
+    return {name: cut(name, value) for name, value in batch.items() if name != "labels"}
 
 
 @torch.no_grad()

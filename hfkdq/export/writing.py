@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..quantization import quantize, quantized_spec, strip_quantizers_
+from .checks import PAST
 from .kinds import Kind, fitted
 from .lowering import check_lowerable, lower_quantizers_
 from .proof import Quality
-from .verify import Batch, Parity, compare, run_torch
+from .verify import Batch, Parity, beginning, compare, run_torch
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -79,19 +80,27 @@ class Source:
             ValueError: the model cannot be written so.
             RuntimeError: the files differ from the model by more than the tolerance, or give NaN.
         """
+        from .runner import GeneratingFiles, open_files
+
         reference = self._reference(kind)
         check_lowerable(reference)
+        start = beginning(self.batches[0])
         # Before there is a session: its waiting threads slow torch down many times over.
         expected = run_torch(reference, self.batches)
+        expected_start = run_torch(reference, [start]) if self.task.endswith(PAST) else []
         scores = None if self.quality is None else self.quality.of_torch(kind.name, reference)
         reference.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         written = self.write_files(kind, folder, reference)
-        runner = self.backend.open_files(folder, self.task)
+        runner = open_files(folder, self.task)
         parity = compare(runner, self.batches, expected)
         tolerance = kind.tolerance if self.tolerance is None else self.tolerance
         _check_parity(parity, tolerance, kind.name)
+        if isinstance(runner, GeneratingFiles) and runner.has_cache:
+            steps = compare(runner.step_by_step, [start], expected_start)
+            _check_parity(steps, tolerance, kind.name, " where it adds token by token to its cache")
+            written["step_by_step"] = asdict(steps)
         spec = quantized_spec(reference)
         facts = {
             "kind": kind.name,
@@ -155,11 +164,11 @@ class Source:
         return quantize(copy.deepcopy(self.float_model), spec, data).eval()
 
 
-def _check_parity(parity: Parity, tolerance: float, kind: str) -> None:
+def _check_parity(parity: Parity, tolerance: float, kind: str, where: str = "") -> None:
     bound = tolerance * parity.max_abs_logit
     if not parity.max_abs_diff <= bound:
         raise RuntimeError(
-            f"The {kind} ONNX file differs from the torch model by up to {parity.max_abs_diff:.4g} (mean "
+            f"The {kind} ONNX file differs from the torch model{where} by up to {parity.max_abs_diff:.4g} (mean "
             f"{parity.mean_abs_diff:.4g}, {parity.samples} samples, largest logit {parity.max_abs_logit:.4g}); allowed is "
             f"{bound:.4g} ({tolerance:g} of the largest logit). Nothing was written. Pass calibration= with real data if "
             "this was measured on random inputs, or tolerance= if the difference is acceptable."

@@ -230,7 +230,7 @@ def _export(engine: Engine) -> str:
     line = f"**Export** to ONNX{opset}{f', {how}' if how else ''}"
     if "fused_linears" in engine.parity and "quantized_linears" in engine.parity:
         line += (
-            f". Of its {engine.parity['quantized_linears']} quantized linear layers, ONNX Runtime ran "
+            f". Of its {engine.parity['quantized_linears']} quantized layers that are matrix products, ONNX Runtime ran "
             f"{engine.parity['fused_linears']} on integers where it was exported"
         )
     return f"{line}."

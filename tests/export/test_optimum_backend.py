@@ -18,6 +18,7 @@ from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDe
 from hfkdq import QuantizationSpec
 from hfkdq.export.graph import improve
 from hfkdq.export.lowering import lower_quantizers_
+from hfkdq.export.runner import open_files
 from hfkdq.quantization import quantize
 
 from .. import tiny
@@ -65,7 +66,7 @@ def test_what_optimum_exports_equals_torch(family, task, tmp_path):
     model = make(family, task)
     batches = backend.dummy_batches(model, task)
     exported(model, tmp_path, backend.resolve_task(model, task))
-    shares = differences(model, backend.open_files(tmp_path, task), batches)
+    shares = differences(model, open_files(tmp_path, task), batches)
     assert shares
     assert max(shares.values()) < 1e-4
 
@@ -182,26 +183,6 @@ def test_generation_through_optimum_gives_the_tokens_of_torch(family, generating
         assert torch.equal(ort_model.generate(**inputs, **wanted), expected)
 
 
-@pytest.mark.parametrize("family", GENERATING)
-def test_decoding_step_by_step_equals_the_full_forward(family, generating):
-    model, folder = generating(family)
-    task = backend.resolve_task(model, None)
-    runner = backend.open_files(folder, task)
-    batches = [*backend.dummy_batches(model, task), FAMILIES[family].batch(size=2, seed=3)]
-    assert differences(model, runner, batches)["logits"] < 1e-4
-    assert differences(model, runner.step_by_step, batches)["logits"] < 1e-4
-
-
-def test_decoding_step_by_step_uses_the_cache(generating):
-    _, folder = generating("llama")
-    runner = backend.open_files(folder, "text-generation-with-past")
-    lengths = []
-    forward = runner.model.forward
-    runner.model.forward = lambda **inputs: lengths.append(inputs["input_ids"].shape[1]) or forward(**inputs)
-    runner.step_by_step(FAMILIES["llama"].batch())
-    assert lengths == [5, 1, 1, 1, 1, 1]
-
-
 def test_a_picture_is_described_in_words(tmp_path):
     torch.manual_seed(0)
     ids = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": 2}
@@ -212,7 +193,7 @@ def test_a_picture_is_described_in_words(tmp_path):
     task = backend.resolve_task(model, None)
     assert task == "image-to-text-with-past"
     exported(model, tmp_path, task)
-    runner, batches = backend.open_files(tmp_path, task), backend.dummy_batches(model, task)
+    runner, batches = open_files(tmp_path, task), backend.dummy_batches(model, task)
     assert differences(model, runner, batches)["logits"] < 1e-4
     assert differences(model, runner.step_by_step, batches)["logits"] < 1e-4
     ort_model = optimum.onnxruntime.ORTModelForVision2Seq.from_pretrained(tmp_path)
@@ -234,13 +215,13 @@ def test_weights_beside_their_files_stay_beside_them(tmp_path, monkeypatch):
     backend.finish(tmp_path, model.config, task)
     beside = {file.name for file in tmp_path.glob("*_data")}
     assert beside == {"encoder_model.onnx_data", "decoder_model_merged.onnx_data"}
-    assert differences(model, backend.open_files(tmp_path, task), backend.dummy_batches(model, task))["logits"] < 1e-4
+    assert differences(model, open_files(tmp_path, task), backend.dummy_batches(model, task))["logits"] < 1e-4
 
 
 def test_files_without_a_cache_say_so(tmp_path):
     model = make("gpt2", "text-generation")
     exported(model, tmp_path, "text-generation")
-    runner = backend.open_files(tmp_path, "text-generation")
+    runner = open_files(tmp_path, "text-generation")
     with pytest.raises(ValueError, match="have no cache"):
         runner.step_by_step(FAMILIES["gpt2"].batch())
     with pytest.raises(ValueError, match=r"take input_ids, attention_mask; got pixel_values"):
@@ -283,7 +264,7 @@ def test_trained_integers_survive_the_merge_of_the_decoders(family, tmp_path):
     merged = codes(next(file for file in tmp_path.glob("*.onnx") if "encoder_model" not in file.name))
     assert merged == functools.reduce(operator.or_, parts)  # what both decoders have is there once
     assert len(merged) > 10
-    runner, batches = backend.open_files(tmp_path, task), backend.dummy_batches(model, task)
+    runner, batches = open_files(tmp_path, task), backend.dummy_batches(model, task)
     # A rounding tie may move a code.
     assert differences(model, runner, batches)["logits"] < 0.02
     assert differences(model, runner.step_by_step, batches)["logits"] < 0.02

@@ -13,7 +13,7 @@ import torch
 from transformers import DataCollatorForTokenClassification
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
-from hfkdq.export.proof import Quality, Timing
+from hfkdq.export.proof import Quality, Timed, Timing
 from hfkdq.export.verify import iterate_batches, run_torch
 from hfkdq.measuring.evaluation import Evaluation
 from hfkdq.metrics import classification_metrics
@@ -268,20 +268,35 @@ def test_a_full_disk_leaves_nothing(place, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- latency
 
 
-def test_several_files_are_not_timed_and_the_report_says_so(tmp_path):
-    for name in ("encoder_model.onnx", "decoder_model.onnx"):
-        (tmp_path / name).touch()
-    assert Timing(3, 1).obstacle([tmp_path]) == (
-        "the model is several files that call one another: decoder_model.onnx, encoder_model.onnx"
-    )
-
-
-def test_a_decoder_with_a_cache_is_timed_on_its_prompt(tmp_path):
-    folder = export_onnx(
-        tiny.llama(layers=1), tmp_path / "onnx", quantization="int8_weights", latency_rounds=1, threads=1,
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_that_generates_is_timed_and_compared_token_by_token(family, tmp_path):
+    model = getattr(tiny, family)(layers=1)
+    written = facts(
+        export_onnx(model, tmp_path / "onnx", quantization="int8_weights", latency_rounds=1, threads=1)
     )  # fmt: skip
-    assert facts(folder)["task"] == "text-generation-with-past"
-    assert facts(folder)["latency"]["onnx"]["calls"] >= 10
+    assert written["task"].endswith("-with-past")
+    steps = written["step_by_step"]
+    assert 0 < steps["max_abs_diff"] <= 1e-4 * steps["max_abs_logit"]
+    assert steps["samples"] == 2
+    latency = written["latency"]
+    parts = latency["parts"]
+    assert list(parts) == (["prompt", "next token"] if family == "llama" else ["encoder", "prompt", "next token"])
+    for name in ("onnx", "float32"):
+        whole = sum(part["times"] * part[name]["median_ms"] for part in parts.values())
+        assert latency[name]["median_ms"] == pytest.approx(whole)
+    assert latency["speedup"] == pytest.approx(latency["float32"]["median_ms"] / latency["onnx"]["median_ms"])
+
+
+def test_a_cache_that_goes_wrong_refuses_the_export(tmp_path, monkeypatch):
+    from hfkdq.export.runner import GeneratingFiles
+
+    steps = GeneratingFiles.step_by_step
+    monkeypatch.setattr(
+        GeneratingFiles, "step_by_step", lambda self, batch: {"logits": 2 * steps(self, batch)["logits"]}
+    )
+    with pytest.raises(RuntimeError, match=r"differs from the torch model where it adds token by token to its cache"):
+        export_onnx(tiny.llama(layers=1), tmp_path / "onnx", latency_rounds=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_is_slower_is_told_of(monkeypatch):
@@ -292,6 +307,7 @@ def test_a_file_that_is_slower_is_told_of(monkeypatch):
     monkeypatch.setattr(proof.logger, "warning", said.append)
     inputs = {"input_ids": np.zeros((1, 4), np.int64)}
     slow, fast = (Latency(median_ms=ms, min_ms=ms, calls=10) for ms in (2.0, 1.0))
+    slow, fast = (Timed({"model": (latency, 1)}) for latency in (slow, fast))
     found = Timing(1, 1).facts("int8", {"int8": slow, "float32": fast}, inputs)
     assert found["speedup"] == 0.5
     assert "int8 file takes 2 ms a call, that of float32 1 ms" in said.pop()

@@ -20,7 +20,7 @@ from ...quantization import (
     quantized_modules,
 )
 from .activations import StoredRange
-from .layers import BlockLinear, FoldedConv, FoldedLinear, IntegerLinear, StoredEmbedding
+from .layers import BlockLinear, FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, StoredEmbedding
 
 __all__ = ["check_lowerable", "lower_quantizers_"]
 
@@ -62,7 +62,7 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
         target (`str`, defaults to `"onnxruntime"`): or `"standard"`, without the operators of ONNX Runtime.
 
     Returns:
-        `int`: how many linear layers were replaced.
+        `int`: how many linear layers, and convolutions that are written as such, were replaced.
 
     Raises:
         ValueError: as `check_lowerable` does.
@@ -76,6 +76,9 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
     for module in quantized_modules(model).values():
         if isinstance(module, (QuantizedLinear, QuantizedConv1D)):
             lowered: nn.Module = _linear(module, target)
+            linears += 1
+        elif isinstance(module, QuantizedConv1d) and IntegerConv1d.fits(module):
+            lowered = IntegerConv1d(module)
             linears += 1
         elif isinstance(module, (QuantizedConv1d, QuantizedConv2d)):
             lowered = FoldedConv(module)

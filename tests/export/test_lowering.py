@@ -2,15 +2,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from hfkdq.export.lowering import lower_quantizers_
+from hfkdq.export.lowering.layers import FoldedConv, IntegerConv1d
 from hfkdq.export.lowering.weights import pack, unpack
 from hfkdq.quantization import activation_ranges, prepare_qat_, quantize, quantized_modules
+from hfkdq.quantization.layers import swap_in_
 from hfkdq.quantization.records import set_enabled_, set_weight_bits_
 from hfkdq.specs import QuantizationSpec
-
-from . import tiny
+from tests import tiny
 
 
 def calibrated(make, **spec):
@@ -121,3 +123,52 @@ def test_a_model_from_the_middle_of_its_training_is_refused():
     set_weight_bits_(quantized_modules(wide)["bert.pooler.dense"], 8)
     with pytest.raises(ValueError, match=r"bert.pooler.dense has weights of 8 bits, on the way to the 4"):
         lower_quantizers_(wide)
+
+
+def convolution(make, **spec):
+    """A quantized convolution whose input's range is known."""
+    spec = QuantizationSpec(**spec)
+    conv = swap_in_(make(), "conv", spec.scheme("conv", make()), spec)
+    inputs = torch.randn(2, conv.in_channels, 23)
+    conv.train()(inputs)
+    return conv.eval(), inputs
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv1d(32, 6, 3, stride=2, bias=False),
+        lambda: nn.Conv1d(32, 6, 4, padding=3, dilation=2),
+        lambda: nn.Conv1d(40, 6, 2, stride=3, padding=1),
+        lambda: nn.Conv1d(32, 6, 1),
+        lambda: weight_norm(nn.Conv1d(32, 6, 3)),
+    ],
+)
+@pytest.mark.parametrize("spec", [{}, dict(symmetric=False), dict(per_channel=False), dict(weight_bits=4)], ids=str)
+@torch.no_grad()
+def test_a_convolution_is_a_product_of_windows(make, spec):
+    conv, inputs = convolution(make, **spec)
+    assert IntegerConv1d.fits(conv)
+    for values in (inputs, inputs[:1, :, :-4], 3 * inputs):
+        torch.testing.assert_close(IntegerConv1d(conv)(values), conv(values), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (lambda: nn.Conv1d(31, 6, 3), {}),
+        (lambda: nn.Conv1d(64, 64, 3, groups=2), {}),
+        (lambda: nn.Conv1d(32, 6, 3, padding=1, padding_mode="circular"), {}),
+        (lambda: nn.Conv1d(32, 6, 3, padding="same"), {}),
+        (lambda: nn.Conv1d(32, 6, 3), dict(activation_bits=None)),
+        (lambda: nn.Conv1d(32, 6, 3), dict(activation_bits=4)),
+        (lambda: nn.Conv1d(32, 6, 3), dict(weight_bits=4, weight_mapping="kmeans")),
+        (lambda: nn.Conv1d(32, 6, 3), dict(weight_bits=4, group_size=32)),
+        (lambda: nn.Conv1d(32, 6, 3), dict(weight_bits=16, storage_dtype="bfloat16")),
+    ],
+)
+@torch.no_grad()
+def test_other_convolutions_get_float_weights(make, spec):
+    conv, inputs = convolution(make, **spec)
+    assert not IntegerConv1d.fits(conv)
+    torch.testing.assert_close(FoldedConv(conv)(inputs), conv(inputs), rtol=0, atol=3e-6)

@@ -23,10 +23,9 @@ from transformers import (
 
 from hfkdq import QATCallback, QuantizationSpec
 from hfkdq import export_onnx as export_and_time
-from hfkdq.export.backends import load_backend
+from hfkdq.export.runner import open_files
 from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec, strip_quantizers_
-
-from . import tiny
+from tests import tiny
 
 ON_V5 = Version(transformers.__version__) >= Version("4.58")
 optimum_line = pytest.mark.skipif(ON_V5, reason="Optimum's exporter needs transformers<4.58")
@@ -77,7 +76,7 @@ def constants(graph):
 
 
 def onnx_logits(folder, batch):
-    return load_backend().open_files(folder, facts(folder)["task"])(batch)["logits"]
+    return open_files(folder, facts(folder)["task"])(batch)["logits"]
 
 
 @pytest.mark.parametrize(
