@@ -41,8 +41,9 @@ test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the
 	$(O)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 	$(V)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 
-test-slow: .venv/.bench ## what is too long for every run, on the optimum line
+test-slow: .venv/.bench .venv-v5/.dev ## what is too long for every run, on the optimum line; exports on both
 	$(O)/python -m pytest -m slow
+	$(V)/python -m pytest -m slow tests/export
 
 test-gpu: .venv/.dev ## what needs a CUDA GPU, on the optimum line
 	$(O)/python -m pytest -m gpu

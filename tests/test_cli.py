@@ -212,6 +212,7 @@ def test_the_summary_has_the_numbers_of_the_report(tmp_path, capsys):
             "inputs": {"input_ids": [1, 32], "attention_mask": [1, 32]}, "threads": 1, "speedup": 2.5,
             "onnx": {"median_ms": 2.0}, "float32": {"median_ms": 5.0},
         },
+        "quantized_linears": 14, "fused_linears": 13, "float_linears": 1,
         "accepted": False, "reason": "accuracy goes from 0.91 to 0.9; max_drop allows 0.",
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(facts))
@@ -222,8 +223,13 @@ def test_the_summary_has_the_numbers_of_the_report(tmp_path, capsys):
     assert "at most 0.02 from PyTorch, 0.005 of the largest output" in text
     assert "accuracy 0.9000, in PyTorch 0.9100, without fake quantizers 0.9200 (1,000 examples)" in text
     assert "other class 10 of 1,000 examples" in text
+    assert "layers 14 with integer weights, 13 of them in an integer kernel; 1 linear layer in floating point" in text
     assert "latency 2.00 ms a call, 2.50 times as fast as float32 (5.00 ms); input_ids 1 x 32, 1 thread" in text
     assert "not accepted accuracy goes from 0.91 to 0.9" in text
+    facts["latency"]["parts"] = {"encoder": {"times": 1}, "prompt": {"times": 1}, "next token": {"times": 31}}
+    (tmp_path / "report.json").write_text(json.dumps(facts))
+    print_summary(tmp_path, sys.stdout)
+    assert "latency 2.00 ms for 32 tokens, 2.50 times as fast" in " ".join(capsys.readouterr().out.split())
 
 
 def test_arguments_become_options_in_messages():

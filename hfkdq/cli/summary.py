@@ -81,12 +81,23 @@ def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str,
     difference = f"at most {facts['max_abs_diff']:.2g} from PyTorch, {share:.2g} of the largest output; "
     difference += f"allowed {facts['tolerance']:g} ({facts['samples']} examples)"
     lines.append(("difference", difference))
+    if "quantized_linears" in facts:
+        lines.append(("layers", _layers(facts)))
     if "metrics" in facts:
         lines += _metric_lines(facts["metrics"])
     lines.append(("latency", _latency(facts["latency"])))
     if not facts.get("accepted", True):
         lines.append(("not accepted", in_options(facts["reason"])))
     return lines
+
+
+def _layers(facts: Mapping[str, Any]) -> str:
+    """How many layers compute in integers, and how many linear layers in floating point."""
+    quantized, fused, floats = (facts[f"{name}_linears"] for name in ("quantized", "fused", "float"))
+    text = f"{quantized} with integer weights"
+    if facts["kind"] == "int8":
+        text += f", {'all' if fused == quantized else fused} of them in an integer kernel"
+    return f"{text}; {floats} linear {'layer' if floats == 1 else 'layers'} in floating point"
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -106,7 +117,8 @@ def _latency(latency: Mapping[str, Any]) -> str:
     if "left_out" in latency:
         return f"not measured: {latency['left_out']}"
     shape = "; ".join(f"{name} {' x '.join(map(str, sizes))}" for name, sizes in _first(latency["inputs"]).items())
-    text = f"{three_digits(latency['onnx']['median_ms'])} ms a call"
+    tokens = sum(part["times"] for name, part in latency.get("parts", {}).items() if name != "encoder")
+    text = f"{three_digits(latency['onnx']['median_ms'])} ms {f'for {tokens} tokens' if tokens else 'a call'}"
     if "speedup" in latency:
         text += (
             f", {latency['speedup']:.2f} times as fast as float32 ({three_digits(latency['float32']['median_ms'])} ms)"

@@ -135,7 +135,7 @@ def choose(rows: Sequence[Candidate], metric: str, max_drop: float) -> tuple[Can
     fastest = min(row.median_ms for row in timed if row.median_ms is not None)
     alike = [row for row in timed if row.median_ms is not None and row.median_ms <= (1 + NOISE) * fastest]
     best = min(alike, key=lambda row: row.bytes or 0)
-    reason = f"{best.name} is the fastest of the {len(accepted)} candidates {bound}: {best.median_ms:.3g} ms a call."
+    reason = f"{best.name} is the fastest of the {len(accepted)} candidates {bound}: {best.median_ms:.3g} ms."
     others = ", ".join(row.name for row in alike if row is not best)
     return best, f"{reason} As fast within {NOISE:.0%}, and larger: {others}." if others else reason
 

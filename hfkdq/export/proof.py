@@ -199,7 +199,7 @@ class Timing:
             return facts
         if ours.median_ms > (1 + NOISE) * theirs.median_ms:
             logger.warning(
-                f"The {name} file takes {ours.median_ms:.3g} ms a call, that of float32 {theirs.median_ms:.3g} ms: on "
+                f"The {name} file takes {ours.median_ms:.3g} ms, that of float32 {theirs.median_ms:.3g} ms: on "
                 "this machine it is smaller, but not faster."
             )
         return {**facts, FLOAT: asdict(theirs), "speedup": theirs.median_ms / ours.median_ms}

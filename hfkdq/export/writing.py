@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..quantization import quantize, quantized_spec, strip_quantizers_
@@ -121,14 +123,14 @@ class Source:
         return facts
 
     def write_files(self, kind: Kind, folder: Path, reference: PreTrainedModel | None = None) -> dict[str, Any]:
-        """Writes the ONNX files alone; counts the linear layers with integer weights, and those fused here."""
+        """Writes the ONNX files alone; counts the linear layers with and without integer weights, and those fused."""
         from .graph import count_fused_linears, improve, quantize_dynamically, to_float16
 
         reference = self._reference(kind) if reference is None else reference
-        quantized = 0
         if kind.has_integers:
             traced = copy.deepcopy(reference)
             quantized = lower_quantizers_(traced, target=self.target)
+            floats = sum(isinstance(module, (nn.Linear, Conv1D)) for module in traced.modules())
             files = self.backend.trace(traced, folder, self.task, fold_constants=False)
         else:
             shutil.copytree(self._float_files, folder, dirs_exist_ok=True)
@@ -143,7 +145,9 @@ class Source:
             # A decoder with a past has the layers of the one without.
             fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         self.backend.finish(folder, reference.config, self.task)
-        return {"quantized_linears": quantized, "fused_linears": fused} if kind.has_integers else {}
+        if not kind.has_integers:
+            return {}
+        return {"quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
 
     @cached_property
     def _float_files(self) -> Path:

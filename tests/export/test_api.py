@@ -135,6 +135,7 @@ def test_trained_int8(make, spec, tmp_path, training_arguments):
     linears = {n: m for n, m in quantized_modules(model).items() if isinstance(m, torch.nn.Linear)}
     assert written["quantized_linears"] == len(linears)
     assert written["fused_linears"] == (len(linears) if spec.activation_bits else 0)
+    assert written["float_linears"] == sum(type(module) is torch.nn.Linear for module in model.modules())
 
     graph, operators = nodes(folder)
     values = constants(graph)

@@ -30,14 +30,14 @@ def test_the_fastest_within_the_bound_is_chosen():
     rows = [row("int8", ms=1.0, drop=0.5, accepted=False), row("dynamic", ms=2.0), row("float32", ms=3.0, size=400)]
     best, reason = choose(rows, "accuracy", 0.01)
     assert best.name == "dynamic"
-    assert reason == "dynamic is the fastest of the 2 candidates whose accuracy drops by at most 0.01: 2 ms a call."
+    assert reason == "dynamic is the fastest of the 2 candidates whose accuracy drops by at most 0.01: 2 ms."
 
 
 def test_of_two_that_are_as_fast_the_smaller_is_chosen():
     rows = [row("a", ms=1.00, size=30), row("b", ms=1.05, size=20), row("c", ms=1.06, size=10)]
     best, reason = choose(rows, "accuracy", 0.01)
     assert best.name == "b"
-    assert reason.endswith("1.05 ms a call. As fast within 5%, and larger: a.")
+    assert reason.endswith("1.05 ms. As fast within 5%, and larger: a.")
 
 
 def test_without_latencies_the_smallest_is_chosen():

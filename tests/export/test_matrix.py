@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import onnx_ir as ir
@@ -42,11 +43,15 @@ def task_of(family):
     return next(task for task in BEST_KNOWN if task in TASKS[family] and TASKS[family][task] is None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", TASKS)
+def cells():
+    """Family and kind; on v5, where tracing takes longer, most are slow tests."""
+    for family, kind in itertools.product(TASKS, KINDS):
+        slow = ON_V5 and (kind != "int8" or family not in ("bert", "gpt2", "t5", "vit", "wav2vec2"))
+        yield pytest.param(family, kind, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("family", "kind"), cells())
 def test_family_in_kind(family, kind, tmp_path):
-    if ON_V5 and (kind != "int8" or family not in ("bert", "gpt2", "t5", "vit", "wav2vec2")):
-        pytest.skip("tracing takes longer on this line: the slow tests of test_exporters_backend have every family")
     task = task_of(family)
     model = make(family, task)
     calibration = load_backend().dummy_batches(model, task)

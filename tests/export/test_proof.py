@@ -310,6 +310,6 @@ def test_a_file_that_is_slower_is_told_of(monkeypatch):
     slow, fast = (Timed({"model": (latency, 1)}) for latency in (slow, fast))
     found = Timing(1, 1).facts("int8", {"int8": slow, "float32": fast}, inputs)
     assert found["speedup"] == 0.5
-    assert "int8 file takes 2 ms a call, that of float32 1 ms" in said.pop()
+    assert "int8 file takes 2 ms, that of float32 1 ms" in said.pop()
     assert Timing(1, 1).facts("int8", {"int8": fast, "float32": slow}, inputs)["speedup"] == 2.0
     assert not said
