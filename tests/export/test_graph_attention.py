@@ -14,7 +14,7 @@ from .test_graph import kinds, run
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
-attention (float[batch, length, 4] x, int64[batch, length] attention_mask) => (%(outputs)s)
+attention (float[batch, length, 4] x, int64[batch, length] attention_mask, int64[batch, length] kinds) => (%(outputs)s)
 <float s = {0.05}, uint8 z = {120}, int64[4] split = {0, 0, 2, 3}, int64[3] merge = {0, 0, 6}, float root = {0.5773503},
  float half = {0.5}, float two = {2}, float one = {1}, float zero = {0}, float low = {%(low)s}, int64[2] middle = {1, 2},
  float d = {1.7320508}>
@@ -67,7 +67,8 @@ def attention(
 def inputs():
     random = np.random.default_rng(0)
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    return {"x": random.normal(size=(3, 5, 4)).astype(np.float32), "attention_mask": mask}
+    kinds = random.integers(0, 2, mask.shape)
+    return {"x": random.normal(size=(3, 5, 4)).astype(np.float32), "attention_mask": mask, "kinds": kinds}
 
 
 def check(model, fused, **changed):
@@ -133,6 +134,11 @@ def test_a_projection_without_bias():
         # A mask that goes by what the model computes, or comes before the factor.
         dict(scores=MASKED % "r = ReduceMean(x)\n mask = Mul(r, low)"),
         dict(scores=f"b = MatMul(q, k)\n {CHOSEN}\n e = Add(b, mask)\n a = Mul(e, root)"),
+        # A mask that goes by another input too.
+        dict(
+            scores=MASKED
+            % f"{CHOSEN.replace('mask = ', 'h = ')}\n i = Unsqueeze(kinds, middle)\n j = Cast<to = 1>(i)\n mask = Add(h, j)"
+        ),
         # A mask for queries instead of keys.
         dict(scores=MASKED % f"{CHOSEN.replace('mask = ', 'h = ')}\n mask = Transpose<perm = [0, 1, 3, 2]>(h)"),
     ],

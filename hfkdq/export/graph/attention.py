@@ -235,9 +235,9 @@ def _fill_of_padding(model: ir.Model, mask: ir.Value) -> float | None:
         for batch, length in SIZES:
             padding = random.integers(0, 2, (batch, length))
             padding[0, :2] = 0, 1
+            kinds = random.integers(0, 2, (batch, length))  # which the mask must not go by
             feed = {
-                name: (padding if name == MASK else np.zeros((batch, length))).astype(_numpy_type(kind))
-                for name, kind in types.items()
+                name: (padding if name == MASK else kinds).astype(_numpy_type(kind)) for name, kind in types.items()
             }
             result = session.run(None, feed)[0]
             fill = float(result.min())
