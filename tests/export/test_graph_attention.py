@@ -15,7 +15,7 @@ from .test_graph import kinds, run
 TEXT = """
 <ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
 attention (float[batch, length, 4] x, int64[batch, length] attention_mask, int64[batch, length] kinds) => (%(outputs)s)
-<float s = {0.05}, uint8 z = {120}, int64[4] split = {0, 0, 2, 3}, int64[3] merge = {0, 0, 6}, float root = {0.5773503},
+<float s = {0.05}, uint8 z = {120}, int64[4] split = {0, 0, 2, 3}, int64[%(merge)s, float root = {0.5773503},
  float half = {0.5}, float two = {2}, float one = {1}, float zero = {0}, float low = {%(low)s}, int64[2] middle = {1, 2},
  float d = {1.7320508}>
 {
@@ -28,11 +28,11 @@ attention (float[batch, length, 4] x, int64[batch, length] attention_mask, int64
     k1 = Reshape(k0, split)
     v1 = Reshape(v0, split)
     q = Transpose<perm = [0, 2, 1, 3]>(q1)
-    k = Transpose<perm = [0, 2, 3, 1]>(k1)
+    k = Transpose<perm = [%(turn)s]>(k1)
     v = Transpose<perm = [0, 2, 1, 3]>(v1)
     %(scores)s
     p = Softmax<axis = %(axis)s>(a)
-    m = MatMul(p, v)
+    m = MatMul(p, %(values)s)
     t = Transpose<perm = [0, 2, 1, 3]>(m)
     y = Reshape(t, merge)
 }
@@ -45,10 +45,13 @@ CHOSEN = "u = Unsqueeze(attention_mask, middle)\n f = Cast<to = 9>(u)\n mask = W
 
 
 def attention(
-    scores=PLAIN, keys="c", bk=", bk", outputs="float[batch, length, 6] y", low="-3.4e38", axis=-1, same=True
-):
+    scores=PLAIN, keys="c", bk=", bk", outputs="float[batch, length, 6] y", low="-3.4e38", axis=-1, same=True,
+    values="v", turn="0, 2, 3, 1", merge="3] merge = {0, 0, 6}",
+):  # fmt: skip
     """A graph in which query, key and value have weights of their own."""
-    text = TEXT % dict(scores=scores, keys=keys, bk=bk, outputs=outputs, low=low, axis=axis)
+    text = TEXT % dict(
+        scores=scores, keys=keys, bk=bk, outputs=outputs, low=low, axis=axis, values=values, turn=turn, merge=merge
+    )
     random = np.random.default_rng(1)
     arrays = {}
     for part in "qkv":
@@ -124,6 +127,11 @@ def test_a_projection_without_bias():
     [
         # Cross-attention, weights of another type, a softmax over queries, scores that are asked for.
         dict(keys="other"),
+        # Values that are scaled, keys that are not turned, heads that are put together in another way.
+        dict(scores=f"w = Mul(v, half)\n {PLAIN}", values="w"),
+        dict(turn="0, 2, 1, 3"),
+        dict(merge="3] merge = {0, -1, 3}"),
+        dict(merge="2] merge = {0, -1}", outputs="float[batch, all] y"),
         dict(same=False),
         dict(axis=2),
         dict(outputs="float[batch, length, 6] y, float[batch, heads, length, length] b"),
@@ -145,7 +153,8 @@ def test_a_projection_without_bias():
     ids=str,
 )
 def test_attention_of_another_kind_stays(changed):
-    check(attention(**changed), False)
+    square = {name: value[:, :3] for name, value in inputs().items()}  # as many tokens as a head is wide
+    check(attention(**changed), False, **(square if "turn" in changed else {}))
 
 
 def test_a_future_that_is_hidden_is_no_padding():
