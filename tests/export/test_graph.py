@@ -109,7 +109,8 @@ def test_a_shape_that_names_a_size_it_keeps_keeps_the_axis():
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "step", "is_dropped"), [(0, 99, 1, True), (0, 5, 1, True), (-1, -99, -1, False), (1, 5, 1, False)]
+    ("start", "end", "step", "is_dropped"),
+    [(0, 99, 1, True), (0, 5, 1, True), (-1, -(2**63) + 1, -1, False), (1, 5, 1, False)],
 )
 def test_a_slice_that_keeps_everything_is_dropped(start, end, step, is_dropped):
     model = graph(
@@ -128,6 +129,17 @@ def test_a_slice_that_keeps_everything_is_dropped(start, end, step, is_dropped):
     fix_shapes(model)
     assert (kinds(model)["Slice"] == 0) == is_dropped
     np.testing.assert_array_equal(run(model, x=x), before)
+
+
+def test_a_slice_that_is_an_output_stays():
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    cut (float[batch, 5] x) => (float[batch, 5] y) <int64[1] start = {0}, int64[1] end = {5}, int64[1] axis = {1}>
+    { y = Slice(x, start, end, axis) }
+    """
+    model = graph(text)
+    assert fix_shapes(model) == 0
+    assert run(model, x=np.zeros((1, 5), np.float32)).shape == (1, 5)
 
 
 @pytest.mark.parametrize("before", ["model.onnx.data", "model.onnx_data", None])
