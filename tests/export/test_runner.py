@@ -67,6 +67,11 @@ def test_decoding_step_by_step_uses_the_cache(exported):
     steps = [inputs for _, inputs, _ in runner._steps(arrays, 5)]
     assert [inputs["input_ids"].shape[1] for inputs in steps] == [5, 1, 1, 1, 1, 1]
     assert [inputs["past_key_values.0.key"].shape[2] for inputs in steps] == [0, 5, 6, 7, 8, 9]
+    begun, take = [], runner._steps
+    runner._steps = lambda arrays, begin: begun.append(begin) or take(arrays, begin)
+    runner(arrays)
+    runner.step_by_step(arrays)
+    assert begun == [None, 5]
 
 
 def test_files_of_an_encoder_and_a_decoder_are_timed_as_they_are_called(exported):
