@@ -34,7 +34,8 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
 
     The chosen modules change their class, `nn.Linear` to [`QuantizedLinear`] and so on; parameters and state dict keys
     stay what they were. Subclasses with a forward pass of their own and linear layers that share their weight with an
-    embedding stay in floating point; a weight that weight norm computes is quantized as it comes out. What was done is recorded in `model.config.hfkdq`.
+    embedding stay in floating point; a weight that weight norm computes is quantized as it comes out. What was done is
+    recorded in `model.config.hfkdq`.
 
     With LoRA adapters of PEFT it is the merged weight that is quantized, so that [`merge_adapters`] changes nothing
     afterwards; modules have the names of the model without adapters. Layers of its base that bitsandbytes has quantized

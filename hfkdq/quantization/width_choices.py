@@ -61,9 +61,8 @@ class WidthChoices:
         groups: dict[Any, list[str]] = {}
         for name, (module, scheme) in chosen.items():
             weight: Any = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
-            shared = (
-                weight.data_ptr() if isinstance(weight, nn.Parameter) else id(module)
-            )  # one that is computed is new
+            # A weight that is computed is a new tensor each time.
+            shared = weight.data_ptr() if isinstance(weight, nn.Parameter) else id(module)
             groups.setdefault((shared, weight.shape, scheme, name in free), []).append(name)
         schemes: dict[str, dict[int, QuantizationScheme]] = {
             name: {} if name in free else {scheme.weight_bits: scheme} for name, (_, scheme) in chosen.items()

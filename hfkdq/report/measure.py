@@ -159,7 +159,11 @@ def _measure_onnx(
 def _parity(folder: Path) -> dict[str, Any]:
     """What the export recorded of the file, without what is measured here again."""
     facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    facts = {name: value for name, value in facts.items() if name not in ("metrics", "latency", "choice", "batches")}
+    facts = {
+        name: value
+        for name, value in facts.items()
+        if name not in ("metrics", "latency", "choice", "batches", "step_by_step")
+    }
     return dict(publishable(facts))
 
 
