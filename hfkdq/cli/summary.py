@@ -118,7 +118,8 @@ def _latency(latency: Mapping[str, Any]) -> str:
         return f"not measured: {latency['left_out']}"
     shape = "; ".join(f"{name} {' x '.join(map(str, sizes))}" for name, sizes in _first(latency["inputs"]).items())
     tokens = sum(part["times"] for name, part in latency.get("parts", {}).items() if name != "encoder")
-    text = f"{three_digits(latency['onnx']['median_ms'])} ms {f'for {tokens} tokens' if tokens else 'a call'}"
+    unit = "a call" if not tokens else "for a token" if tokens == 1 else f"for {tokens} tokens"
+    text = f"{three_digits(latency['onnx']['median_ms'])} ms {unit}"
     if "speedup" in latency:
         text += (
             f", {latency['speedup']:.2f} times as fast as float32 ({three_digits(latency['float32']['median_ms'])} ms)"

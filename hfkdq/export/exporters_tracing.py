@@ -62,6 +62,7 @@ def trace_file(
     _order_gelu(program.graph)
     _check_axes(program.graph, axes)
     _name_axes(program.graph, axes)
+    # What the tracer has proven of sizes is more than ONNX Runtime can tell of a file, which holds no shapes.
     shapes = noted_shapes(program)
     _strip_notes(program)
     fix_shapes(program, shapes)

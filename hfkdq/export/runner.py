@@ -53,8 +53,6 @@ class SingleFile:
         output_names (`list[str]`): what it gives.
     """
 
-    has_cache = False
-
     def __init__(self, path: Path) -> None:
         self._path, self._session = path, OnnxSession(path)
         self.input_names, self.output_names = self._session.input_names, self._session.output_names

@@ -289,9 +289,8 @@ def layer_class(module: nn.Module) -> type[nn.Module]:
 
 def _set_layer_class(module: nn.Module, new: type[nn.Module]) -> None:
     """Changes the class of a layer; a weight that is computed goes on being computed."""
-    present = type(module)
     if parametrize.is_parametrized(module):
-        computed = {key: value for key, value in vars(present).items() if key not in ("__module__", "__doc__")}
+        computed = {key: value for key, value in vars(type(module)).items() if key not in ("__module__", "__doc__")}
         new = type(f"Parametrized{new.__name__}", (new,), computed)
     module.__class__ = new
 

@@ -27,7 +27,7 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, Shape] | None = None) -> in
 
     A tracer writes `x.view(batch, length, heads, -1)` as operators that read the shape of `x`, take it apart and put it
     together; `Reshape` with `[0, 0, heads, d]` says the same. So it does where the shape names the size of an axis that
-    stays. A mask cut to the length that it has is left as it is.
+    stays. A slice that keeps everything is what cuts a mask to the length that it has.
 
     Args:
         model (`onnx_ir.Model`): changed in place.
@@ -67,9 +67,11 @@ def _fix_reshape(graph: ir.Graph, node: ir.Node, target: list[int] | None) -> bo
 
 def _is_plain(node: ir.Node) -> bool:
     """Whether a slice takes what lies side by side, from the first to the last, for use inside the graph."""
+    if node.outputs[0].is_graph_output():
+        return False
     steps = node.inputs[4] if len(node.inputs) > 4 else None
-    if node.outputs[0].is_graph_output() or steps is None:
-        return not node.outputs[0].is_graph_output()
+    if steps is None:
+        return True
     maker = steps.producer()
     steps = maker.inputs[0] if maker is not None and maker.op_type == "Unsqueeze" else steps
     tensor = steps.const_value if steps is not None else None
