@@ -13,7 +13,7 @@ import hfkdq
 PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
-    "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "forwards": 0, "metrics": 0,
+    "files": 0, "secrets": 0, "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "forwards": 0, "metrics": 0,
     "architecture": 1, "batches": 1,
     "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "sharding": 2, "measuring": 2,
     "export": 3, "teachers": 3,
