@@ -1,13 +1,21 @@
-# Everything a user or developer runs. `make demo` and `make test` need nothing but Python 3.10 to 3.12.
+# Everything a user or developer runs. `make demo` and `make test` need nothing but Python 3.10 to 3.13.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.10 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# Every test ran on WORKS. On RESOLVES every pinned package has a wheel, and nothing was run: taken only where nothing else is found.
+WORKS := 3.10 3.11 3.12 3.13
+RESOLVES := 3.14
+VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+ifndef PYTHON
+PYTHON := $(shell for fit in "$(WORKS)" "$(RESOLVES)"; do \
+	for p in python3 python3.11 python3.12 python3.13 python3.10 python3.14 python; do \
+	v=$$($$p $(VERSION) 2>/dev/null) && [[ " $$fit " == *" $$v "* ]] && echo $$p && exit; done; done)
+endif
 O := .venv/bin
 V := .venv-v5/bin
+L := .venv-lowest/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
+.PHONY: help demo test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,10 +33,27 @@ help: ## this list
 .venv-v5/.dev: $(PROJECT)
 	@$(call setup,.venv-v5,v5,onnx$(COMMA)dev)
 
+.venv-lowest/.dev: pyproject.toml constraints/lowest.txt
+	@$(call setup,.venv-lowest,lowest,demo$(COMMA)detection$(COMMA)dev)
+# The lowest versions have wheels for the lowest Python alone.
+.venv-lowest/.dev: PYTHON := python3.10
+.venv-lowest/.dev: WORKS := 3.10
+.venv-lowest/.dev: RESOLVES :=
+
 COMMA := ,
+EMPTY :=
+define refuse
+found="$(if $(PYTHON),$(PYTHON): $${v:-nothing that runs},no python3)"; \
+$(if $(PYTHON),,for p in python python3; do v=$$($$p $(VERSION) 2>/dev/null) && found="$$p: $$v"; done;) \
+echo "hfkdq needs Python $(subst $(EMPTY) ,$(COMMA) ,$(WORKS)); found $$found. Name one: make PYTHON=/path/to/python$(lastword $(WORKS))" >&2; exit 1
+endef
+# An environment that is there is kept, whatever Python made it; half of one is not.
 define setup
-test -n "$(PYTHON)" || { echo "hfkdq needs Python 3.10, 3.11 or 3.12; none was found. Name one: make PYTHON=/path/to/python3.11"; exit 1; }; \
-test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || exit 1; \
+test -x $(1)/bin/python || { \
+	v=$$($(if $(PYTHON),$(PYTHON),false) $(VERSION) 2>/dev/null); \
+	[[ " $(WORKS) $(RESOLVES) " == *" $${v:-none} "* ]] || { $(refuse); }; \
+	[[ " $(WORKS) " == *" $$v "* ]] || echo "On Python $$v all packages resolve, and nothing was ever run. What works: $(WORKS)."; \
+	$(PYTHON) -m venv $(1) || { rm -rf $(1); exit 1; }; }; \
 echo "Installing hfkdq[$(3)] into $(1). PyTorch is large; on a slow line this takes minutes."; \
 $(1)/bin/python -m pip install --disable-pip-version-check -c constraints/$(2).txt -e ".[$(3)]" && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
 endef
@@ -36,14 +61,35 @@ endef
 demo: .venv/.demo ## distil, prune, quantize and export a digit classifier: table, card, report and plot below out/demo
 	@$(O)/hfkdq demo --output_dir out/demo --overwrite
 
+# $(1) for the optimum line and $(2) for the v5 line, the second even where the first failed; the last line says how it went.
+define both
+@trap 'exit 130' INT; failed=(); \
+echo '$(1)'; $(1) || failed+=("optimum (.venv)"); \
+echo '$(2)'; $(2) || failed+=("v5 (.venv-v5)"); \
+case $${#failed[@]} in \
+	0) echo "$@: both lines passed.";; \
+	1) echo "$@: line $${failed[0]} failed, the other passed."; exit 1;; \
+	*) echo "$@: both lines failed."; exit 1;; \
+esac
+endef
+
 WORKERS ?= 2
+PYTEST := -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the v5 line; WORKERS=2 at a time
-	$(O)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
-	$(V)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
+	$(call both,$(O)/python $(PYTEST),$(V)/python $(PYTEST))
 
 test-slow: .venv/.bench .venv-v5/.dev ## what is too long for every run, on the optimum line; exports on both
-	$(O)/python -m pytest -m slow
-	$(V)/python -m pytest -m slow tests/export
+	$(call both,$(O)/python -m pytest -m slow,$(V)/python -m pytest -m slow tests/export)
+
+test-kernels: .venv/.dev .venv-v5/.dev ## the tests that compare numbers, under other kernels, threads and orders of sums; both lines
+	$(call both,bash tests/kernels.sh $(O)/python,bash tests/kernels.sh $(V)/python)
+
+test-lowest: .venv-lowest/.dev ## all tests on the oldest versions that pyproject.toml allows, on Python 3.10
+	$(L)/python $(PYTEST)
+
+EXAMPLES ?= 10000
+fuzz: .venv/.dev ## EXAMPLES=10000 of every property of tests/fuzz, where `make test` tries few
+	HFKDQ_FUZZ_EXAMPLES=$(EXAMPLES) $(O)/python -m pytest tests/fuzz -q
 
 test-gpu: .venv/.dev ## what needs a CUDA GPU, on the optimum line
 	$(O)/python -m pytest -m gpu
@@ -99,11 +145,19 @@ bench-equality: .venv/.bench ## TEXT=folder of rotten_tomatoes: how equal an int
 bench-kernels: .venv/.dev ## which operators run an int8 encoder fastest
 	$(O)/python benchmarks/kernels.py
 
-constraints: ## pin both lines anew (needs uv)
-	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \
-		--extra optimum --extra demo --extra bench --extra bnb --extra plots --extra detection --extra dev -o constraints/optimum.txt pyproject.toml
-	uv pip compile --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url --upgrade \
-		--extra onnx --extra bnb --extra plots --extra detection --extra dev -o constraints/v5.txt pyproject.toml
+# $(1): the file, $(2): what it pins, $(3): the extras, $(4): more options. UPGRADE= keeps what is pinned and adds what is missing.
+UPGRADE ?= --upgrade
+UV ?= uv
+define pin
+@echo "Pinning constraints/$(1).txt"
+@$(UV) pip compile -q --python-version 3.10 --no-annotate --no-header --no-emit-index-url $(UPGRADE) $(4) \
+	$(addprefix --extra ,$(3)) -o constraints/$(1).txt pyproject.toml
+@echo "# $(2), made by 'make constraints'." | cat - constraints/$(1).txt > constraints/$(1).new && mv constraints/$(1).new constraints/$(1).txt
+endef
+constraints: ## pin both lines anew, and the lowest versions (needs uv)
+	$(call pin,optimum,Pinned versions of the \"optimum\" line,optimum demo bench bnb plots detection dev,--universal)
+	$(call pin,v5,Pinned versions of the \"v5\" line,onnx bnb plots detection dev,--universal)
+	$(call pin,lowest,The lowest versions that pyproject.toml allows of the \"optimum\" line on Python 3.10,optimum demo bnb plots detection dev,--resolution lowest-direct --python-platform x86_64-manylinux_2_28)
 
 clean: ## remove the environments and what was built; keeps out/
-	rm -rf .venv .venv-v5 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-v5 .venv-lowest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
