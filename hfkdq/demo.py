@@ -6,7 +6,8 @@ Uses the same public calls as any other program; what it needs beyond them is da
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -35,9 +37,11 @@ from . import (
     QATCallback,
     QuantizationSpec,
     TaskLoss,
+    __version__,
     export_onnx,
     make_student,
 )
+from .files import sha256_of, workspace
 from .metrics import classification_metrics
 
 if TYPE_CHECKING:
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
 
 SIZE = 8
 PARTS = ("teacher", "onnx-float", "onnx-int8", "report.json", "report.png", "README.md")
+MARK = ".hfkdq-demo.json"
+"""The file that tells which files a demo wrote."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bo
     """Trains a teacher on handwritten digits, compresses it, and writes the result with its card, report and plot.
 
     Args:
-        output_dir (`str` or `Path`): where to; gets `teacher`, `onnx-float` and `onnx-int8`.
+        output_dir (`str` or `Path`): where to; gets `teacher`, `onnx-float`, `onnx-int8` and what is known of them, once
+            all of it is there.
         size ([`DemoSize`], *optional*): a smaller demo, for tests.
         overwrite (`bool`, defaults to `False`): replace what an earlier demo left there, and nothing else.
 
@@ -73,18 +80,27 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bo
         [`CompressionReport`]: what was measured.
 
     Raises:
-        FileExistsError: an earlier demo left its result there, and `overwrite` is `False`.
+        FileExistsError: an earlier demo left its result there, and `overwrite` is `False`; or files that no demo wrote,
+            or that were changed since, have the names of its files.
         ImportError: scikit-learn or the exporter is missing.
     """
-    size = size or DemoSize()
-    output_dir = _free(Path(output_dir), overwrite)
+    size, output_dir = size or DemoSize(), Path(output_dir)
+    _check_free(output_dir, overwrite)
     set_seed(42)
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     train, test = load_digits(processor, size.rows)
-    with tempfile.TemporaryDirectory() as scratch:
-        teacher = train_teacher(train, test, size, scratch)
-        student = compress(teacher, train, test, size, scratch)
-    return _publish(teacher, student, test, processor, output_dir)
+    with workspace(output_dir / "demo") as made:
+        with tempfile.TemporaryDirectory() as scratch:
+            teacher = train_teacher(train, test, size, scratch)
+            student = compress(teacher, train, test, size, scratch)
+        report = _publish(teacher, student, test, processor, made / "new")
+        _check_free(output_dir, overwrite)
+        _swap_in(made / "new", output_dir, made / "old")
+    console = Console()
+    console.print(report.table())
+    for name in PARTS:
+        console.print(f"  {output_dir / name}", highlight=False)
+    return report
 
 
 def load_digits(processor: ViTImageProcessor, rows: int | None = None) -> tuple[Dataset, Dataset]:
@@ -155,20 +171,16 @@ def compress(teacher: PreTrainedModel, train: Dataset, test: Dataset, size: Demo
 
 
 def _publish(
-    teacher: PreTrainedModel, student: PreTrainedModel, test: Dataset, processor: ViTImageProcessor, output_dir: Path
+    teacher: PreTrainedModel, student: PreTrainedModel, test: Dataset, processor: ViTImageProcessor, folder: Path
 ) -> CompressionReport:
-    from rich.console import Console
-
     _say("3/4 Exporting to ONNX and comparing every file with PyTorch")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    teacher.save_pretrained(output_dir / "teacher")
+    folder.mkdir()
+    teacher.save_pretrained(folder / "teacher")
     images = test.remove_columns("labels")
     folders = {
-        "ONNX float": export_onnx(
-            student, output_dir / "onnx-float", processing_class=processor, calibration=images
-        ),
+        "ONNX float": export_onnx(student, folder / "onnx-float", processing_class=processor, calibration=images),
         "ONNX int8": export_onnx(
-            student, output_dir / "onnx-int8", quantization=QuantizationSpec(), processing_class=processor, calibration=images,
+            student, folder / "onnx-int8", quantization=QuantizationSpec(), processing_class=processor, calibration=images,
             latency_rounds=0,
         ),
     }  # fmt: skip
@@ -180,26 +192,68 @@ def _publish(
         compute_metrics=classification_metrics, dataset=DatasetInfo(name="scikit-learn digits", split="test"),
         license="apache-2.0",
     )  # fmt: skip
-    written = [report.save(output_dir / "report.json"), report.save_plot(output_dir / "report.png")]
-    card = output_dir / "README.md"
-    card.write_text(report.to_card(), encoding="utf-8")
-    console = Console()
-    console.print(report.table())
-    for path in [*folders.values(), output_dir / "teacher", card, *written]:
-        console.print(f"  {path}", highlight=False)
+    report.save(folder / "report.json")
+    report.save_plot(folder / "report.png")
+    (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
+    written = {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+    (folder / MARK).write_text(json.dumps({"hfkdq": __version__, "files": written}, indent=2), encoding="utf-8")
     return report
 
 
-def _free(output_dir: Path, overwrite: bool) -> Path:
-    """Makes room for the results of a demo; touches nothing but what an earlier one wrote."""
-    taken = [output_dir / name for name in PARTS if (output_dir / name).exists()]
-    if taken and not overwrite:
+def _check_free(output_dir: Path, overwrite: bool) -> None:
+    """Refuses a folder with files in the way, unless an earlier demo wrote them and they may be replaced.
+
+    Raises:
+        FileExistsError: naming what is in the way.
+    """
+    found = [path for name in PARTS for path in _files_of(output_dir / name)]
+    if not found:
+        return
+    written = _marked(output_dir)
+    for path in found:
+        known = written.get(path.relative_to(output_dir).as_posix())
+        if path.is_symlink() or known is None or not path.is_file() or sha256_of(path) != known:
+            raise FileExistsError(
+                f"{path} was not written by a demo, or was changed since, so it is not replaced. Name another folder with "
+                "--output_dir, or move it away."
+            )
+    if not overwrite:
         raise FileExistsError(
             f"{output_dir} holds the result of an earlier demo. Name another folder, or pass --overwrite to replace it."
         )
-    for path in taken:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return output_dir
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file at a path, or all that lies in the folder there, but for folders that hold something themselves."""
+    if path.is_symlink() or not path.is_dir():
+        return [path] if os.path.lexists(path) else []
+    inside = list(path.iterdir())
+    return [file for entry in inside for file in _files_of(entry)] if inside else [path]
+
+
+def _marked(output_dir: Path) -> dict[str, Any]:
+    """The files that an earlier demo wrote there, with the SHA-256 of each."""
+    try:
+        written = json.loads((output_dir / MARK).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return written if isinstance(written, dict) else {}
+
+
+def _swap_in(new: Path, output_dir: Path, old: Path) -> None:
+    """Moves what a demo wrote to its place, and what an earlier one wrote to `old`; all of it or nothing."""
+    old.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name in (*PARTS, MARK):
+            for source, target in ((output_dir / name, old / name), (new / name, output_dir / name)):
+                if os.path.lexists(source):
+                    source.rename(target)
+                    moved.append((source, target))
+    except BaseException:
+        for source, target in reversed(moved):
+            target.rename(source)
+        raise
 
 
 def _arguments(scratch: str, epochs: int) -> TrainingArguments:
@@ -211,6 +265,4 @@ def _arguments(scratch: str, epochs: int) -> TrainingArguments:
 
 
 def _say(text: str) -> None:
-    from rich.console import Console
-
     Console().print(f"\n[bold]{text}[/bold]")

@@ -105,16 +105,23 @@ class CacheInfo:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: it was written by a release with another format.
+            ValueError: it was written by a release with another format, or is damaged.
         """
-        plain = json.loads(text)
-        if plain["key"]["version"] != FORMAT_VERSION:
+        try:
+            plain = json.loads(text)
+            version = plain["key"]["version"]
+            if version == FORMAT_VERSION:
+                outputs = tuple(CachedOutput(**{**o, "shape": tuple(o["shape"])}) for o in plain["outputs"])
+                return cls(outputs, tuple(plain["inputs"]), dict(plain["teacher"]), dict(plain["key"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"These outputs were cached in format {plain['key']['version']}; this release reads {FORMAT_VERSION}. "
-                "Cache them anew with cache_teacher_outputs."
-            )
-        outputs = tuple(CachedOutput(**{**o, "shape": tuple(o["shape"])}) for o in plain["outputs"])
-        return cls(outputs, tuple(plain["inputs"]), plain["teacher"], plain["key"])
+                f"What describes the cached teacher outputs is damaged ({type(error).__name__}: {error}). Cache them anew "
+                "with cache_teacher_outputs."
+            ) from error
+        raise ValueError(
+            f"These outputs were cached in format {version!r}; this release reads {FORMAT_VERSION}. Cache them anew with "
+            "cache_teacher_outputs."
+        )
 
 
 def cache_info(dataset: Any) -> CacheInfo | None:

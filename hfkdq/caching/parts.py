@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import uuid
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,42 +18,55 @@ import datasets
 import pyarrow as pa
 from accelerate import Accelerator
 from datasets.utils import tqdm
+from transformers.utils import logging
 
+from ..files import replacing
 from .codec import features_of
 from .info import ROW_CHECK, CacheInfo
 from .keys import refuse_other_key, short_hash
+
+logger = logging.get_logger(__name__)
+RECORD = "cache.json"
+# What `replacing` calls a file that is not finished.
+_UNFINISHED = re.compile(rf"\.(part-\d{{5}}\.arrow|{re.escape(RECORD)})\.[0-9a-f]{{32}}\.tmp")
 
 
 def prepared(folder: str | os.PathLike[str] | None, info: CacheInfo, accelerator: Accelerator) -> Path:
     """The folder of the parts, with a record of their key.
 
     Raises:
-        ValueError: it holds parts of another key.
+        ValueError: it holds parts of another key, or of one that cannot be read.
     """
     default = Path(datasets.config.HF_DATASETS_CACHE) / "hfkdq" / short_hash(info.key)
     place = default if folder is None else Path(folder)
-    record = place / "cache.json"
+    record = place / RECORD
     if record.exists():
-        refuse_other_key(place, json.loads(record.read_text(encoding="utf-8"))["key"], info.key)
+        refuse_other_key(place, _recorded_key(record), info.key)
+    elif any(place.glob("part-*.arrow")):
+        raise ValueError(
+            f"{place} holds parts of teacher outputs and no {RECORD} that says what they are of. Give another folder, or "
+            "delete this one."
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         place.mkdir(parents=True, exist_ok=True)
-        with _replacing(record) as written:
+        with replacing(record) as written:
             written.write_text(info.to_json(), encoding="utf-8")
     accelerator.wait_for_everyone()
     return place
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name, which becomes `path` once all is written."""
-    written = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+def _recorded_key(record: Path) -> dict[str, Any]:
     try:
-        yield written
-        with contextlib.suppress(FileNotFoundError):  # another run of the same key was done first and cleaned up
-            os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
+        key = json.loads(record.read_text(encoding="utf-8"))["key"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{record} is damaged ({type(error).__name__}: {error}), so it is not known what the parts beside it are of. Give "
+            f"another folder, or delete {record.parent}."
+        ) from error
+    if not isinstance(key, dict):
+        raise ValueError(f"{record} is damaged: its key is {key!r}. Give another folder, or delete {record.parent}.")
+    return key
 
 
 def _parts(info: CacheInfo, place: Path) -> list[tuple[Path, int, int]]:
@@ -82,14 +95,22 @@ def write_parts(
     total = sum(stop - start for _, start, stop in own)
     hidden = not accelerator.is_local_main_process
     with tqdm(total=total, initial=done, unit=" rows", desc="Teacher outputs", disable=hidden) as bar:
-        for path, start, stop in own:
-            if path.exists():
-                continue
-            with _replacing(path) as written, _written_to(written, _schema(info)) as write:
-                for first in range(start, stop, batch_size):
-                    last = min(first + batch_size, stop)
-                    write(cells_of(first, last))
-                    bar.update(last - first)
+        try:
+            for path, start, stop in own:
+                if path.exists():
+                    continue
+                # Another run of the same key may be done first, and clean up.
+                with replacing(path, may_be_lost=True) as written, _written_to(written, _schema(info)) as write:
+                    for first in range(start, stop, batch_size):
+                        last = min(first + batch_size, stop)
+                        write(cells_of(first, last))
+                        bar.update(last - first)
+        except KeyboardInterrupt:
+            kept = sum(path.exists() for path, _, _ in own)
+            logger.warning(
+                f"Interrupted: {kept} of {len(own)} parts are kept in {place}; the same call goes on with them."
+            )
+            raise
     accelerator.wait_for_everyone()
 
 
@@ -113,7 +134,7 @@ def assembled(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerat
     """The dataset with the columns of the parts, without a format.
 
     Raises:
-        ValueError: a part is missing.
+        ValueError: a part is missing or damaged.
     """
     paths = [path for path, _, _ in _parts(info, place)]
     missing = [path.name for path in paths if not path.exists()]
@@ -123,7 +144,25 @@ def assembled(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerat
             "disk that they share: give such a folder."
         )
     if accelerator.is_main_process:  # left behind by runs that were killed
-        for path in place.glob("*.tmp"):
-            path.unlink(missing_ok=True)
+        for path in place.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+    for path, start, stop in _parts(info, place):
+        _check_part(path, _schema(info), stop - start)
     parts = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
     return datasets.concatenate_datasets([dataset.with_format(None), parts], axis=1)
+
+
+def _check_part(path: Path, schema: pa.Schema, rows: int) -> None:
+    """Refuses a part that is not what was written."""
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            table = reader.read_all()
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    else:
+        if table.schema.equals(schema) and table.num_rows == rows:
+            return
+        wrong = f"{table.num_rows} rows of {rows}, columns {', '.join(table.schema.names)}"
+    raise ValueError(f"{path} is damaged ({wrong}). Delete it, and the same call computes its rows anew.")

@@ -7,17 +7,16 @@ Knows the order of things and the folder; how a file is written, compared, measu
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
+from ..files import staged
 from ..forwards import base_of
 from ..measuring.evaluation import Evaluation
 from ..quantization import merge_adapters, quantized_spec
@@ -101,10 +100,10 @@ def export_onnx(
         threads (`int`, *optional*): threads of each file while it is timed. As many as PyTorch uses by default.
 
     Returns:
-        `Path`: the folder.
+        `Path`: the folder. It has another number at its end if somebody has made `folder` while this was at work.
 
     Raises:
-        FileExistsError: `folder` exists.
+        FileExistsError: `folder` exists, or another export into it is at work.
         OSError: it cannot be made or written.
         TypeError: `model`, `quantization` or the data are something else.
         ValueError: the model cannot be exported so, the spec is not the one it was trained with, bad `calibration`, or
@@ -134,6 +133,7 @@ def export_onnx(
     _check_metric_arguments(eval_dataset, compute_metrics, metric, max_drop, allow_drop, is_auto)
     timing, quality = Timing(latency_rounds, threads), None
     with ExitStack() as stack:
+        staging = stack.enter_context(staged(folder))
         if compute_metrics is not None:
             trainer_folder = stack.enter_context(tempfile.TemporaryDirectory())
             evaluation = Evaluation(
@@ -148,18 +148,17 @@ def export_onnx(
         task = resolve_task(backend, model, task)
         batches, rest = _batches(backend, model, task, calibration, processing_class, data_collator)
         given = plain_copy(model)
-        staging = stack.enter_context(_staged(folder))
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging)))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files)))
         source = Source(given, backend, task, target, tolerance, processing_class, batches, rest, quality, scratch)
         if quality is not None:
             quality.begin(source.model, source.float_model)
         if quality is not None and kind is None:
             calibrated = calibration is not None
-            facts = write_best(source, quality, timing, staging, _inputs(source), calibrated, allow_drop)
+            facts = write_best(source, quality, timing, staging.files, _inputs(source), calibrated, allow_drop)
         else:
-            facts = _write_one(source, kind or kind_of(None), timing, staging, allow_drop)
-        (staging / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
-    return folder
+            facts = _write_one(source, kind or kind_of(None), timing, staging.files, allow_drop)
+        (staging.files / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
+    return staging.folder
 
 
 def _check_metric_arguments(
@@ -230,20 +229,3 @@ def _write_one(source: Source, kind: Kind, timing: Timing, staging: Path, allow_
         found = timing.time({kind.name: staging, FLOAT: beside}, source.task, inputs)
         latency = timing.facts(kind.name, found, inputs)
     return {**facts, "latency": latency, "accepted": reason is None, "reason": reason}
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that becomes it at the end, or disappears with the parents made for it."""
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    staging = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        staging.rename(folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):
-                parent.rmdir()
-        raise

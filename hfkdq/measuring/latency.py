@@ -16,11 +16,15 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers.utils import logging
+
+from ..secrets import without_secrets
+from . import worker
 
 # Functions that take a path, inputs and threads and return what the process calls; it alone imports them.
 ENGINES = {"torch": "hfkdq.measuring.torch_engine:timed_call", "onnx": "hfkdq.export.runtime:timed_call"}
@@ -28,6 +32,7 @@ TURN_SECONDS = 0.5
 # The threads of ONNX Runtime keep a core busy for about 20 ms after its last call.
 SETTLE_SECONDS = 0.05
 STDERR_TAIL = 2000
+_PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +67,20 @@ class _Worker:
         self.name = engine.name
         inputs = folder / f"{number}.npz"
         np.savez(inputs, **engine.inputs)  # type: ignore[arg-type]
-        task = {"engine": ENGINES[engine.engine], "path": str(engine.path), "inputs": str(inputs), "threads": threads}
-        root = str(Path(__file__).parents[2])
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
+        task = {
+            "engine": ENGINES[engine.engine],
+            "path": str(engine.path.absolute()),
+            "inputs": str(inputs),
+            "threads": threads,
+            "packages": package_folders(),
+            "hfkdq": str(Path(__file__).parents[1]),
         }
+        environment = without_secrets(os.environ) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._errors = (folder / f"{number}.stderr").open("w+", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hfkdq.measuring.worker", json.dumps(task)],
+            # Isolated: neither the current folder, where anybody's files may lie, nor PYTHONPATH says what is imported.
+            [sys.executable, "-I", worker.__file__, json.dumps(task)],
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -117,6 +125,13 @@ class _Worker:
             f"The process that times {self.name!r} ended with code {code}. Measure with latency_rounds=0 to leave "
             f"latency out. The end of what it said:\n{tail}"
         )
+
+
+def package_folders() -> list[str]:
+    """The entries of `sys.path` that the packages of an engine come from, in their order."""
+    specs = [find_spec(name) for name in _PACKAGES]
+    homes = {Path(spec.origin).parents[1] for spec in specs if spec is not None and spec.origin is not None}
+    return [str(Path(entry).absolute()) for entry in sys.path if entry and Path(entry).absolute() in homes]
 
 
 def check_counts(**limits: tuple[Any, int]) -> None:
