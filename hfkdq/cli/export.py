@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with ONNX Runtime's own operators, or with none but ONNX's (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--weight-type", choices=("auto", "int8", "uint8"), default="auto",
+        help="8-bit weights as int8, fastest with VNNI and wrong on x86 without it, or as uint8, exact everywhere "
+        "(default: int8 if it is exact on this processor)",
+    )  # fmt: skip
+    parser.add_argument(
         "--tolerance", type=float, metavar="X",
         help="largest difference from PyTorch, as a share of the largest logit (default: by kind, see export_onnx)",
     )  # fmt: skip
@@ -124,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
             given |= {"metric": options.metric or "accuracy", "max_drop": options.max_drop}
         folder = export_onnx(
             model, folder, quantization=quantization, processing_class=processor, task=options.task,
-            target=options.target, tolerance=options.tolerance, allow_drop=options.allow_drop,
+            target=options.target, weight_type=options.weight_type, tolerance=options.tolerance, allow_drop=options.allow_drop,
             latency_rounds=options.latency_rounds, threads=options.threads, **given,
         )  # fmt: skip
     print_summary(folder, sys.stdout)

@@ -11,7 +11,7 @@ import re
 # How export_onnx names what are options here.
 _NAMES = {
     "calibration": "--calibration-data", "eval_dataset": "--eval-data", "compute_metrics": "--metric",
-    "quantization": "--quantization", "tolerance": "--tolerance", "target": "--target", "task": "--task",
+    "quantization": "--quantization", "tolerance": "--tolerance", "target": "--target", "weight_type": "--weight-type", "task": "--task",
     "metric": "--metric", "max_drop": "--max-drop", "allow_drop": "--allow-drop",
     "latency_rounds": "--latency-rounds", "threads": "--threads",
 }  # fmt: skip

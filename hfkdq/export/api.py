@@ -47,6 +47,7 @@ def export_onnx(
     task: str | None = None,
     tolerance: float | None = None,
     target: str = "onnxruntime",
+    weight_type: str = "auto",
     eval_dataset: Dataset | None = None,
     compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
     metric: str | None = None,
@@ -84,6 +85,11 @@ def export_onnx(
             By default 0.0001 where activations are in floating point, 0.1 for quantized activations (compared with the
             fake-quantized model), 0.02 for `"float16"` and 0.3 for `"dynamic"` (compared with the float model).
         target (`str`, defaults to `"onnxruntime"`): or `"standard"`, which keeps to ONNX's own operators.
+        weight_type (`str`, defaults to `"auto"`): how weights of 8 bits that are multiplied by 8-bit activations are
+            stored. `"int8"` is fastest where the processor has VNNI or is an ARM, and wrong on other x86 processors, on
+            which ONNX Runtime's product of uint8 and int8 saturates (unless the session option
+            `session.x64quantprecision` is `"1"`). `"uint8"`, the same weights plus 128, is exact everywhere.
+            `"auto"` tries whether int8 is exact on this processor, and takes uint8 if it is not.
         eval_dataset (`datasets.Dataset`, *optional*): labelled examples to measure the file and the model on, by the
             Trainer, as [`CompressionReport.measure`] does.
         compute_metrics (`Callable`, *optional*): as for `Trainer`; needed with `eval_dataset`.
@@ -125,7 +131,7 @@ def export_onnx(
     """
     folder, is_auto = Path(folder), isinstance(quantization, str) and quantization == AUTO
     kind = None if is_auto else kind_of(quantization)
-    check_arguments(model, tolerance, target)
+    check_arguments(model, tolerance, target, weight_type)
     check_folder(folder)
     asked = quantized_spec(model) if kind is None else kind.spec
     if asked is not None:
@@ -149,7 +155,9 @@ def export_onnx(
         batches, rest = _batches(backend, model, task, calibration, processing_class, data_collator)
         given = plain_copy(model)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files)))
-        source = Source(given, backend, task, target, tolerance, processing_class, batches, rest, quality, scratch)
+        source = Source(
+            given, backend, task, target, tolerance, processing_class, batches, rest, quality, scratch, weight_type
+        )
         if quality is not None:
             quality.begin(source.model, source.float_model)
         if quality is not None and kind is None:

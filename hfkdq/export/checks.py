@@ -19,15 +19,16 @@ from ..quantization import activation_ranges, quantized_spec
 from ..specs import QuantizationSpec
 
 TARGETS = ("onnxruntime", "standard")
+WEIGHT_TYPES = ("auto", "int8", "uint8")
 PAST = "-with-past"
 
 
-def check_arguments(model: Any, tolerance: float | None, target: str) -> None:
+def check_arguments(model: Any, tolerance: float | None, target: str, weight_type: str) -> None:
     """Refuses what is no model in floating point, and numbers and names that mean nothing.
 
     Raises:
         TypeError: `model` is no Transformers model.
-        ValueError: it holds integer weights, or `tolerance` or `target` is not one.
+        ValueError: it holds integer weights, or `tolerance`, `target` or `weight_type` is not one.
     """
     if not isinstance(base_of(model), PreTrainedModel):
         raise TypeError(
@@ -41,6 +42,8 @@ def check_arguments(model: Any, tolerance: float | None, target: str) -> None:
         raise ValueError(f"tolerance must be a positive number (a share of the largest logit), got {tolerance!r}.")
     if target not in TARGETS:
         raise ValueError(f"target={target!r} does not exist. Use one of {', '.join(TARGETS)}.")
+    if weight_type not in WEIGHT_TYPES:
+        raise ValueError(f"weight_type={weight_type!r} does not exist. Use one of {', '.join(WEIGHT_TYPES)}.")
 
 
 def check_folder(folder: Path) -> None:

@@ -48,6 +48,11 @@ class Kind:
         """Whether torch computes with the file's own integers, so that the two can be equal."""
         return self.spec is not None
 
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether activations are integers too."""
+        return self.name in ("int8", "dynamic")
+
 
 def kind_of(quantization: Any) -> Kind:
     """The kind of file that `quantization=` asks for.

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
+from ..provenance import describe_files, describe_model
 from ..quantization import quantize, quantized_spec, strip_quantizers_
 from .checks import PAST
 from .kinds import Kind, fitted
@@ -52,6 +53,7 @@ class Source:
         rest (`Iterator[dict]`): more batches, to find ranges on; read once.
         quality ([`Quality`], *optional*): measures a metric, if there is one.
         scratch (`Path`): an existing folder for what several kinds are made from.
+        weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, which is what is exact on this processor.
     """
 
     model: PreTrainedModel
@@ -64,6 +66,7 @@ class Source:
     rest: Iterator[Batch]
     quality: Quality | None
     scratch: Path
+    weight_type: str = "auto"
 
     @cached_property
     def float_model(self) -> PreTrainedModel:
@@ -116,6 +119,8 @@ class Source:
             "tolerance": tolerance,
             **written,
             "spec": None if spec is None else spec.to_dict(),
+            "files": describe_files(folder),
+            "model": describe_model(reference),
             "versions": {"hfkdq": __version__, **{name: version(name) for name in self.backend.PACKAGES}},
         }
         if self.quality is not None and scores is not None:
@@ -124,9 +129,11 @@ class Source:
 
     def write_files(self, kind: Kind, folder: Path, reference: PreTrainedModel | None = None) -> dict[str, Any]:
         """Writes the ONNX files alone; counts the linear layers with and without integer weights, and those fused."""
-        from .graph import count_fused_linears, improve, quantize_dynamically, to_float16
+        from .graph import count_fused_linears, improve, multiplies_exactly, quantize_dynamically, to_float16
 
         reference = self._reference(kind) if reference is None else reference
+        unsigned = self.weight_type == "uint8" or (self.weight_type == "auto" and not multiplies_exactly())
+        facts: dict[str, Any] = {"weight_type": "uint8" if unsigned else "int8"} if kind.multiplies_integers else {}
         if kind.has_integers:
             traced = copy.deepcopy(reference)
             quantized = lower_quantizers_(traced, target=self.target)
@@ -138,7 +145,7 @@ class Source:
         for file in files:
             if kind.name == "dynamic":
                 quantize_dynamically(file)
-            improve(file, target=self.target)
+            improve(file, target=self.target, unsigned=unsigned)
             if kind.name == "float16":
                 to_float16(file)
         if kind.has_integers:
@@ -146,8 +153,8 @@ class Source:
             fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         self.backend.finish(folder, reference.config, self.task)
         if not kind.has_integers:
-            return {}
-        return {"quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
+            return facts
+        return {**facts, "quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
 
     @cached_property
     def _float_files(self) -> Path:

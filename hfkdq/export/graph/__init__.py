@@ -12,6 +12,7 @@ from .narrow import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
 from .shapes import fix_shapes, noted_shapes
 from .tidy import tidy_graph
+from .unsigned import make_unsigned, multiplies_exactly
 
 __all__ = [
     "count_fused_linears",
@@ -19,6 +20,8 @@ __all__ = [
     "fuse_attention",
     "fuse_linears",
     "improve",
+    "make_unsigned",
+    "multiplies_exactly",
     "noted_shapes",
     "quantize_dynamically",
     "save_graph",
@@ -27,12 +30,13 @@ __all__ = [
 ]
 
 
-def improve(path: Path, *, target: str) -> None:
+def improve(path: Path, *, target: str, unsigned: bool = False) -> None:
     """Rewrites a file by one that computes the same with fewer operators.
 
     Args:
         path (`Path`): an ONNX file.
         target (`str`): `"onnxruntime"` or `"standard"`, which keeps to ONNX's own operators.
+        unsigned (`bool`, defaults to `False`): write weights of integer products as uint8.
     """
     model = load_graph(path)
     tidy_graph(model)
@@ -41,5 +45,7 @@ def improve(path: Path, *, target: str) -> None:
         fuse_linears(model)
         tidy_graph(model)
         fuse_attention(model)
+    if unsigned:
+        make_unsigned(model)
     tidy_graph(model)
     save_graph(model, path)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in uint8 instead of int8, for processors on which ONNX Runtime's product of uint8 and int8 saturates."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+# Operators with the places of their integer weight and its zero point.
+_PLACES = {"MatMulIntegerToFloat": (1, 5), "QAttention": (1, 7), "MatMulInteger": (1, 3), "ConvInteger": (1, 3)}
+_DEQUANTIZE = "DequantizeLinear"
+_PROBE = """
+<ir_version: 10, opset_import: ["" : 17]> probe (uint8[rows, 64] a) => (int32[rows, 16] product)
+<int8[64, 16] weight, uint8 a_zero = {0}, int8 zero = {0}> { product = MatMulInteger(a, weight, a_zero, zero) }
+"""
+
+
+@cache
+def multiplies_exactly() -> bool:
+    """Whether ONNX Runtime multiplies uint8 by int8 exactly on this processor, which is tried.
+
+    On x86 without VNNI it adds pairs of products in 16 bits, where 255 * 127 * 2 does not fit.
+    """
+    model = ir.from_onnx_text(_PROBE, initializers=[ir.tensor(np.full((64, 16), 127, np.int8), name="weight")])
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    products = [session.run(None, {"a": np.full((rows, 64), 255, np.uint8)})[0] for rows in (1, 16)]
+    return all((product == 64 * 255 * 127).all() for product in products)
+
+
+def make_unsigned(model: ir.Model) -> int:
+    """Adds 128 to the int8 weights that are multiplied by uint8 codes, and to their zero points, in place.
+
+    Args:
+        model (`onnx_ir.Model`): changed in place.
+
+    Returns:
+        `int`: how many operators read such a weight now.
+    """
+    changed = 0
+    made: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = {}
+    for node in list(model.graph.all_nodes()):
+        place, zero_place = _PLACES.get(node.op_type, (0, 2))
+        if node.op_type not in _PLACES and not _is_weight_of_product(node):
+            continue
+        weight = node.inputs[place]
+        if weight is None or not weight.is_initializer() or weight.dtype != ir.DataType.INT8:
+            continue
+        zero = node.inputs[zero_place] if len(node.inputs) > zero_place else None
+        key = (str(weight.name), "" if zero is None else str(zero.name))
+        if key not in made:
+            made[key] = _shifted(weight, key[0]), _shifted(zero, f"{key[0]}.zero_point")
+        for index, value in zip((place, zero_place), made[key], strict=True):
+            if index >= len(node.inputs):
+                node.resize_inputs(index + 1)
+            node.replace_input_with(index, value)
+        changed += 1
+    for pair in made.values():
+        for value in pair:
+            model.graph.register_initializer(value)
+    if changed:
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    return changed
+
+
+def _is_weight_of_product(node: ir.Node) -> bool:
+    """Whether a node dequantizes a matrix for products alone, which ONNX Runtime makes integer products of."""
+    consumers = [use for output in node.outputs for use in output.consumers()]
+    return (
+        node.op_type == _DEQUANTIZE
+        and len(node.inputs) == 3
+        and bool(consumers)
+        and all(use.op_type in ("MatMul", "Gemm") and use.inputs[1] is node.outputs[0] for use in consumers)
+    )
+
+
+def _shifted(value: ir.Value | None, name: str) -> ir.Value:
+    codes = np.zeros((), np.int8) if value is None or value.const_value is None else value.const_value.numpy()
+    shifted = (codes.astype(np.int16) + 128).astype(np.uint8)
+    name = f"{name}.unsigned"
+    return ir.val(name, const_value=ir.tensor(shifted, name=name))
