@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: no network, one thread, where the real data sets lie."""
+"""What all tests share: no network, how many threads, where the real data sets lie, which tests compare numbers."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,6 +21,15 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import set_seed
 
+from tests import other_processor
+
+other_processor.from_environment()
+
+THREADS = int(os.environ.get("HFKDQ_TEST_THREADS", "1"))  # the models are tiny, and test processes share the cores
+# Words of a module whose tests compare numbers; `pytest -m numbers` runs them, as tests/kernels.sh does.
+NUMBERS = re.compile(
+    r"equal\(|allclose|assert_close|approx\(|assert_array|\.abs\(|hexdigest|losses?\b|logits|launch|export_onnx"
+)
 DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -26,7 +37,7 @@ DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / 
 def _alone():
     """Every test starts from the same random state, and leaves no mixed precision or compiler to the next one."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    torch.set_num_threads(1)  # the models are tiny, and test processes share the cores
+    torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
     set_seed(0)
     yield
@@ -42,6 +53,22 @@ def _nothing_old_to_search():
     """A training begins with a search for garbage, which takes seconds among all that earlier tests have imported."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "numbers: compares numbers, which processors compute in different orders")
+
+
+@functools.cache
+def _compares_numbers(path: Path) -> bool:
+    return NUMBERS.search(path.read_text()) is not None
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of modules that compare numbers are marked `numbers`, before `-m` chooses among them."""
+    for item in items:
+        if _compares_numbers(item.path):
+            item.add_marker("numbers")
 
 
 def pytest_runtest_setup(item):

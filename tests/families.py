@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from .numbers import batch_for, in_double
+
 VOCABULARY = 60
 _TEXT = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
              max_position_embeddings=64, num_labels=3, initializer_range=0.2, pad_token_id=0)  # fmt: skip
@@ -55,9 +57,9 @@ class Family:
         return _INPUTS[self.inputs](torch.Generator().manual_seed(seed), size)
 
     def outputs(self, model: tf.PreTrainedModel) -> Tensor:
-        """What the model predicts for `batch()`."""
-        with torch.no_grad():
-            return model(**self.batch()).logits
+        """What the model predicts for `batch()`, in its own precision."""
+        with torch.no_grad(), in_double(model):
+            return model(**batch_for(model, self.batch())).logits
 
 
 def _text(generator: torch.Generator, size: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def accelerate_launch(
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         **(
             {"ACCELERATE_TORCH_DEVICE": device, "DS_ACCELERATOR": device} if device else {"ACCELERATE_USE_CPU": "true"}

@@ -19,6 +19,7 @@ from hfkdq import QuantizationSpec
 from hfkdq.quantization import QuantizedEmbedding, QuantizedLinear, prepare_qat_, quantized_modules
 from hfkdq.quantization.layers import swap_in_, swap_out_, weight_quantizers_of
 from tests import tiny
+from tests.numbers import UNIT, assert_same_sum
 from tests.quantization import naive
 
 # How a layer is made, the shape of its input, and where its output channels are.
@@ -70,6 +71,15 @@ def input_of(kind):
 def output_of(layer, inputs):
     out = layer(inputs)
     return out[0] if isinstance(out, tuple) else out
+
+
+def skip_without_bfloat16(kind):
+    """Not every processor has the kernels: oneDNN's LSTM of bfloat16 needs AVX512."""
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            output_of(KINDS[kind][0](), input_of(kind))
+        except RuntimeError as error:
+            pytest.skip(f"PyTorch has no such layer in bfloat16 on this processor: {error}")
 
 
 def codes_of(values, scale, zero_point):
@@ -126,7 +136,11 @@ def test_every_width_equals_integer_arithmetic_exactly(weight_bits, symmetric, a
     integers = ((inputs / scale).round().long() + middle).clamp(0, 2**activation_bits - 1)
     assert (integers.min(), integers.max()) == (0, 2**activation_bits - 1), "the input should reach both ends"
     sums = (integers - middle) @ (codes - zeros[:, None]).T
-    assert torch.equal(layer(inputs), sums * scales * scale + torch.arange(40.0))
+    expected = sums.double() * scales * scale + torch.arange(40.0)
+    terms = (integers - middle).abs() @ (codes - zeros[:, None]).abs().T * scales.double() * scale + torch.arange(40.0)
+    if activation_bits < 16:  # the sums with the bias fit too, so that no order rounds them
+        assert torch.equal(layer(inputs), expected.float())
+    assert_same_sum(layer(inputs), expected, terms, length=3)
     assert torch.equal(layer.integer_weight().long(), codes)
     assert torch.equal(layer.weight_scale(), scales)
     assert symmetric or torch.equal(layer.weight_zero_point().long(), zeros)
@@ -158,7 +172,9 @@ def test_equals_the_plain_layer_with_weights_and_input_quantized_before(kind, sc
     elif quantizer is not None:
         scale, zero_point = (value.item() for value in quantizer.qparams())
         seen = naive.quantize_activation(inputs, scale, zero_point, layer.quantization_scheme.activation_bits)[1]
-    assert torch.equal(output_of(layer, inputs), output_of(plain, seen))
+    # A table quantizes the rows that are looked up: scales that are means sum up 32 weights of them, in an order of their own.
+    rtol = 2 * 32 * UNIT if kind == "embedding" and scheme in ("ternary", "binary") else 0
+    torch.testing.assert_close(output_of(layer, inputs), output_of(plain, seen), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize(("kind", "scheme"), ALL)
@@ -192,6 +208,7 @@ def test_lives_as_its_plain_layer_does(kind, scheme):
 
 @pytest.mark.parametrize(("kind", "scheme"), ALL)
 def test_keeps_its_precision_in_half_precision_models_and_under_autocast(kind, scheme):
+    skip_without_bfloat16(kind)
     layer, inputs = quantized(KINDS[kind][0](), **SCHEMES[scheme]).train(), input_of(kind)
     output_of(layer, inputs)
     expected = output_of(layer.eval(), inputs)
@@ -305,7 +322,9 @@ def test_looked_up_rows_equal_those_of_the_whole_quantized_table(scheme):
     upstream = torch.randn(2, 3, 64)
     found = table(ids)
     expected = F.embedding(ids, twin.weight_quantizer(twin.weight))
-    assert torch.equal(found, expected)
+    # Scales that are means sum up 64 weights, of rows or of the whole table; all else is computed number by number.
+    mean = scheme in ("ternary", "binary", "mean_abs")
+    torch.testing.assert_close(found, expected, rtol=2 * 64 * UNIT if mean else 0, atol=0)
     for out in (found, expected):
         out.backward(upstream)
     for (name, a), (_, b) in zip(table.named_parameters(), twin.named_parameters(), strict=True):
