@@ -6,27 +6,35 @@ Reads the files of a folder as bytes; it knows neither models nor training nor O
 
 from __future__ import annotations
 
+import email.utils
 import os
 import re
 import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 from transformers.utils import logging
+
+from .provenance import weight_files
+from .secrets import redact
+from .uploads import Contents, check_secrets, collect
 
 if TYPE_CHECKING:
     from hfkdq.report import CompressionReport
 
 logger = logging.get_logger(__name__)
 
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
-_TEXTS = frozenset(
-    {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".csv", ".py", ".jinja"}
-)
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+# The Hub asks for patience with these; nothing has happened then.
+_BUSY = (429, 503)
+_TRIES = 5
+_LONGEST_WAIT = 60.0
+_Answer = TypeVar("_Answer")
 
 _ADVICE = {
     401: "Log in with `hf auth login`, or pass a token with write access as `token`.",
@@ -41,8 +49,6 @@ _ADVICE_SERVER = "The fault is the Hub's. Wait a few minutes and push again."
 _ADVICE_REQUEST = "Correct what the answer names and push again."
 _ADVICE_CONNECTION = "Check the connection and the variables HF_ENDPOINT and HF_HUB_OFFLINE, and push again."
 
-_Contents = dict[str, Path | bytes]
-
 
 def push_to_hub(
     folder: str | os.PathLike[str],
@@ -54,13 +60,17 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload compressed model",
+    ignore_patterns: list[str] | str | None = None,
 ) -> CommitInfo:
     """Publishes a compressed model on the Hugging Face Hub in one commit.
 
     Every file of the folder goes up, hidden ones aside, with the report's model card as `README.md`, its facts as
-    `compression_report.json` and its plot as `report.png`. The repository is created where it does not exist. All local
-    checks come before the first request, no local file is written, and a push that failed can simply be repeated: what
-    the Hub has already is not sent again.
+    `compression_report.json` and its plot as `report.png`. A folder is refused as a whole if it has a file that a model
+    repository does not hold (weights are safetensors and ONNX alone), a link that leaves it, or a secret in any file, in
+    a name or in the message; or if its ONNX files are not those that its report, or `report`, is about. The repository
+    is created where it does not exist. All local checks come before the first request, no local file is written, and a
+    push that failed can simply be repeated: what the Hub has already is not sent again. Where the Hub asks to wait
+    (`Retry-After`, up to a minute), it is asked again, four times at most.
 
     Args:
         folder (`str` or `os.PathLike`): what [`export_onnx`] wrote: configuration, safetensors checkpoint, ONNX
@@ -74,6 +84,8 @@ def push_to_hub(
         revision (`str`, *optional*): branch to commit to, created where it does not exist; `"main"` by default.
         create_pr (`bool`, defaults to `False`): open a pull request with the commit; `revision` must then exist.
         commit_message (`str`, defaults to `"Upload compressed model"`): first line of the commit's message.
+        ignore_patterns (`str` or `list[str]`, *optional*): files to leave out, as shell patterns such as `"*.log"` or
+            `"runs/*"`, as in `huggingface_hub.upload_folder`.
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit, with its `oid`, `commit_url` and, for a pull request, `pr_url`. As
@@ -81,7 +93,7 @@ def push_to_hub(
 
     Raises:
         ValueError: no such folder or no `config.json` in it, an invalid `repo_id`, `token`, commit message or card,
-            pickled files, or an access token inside a text file.
+            files that are not to be published, a secret in one, or files that the report is not about.
         RuntimeError: the Hub refused (401, 403, 404, 409, 5xx, ...) or could not be reached. The message says what
             to do; the original error is its cause.
 
@@ -97,18 +109,22 @@ def push_to_hub(
     folder = Path(folder)
     validate_repo_id(repo_id)
     _check_arguments(token, commit_message)
-    contents = _contents(folder)
+    contents = _contents(folder, ignore_patterns)
+    _check_files(folder, contents, report)
     if report is not None:
         contents.update(_report_files(report, repo_id))
-    _check_publishable(folder, contents)
+    check_secrets(folder, contents, [("commit_message", commit_message), ("repo_id", repo_id)])
+    _check_card(folder, contents)
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
     try:
         api = HfApi(token=token, library_name="hfkdq")
-        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        full_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(full_id, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            full_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            _patiently(lambda: api.create_branch(full_id, branch=str(revision), exist_ok=True))
+        commit = _patiently(
+            lambda: api.create_commit(
+                full_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            )
         )
     # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
     except Exception as error:
@@ -128,22 +144,30 @@ def _check_arguments(token: str | bool | None, commit_message: str) -> None:
         raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
 
 
-def _contents(folder: Path) -> _Contents:
-    """Every file of the folder by its path in the repository, without hidden files and folders."""
+def _contents(folder: Path, ignore_patterns: list[str] | str | None) -> Contents:
+    """Every file of the folder by its path in the repository, if all of them may be published."""
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
         raise ValueError(
             f"{folder} {found}. push_to_hub publishes a folder that export_onnx or save_pretrained wrote."
         )
-    contents: _Contents = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            contents[name.as_posix()] = path
-    return contents
+    return collect(folder, ignore_patterns)
 
 
-def _report_files(report: CompressionReport, repo_id: str) -> _Contents:
+def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
+    """Refuses ONNX files that neither the folder's own report nor `report` is about."""
+    from .report import CompressionReport
+    from .report.files import EXPORT_REPORT, check_engine, check_export
+
+    for name in contents:
+        place = (folder / name).parent
+        if PurePosixPath(name).name == EXPORT_REPORT and weight_files(place):
+            check_export(place)
+    if isinstance(report, CompressionReport):
+        check_engine(report, folder)
+
+
+def _report_files(report: CompressionReport, repo_id: str) -> Contents:
     """Card, facts and plot of a report, rendered without touching the user's folder."""
     with tempfile.TemporaryDirectory() as scratch:
         plot = Path(scratch) / "report.png"
@@ -156,34 +180,66 @@ def _report_files(report: CompressionReport, repo_id: str) -> _Contents:
         }
 
 
-def _check_publishable(folder: Path, contents: _Contents) -> None:
-    """Refuses pickles, access tokens in text files and a card that the Hub could not read."""
-    pickles = [name for name in contents if PurePosixPath(name).suffix.lower() in _PICKLES]
-    if pickles:
+def _check_card(folder: Path, contents: Contents) -> None:
+    """Refuses a card that the Hub could not read."""
+    if "README.md" not in contents:
+        return
+    card = contents["README.md"]
+    try:
+        ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{folder} has files that are pickles by their names: {', '.join(pickles)}. Loading one runs whatever code "
-            "is in it, so only safetensors and ONNX weights are published; optimizer states and training arguments "
-            "are not for others. Push the folder that export_onnx wrote, or delete these files."
-        )
-    texts = [name for name in contents if PurePosixPath(name).suffix.lower() in _TEXTS]
-    leaks = [name for name in texts if _TOKEN.search(_read(contents[name]))]
-    if leaks:
-        raise ValueError(
-            f"{folder} has text with a Hugging Face access token in: {', '.join(leaks)}. Remove it from there and, as "
-            "it may have been seen, renew it at https://huggingface.co/settings/tokens."
-        )
-    if "README.md" in contents:
+            f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
+            "push a report, which brings its own."
+        ) from error
+
+
+def _patiently(request: Callable[[], _Answer]) -> _Answer:
+    """The answer to a request, asked again for as long as the Hub is busy and says so."""
+    for attempt in range(1, _TRIES):
         try:
-            ModelCard(_read(contents["README.md"]).decode())
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
-                "push a report, which brings its own."
-            ) from error
+            return request()
+        except Exception as error:  # requests, httpx and Xet share no error class
+            seconds = _wait_asked_for(error, attempt)
+            if seconds is None:
+                raise
+            status = _answer(error)[0]
+            logger.warning(f"The Hub answered {status}; asking again in {seconds:.0f} s ({attempt} of {_TRIES - 1}).")
+            time.sleep(seconds)
+    return request()
 
 
-def _read(data: Path | bytes) -> bytes:
-    return data if isinstance(data, bytes) else data.read_bytes()
+def _wait_asked_for(error: Exception, attempt: int) -> float | None:
+    """Seconds until the Hub may be asked again; `None` if it does not ask for patience, or for more than a minute."""
+    response = _response(error)
+    if response is None or response.status_code not in _BUSY:
+        return None
+    seconds = _seconds(str(response.headers.get("Retry-After") or ""))
+    if seconds is None:
+        return float(2 ** (attempt - 1))
+    return seconds if seconds <= _LONGEST_WAIT else None
+
+
+def _seconds(text: str) -> float | None:
+    """What `Retry-After` says: seconds, or a date."""
+    if re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError):
+        return None
+    date = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+    return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
+
+
+def _response(error: BaseException | None) -> Any:
+    """The Hub's answer behind an error, which huggingface_hub may have wrapped."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:  # not by its truth: in requests a failed response is false
+            return response
+        error = error.__cause__
+    return None
 
 
 def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool | None) -> str:
@@ -194,10 +250,14 @@ def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool
     else:
         happened = f"the Hub answered {status} ({answer})"
         advice = _ADVICE.get(status, _ADVICE_SERVER if status >= 500 else _ADVICE_REQUEST)
+        wait = str(getattr(_response(error), "headers", {}).get("Retry-After") or "")
+        if status in _BUSY and (seconds := _seconds(wait)):
+            advice = f"It asks to wait {seconds:.0f} s. {advice}"
     text = f"Could not push {folder} to {repo_id}: {happened}. {advice} The files in {folder} are untouched."
-    if isinstance(token, str):
-        text = text.replace(token, "hf_***")
-    return _TOKEN.sub(b"hf_***", text.encode()).decode()
+    for known in (token, get_token()):
+        if isinstance(known, str) and known:
+            text = text.replace(known, "hf_***")
+    return redact(text)
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from transformers import PreTrainedModel
 
 from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, prune, quantize
 from hfkdq.export.runtime import OnnxSession
@@ -23,6 +24,7 @@ from hfkdq.facts import record_fact
 from hfkdq.measuring import latency
 from hfkdq.measuring.latency import TimedEngine, time_engines
 from hfkdq.metrics import classification_metrics
+from hfkdq.provenance import describe_files, describe_model
 from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency
 from hfkdq.report.card import _call, _pruning, _quantization
@@ -64,7 +66,20 @@ def write_onnx(folder: Path, kind: str = "int8", labels: int = 3) -> np.ndarray:
     return table
 
 
-def measure(onnx, **kwargs) -> CompressionReport:
+def seal(folder: Path, student) -> None:
+    """Writes into the report of a stand-in which files and which model it is about, as an export does."""
+    facts = json.loads((folder / "report.json").read_text())
+    known = {"files": describe_files(folder), "model": describe_model(student)}
+    (folder / "report.json").write_text(json.dumps({**facts, **known}))
+
+
+def measure(onnx, sealed: bool = True, **kwargs) -> CompressionReport:
+    if sealed:
+        for folder in onnx.values() if isinstance(onnx, dict) else [onnx]:
+            if Path(folder, "report.json").is_file() and isinstance(
+                kwargs.get("student", None), PreTrainedModel | None
+            ):
+                seal(Path(folder), kwargs.get("student") or tiny.bert(seed=1))
     settings = dict(
         student=tiny.bert(seed=1), onnx=onnx, eval_dataset=tiny.text_dataset(30), latency_rounds=0,
         compute_metrics=classification_metrics, processing_class=tiny.tokenizer(), batch_size=8,
@@ -208,7 +223,7 @@ def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
     student = tiny.bert(seed=1)
     student.config._name_or_path = str(tmp_path / "teacher")
     record_fact(
-        student, "quantization", {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0}}, "weights": {"a": {}}}
+        student, "quantization", {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0, "zero_point": 0}}, "weights": {}}
     )
     record_fact(student, "distillation", {"teacher": str(tmp_path / "teacher"), "notes": ["~/secret", SECRET, "kept"]})
     report = measure(folder, student=student)
@@ -219,7 +234,7 @@ def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
         assert str(tmp_path) not in text
         assert SECRET not in text
         assert str(Path.home()) not in text
-    assert student.config.hfkdq["quantization"]["ranges"] == {"a": {"scale": 1.0}}
+    assert student.config.hfkdq["quantization"]["ranges"] == {"a": {"scale": 1.0, "zero_point": 0}}
 
 
 @pytest.mark.parametrize(
@@ -577,7 +592,7 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
         "ONNX float": export_onnx(student, tmp_path / "float", **settings),
         "ONNX int8": export_onnx(student, tmp_path / "int8", quantization=QuantizationSpec(), **settings),
     }
-    report = measure(folders, student=student, eval_dataset=data)
+    report = measure(folders, sealed=False, student=student, eval_dataset=data)
     quantized, plain, small = report.engines
     assert quantized.parameters == sum(p.numel() for p in tiny.bert(seed=1).parameters())
     assert small.size < plain.size

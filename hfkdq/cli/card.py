@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 HELP = "print the model card of a report"
 DESCRIPTION = "Prints the model card of what CompressionReport.measure found and saved."
@@ -17,10 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to `parser`."""
     parser.add_argument("report", help="a report.json")
     parser.add_argument("--repo_id", "--repo-id", help="Hub repository that the card's code samples load")
+    parser.add_argument("--folder", help="the folder that was measured; its files are held against the report")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the card."""
     from ..report import CompressionReport
+    from ..report.files import check_beside
 
-    sys.stdout.write(CompressionReport.load(options.report).to_card(repo_id=options.repo_id))
+    report = CompressionReport.load(options.report)
+    if options.folder is None:
+        check_beside(report, Path(options.report))
+    sys.stdout.write(report.to_card(repo_id=options.repo_id, folder=options.folder))

@@ -6,12 +6,18 @@ Knows the report's fields and the Hub's metadata; what is missing leaves no line
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 
+from ..schema import check
+from ..secrets import redact
+from .markdown import Markdown, code, escape, one_line, plain, told
+from .schema import Export, Facts, Timing
 from .table import count, markdown_table, metric_names
 
 if TYPE_CHECKING:
@@ -34,26 +40,97 @@ _PIPELINE_ARGUMENT = {
 }
 
 
+def check_renderable(report: CompressionReport) -> None:
+    """Refuses a report whose fields no code, table or plot can be made of.
+
+    Raises:
+        ValueError: it has such a field; one line names it.
+    """
+    for name, value in (("architecture", report.architecture), ("processor", report.processor)):
+        if value is not None and not (isinstance(value, str) and value.isidentifier() and value.isascii()):
+            raise ValueError(f"{name} is {_short(value)}, expected the name of a class")
+    for number, engine in enumerate(report.engines):
+        _check_engine(engine, f"engines[{number}]")
+    if report.samples < 0:
+        raise ValueError(f"samples is {report.samples}, expected 0 or more")
+    check(report.facts, Facts, "facts")
+    check(report.timing, Timing, "timing")
+    if report.timing and not {"threads", "rounds", "inputs"} <= set(report.timing):
+        raise ValueError("timing lacks threads, rounds or inputs")
+
+
+def _check_engine(engine: Engine, where: str) -> None:
+    latency = engine.latency
+    wrong = {
+        "kind": engine.kind not in ("torch", "onnx"),
+        "size": engine.size <= 0,
+        "parameters": engine.parameters is not None and engine.parameters < 0,
+        "sparsity": engine.sparsity is not None and not 0 <= engine.sparsity <= 1,
+        "latency": latency is not None and not (0 < latency.min_ms <= latency.median_ms and latency.calls > 0),
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f"{where}.{name} is {_short(getattr(engine, name))}, which nothing can be measured as")
+    if engine.parity is not None:
+        check(engine.parity, Export, f"{where}.parity")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def render_card(report: CompressionReport, repo_id: str | None) -> str:
     """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from."""
+    check_renderable(report)
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hfkdq", "templates"),
         undefined=jinja2.StrictUndefined,
         autoescape=False,
+        finalize=escape,  # whatever is no Markdown of ours is text
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["code"] = code
     body = environment.get_template("model_card.md.j2").render(
         report=report,
         title=_title(report),
+        origin=_origin(report.base_model),
+        table=Markdown(report.to_markdown()),
         done=_done(report),
         parity=_parity(report),
         quantized="quantization" in report.facts,
         zeroed=_zeroed(report),
         usage=_usage(report, repo_id),
     )
-    return str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}"))
+    return redact(str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}")))
+
+
+def _origin(base_model: str | None) -> Markdown | None:
+    """The model that the student comes from, with a link if it can be one on the Hub."""
+    if not base_model:
+        return None
+    if not _is_hub_id(base_model):
+        return escape(base_model)
+    return Markdown(f"[{base_model}](https://huggingface.co/{base_model})")
+
+
+def _is_hub_id(name: Any) -> bool:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain_text(value: Any) -> Any:
+    """What is written into the metadata, whose texts have one line."""
+    if isinstance(value, list):
+        return [_plain_text(item) for item in value]
+    return one_line(value) if isinstance(value, str) else value
 
 
 def _title(report: CompressionReport) -> str:
@@ -63,16 +140,18 @@ def _title(report: CompressionReport) -> str:
 
 def _metadata(report: CompressionReport) -> ModelCardData:
     results = _eval_results(report)
+    data = report.dataset.id if report.dataset is not None else None
+    datasets = [data] if data is not None and _is_hub_id(data) else None
     return ModelCardData(
-        base_model=report.base_model,
-        datasets=[report.dataset.id] if report.dataset is not None and report.dataset.id else None,
-        language=report.language,
+        base_model=report.base_model if _is_hub_id(report.base_model) else None,
+        datasets=datasets,
+        language=_plain_text(report.language),
         library_name="transformers",
-        license=report.license,
-        metrics=metric_names(report) or None,
-        pipeline_tag=report.task,
+        license=_plain_text(report.license),
+        metrics=_plain_text(metric_names(report)) or None,
+        pipeline_tag=_plain_text(report.task),
         tags=_tags(report),
-        model_name=_title(report) if results else None,
+        model_name=one_line(_title(report)) if results else None,
         eval_results=results or None,
     )
 
@@ -98,23 +177,23 @@ def _eval_results(report: CompressionReport) -> list[EvalResult]:
     data = report.dataset
     return [
         EvalResult(
-            task_type=report.task,
-            dataset_type=data.id or re.sub(r"[^\w.-]+", "-", data.name).strip("-").lower(),
-            dataset_name=data.name,
-            dataset_config=data.config,
-            dataset_split=data.split,
-            dataset_revision=data.revision,
-            metric_type=metric,
+            task_type=one_line(report.task),
+            dataset_type=_plain_text(data.id) or re.sub(r"[^\w.-]+", "-", data.name).strip("-").lower() or "data",
+            dataset_name=one_line(data.name) or "data",
+            dataset_config=_plain_text(data.config),
+            dataset_split=_plain_text(data.split),
+            dataset_revision=_plain_text(data.revision),
+            metric_type=one_line(metric),
             metric_value=round(value, 6),
-            metric_name=f"{metric} ({report.engines[-1].name})",
+            metric_name=one_line(f"{metric} ({report.engines[-1].name})"),
         )
         for metric, value in report.engines[-1].metrics.items()
     ]
 
 
-def _done(report: CompressionReport) -> list[str]:
+def _done(report: CompressionReport) -> list[Markdown]:
     """A line for every recorded step, in the order in which the steps follow one another."""
-    facts = report.facts
+    facts = told(report.facts)
     steps = [
         _layers(facts.get("student", {})),
         _distillation(facts.get("distillation", {})),
@@ -123,7 +202,7 @@ def _done(report: CompressionReport) -> list[str]:
         _quantization(facts.get("quantization", {})),
         _export(report.engines[-1]),
     ]
-    return [step for step in steps if step]
+    return [Markdown(step) for step in steps if step]
 
 
 def _layers(fact: dict[str, Any]) -> str:
@@ -137,19 +216,19 @@ def _layers(fact: dict[str, Any]) -> str:
 
 
 def _distillation(fact: dict[str, Any]) -> str:
-    objectives = ", ".join(f"`{_call(objective)}`" for objective in fact.get("objectives", []))
+    objectives = ", ".join(code(_call(plain(objective))) for objective in fact.get("objectives", []))
     if not objectives:
         return ""
-    verb = f"**Distillation** from a `{fact['teacher']}`" if "teacher" in fact else "**Training**"
+    verb = f"**Distillation** from a {code(fact['teacher'])}" if "teacher" in fact else "**Training**"
     steps = f", {fact['steps']:,} optimizer steps" if "steps" in fact else ""
     return f"{verb}{steps}: {objectives}."
 
 
 def _call(objective: dict[str, Any]) -> str:
-    def told(value: Any) -> Any:
+    def setting(value: Any) -> Any:
         return _call(value) if isinstance(value, dict) and "name" in value else value
 
-    settings = ", ".join(f"{key}={told(value)}" for key, value in objective.items() if key != "name")
+    settings = ", ".join(f"{key}={setting(value)}" for key, value in objective.items() if key != "name")
     return f"{objective.get('name', 'objective')}({settings})"
 
 
@@ -194,8 +273,8 @@ def _quantization(fact: dict[str, Any]) -> str:
         line += f"; {count(own)} {'setting' if own == 1 else 'settings'} for single modules"
     left_out = spec.get("exclude_modules")
     if left_out:
-        names = [left_out] if isinstance(left_out, str) else left_out
-        line += f"; in floating point: {', '.join(f'`{name}`' for name in names)}"
+        names = [left_out] if isinstance(left_out, str) else list(left_out)
+        line += f"; in floating point: {', '.join(map(code, names))}"
     return f"{line}."
 
 
@@ -221,27 +300,28 @@ def _weights(spec: dict[str, Any]) -> str:
 def _export(engine: Engine) -> str:
     if engine.parity is None:
         return ""
+    parity = told(engine.parity)
     how = {
         "float": "in floating point",
         "dynamic": "with 8-bit weights; the ranges of activations are found while it runs",
         "int8": "with the quantization above",
-    }.get(str(engine.parity.get("kind")))
-    opset = f", opset {engine.parity['opset']}" if "opset" in engine.parity else ""
+    }.get(str(parity.get("kind")))
+    opset = f", opset {parity['opset']}" if "opset" in parity else ""
     line = f"**Export** to ONNX{opset}{f', {how}' if how else ''}"
-    if "fused_linears" in engine.parity and "quantized_linears" in engine.parity:
+    if "fused_linears" in parity and "quantized_linears" in parity:
         line += (
-            f". Of its {engine.parity['quantized_linears']} quantized layers that are matrix products, ONNX Runtime ran "
-            f"{engine.parity['fused_linears']} on integers where it was exported"
+            f". Of its {parity['quantized_linears']} quantized layers that are matrix products, ONNX Runtime ran "
+            f"{parity['fused_linears']} on integers where it was exported"
         )
     return f"{line}."
 
 
-def _parity(report: CompressionReport) -> str:
+def _parity(report: CompressionReport) -> Markdown | None:
     """How far the logits of every exported file are from the model's, as a table."""
     engines = [engine for engine in report.engines if engine.parity is not None]
     keys = [key for key in _PARITY if any((engine.parity or {}).get(key) is not None for engine in engines)]
     if "max_abs_diff" not in keys:
-        return ""
+        return None
 
     def cell(engine: Engine, key: str) -> str:
         value = (engine.parity or {}).get(key)
@@ -249,7 +329,7 @@ def _parity(report: CompressionReport) -> str:
         return "" if value is None else form.format(factor * value)
 
     rows = [[engine.name, *(cell(engine, key) for key in keys)] for engine in engines]
-    return markdown_table(["File", *(_PARITY[key][0] for key in keys)], rows)
+    return Markdown(markdown_table(["File", *(_PARITY[key][0] for key in keys)], rows))
 
 
 def _zeroed(report: CompressionReport) -> bool:
@@ -260,13 +340,14 @@ def _zeroed(report: CompressionReport) -> bool:
 def _usage(report: CompressionReport, repo_id: str | None) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     head = re.search(r"For[A-Z]\w*$", report.architecture)
-    known = head is not None and report.task is not None
+    known = head is not None and report.task is not None and "```" not in report.task
     return {
-        "source": repo_id or ".",
-        "comment": "" if repo_id else "  # the folder of this file",
+        "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
+        "comment": Markdown("" if repo_id else "  # the folder of this file"),
         "auto": f"AutoModel{head.group()}" if known and head else report.architecture,
         "ort": f"ORTModel{head.group()}" if known and head else "",
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
+        "task": Markdown(json.dumps(one_line(report.task))),
         "argument": _PIPELINE_ARGUMENT.get(report.processor or "", ""),
     }

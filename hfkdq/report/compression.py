@@ -9,22 +9,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..measuring.latency import Latency
-from .card import render_card
+from ..schema import build, read_file, read_json
+from .card import check_renderable, render_card
+from .environment import hide_secrets
+from .files import check_engine
 from .plots import draw_plot
+from .schema import FileFacts
 from .table import render_markdown, render_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
-
-_Data = TypeVar("_Data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Engine:
         sparsity (`float`, *optional*): share of zeros in the weights of linear layers; for PyTorch.
         latency ([`Latency`], *optional*): if it was timed.
         parity (`dict`, *optional*): what the export recorded about the file's difference from the model; for ONNX.
+        files (`dict`): size (`bytes`) and `sha256` of every file with weights in the folder, by name; for ONNX.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Engine:
     sparsity: float | None = None
     latency: Latency | None = None
     parity: dict[str, Any] | None = None
+    files: dict[str, FileFacts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +187,7 @@ class CompressionReport:
 
     def to_json(self) -> str:
         """The report as JSON; `from_json` gives the equal report back."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        return json.dumps(hide_secrets(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CompressionReport:
@@ -192,13 +196,10 @@ class CompressionReport:
         Raises:
             ValueError: text that is no such report.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or not isinstance(data.get("engines"), list) or not data["engines"]:
-            raise ValueError("This JSON is no compression report: it has no list `engines`. `to_json` writes one.")
-        data["engines"] = tuple(_engine(engine) for engine in data["engines"])
-        if data.get("dataset") is not None:
-            data["dataset"] = _build(DatasetInfo, data["dataset"])
-        return _build(cls, data)
+        try:
+            return _checked(read_json(text))
+        except ValueError as error:
+            raise ValueError(f"This JSON is no compression report: {_sentence(error)} `to_json` writes one.") from None
 
     def save(self, path: str | Path) -> Path:
         """Writes the report as JSON; whoever reads `path` sees the old file or the whole new one."""
@@ -206,8 +207,16 @@ class CompressionReport:
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionReport:
-        """The report that `save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """The report that `save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is no such report; one line names it and says why.
+        """
+        try:
+            return _checked(read_file(path))
+        except ValueError as error:
+            raise ValueError(f"{path} is no compression report: {_sentence(error)} `save` writes one.") from None
 
     def table(self) -> Table:
         """The rows as a table for the terminal: `rich.print(report.table())`."""
@@ -217,15 +226,22 @@ class CompressionReport:
         """The rows as a table in Markdown."""
         return render_markdown(self)
 
-    def to_card(self, repo_id: str | None = None) -> str:
+    def to_card(self, repo_id: str | None = None, folder: str | Path | None = None) -> str:
         """The model card, a complete `README.md` with its metadata; a fact that is missing leaves no line.
 
         Args:
             repo_id (`str`, *optional*): Hub id that the model will have, for the code that loads it.
+            folder (`str` or `Path`, *optional*): where the card goes; its files must be those of the last ONNX row.
 
         Returns:
-            `str`: Markdown that starts with a YAML block which `huggingface_hub.ModelCard` reads.
+            `str`: Markdown that starts with a YAML block which `huggingface_hub.ModelCard` reads. Text from a
+            checkpoint or a data set stands in it as text, whatever it holds.
+
+        Raises:
+            ValueError: `folder` has other files, `repo_id` is none, or a field is not what code can be written with.
         """
+        if folder is not None:
+            check_engine(self, Path(folder))
         return render_card(self, repo_id)
 
     def save_plot(self, path: str | Path) -> Path:
@@ -237,23 +253,20 @@ class CompressionReport:
         return _replace(path, lambda temporary: draw_plot(self, temporary))
 
 
-def _engine(data: Any) -> Engine:
-    latency = data.get("latency") if isinstance(data, dict) else None
-    return _build(Engine, data if latency is None else {**data, "latency": _build(Latency, latency)})
+def _checked(data: dict[str, Any]) -> CompressionReport:
+    """The report in JSON whose fields have the right types and possible values."""
+    if "engines" not in data:
+        raise ValueError("it has no list `engines`")
+    report = build(CompressionReport, data, "CompressionReport")
+    if not report.engines:
+        raise ValueError("it has no list `engines` with something in it")
+    check_renderable(report)
+    return report
 
 
-def _build(cls: type[_Data], data: Any) -> _Data:
-    names = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - names) if isinstance(data, dict) else [repr(data)]
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(names))}. Was the "
-            "report written by another version of hfkdq?"
-        )
-    try:
-        return cls(**data)
-    except TypeError as error:
-        raise ValueError(f"This JSON is no compression report: {error}.") from error
+def _sentence(error: ValueError) -> str:
+    text = str(error)
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:

@@ -9,13 +9,18 @@ from __future__ import annotations
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .. import __version__
+from ..secrets import find_secrets, redact
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+# Folders of users and machines within a longer text.
+_PATH = re.compile(
+    r"(?:^|[^\w.~/])(?:/(?:home|Users|root|tmp|var|mnt|data|work|workspace|scratch|opt|srv|private|etc|usr|nfs|content|kaggle)/"
+    r"|~/|file://|[A-Za-z]:\\|\\\\\w)"
+)
 
 
 def describe_environment() -> dict[str, str]:
@@ -44,16 +49,27 @@ def _processor() -> str:
 
 
 def publishable(value: Any) -> Any:
-    """`value` without the strings in it that are absolute paths or hold an access token of the Hub."""
+    """`value` without the strings in it that are or name absolute paths, or hold a secret."""
     if isinstance(value, dict):
-        return {key: publishable(item) for key, item in value.items() if not _is_private(item)}
-    if isinstance(value, (list, tuple)):
+        return {key: publishable(item) for key, item in value.items() if not (_is_private(key) or _is_private(item))}
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [publishable(item) for item in value if not _is_private(item)]
     return value
 
 
+def hide_secrets(value: Any) -> Any:
+    """`value` with `***` in place of secrets in its strings, names of fields included."""
+    if isinstance(value, dict):
+        return {hide_secrets(key): hide_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hide_secrets(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 def _is_private(value: Any) -> bool:
+    if isinstance(value, PurePath):
+        return True
     if not isinstance(value, str):
         return False
     absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() or value.startswith("~")
-    return absolute or _TOKEN.search(value) is not None
+    return absolute or _PATH.search(value) is not None or bool(find_secrets(value.encode(errors="backslashreplace")))

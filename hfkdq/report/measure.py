@@ -6,7 +6,6 @@ Knows models, files and data; how a fact is rendered is not its business.
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from ..measuring.evaluation import Evaluation
 from ..measuring.latency import TimedEngine, check_counts, time_engines
 from .compression import CompressionReport, DatasetInfo, Engine
 from .environment import describe_environment, publishable
+from .files import EXPORT_REPORT, check_measured, read_export
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +84,7 @@ def measure_report(
     models = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
     _check_models(models)
     folders = _onnx_folders(onnx, models)
+    exported = {name: check_measured(folder, student) for name, folder in folders.items()}
     with tempfile.TemporaryDirectory() as temporary:
         evaluation = Evaluation(
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer"
@@ -95,7 +96,7 @@ def measure_report(
             if name in models:
                 row = _measure_torch(name, models[name], evaluation, Path(temporary, f"torch-{name}"))
             else:
-                row = _measure_onnx(name, student, folders[name], evaluation)
+                row = _measure_onnx(name, student, folders[name], exported[name], evaluation)
             engines.append(row[0])
             timed.append(row[1])
         if latency_rounds:
@@ -143,7 +144,7 @@ def _measure_torch(
 
 
 def _measure_onnx(
-    name: str, student: PreTrainedModel, folder: Path, evaluation: Evaluation
+    name: str, student: PreTrainedModel, folder: Path, facts: dict[str, Any], evaluation: Evaluation
 ) -> tuple[Engine, TimedEngine]:
     file = folder / "model.onnx"
     engine = Engine(
@@ -151,20 +152,16 @@ def _measure_onnx(
         kind="onnx",
         metrics=evaluation.metrics(name, student, SingleFile(file)),
         size=sum(part.stat().st_size for part in folder.glob("model.onnx*")),
-        parity=_parity(folder),
+        parity=_parity(facts),
+        files=facts["files"],
     )
     return engine, TimedEngine(name, "onnx", file, evaluation.first_example(student))
 
 
-def _parity(folder: Path) -> dict[str, Any]:
-    """What the export recorded of the file, without what is measured here again."""
-    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    facts = {
-        name: value
-        for name, value in facts.items()
-        if name not in ("metrics", "latency", "choice", "batches", "step_by_step")
-    }
-    return dict(publishable(facts))
+def _parity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the export recorded of the file, without what is measured here again or told elsewhere."""
+    others = ("metrics", "latency", "choice", "batches", "step_by_step", "files", "model")
+    return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
 
 def _check_models(models: Mapping[str, Any]) -> None:
@@ -187,7 +184,7 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        missing = [file for file in ("model.onnx", "report.json") if not (folder / file).is_file()]
+        missing = [file for file in ("model.onnx", EXPORT_REPORT) if not (folder / file).is_file()]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")
         if name in taken:
@@ -195,7 +192,7 @@ def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[st
     if not named:
         raise ValueError("onnx names no folder. Pass one that `export_onnx` wrote, or a mapping of names to folders.")
     if list(named) == [""]:
-        kind = json.loads((named[""] / "report.json").read_text(encoding="utf-8")).get("kind")
+        kind = read_export(named[""]).get("kind", "")
         return {_KINDS.get(kind, f"ONNX {kind}" if kind else "ONNX"): named[""]}
     return named
 

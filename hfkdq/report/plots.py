@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..secrets import redact
+from .card import check_renderable
+from .markdown import one_line
 from .table import is_share, megabytes, metric_names, three_digits
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ def draw_plot(report: CompressionReport, path: Path) -> None:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError('The plot needs matplotlib: pip install "hfkdq[plots]".') from error
+    check_renderable(report)
     timed = all(engine.latency is not None for engine in report.engines)
     panels: list[Callable[[Any, CompressionReport], None]] = []
     panels += [_draw_metric] if metric_names(report) else []
@@ -44,7 +48,7 @@ def draw_plot(report: CompressionReport, path: Path) -> None:
     for axis, draw in zip(axes, panels, strict=True):
         _prepare(axis, rows)
         draw(axis, report)
-    axes[0].set_yticks(range(rows), [engine.name for engine in report.engines])
+    axes[0].set_yticks(range(rows), [_text(engine.name) for engine in report.engines])
     figure.suptitle(_title(report), x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
     if timed:
         figure.supxlabel(_timing(report), x=0.01, ha="left", fontsize=7.5, color=_FAINT)
@@ -53,12 +57,17 @@ def draw_plot(report: CompressionReport, path: Path) -> None:
 
 def _title(report: CompressionReport) -> str:
     where = "" if report.dataset is None else f" on {report.dataset.name}"
-    return f"{report.architecture}{where}, {report.samples:,} examples"
+    return _text(f"{report.architecture}{where}, {report.samples:,} examples")
+
+
+def _text(value: str) -> str:
+    """A text as matplotlib draws it letter by letter, without secrets."""
+    return one_line(redact(value)).replace("$", r"\$")
 
 
 def _timing(report: CompressionReport) -> str:
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report.timing["inputs"].items())
-    return f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call."
+    return _text(f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call.")
 
 
 def _prepare(axis: Any, rows: int) -> None:
@@ -96,7 +105,7 @@ def _draw_metric(axis: Any, report: CompressionReport) -> None:
         text = f"{value:.2f} %" if share else f"{value:.4g}"
         axis.annotate(text, (value, row), (7, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK,
                       bbox=dict(facecolor="white", edgecolor="none", pad=1.0), zorder=3)  # fmt: skip
-    _name_panel(axis, f"{metric.replace('_', ' ')} (axis does not start at 0)")
+    _name_panel(axis, f"{_text(metric).replace('_', ' ')} (axis does not start at 0)")
 
 
 def _draw_size(axis: Any, report: CompressionReport) -> None:

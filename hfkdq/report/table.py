@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from .markdown import Markdown, escape, one_line
 
 if TYPE_CHECKING:
     from .compression import CompressionReport, Engine
@@ -96,15 +99,17 @@ def _numbers(report: CompressionReport, engine: Engine) -> list[str]:
 def render_table(report: CompressionReport) -> Table:
     """The rows for the terminal; latency is the median, the fastest call beside it in dim print."""
     header, rows = cells(report)
-    title = f"{report.architecture}, {report.samples:,} examples"
+    title = Text(one_line(f"{report.architecture}, {report.samples:,} examples"))
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", padding=0)
     for name in header:
         left = name == "Model"
         style = "dim" if name.startswith("Fastest") else None
         # rich shrinks wide columns in proportion, into words; with two lines to a name none is wide.
-        table.add_column(name.replace(" ", "\n", 1), justify="left" if left else "right", style=style, no_wrap=left)
+        table.add_column(
+            Text(one_line(name).replace(" ", "\n", 1)), justify="left" if left else "right", style=style, no_wrap=left
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     return table
 
 
@@ -115,6 +120,6 @@ def render_markdown(report: CompressionReport) -> str:
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown: first column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rules: list[str] = [Markdown("---"), *[Markdown("---:")] * (len(header) - 1)]
+    escaped = [[escape(cell) for cell in line] for line in [header, rules, *rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ties a report to its files and to its model: sizes and hashes, class, labels and shapes.
+
+Knows files and parameters; what was measured on them is not its business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .files import sha256_of
+
+_PATTERNS = ("*.onnx*", "*.safetensors")
+
+
+def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The ONNX files, their external data and the safetensors files that lie in `folder` itself."""
+    found = {path for pattern in _PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def describe_files(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file with weights in `folder`, by name."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in weight_files(folder)}
+
+
+def find_difference(folder: str | os.PathLike[str], recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first way in which the files with weights in `folder` are not those that were recorded, in words.
+
+    Args:
+        folder (`str` or `os.PathLike`): where they lie.
+        recorded (`Mapping`): what [`describe_files`] gave of them.
+
+    Returns:
+        `str`, *optional*: such as `"model.onnx has changed"`; `None` if they are the same.
+    """
+    here = {path.name: path for path in weight_files(folder)}
+    for name, facts in sorted(recorded.items()):
+        if name not in here:
+            return f"{name} is missing"
+        size = here[name].stat().st_size
+        if size != facts["bytes"]:
+            return f"{name} has changed: it has {size} bytes, recorded are {facts['bytes']}"
+        if sha256_of(here[name]) != facts["sha256"]:
+            return f"{name} has changed: its SHA-256 is not the one recorded"
+    extra = sorted(set(here) - set(recorded))
+    return f"{extra[0]} is not one of the files that were recorded" if extra else None
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """Class, family, labels, number of parameters, and a SHA-256 of their names and shapes, as a checkpoint has them."""
+    shapes = _shapes(model)
+    text = json.dumps(sorted((name, list(parameter.shape)) for name, parameter in shapes.items()))
+    labels = getattr(model.config, "id2label", None) or {}
+    return {
+        "architecture": type(model).__name__,
+        "model_type": str(getattr(model.config, "model_type", "")),
+        "id2label": {str(number): str(label) for number, label in labels.items()},
+        "parameters": sum(parameter.numel() for parameter in shapes.values()),
+        "shapes": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Parameters by their names in a checkpoint, without those of adapters and of fake quantizers."""
+    saved = model.state_dict().keys()
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if name in saved and ".lora_" not in name
+    }

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that comes from elsewhere, as text in Markdown: it makes no heading, link, code, table or markup.
+
+Knows Markdown's signs; nothing of reports.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SIGNS = re.compile(r"[\\`*\[\]<>|~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|@(?=\w)|\$(?=\S)")
+_BEGINNING = re.compile(r"^(?:[#>=+-](?!\d)|\d+(?=[.)](?:\s|$)))")
+_ADDRESS = re.compile(r"(?<=:)//|(?i:(?<=www)\.)")
+_SPACE = re.compile("[\\s\\x00-\\x1f\\x7f-\\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+# Harmless in a code span, but then only a reader who knows where it ends can tell.
+_UNSAFE = re.compile(r"[`<>]|\]\(|//|\{\{|\{%")
+
+
+class Markdown(str):
+    """A text that is Markdown already."""
+
+
+class _Told:
+    """A value from elsewhere that any formatting escapes."""
+
+    def __format__(self, spec: str) -> str:
+        return escape(plain(self))
+
+    def __str__(self) -> str:
+        return escape(plain(self))
+
+
+class _ToldText(_Told, str):
+    pass
+
+
+class _ToldList(_Told, list[Any]):
+    pass
+
+
+class _ToldObject(_Told, dict[Any, Any]):
+    pass
+
+
+def one_line(value: Any) -> str:
+    """A text in one line, without control characters and signs that turn its direction round."""
+    return _SPACE.sub(" ", str(plain(value))).strip()
+
+
+def escape(value: Any) -> Markdown:
+    """A text as Markdown shows it letter by letter, also in a table; what is Markdown stays."""
+    if isinstance(value, Markdown):
+        return value
+    text = _SIGNS.sub(r"\\\g<0>", one_line(value))
+    text = _ADDRESS.sub(lambda match: "".join(f"\\{sign}" for sign in match[0]), text)
+    return Markdown(_BEGINNING.sub(lambda match: _escaped_beginning(match[0]), text))
+
+
+def code(value: Any) -> Markdown:
+    """A text in a code span; what looks like markup is escaped text instead."""
+    text = one_line(value)
+    return escape(text) if not text or _UNSAFE.search(text) else Markdown(f"`{text}`")
+
+
+def told(value: Any) -> Any:
+    """Data from elsewhere, to be compared as it is and escaped wherever it is formatted."""
+    if isinstance(value, dict):
+        return _ToldObject({key: told(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return _ToldList(told(item) for item in value)
+    return _ToldText(value) if isinstance(value, str) else value
+
+
+def _escaped_beginning(text: str) -> str:
+    return f"{text}\\" if text[-1].isdigit() else f"\\{text}"
+
+
+def plain(value: Any) -> Any:
+    """A value without the wrapping of `told`."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str.__str__(value)[:] if isinstance(value, str) else value
