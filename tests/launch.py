@@ -10,6 +10,11 @@ import sys
 from pathlib import Path
 
 
+def python_path() -> str:
+    """Where another Python finds what this one does, `tests.other_processor` included if it is on."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+
+
 def accelerate_launch(
     script: Path, *arguments: object, processes: int = 2, options: tuple[str, ...] = (), device: str = ""
 ) -> str:
@@ -20,7 +25,7 @@ def accelerate_launch(
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         **(
             {"ACCELERATE_TORCH_DEVICE": device, "DS_ACCELERATOR": device} if device else {"ACCELERATE_USE_CPU": "true"}

@@ -9,7 +9,8 @@ Knows how PyTorch computes and what a fake quantizer is given; nothing of any te
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,18 @@ def doubled(model: Any) -> Any:
     return copy.deepcopy(model).double()
 
 
-def in_double(model: Any) -> AbstractContextManager[Any]:
+@contextmanager
+def in_double(model: Any) -> Iterator[None]:
     """Where a model of float64 computes in float64 throughout; for a model of another kind it changes nothing."""
-    return _Doubled() if model.dtype == torch.float64 else nullcontext()
+    if model.dtype != torch.float64:
+        yield
+        return
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubled():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def batch_for(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -123,3 +133,20 @@ def assert_same_but_at_ties(
     assert equal, "every row has a tie, and so nothing was compared; give more rows"
     np.testing.assert_allclose(found[~flipped], expected[~flipped], rtol=0, atol=atol)
     return equal
+
+
+def assert_same_tokens(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor, near: float) -> None:
+    """Tokens of `(rows, length)` that the largest of `logits` chose are equal up to where the two largest are about equal.
+
+    `near` is how near, as a share of the largest logit: what one integer that rounds to the other side moves. The first token of
+    some row must have been compared.
+    """
+    compared = 0
+    for ours, theirs, row in zip(found, expected, logits, strict=True):
+        for one, other, chances in zip(ours.tolist(), theirs.tolist(), row, strict=True):
+            first, second = chances.topk(2).values.tolist()
+            if first - second < near * float(chances.abs().max()):
+                break  # either may be chosen, and what follows is another text
+            assert one == other
+            compared += 1
+    assert compared

@@ -22,6 +22,7 @@ from hfkdq.trainer import DistillationTrainer
 
 from . import tiny
 from .hub_server import loopback_hub  # noqa: F401
+from .launch import python_path
 from .trainer.common import ALL_TERMS, losses, make_trainer, teacher_of, weights
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
@@ -143,9 +144,10 @@ def test_a_teacher_named_by_its_hub_id_is_downloaded_at_the_revision_asked_for(
     api.create_branch("me/teacher", branch="second")
     api.upload_folder(repo_id="me/teacher", folder_path=folder, revision="second")
     script = [sys.executable, "-c", FROM_HUB, str(tmp_path / "out")]
-    environment = {**hub_server.environment(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**hub_server.environment(tmp_path / "home"), "PYTHONPATH": python_path()}
+    threads = str(torch.get_num_threads())  # as here, where the same numbers are computed
     result = subprocess.run(
-        script, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        script, env={**environment, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
     teaching, known_as = json.loads(result.stdout.splitlines()[-1])

@@ -26,7 +26,7 @@ from hfkdq.caching.keys import processor_fingerprint, weights_fingerprint
 from tests import tiny
 from tests.caching.common import KINDS, cached, language_rows, padder
 from tests.caching.runs import run
-from tests.launch import accelerate_launch
+from tests.launch import accelerate_launch, python_path
 
 SCRIPT = Path(__file__).parent / "runs.py"
 
@@ -37,7 +37,7 @@ def calls(log: Path) -> list[int]:
 
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
     folder, log = tmp_path / "cache", tmp_path / "log"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, str(SCRIPT), str(folder), str(log), "6", str(tmp_path / "result")]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]

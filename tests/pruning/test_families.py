@@ -340,20 +340,19 @@ def test_a_layer_that_is_passed_by_is_so_under_gradient_checkpointing(name, reen
 
     def gradients():
         model.zero_grad()
-        with in_double(model):
-            logits = model(**batch_for(model, family.batch())).logits
-            logits.square().mean().backward()
+        logits = model(**batch_for(model, family.batch())).logits
+        logits.square().mean().backward()
         return logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
     logits, expected = gradients()
-    assert_same_in_double(logits, family.outputs(model.eval()))
+    # What is computed anew in the backward pass is outside of `in_double`, and so all is.
+    assert_same_in_double(logits, family.outputs(model.eval()), ROUNDED_NORMS)
     model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
     again, actual = gradients()
-    assert_same_in_double(again, logits)
+    assert_same_in_double(again, logits, ROUNDED_NORMS)
     assert actual.keys() == expected.keys()
     for key, gradient in expected.items():
-        # What the reentrant kind computes anew is outside of `in_double`.
-        assert_same_in_double(actual[key], gradient, ROUNDED_NORMS if reentrant else DOUBLE)
+        assert_same_in_double(actual[key], gradient, ROUNDED_NORMS)
     target = masks.targets[0]
     for layer, out in zip(target.stack.layers, masks.pruned[0], strict=True):
         still = {bool((p.grad == 0).all()) for p in layer.parameters() if p.grad is not None}

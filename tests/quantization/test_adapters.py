@@ -410,7 +410,9 @@ def test_an_nf4_base_keeps_its_integers_and_becomes_floating_point_when_merged(t
     if not ON_V5:
         folder = export_onnx(model, tmp_path / "onnx", quantization=spec, latency_rounds=0)
         facts = json.loads(Path(folder, "report.json").read_text())
-        assert facts["max_abs_diff"] < 1e-3 * facts["max_abs_logit"]
+        # Floats before the last layer, and of its 64 inputs two that round to the other side, each one step from where they were.
+        codes = 2 * step * float(merged.lm_head.weight.abs().max())
+        assert facts["max_abs_diff"] < 1e-5 * facts["max_abs_logit"] + codes
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -24,6 +24,7 @@ from hfkdq.quantization.attention import OPERANDS
 from hfkdq.quantization.records import set_enabled_
 from hfkdq.specs import QuantizationScheme
 from tests import tiny
+from tests.numbers import UNIT, assert_same_sum, assert_same_tokens
 from tests.quantization import naive
 
 
@@ -55,7 +56,8 @@ def batch_of(model):
 
 
 def make(name, implementation, attention=True, observe=True, **spec):
-    model = MODELS[name][0]()
+    # Transformers 4 chooses BERT's classes as it makes the model.
+    model = tiny.bert(attn_implementation=implementation) if name == "bert" else MODELS[name][0]()
     model.set_attn_implementation(implementation)
     settings = {"target_modules": [MODELS[name][1]], "range_estimator": "min_max", "head_bits": 8, **spec}
     prepare_qat_(model, QuantizationSpec(attention=attention, **settings))
@@ -113,27 +115,40 @@ def test_sixteen_bits_are_close_to_the_fused_function(settings, heads):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (4, True)])
 def test_equals_attention_with_operands_quantized_by_hand(implementation, bits, symmetric):
+    """Link by link, so that no rounding stands between what is compared: a number near a tie may round either way."""
     model = make("bert", implementation, activation_bits=bits, activation_symmetric=symmetric)
     attention, seen = model.bert.encoder.layer[1].attention.self, {}
     attention.register_forward_hook(
-        lambda module, args, kwargs, out: seen.update(inputs=args[0], out=out[0]), with_kwargs=True
+        lambda module, args, kwargs, out: seen.update(ends=(args[0], out[0])), with_kwargs=True
     )
+    for name, quantizer in attention.attention_quantizer.operands.items():
+        quantizer.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
     batch = batch_of(model)
     model(**batch)
     ranges = activation_ranges(model)
-
-    def quantize(name, values):
+    for name in OPERANDS:  # number by number
         entry = ranges[f"bert.encoder.layer.1.attention.self:{name}"]
-        return naive.quantize_activation(values, entry["scale"], entry["zero_point"], bits)[1]
+        expected = naive.quantize_activation(seen[name][0], entry["scale"], entry["zero_point"], bits)[1]
+        assert torch.equal(seen[name][1], expected)
+    if seen["key"][0].shape[-1] != 8:  # eager attention gives the keys as columns
+        seen["key"] = [keys.transpose(-2, -1) for keys in seen["key"]]
 
-    query, key, value = (
-        quantize(name, projection(seen["inputs"]).unflatten(-1, (4, 8)).transpose(1, 2))
-        for name, projection in (("query", attention.query), ("key", attention.key), ("value", attention.value))
+    inputs, out = seen["ends"]
+    for name in ("query", "key", "value"):
+        projection = getattr(attention, name)
+        expected, terms = projection(inputs), inputs.abs() @ projection.weight.abs().t() + projection.bias.abs()
+        expected, terms = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in (expected, terms))
+        assert_same_sum(seen[name][0], expected, terms, length=32 + 1)
+    (_, query), (_, key), (_, value), (found, probabilities) = (
+        seen[n] for n in ("query", "key", "value", "probabilities")
     )
-    scores = query @ key.transpose(-2, -1) / 8**0.5
-    scores = scores.masked_fill(batch["attention_mask"][:, None, None] == 0, float("-inf"))
-    context = quantize("probabilities", scores.softmax(dim=-1)) @ value
-    torch.testing.assert_close(seen["out"], context.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-6)
+    padded = batch["attention_mask"][:, None, None] == 0
+    expected = (query @ key.transpose(-2, -1) / 8**0.5).masked_fill(padded, float("-inf")).softmax(dim=-1)
+    # Scores are sums of 8 and scaled, as those above; the softmax adds up 10 exponentials, of 2 units each, and divides.
+    scores = float(2 * (8 + 1) * UNIT * (query.abs() @ key.abs().transpose(-2, -1)).max() / 8**0.5)
+    torch.testing.assert_close(found, expected, rtol=2 * scores + 2 * (10 + 2 * 2 + 1) * UNIT, atol=0)
+    context, terms = (t.transpose(1, 2).flatten(2) for t in (probabilities @ value, probabilities @ value.abs()))
+    assert_same_sum(out, context, terms, length=10)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -167,8 +182,9 @@ def test_generation_with_a_cache_gives_the_same_tokens(name, implementation):
     model = make(name, implementation, activation_bits=8)
     ids = torch.randint(5, 90, (2, 6))
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    settings.update(output_logits=True, return_dict_in_generate=True)
     cached, whole = (model.generate(ids, use_cache=use_cache, **settings) for use_cache in (True, False))
-    assert torch.equal(cached, whole)
+    assert_same_tokens(cached.sequences[:, 6:], whole.sequences[:, 6:], torch.stack(whole.logits, 1), near=0.02)
 
 
 @pytest.mark.parametrize("estimator", ["learned", "pact", "moving_average"])

@@ -27,6 +27,7 @@ from hfkdq.trainer import DistillationTrainer
 from hfkdq.trainer.checkpoints import is_whole, last_whole_checkpoint
 from tests import tiny
 
+from ..launch import python_path
 from . import resume_runs
 from .common import ALL_TERMS, assert_equal_weights, losses, make_trainer, teacher_of
 
@@ -39,7 +40,7 @@ EXIT_CODES = threading.Lock()
 @pytest.fixture(scope="module", autouse=True)
 def _server():
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    os.environ["PYTHONPATH"] = python_path()
     CONTEXT.set_forkserver_preload([resume_runs.__name__])
     yield
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
