@@ -108,12 +108,14 @@ def push_to_hub(
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
+    if not repo_id.isprintable():
+        raise ValueError(f"repo_id is {repo_id!r}; a Repo id has no line breaks.")
     _check_arguments(token, commit_message)
     contents = _contents(folder, ignore_patterns)
-    _check_files(folder, contents, report)
     if report is not None:
         contents.update(_report_files(report, repo_id))
     check_secrets(folder, contents, [("commit_message", commit_message), ("repo_id", repo_id)])
+    _check_files(folder, contents, report)
     _check_card(folder, contents)
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
     try:

@@ -86,7 +86,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str | None]] = []
-        self._failures: dict[str, deque[tuple[int, str]]] = {}
+        self._failures: dict[str, deque[tuple[int, str, dict[str, str]]]] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -106,11 +106,18 @@ class HubServer:
     def routes(self) -> list[str]:
         return [route for route, _ in self.requests]
 
-    def fail_next(self, route: str, status: int, times: int = 1, message: str = "told to fail") -> None:
+    def fail_next(
+        self,
+        route: str,
+        status: int,
+        times: int = 1,
+        message: str = "told to fail",
+        headers: dict[str, str] | None = None,
+    ) -> None:
         """Answers the next requests to `route` with `status`, or hangs up for `BREAK`; see `ROUTES` for the names."""
         if route not in ROUTES.values():
             raise ValueError(f"no route {route!r}; there are {', '.join(ROUTES.values())}")
-        self._failures.setdefault(route, deque()).extend([(status, message)] * times)
+        self._failures.setdefault(route, deque()).extend([(status, message, headers or {})] * times)
 
     def stop_failing(self) -> None:
         """Forgets what `fail_next` still has in store."""
@@ -143,8 +150,8 @@ class HubServer:
             self.requests.append((route, authorization))
             failures = self._failures.get(route)
             if failures:
-                status, message = failures.popleft()
-                return handler.hang_up() if status == BREAK else handler.send_json(status, {"error": message})
+                status, message, headers = failures.popleft()
+                return handler.hang_up() if status == BREAK else handler.send_json(status, {"error": message}, headers)
             try:
                 self._authorize(route, authorization, parts.get("repo"))
                 answer = getattr(self, f"_{route}")(body, query=query, **parts)

@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
+import os
+import pickle
 import subprocess
 import sys
+import zipfile
+import zlib
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
 
 from hfkdq.hub import push_to_hub
+from hfkdq.provenance import describe_files, describe_model
+from hfkdq.report import CompressionReport, Engine
 
 from . import tiny
 from .hub_server import BREAK, check_card, loopback_hub  # noqa: F401
@@ -266,28 +277,255 @@ def test_a_card_that_only_the_hub_refuses(hub_server, folder):
     assert hub_server.commits == 0
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "deep/Optimizer.PT", "x.pkl", "last.ckpt"])
+PICKLE = pickle.dumps({"a": [1, 2, 3], "b": {4, 5}})
+PACKED = {
+    "pickle of protocol 2": pickle.dumps({"a": [1, 2, 3]}, protocol=2), "pickle": PICKLE,
+    "pickle of protocol 0": b"cposix\nsystem\n(S'id'\ntR.", "zip": b"PK\x03\x04" + bytes(40),
+    "gzip": gzip.compress(b"x" * 100), "bzip2": bz2.compress(b"x"), "xz": lzma.compress(b"x"), "zlib": zlib.compress(b"x" * 100),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100), "ELF": b"\x7fELF" + bytes(100), "NumPy": b"\x93NUMPY" + bytes(100),
+    "script": b"#!/bin/sh\nid", "SQLite": b"SQLite format 3\0" + bytes(100),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "training_args.bin", "deep/Optimizer.PT", "x.pkl", "last.ckpt", "m.dill", "W.BIN", "a.npy", "a.bin.", "b.pt "],
+)  # fmt: skip
 def test_pickles_are_refused_before_any_request(hub_server, folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"pickles by their names: {name}\. .*safetensors"):
+    with pytest.raises(
+        ValueError, match=rf"(pickles by their names|called by characters.*): {name}.*safetensors|called"
+    ):
         push_to_hub(folder, "me/tiny", report=Report())
     assert hub_server.requests == []
 
 
-@pytest.mark.parametrize("name", ["report.json", "notes.txt", "float/README.md", "recipe.yaml"])
-def test_tokens_in_text_are_refused_before_any_request(hub_server, folder, name):
-    (folder / name).write_text(f'{{"token": "{FAKE_TOKEN}"}}')
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("name", ["vocab.txt", "weights.safetensors", "extra.json", "model.onnx_data"])
+def test_what_nobody_can_look_into_is_refused_under_any_name(hub_server, folder, kind, name):
+    (folder / name).write_bytes(PACKED[kind])
+    with pytest.raises(
+        ValueError, match=rf"of another kind than their names say.*: {name}\. .*ignore_patterns=\['{name}'\]"
+    ):
+        push_to_hub(folder, "me/tiny")
+    assert hub_server.requests == []
+
+
+def test_a_zip_behind_other_bytes_is_refused(hub_server, folder):
+    with zipfile.ZipFile(folder / "model.onnx_data", "w") as file:
+        file.writestr("data.pkl", PICKLE)
+    (folder / "model.onnx_data").write_bytes(bytes(5000) + (folder / "model.onnx_data").read_bytes())
+    with pytest.raises(ValueError, match=r"of another kind than their names say.*model\.onnx_data"):
+        push_to_hub(folder, "me/tiny")
+
+
+def test_a_safetensors_header_that_looks_like_a_pickle_passes(hub_server, folder):
+    header = json.dumps({"__metadata__": {"note": ""}}).encode()
+    header = header[:-3] + b" " * (0x0280 - len(header)) + header[-3:]
+    (folder / "extra.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert (folder / "extra.safetensors").read_bytes().startswith(b"\x80\x02")
+    push_to_hub(folder, "me/tiny")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train.log", "run.sh", "nb.ipynb", "page.html", "notes", "data.csv", "m.h5", "a.gguf", "x.JSON.gz", "vocab.dat", "events.out.1", "x.json ",
+     "setup.py", "a\nb.json", "model.onnx.exe", "modèle.exe", "x\uff0ebin"],
+)  # fmt: skip
+def test_what_no_model_repository_holds_is_refused_or_left_out(hub_server, folder, name):
+    (folder / name).write_text("x")
+    with pytest.raises(ValueError, match="was not pushed") as caught:
+        push_to_hub(folder, "me/tiny")
+    message = str(caught.value)
+    assert name.strip() in message or repr(name) in message
+    assert "\n" not in message
+    assert hub_server.requests == []
+    push_to_hub(folder, "me/tiny", ignore_patterns=[name])
+    assert set(hub_server.repositories["me/tiny"].files()) == set(visible(folder)) - {name}
+
+
+def test_one_error_names_everything_and_patterns_leave_it_out(hub_server, folder, tmp_path):
+    (folder / "runs").mkdir()
+    for name in ("train.log", "runs/events.1", "x.pkl"):
+        (folder / name).write_bytes(b"x")
+    (folder / "linked").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="was not pushed") as caught:
+        push_to_hub(folder, "me/tiny")
+    assert all(name in str(caught.value) for name in ("train.log", "runs/events.1", "x.pkl", "linked"))
+    push_to_hub(folder, "me/tiny", ignore_patterns=["*.log", "runs/*", "*.pkl", "linked/"])
+    pushed = set(hub_server.repositories["me/tiny"].files())
+    assert pushed == {n for n in visible(folder) if not n.startswith(("train", "runs", "x.", "linked"))}
+
+
+def test_very_many_files_are_named_in_part(hub_server, folder):
+    for number in range(1000):
+        (folder / f"{number}.log").write_text("x")
+    with pytest.raises(ValueError, match="and 950 more") as caught:
+        push_to_hub(folder, "me/tiny")
+    assert len(str(caught.value)) < 3000
+
+
+def test_what_a_model_repository_holds_passes(hub_server, folder):
+    names = ["LICENSE", "LICENSE.txt", "NOTICE", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3", "merges.txt", "source.spm",
+             "chat_template.jinja", "additional_chat_templates/tool.jinja", "bpe.codes", "qwen.tiktoken", "picture.png", "images/a.JPG",
+             "model_quantized.onnx", "model.onnx.data", "model.onnx_data", "model.onnx_data_1", "decoder.onnx", "trainer_state.json",
+             "modeling_own.py", "recipe.yaml", "modèle.json"]  # fmt: skip
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"text")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_own.Own"}}))
+    push_to_hub(folder, "me/tiny")
+    assert set(names) <= set(hub_server.repositories["me/tiny"].files())
+
+
+def test_links_stay_inside(hub_server, folder, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.json").write_text("{}")
+    (outside / "back").symlink_to(folder / "config.json")
+    (folder / "same.json").symlink_to("config.json")
+    (folder / "float" / "up.json").symlink_to("../same.json")
+    push_to_hub(folder, "me/tiny")
+    assert hub_server.repositories["me/tiny"].files()["float/up.json"] == (folder / "config.json").read_bytes()
+    links = {
+        "out.json": outside / "secret.json", "hidden.json": folder / ".cache" / "note.json", "broken.json": "nowhere.json", "loop.json": "loop.json",
+        "chain.json": "out.json", "through.json": outside / "back", "directory": outside, "inner": folder / "float", "up": "..",
+    }  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+        if name == "chain.json":
+            (folder / "out.json").symlink_to(links["out.json"])
+        with pytest.raises(ValueError, match=rf"links to what is not in the folder.*{name}"):
+            push_to_hub(folder, "me/tiny")
+        for made in {name, "out.json"}:
+            (folder / made).unlink(missing_ok=True)
+    (tmp_path / "link").symlink_to(folder)
+    push_to_hub(tmp_path / "link", "me/tiny")
+
+
+def test_pipes_and_files_that_cannot_be_read_are_refused_without_waiting(hub_server, folder, monkeypatch):
+    os.mkfifo(folder / "pipe.json")
+    with pytest.raises(ValueError, match=r"no files \(pipes.*pipe\.json"):
+        push_to_hub(folder, "me/tiny")
+    (folder / "pipe.json").unlink()
+    read = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == "merges.txt":
+            raise PermissionError(13, "Permission denied")
+        return read(path, *args, **kwargs)
+
+    (folder / "merges.txt").write_text("x")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match=r"not readable: merges\.txt \(Permission denied\)"):
+        push_to_hub(folder, "me/tiny")
+
+
+@pytest.mark.parametrize(
+    "name", ["report.json", "notes.txt", "float/README.md", "recipe.yaml", "model.onnx", "more.safetensors", "a.png"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32-be"])
+def test_secrets_are_refused_in_every_file_before_any_request(hub_server, folder, name, encoding):
+    (folder / name).write_bytes(b"\x08\x01" * 8 + f'{{"token": "{FAKE_TOKEN}"}}'.encode(encoding))
     with pytest.raises(ValueError, match=f"access token in: {name}") as caught:
+        push_to_hub(folder, "me/tiny")
+    assert FAKE_TOKEN not in str(caught.value)
+    assert hub_server.requests == []
+    push_to_hub(folder, "me/tiny", ignore_patterns=[name])
+
+
+def test_secrets_are_refused_in_names_messages_and_cards(hub_server, folder):
+    for arguments in (dict(commit_message=f"with {FAKE_TOKEN}"), dict(report=Report(CARD + FAKE_TOKEN))):
+        with pytest.raises(ValueError, match=r"access token in: (commit_message|README\.md)") as caught:
+            push_to_hub(folder, "me/tiny", **arguments)
+        assert FAKE_TOKEN not in str(caught.value)
+    (folder / f"{FAKE_TOKEN}.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"access token in: the name of hf_\*\*\*") as caught:
         push_to_hub(folder, "me/tiny")
     assert FAKE_TOKEN not in str(caught.value)
     assert hub_server.requests == []
 
 
-def test_a_token_in_the_card_is_refused(hub_server, folder):
-    with pytest.raises(ValueError, match=r"access token in: README\.md"):
-        push_to_hub(folder, "me/tiny", report=Report(CARD + FAKE_TOKEN))
+# ------------------------------------------------------------------ reports and files
+
+
+def exported(folder: Path) -> None:
+    facts = {"kind": "int8", "files": describe_files(folder), "model": describe_model(tiny.bert())}
+    (folder / "report.json").write_text(json.dumps(facts))
+
+
+def measured(folder: Path) -> CompressionReport:
+    engine = Engine(name="ONNX", kind="onnx", metrics={"accuracy": 0.5}, size=400, files=describe_files(folder))
+    return CompressionReport(engines=(engine,), architecture="BertForSequenceClassification", samples=4)
+
+
+def test_files_that_the_reports_are_about_pass(hub_server, folder):
+    exported(folder)
+    push_to_hub(folder, "me/tiny", report=measured(folder))
+    assert hub_server.commits == 1
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+def test_files_of_another_export_are_refused(hub_server, folder, name):
+    report = measured(folder)
+    exported(folder)
+    (folder / name).write_bytes((folder / name).read_bytes() + b"x")
+    with pytest.raises(ValueError, match=rf"does not hold what its report\.json is about: {name} has changed"):
+        push_to_hub(folder, "me/tiny")
+    exported(folder)
+    with pytest.raises(ValueError, match=rf"is not what the report measured as 'ONNX': {name} has changed"):
+        push_to_hub(folder, "me/tiny", report=report)
+    (folder / "model.onnx_data").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"model\.onnx_data is not one of the files"):
+        push_to_hub(folder, "me/tiny")
     assert hub_server.requests == []
+
+
+def test_a_damaged_report_in_the_folder_is_refused(hub_server, folder):
+    (folder / "report.json").write_text('{"kind": ')
+    with pytest.raises(ValueError, match=r"report\.json is "):
+        push_to_hub(folder, "me/tiny")
+
+
+# ------------------------------------------------------------------ patience
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """How long was waited, without waiting."""
+    waits = []
+    monkeypatch.setattr("hfkdq.hub.time.sleep", waits.append)
+    return waits
+
+
+@pytest.mark.parametrize("route", ["create", "branch", "preupload", "commit"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_hub_is_asked_again_when_it_says(hub_server, folder, slept, route, status):
+    hub_server.fail_next(route, status, times=2, headers={"Retry-After": "7"})
+    push_to_hub(folder, "me/tiny", revision="int8")
+    assert slept == [7.0, 7.0]
+    assert hub_server.commits == 1
+
+
+def test_patience_takes_dates_and_has_an_end(hub_server, folder, slept):
+    later = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True)
+    hub_server.fail_next("commit", 429, headers={"Retry-After": later})
+    push_to_hub(folder, "me/tiny")
+    assert 25 < slept.pop() <= 30
+    for header, waits in (
+        ({}, [1.0, 2.0, 4.0, 8.0]),
+        ({"Retry-After": "3600"}, []),
+        ({"Retry-After": "-1"}, [1.0, 2.0, 4.0, 8.0]),
+    ):
+        hub_server.fail_next("commit", 429, times=5, headers=header)
+        (folder / "report.json").write_text(json.dumps({"turn": str(header)}))
+        with pytest.raises(RuntimeError, match="Wait a few minutes"):
+            push_to_hub(folder, "me/tiny")
+        assert slept == waits
+        slept.clear()
+        hub_server.stop_failing()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +16,13 @@ import pytest
 import rich.console
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from transformers import PreTrainedModel
 
 from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, prune, quantize
+from hfkdq.cli import card
 from hfkdq.export.runtime import OnnxSession
 from hfkdq.facts import record_fact
 from hfkdq.measuring import latency
@@ -28,6 +32,7 @@ from hfkdq.provenance import describe_files, describe_model
 from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency
 from hfkdq.report.card import _call, _pruning, _quantization
+from hfkdq.report.environment import publishable
 
 from . import tiny
 
@@ -76,9 +81,7 @@ def seal(folder: Path, student) -> None:
 def measure(onnx, sealed: bool = True, **kwargs) -> CompressionReport:
     if sealed:
         for folder in onnx.values() if isinstance(onnx, dict) else [onnx]:
-            if Path(folder, "report.json").is_file() and isinstance(
-                kwargs.get("student", None), PreTrainedModel | None
-            ):
+            if Path(folder, "report.json").is_file() and isinstance(kwargs.get("student"), PreTrainedModel | None):
                 seal(Path(folder), kwargs.get("student") or tiny.bert(seed=1))
     settings = dict(
         student=tiny.bert(seed=1), onnx=onnx, eval_dataset=tiny.text_dataset(30), latency_rounds=0,
@@ -223,7 +226,9 @@ def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
     student = tiny.bert(seed=1)
     student.config._name_or_path = str(tmp_path / "teacher")
     record_fact(
-        student, "quantization", {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0, "zero_point": 0}}, "weights": {}}
+        student,
+        "quantization",
+        {"spec": {"weight_bits": 8}, "ranges": {"a": {"scale": 1.0, "zero_point": 0}}, "weights": {}},
     )
     record_fact(student, "distillation", {"teacher": str(tmp_path / "teacher"), "notes": ["~/secret", SECRET, "kept"]})
     report = measure(folder, student=student)
@@ -604,6 +609,250 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     for program in programs:
         exec(program, names)
     assert names["pipe"]("w1 w2 w3")[0]["label"] in student.config.label2id
+
+
+HOSTILE = [
+    "x\n# Heading\n", "x\r\r# Heading", "\u2028# Heading", "# Heading", "```\ncode", "~~~", "](http://evil)", "![i](http://evil)",
+    "<script>alert(1)</script>", "&lt;script&gt;", "{{ 7*7 }}{% for x in y %}", "a | b |", "---\nlicense: mit\n---",
+    "http://evil", "www.evil and more", "$x$", "\x1b[2J", "\u202eabc", "[/red]", "- item", "1. item", "> quote", "`a` b", "@someone",
+]  # fmt: skip
+
+
+def with_text(report: CompressionReport, text: str) -> CompressionReport:
+    """The report with a text wherever a checkpoint, a data set or an export can bring one in."""
+    facts = json.loads(json.dumps(report.facts))
+    facts["distillation"]["teacher"] = text
+    facts["distillation"]["objectives"][0].update({"name": text, "layers": [text], text: text})
+    facts["pruning"]["spec"] |= {"structure": "block", "criterion": text, "pattern": text}
+    facts["quantization"]["spec"] |= {"exclude_modules": [text], "range_estimator": text}
+    engines = [replace(e, name=f"{text}{e.name}", metrics={text: 0.5, **e.metrics}) for e in report.engines]
+    engines[-1] = replace(engines[-1], parity={**engines[-1].parity, "kind": text})
+    return replace(
+        report, engines=tuple(engines), facts=facts, base_model=text, license=text, language=[text],
+        environment={text: text, **report.environment}, timing={**report.timing, "inputs": {text: [1, 2]}},
+        dataset=DatasetInfo(name=text, id=text, config=text, split=text, revision=text),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=repr)
+def test_text_from_elsewhere_stays_text_in_a_card(report, text):
+    card = with_text(report, text).to_card("me/tiny-int8")
+    body, plain = (part.split("---\n", 2)[2] for part in (card, report.to_card("me/tiny-int8")))
+    rendered, expected = (
+        MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(part) for part in (body, plain)
+    )
+
+    def kinds(tokens):
+        inner = [child.type for token in tokens for child in token.children or []]
+        counted = (*(token.type for token in tokens), *inner)
+        return Counter(kind for kind in counted if kind not in ("text", "text_special", "code_inline"))
+
+    # The link to the base model is gone; a metric's column and a line of the environment have come.
+    difference = kinds(rendered)
+    difference.subtract(kinds(expected))
+    names = {"link_open": -1, "link_close": -1, "td_open": 4, "td_close": 4, "th_open": 1, "th_close": 1, "inline": 6}
+    names |= {"list_item_open": 1, "list_item_close": 1, "paragraph_open": 1, "paragraph_close": 1}
+    assert {kind: number for kind, number in difference.items() if number} == names
+    assert "49" not in body.replace("4.49", "")
+    assert not any(link in body for link in ("http://", "www.", "<script", "\x1b", "\u202e"))
+    data = ModelCard(card).data
+    assert data.tags == ModelCard(report.to_card()).data.tags
+    assert (data.base_model, data.datasets) == (None, None)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=repr)
+def test_text_from_elsewhere_stays_text_in_tables_and_plots(report, text, tmp_path):
+    hostile = with_text(report, text)
+    console = rich.console.Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(hostile.table())
+    printed = console.export_text()
+    assert "\x1b" not in printed
+    assert "ONNX int8" in printed
+    assert len(hostile.to_markdown().splitlines()) == 6
+    pytest.importorskip("matplotlib")
+    assert hostile.save_plot(tmp_path / "report.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ['x"); evil(', "a b", "me/tiny/x", "me/x\n", "../x"])
+def test_code_in_a_card_is_made_of_names_alone(report, name):
+    with pytest.raises(ValueError, match="Repo id"):
+        report.to_card(name)
+    for field in ("architecture", "processor"):
+        with pytest.raises(ValueError, match=f"{field} is .*expected the name of a class"):
+            replace(report, **{field: name}).to_card()
+    assert "pipeline(" not in replace(report, task=name).to_card()
+
+
+def test_no_secret_reaches_card_json_or_table(report):
+    hostile = with_text(report, SECRET)
+    for text in (hostile.to_card(), hostile.to_json()):
+        assert SECRET not in text
+        assert "hf_***" in text
+
+
+def test_what_may_be_published_names_no_folder_and_no_secret():
+    facts = {
+        "a": "/home/me/x", "b": ["see /home/me/x", "C:\\Users\\me", "kept"], "c": {SECRET: 1, "d": Path("/x"), "e": (1, SECRET)},
+        "f": "ghp_" + "a1B2" * 9, "g": "me/model", "h": "https://me:pass@host/x", "i": "50/50",
+    }  # fmt: skip
+    assert publishable(facts) == {"b": ["kept"], "c": {"e": [1]}, "g": "me/model", "i": "50/50"}
+
+
+def _changed(path: str, value):
+    def change(data):
+        *way, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+        for part in way:
+            data = data[part]
+        data[last] = value
+
+    return change
+
+
+MALFORMED = {
+    "engines": ["x", {}, [], None, 1, [1], ["x"], [None], [{}]],
+    "engines/0/name": [1, None, "a\nb", ["x"]],
+    "engines/0/kind": ["tflite", 1],
+    "engines/0/metrics": ["x", [1], None, {"a": "b"}, {"a": None}, {"a": True}, {"a\nb": 1.0}],
+    "engines/0/size": [0, -1, "1", 1.5, True, None, 10**30],
+    "engines/0/parameters": [-1, "x", 1.5],
+    "engines/0/sparsity": [-0.1, 2, "x"],
+    "engines/0/latency": ["x", 1, {}, [], {"median_ms": -1, "min_ms": -1, "calls": 1}, {"median_ms": 0, "min_ms": 0, "calls": 1}],
+    "engines/0/latency/median_ms": ["x", None, -1.0, 0.0],
+    "engines/0/files": ["x", {"a": 1}, {"a": {"bytes": "x", "sha256": "x"}}, {"a": {}}],
+    "engines/3/parity": ["x", [1], {"max_abs_diff": "x"}, {"samples": "many"}, {"opset": [17]}],
+    "architecture": ["a b", 1, None, "x\n# y"],
+    "samples": ["x", -1, 1.5, None],
+    "task": [1, ["x"]],
+    "processor": ["x y", 1],
+    "facts": ["x", [1], None],
+    "facts/student": ["x", {"teacher_layers": "x"}, {"layers": 3}, {"layers": ["x"]}],
+    "facts/distillation": ["x", {"objectives": "x"}, {"objectives": ["x"]}, {"steps": "x"}],
+    "facts/pruning": ["x", {"spec": "x"}, {"achieved_sparsity": "x"}, {"earlier": "x"}, {"earlier": [1]}, {"spec": {"structure": []}}],
+    "facts/quantization": ["x", {"spec": [1]}, {"spec": {"weight_bits": "x"}}, {"spec": {"exclude_modules": 3}}],
+    "timing": ["x", {"threads": 1}, {"inputs": "x"}, {"inputs": {"a": "x"}, "threads": 1, "rounds": 1}],
+    "environment": ["x", {"a": 1}, [1]],
+    "dataset": ["x", {}, {"name": 1}, {"name": "x", "colour": 1}],
+    "base_model": [1], "license": [1], "language": [1, {"a": 1}, [1]],
+    "colour": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [(where, value) for where, values in MALFORMED.items() for value in values], ids=repr
+)
+def test_a_report_of_wrong_types_is_refused_in_one_line(report, tmp_path, where, value):
+    data = json.loads(report.to_json())
+    _changed(where, value)(data)
+    check_refused(tmp_path / "report.json", json.dumps(data))
+
+
+def check_refused(path: Path, text: str | bytes) -> None:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        CompressionReport.load(path)
+    assert "\n" not in str(caught.value)
+    if isinstance(text, str):
+        with pytest.raises(ValueError, match="no compression report"):
+            CompressionReport.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "null",
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: '{"a":' * 100_000,
+        lambda text: '{"engines": ' + "[" * 200 + "]" * 200 + "}",
+        lambda text: text.replace('"samples": 1066', '"samples": NaN'),
+        lambda text: text.replace('"samples": 1066', '"samples": 1e999'),
+        lambda text: text.replace('"samples": 1066', '"samples": -Infinity'),
+        lambda text: text.replace('"samples": 1066', '"samples": ' + "9" * 5000),
+        lambda text: text.replace('"samples": 1066', '"samples": 1066, "samples": 1'),
+        lambda text: text.replace("Rotten Tomatoes", "\\ud800"),
+        lambda text: text.encode("utf-16"),
+        lambda text: b"\xff\xfe\x00binary",
+    ],
+)  # fmt: skip
+def test_a_damaged_report_is_refused_in_one_line(report, tmp_path, damage):
+    check_refused(tmp_path / "report.json", damage(report.to_json()))
+
+
+# ------------------------------------------------------------------ files
+
+
+def spoil(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: spoil(folder, "model.onnx"), r"model\.onnx has changed: its SHA-256"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"short"), r"model\.onnx has changed: it has 5 bytes"),
+        (lambda folder: (folder / "model.onnx_data").write_bytes(b"x"), r"model\.onnx_data is not one of the files"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (lambda folder: (folder / "report.json").write_text('{"kind": "int8"}'), "does not say which files.*Export the model again"),
+        (lambda folder: (folder / "report.json").write_text('{"kind": '), r"report\.json is "),
+        (lambda folder: (folder / "report.json").write_text("[" * 100_000), r"report\.json is "),
+        (lambda folder: (folder / "report.json").write_text('{"kind": ["x"]}'), r"report\.json is not what export_onnx writes"),
+        (lambda folder: (folder / "report.json").write_text('{"files": {"a": 1}, "model": {}}'), r"report\.json is not what"),
+    ],
+)  # fmt: skip
+def test_files_that_were_not_exported_are_refused_before_anything_is_measured(folder, change, message):
+    student = tiny.bert(seed=1)
+    student.save_pretrained(folder)
+    seal(folder, student)
+    change(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        measure(folder, sealed=False, student=student, compute_metrics=None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: tiny.vit(), "is of the class BertForSequenceClassification, the student's is ViT"),
+        (lambda: tiny.bert(layers=3), "has so many parameters"),
+        (lambda: relabelled(tiny.bert()), "has the labels"),
+        (lambda: reshaped(tiny.bert()), "names and shapes"),
+    ],
+)
+def test_another_model_than_the_exported_one_is_refused(folder, other, message):
+    seal(folder, tiny.bert(seed=1))
+    with pytest.raises(ValueError, match=message):
+        measure(folder, sealed=False, student=other())
+
+
+def relabelled(model):
+    model.config.id2label = {0: "other", **{key: value for key, value in model.config.id2label.items() if key}}
+    return model
+
+
+def reshaped(model):
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    layer.weight = nn.Parameter(layer.weight.detach().T.contiguous())
+    return model
+
+
+def test_a_card_is_written_only_for_the_files_that_were_measured(folder, tmp_path, capsys):
+    report = measure(folder)
+    assert set(report.engines[-1].files) == {"model.onnx"}
+    path = report.save(tmp_path / "report.json")
+    assert report.to_card(folder=folder) == report.to_card()
+    options = argparse.Namespace(report=str(path), repo_id=None, folder=None)
+    card.run(options)
+    spoil(folder, "model.onnx")
+    with pytest.raises(ValueError, match=r"model\.onnx has changed.*Measure the folder again"):
+        report.to_card(folder=folder)
+    for chosen in (None, str(folder)):
+        options.folder = chosen
+        with pytest.raises(ValueError, match=r"model\.onnx has changed"):
+            card.run(options)
 
 
 # ------------------------------------------------------------------ plot

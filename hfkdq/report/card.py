@@ -83,8 +83,10 @@ def _short(value: Any) -> str:
 def render_card(report: CompressionReport, repo_id: str | None) -> str:
     """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from."""
     check_renderable(report)
-    if repo_id is not None:
-        validate_repo_id(repo_id)
+    if repo_id is not None and not _is_hub_id(repo_id):
+        raise ValueError(
+            f"repo_id is {_short(repo_id)}; a Repo id of the Hub is 'user/name', or 'name' for one of your own."
+        )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hfkdq", "templates"),
         undefined=jinja2.StrictUndefined,
@@ -123,7 +125,7 @@ def _is_hub_id(name: Any) -> bool:
         validate_repo_id(name)
     except ValueError:
         return False
-    return True
+    return isinstance(name, str) and name.isprintable()
 
 
 def _plain_text(value: Any) -> Any:
@@ -340,7 +342,7 @@ def _zeroed(report: CompressionReport) -> bool:
 def _usage(report: CompressionReport, repo_id: str | None) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     head = re.search(r"For[A-Z]\w*$", report.architecture)
-    known = head is not None and report.task is not None and "```" not in report.task
+    known = head is not None and report.task is not None and re.fullmatch(r"[a-z0-9-]+", report.task)
     return {
         "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else "  # the folder of this file"),

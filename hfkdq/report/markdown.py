@@ -10,11 +10,12 @@ import re
 from typing import Any
 
 _SIGNS = re.compile(r"[\\`*\[\]<>|~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|@(?=\w)|\$(?=\S)")
+_ENTITIES = {"<": "&lt;", ">": "&gt;"}
 _BEGINNING = re.compile(r"^(?:[#>=+-](?!\d)|\d+(?=[.)](?:\s|$)))")
 _ADDRESS = re.compile(r"(?<=:)//|(?i:(?<=www)\.)")
 _SPACE = re.compile("[\\s\\x00-\\x1f\\x7f-\\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 # Harmless in a code span, but then only a reader who knows where it ends can tell.
-_UNSAFE = re.compile(r"[`<>]|\]\(|//|\{\{|\{%")
+_UNSAFE = re.compile(r"[`<>]|\]\(|//|\{\{|\{%|(?i:www)\.")
 
 
 class Markdown(str):
@@ -52,7 +53,7 @@ def escape(value: Any) -> Markdown:
     """A text as Markdown shows it letter by letter, also in a table; what is Markdown stays."""
     if isinstance(value, Markdown):
         return value
-    text = _SIGNS.sub(r"\\\g<0>", one_line(value))
+    text = _SIGNS.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), one_line(value))
     text = _ADDRESS.sub(lambda match: "".join(f"\\{sign}" for sign in match[0]), text)
     return Markdown(_BEGINNING.sub(lambda match: _escaped_beginning(match[0]), text))
 
