@@ -85,7 +85,7 @@ _OWN: tuple[tuple[str, tuple[str, ...], bool, str], ...] = (
      r"(?P<keep>(?:\"username\"\s{0,9}:\s{0,9}\"[^\"\n]{1,60}\"\s{0,9},\s{0,9}\"key\"\s{0,9}:\s{0,9}\"|KAGGLE_KEY[\"']?\s{0,4}[:=]\s{0,4}[\"']?))[0-9a-f]{32}(?![0-9A-Za-z])"),
     ("Replicate token", ("r8_",), True, r"(?P<keep>r8_)[A-Za-z0-9]{30,}"),
     ("Telegram bot token", (":",), True,
-     r"(?<![0-9.:-])[0-9]{6,10}:(?=[\w-]{0,34}[a-z])(?=[\w-]{0,34}[A-Z])(?=[\w-]{0,34}[0-9])[0-9A-Za-z_-]{35}(?![\w-])"),
+     r"(?<![0-9:])[0-9]{6,10}:(?=[\w-]{0,34}[a-z])(?=[\w-]{0,34}[A-Z])(?=[\w-]{0,34}[0-9])[0-9A-Za-z_-]{35}(?![\w-])"),
     ("Discord address", ("/api/webhooks/",), False, r"(?P<keep>discord(?:app)?\.com/api/webhooks/)[0-9]{10,}/[\w-]{40,}"),
     ("SendGrid API key", ("SG.",), True, r"(?P<keep>SG\.)[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
     ("Databricks token", ("dapi",), True, r"(?P<keep>dapi)[0-9a-f]{32}(?![0-9A-Za-z])"),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -21,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, prune, quantize
+from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, export_onnx, prune, quantize
 from hfkdq.cli import card
 from hfkdq.export.runtime import OnnxSession
 from hfkdq.facts import record_fact
@@ -588,8 +589,6 @@ def test_a_data_set_that_is_not_on_the_hub_still_gives_results(report):
 
 def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     pytest.importorskip("optimum.onnxruntime", reason="the card's second program is Optimum's, of the optimum line")
-    from hfkdq import export_onnx
-
     data, tokenizer = tiny.text_dataset(16), tiny.tokenizer()
     student = quantize(tiny.bert(seed=1), QuantizationSpec(), data, processing_class=tokenizer)
     settings = dict(processing_class=tokenizer, calibration=data, latency_rounds=0)
@@ -837,6 +836,38 @@ def reshaped(model):
     layer = model.bert.encoder.layer[0].intermediate.dense
     layer.weight = nn.Parameter(layer.weight.detach().T.contiguous())
     return model
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_export_records_its_files_and_its_model(tmp_path, quantized):
+    data = tiny.text_dataset(16)
+    student = tiny.bert(seed=1)
+    if quantized:
+        student = quantize(student, QuantizationSpec(), data, processing_class=tiny.tokenizer())
+    spec = QuantizationSpec() if quantized else None
+    folder = export_onnx(
+        student,
+        tmp_path / "onnx",
+        quantization=spec,
+        calibration=data,
+        processing_class=tiny.tokenizer(),
+        latency_rounds=0,
+    )
+    facts = json.loads((folder / "report.json").read_text())
+    names = {path.name for path in folder.iterdir() if ".onnx" in path.name or path.suffix == ".safetensors"}
+    assert set(facts["files"]) == names >= {"model.onnx", "model.safetensors"}
+    for name, known in facts["files"].items():
+        content = (folder / name).read_bytes()
+        assert known == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert facts["model"]["architecture"] == "BertForSequenceClassification"
+    assert facts["model"]["parameters"] == sum(p.numel() for p in tiny.bert(seed=1).parameters())
+    report = measure(folder, sealed=False, student=student, eval_dataset=data)
+    assert report.engines[-1].files == facts["files"]
+    assert not {"files", "model"} & set(report.engines[-1].parity)
+    assert CompressionReport.from_json(report.to_json()) == report
+    spoil(folder, "model.onnx")
+    with pytest.raises(ValueError, match=r"model\.onnx has changed.*Export the model again"):
+        measure(folder, sealed=False, student=student, eval_dataset=data)
 
 
 def test_a_card_is_written_only_for_the_files_that_were_measured(folder, tmp_path, capsys):
