@@ -58,8 +58,9 @@ class Family:
 
     def outputs(self, model: tf.PreTrainedModel) -> Tensor:
         """What the model predicts for `batch()`, in its own precision."""
+        batch = batch_for(model, self.batch())
         with torch.no_grad(), in_double(model):
-            return model(**batch_for(model, self.batch())).logits
+            return model(**batch).logits
 
 
 def _text(generator: torch.Generator, size: int) -> dict[str, Tensor]:
