@@ -505,7 +505,10 @@ def slept(monkeypatch) -> list[float]:
 def test_the_hub_is_asked_again_when_it_says(hub_server, folder, slept, route, status):
     hub_server.fail_next(route, status, times=2, headers={"Retry-After": "7"})
     push_to_hub(folder, "me/tiny", revision="int8")
-    assert slept == [7.0, 7.0]
+    assert len(slept) == 2
+    assert all(
+        7.0 <= seconds <= 8.0 for seconds in slept
+    )  # some requests huggingface_hub repeats itself, a second later
     assert hub_server.commits == 1
 
 
