@@ -6,7 +6,6 @@ Uses the same public calls as any other program; what it needs beyond them is da
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -41,16 +40,13 @@ from . import (
     export_onnx,
     make_student,
 )
-from .files import sha256_of, workspace
+from .files import DEMO, workspace
 from .metrics import classification_metrics
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SIZE = 8
-PARTS = ("teacher", "onnx-float", "onnx-int8", "report.json", "report.png", "README.md")
-MARK = ".hfkdq-demo.json"
-"""The file that tells which files a demo wrote."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bo
         ImportError: scikit-learn or the exporter is missing.
     """
     size, output_dir = size or DemoSize(), Path(output_dir)
-    _check_free(output_dir, overwrite)
+    DEMO.check(output_dir, overwrite)
     set_seed(42)
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     train, test = load_digits(processor, size.rows)
@@ -94,11 +90,11 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bo
             teacher = train_teacher(train, test, size, scratch)
             student = compress(teacher, train, test, size, scratch)
         report = _publish(teacher, student, test, processor, made / "new")
-        _check_free(output_dir, overwrite)
+        DEMO.check(output_dir, overwrite)
         _swap_in(made / "new", output_dir, made / "old")
     console = Console()
     console.print(report.table())
-    for name in PARTS:
+    for name in DEMO.names:
         console.print(f"  {output_dir / name}", highlight=False)
     return report
 
@@ -195,49 +191,8 @@ def _publish(
     report.save(folder / "report.json")
     report.save_plot(folder / "report.png")
     (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
-    written = {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
-    (folder / MARK).write_text(json.dumps({"hfkdq": __version__, "files": written}, indent=2), encoding="utf-8")
+    DEMO.mark(folder, __version__)
     return report
-
-
-def _check_free(output_dir: Path, overwrite: bool) -> None:
-    """Refuses a folder with files in the way, unless an earlier demo wrote them and they may be replaced.
-
-    Raises:
-        FileExistsError: naming what is in the way.
-    """
-    found = [path for name in PARTS for path in _files_of(output_dir / name)]
-    if not found:
-        return
-    written = _marked(output_dir)
-    for path in found:
-        known = written.get(path.relative_to(output_dir).as_posix())
-        if path.is_symlink() or known is None or not path.is_file() or sha256_of(path) != known:
-            raise FileExistsError(
-                f"{path} was not written by a demo, or was changed since, so it is not replaced. Name another folder with "
-                "--output_dir, or move it away."
-            )
-    if not overwrite:
-        raise FileExistsError(
-            f"{output_dir} holds the result of an earlier demo. Name another folder, or pass --overwrite to replace it."
-        )
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The file at a path, or all that lies in the folder there, but for folders that hold something themselves."""
-    if path.is_symlink() or not path.is_dir():
-        return [path] if os.path.lexists(path) else []
-    inside = list(path.iterdir())
-    return [file for entry in inside for file in _files_of(entry)] if inside else [path]
-
-
-def _marked(output_dir: Path) -> dict[str, Any]:
-    """The files that an earlier demo wrote there, with the SHA-256 of each."""
-    try:
-        written = json.loads((output_dir / MARK).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return written if isinstance(written, dict) else {}
 
 
 def _swap_in(new: Path, output_dir: Path, old: Path) -> None:
@@ -245,7 +200,7 @@ def _swap_in(new: Path, output_dir: Path, old: Path) -> None:
     old.mkdir()
     moved: list[tuple[Path, Path]] = []
     try:
-        for name in (*PARTS, MARK):
+        for name in (*DEMO.names, DEMO.mark_name):
             for source, target in ((output_dir / name, old / name), (new / name, output_dir / name)):
                 if os.path.lexists(source):
                     source.rename(target)

@@ -1,22 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was done to a model, written once into `model.config.hfkdq`, where it survives saving and loading.
 
-Knows only that a model has a configuration; what the facts mean belongs to those who write them.
+What is read is held against the types below first, as a checkpoint may come from anybody.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .schema import Count, Name, check, check_depth
+
+_MOST_TEXT = 2**27
+
+
+def _is_base64(value: Any, where: str) -> None:
+    if not isinstance(value, str) or len(value) > _MOST_TEXT or not value.isascii():
+        raise ValueError(f"{where} is no base64 text")
+
+
+class Student(TypedDict, total=False):
+    """Which layers of a teacher a student has; those of decoders apart."""
+
+    teacher_layers: Count
+    layers: list[Count]
+    teacher_decoder_layers: Count
+    decoder_layers: list[Count]
+
+
+class Distillation(TypedDict, total=False):
+    """What a student was trained with."""
+
+    objectives: list[dict[str, Any]]
+    steps: Count
+    teacher: str
+
+
+class Pruning(TypedDict, total=False):
+    """A pruning: `spec` as `PruningSpec.to_dict` has it."""
+
+    spec: dict[str, Any]
+    achieved_sparsity: float
+    parameters_before: Count
+    parameters_after: Count
+    earlier: list[Pruning]
+
+
+class UnfinishedPruning(TypedDict, total=False):
+    """How far a pruning is that goes on."""
+
+    structure: str
+    sparsity: float
+
+
+class Range(TypedDict):
+    """Scale and zero point of an activation."""
+
+    scale: float
+    zero_point: Count
+
+
+class Values(TypedDict):
+    """Numbers in float32, little-endian, in base64."""
+
+    shape: list[Count]
+    float32: Annotated[Any, _is_base64]
+
+
+class Quantization(TypedDict, total=False):
+    """A quantization: `spec` as `QuantizationSpec.to_dict` has it, with names for patterns; what quantizers know.
+
+    `unobserved` names the activations that have no range as no data has reached them.
+    """
+
+    spec: dict[str, Any]
+    ranges: dict[Name, Range]
+    unobserved: list[Name]
+    weights: dict[Name, dict[str, Values]]
+    weight_bits: dict[Name, Count]
+    enabled: bool
+
+
+class Shapes(TypedDict):
+    """Shapes of tensors, and integers that modules keep, that the configuration does not describe."""
+
+    tensors: dict[Name, list[Count]]
+    counts: dict[Name, dict[str, Count]]
+
+
+class Sharing(TypedDict, total=False):
+    """Groups of layers that share their weights."""
+
+    layers: list[list[Count]]
+
+
+class Facts(TypedDict, total=False):
+    """All topics; others are kept as they are."""
+
+    student: Student
+    distillation: Distillation
+    pruning: Pruning
+    unfinished_pruning: UnfinishedPruning
+    quantization: Quantization
+    shapes: Shapes
+    sharing: Sharing
+
 
 def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str, Any]:
-    """A copy of all recorded facts, by topic (`"student"`, `"distillation"`, `"pruning"`, `"quantization"`)."""
+    """A copy of all recorded facts, by topic (`"student"`, `"distillation"`, `"pruning"`, `"quantization"`, ...).
+
+    Raises:
+        ValueError: what stands there is damaged; it says where.
+    """
     config = getattr(model_or_config, "config", model_or_config)
     facts = getattr(config, "hfkdq", None)
-    return copy.deepcopy(facts) if isinstance(facts, dict) else {}
+    if facts is None:
+        return {}
+    try:
+        check(facts, dict[str, Any], "hfkdq")
+        check_depth(facts)
+        check(facts, Facts, "hfkdq")
+    except ValueError as error:
+        raise ValueError(
+            f"What the configuration ({type(config).__name__}) records of compression is damaged: {error}. Save the model "
+            "anew where it was made; without the section hfkdq in config.json its weights load as they are."
+        ) from error
+    return copy.deepcopy(facts)  # type: ignore[no-any-return]
 
 
 def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> None:

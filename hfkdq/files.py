@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -16,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
 LOCK = "lock"
 _CHUNK = 2**20
 
@@ -30,6 +29,114 @@ def sha256_of(path: str | Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is that of a file or folder of this machine rather than an id on the Hub."""
+    path = Path(name)
+    has_shape = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return has_shape or path.exists() or (len(path.parts) > 1 and Path(path.parts[0]).exists())
+
+
+def refuse_missing(name: str) -> None:
+    """Refuses a file or folder of this machine that is not there; an id on the Hub is left to be looked up.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if looks_local(name) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"There is no file or folder {name}.")
+
+
+def check_new(folder: Path) -> None:
+    """Refuses a folder that is there, or that cannot be made.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        NotADirectoryError: it lies below a file.
+        PermissionError: what it lies in cannot be written to.
+    """
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be made: {parent} is a file. Export to another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be made: {parent} is read-only. Export to another folder.")
+
+
+@dataclass(frozen=True)
+class MarkedFiles:
+    """Files and folders of one run that a later one may replace: those that a mark beside them tells, and no others.
+
+    Args:
+        names (tuple of `str`): files and folders.
+        mark_name (`str`): the file beside them that has the SHA-256 of each.
+        run (`str`): what a run is called.
+    """
+
+    names: tuple[str, ...]
+    mark_name: str
+    run: str
+
+    def mark(self, folder: Path, version: str) -> None:
+        """Writes down what lies in `folder` now."""
+        written = {
+            path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()
+        }
+        (folder / self.mark_name).write_text(
+            json.dumps({"hfkdq": version, "files": written}, indent=2), encoding="utf-8"
+        )
+
+    def check(self, folder: Path, overwrite: bool) -> None:
+        """Refuses a folder with files in the way, unless an earlier run wrote them and they may be replaced.
+
+        Raises:
+            FileExistsError: naming what is in the way.
+            NotADirectoryError: `folder` is a file, or lies below one.
+            PermissionError: it cannot be written to.
+        """
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{folder} cannot be written to: {there} is a file. Name another folder.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written to: {there} is read-only. Name another folder.")
+        found = [path for name in self.names for path in _files_of(folder / name)]
+        written = self._written(folder) if found else {}
+        for path in found:
+            known = written.get(path.relative_to(folder).as_posix())
+            if path.is_symlink() or known is None or not path.is_file() or sha256_of(path) != known:
+                raise FileExistsError(
+                    f"{path} was not written by {self.run}, or was changed since, so it is not replaced. Name another folder "
+                    "with --output_dir, or move it away."
+                )
+        if found and not overwrite:
+            raise FileExistsError(
+                f"{folder} holds the result of {self.run} already. Name another folder, or pass --overwrite to replace it."
+            )
+
+    def _written(self, folder: Path) -> dict[str, Any]:
+        try:
+            written = json.loads((folder / self.mark_name).read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        return written if isinstance(written, dict) else {}
+
+
+DEMO = MarkedFiles(
+    names=("teacher", "onnx-float", "onnx-int8", "report.json", "report.png", "README.md"),
+    mark_name=".hfkdq-demo.json",
+    run="a demo",
+)
+"""What `hfkdq demo` writes."""
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file at a path, or all that lies in the folder there; of an empty folder the folder."""
+    if path.is_symlink() or not path.is_dir():
+        return [path] if os.path.lexists(path) else []
+    inside = list(path.iterdir())
+    return [file for entry in inside for file in _files_of(entry)] if inside else [path]
 
 
 @contextlib.contextmanager
@@ -147,4 +254,8 @@ def staged(folder: Path) -> Iterator[Staging]:
             number += 1
             staging.folder = folder.with_name(f"{folder.name}-{number}")
     if staging.folder != folder:
-        logger.warning(f"{folder} came up while it was being written; what was finished is in {staging.folder}.")
+        from transformers.utils import logging  # not at the top: who only checks a name waits for no import
+
+        logging.get_logger(__name__).warning(
+            f"{folder} came up while it was being written; what was finished is in {staging.folder}."
+        )

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from .specs.base import check_fields
+
 Schedule = Callable[[float], float]
 LayerSchedule = Callable[[float, int], Sequence[float]]
 """From progress and a number of layers to a weight for each of them."""
@@ -21,8 +23,23 @@ def value_at(value: float | Schedule, progress: float) -> float:
 
 
 def extremes(value: float | Schedule, samples: int = 101) -> tuple[float, float]:
-    """Smallest and largest number that `value` takes over `samples` points of progress, for validation up front."""
-    values = [value_at(value, i / (samples - 1)) for i in range(samples)]
+    """Smallest and largest number that `value` takes over `samples` points of progress, for validation up front.
+
+    Raises:
+        ValueError: it is no number, or not a finite one, at one of them.
+    """
+    places = [i / (samples - 1) for i in range(samples)] if callable(value) else [0.0]
+    values = []
+    for place in places:
+        try:
+            values.append(value_at(value, place))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{value!r} is neither a number nor a function of progress that gives one: {error}."
+            ) from error
+        if not math.isfinite(values[-1]):
+            at = f" at progress {place:g}" if callable(value) else ""
+            raise ValueError(f"{value!r} must be a finite number, got {values[-1]}{at}.")
     return min(values), max(values)
 
 
@@ -46,6 +63,7 @@ class _Ramp:
     until: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.0 <= self.begin < self.until <= 1.0:
             raise ValueError(f"Need 0 <= begin < until <= 1, got begin={self.begin!r} and until={self.until!r}.")
 
@@ -91,6 +109,9 @@ class Step:
     start: float
     end: float
     at: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, progress: float) -> float:
         return self.end if progress >= self.at else self.start
@@ -139,6 +160,8 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         places = [place for place, _ in self.points]
+        if not all(math.isfinite(value) for _, value in self.points):
+            raise ValueError(f"Piecewise needs finite values, got {self.points!r}.")
         if not places or places != sorted(set(places)) or not 0.0 <= places[0] <= places[-1] <= 1.0:
             raise ValueError(f"Piecewise needs points at rising progress in [0, 1], got {self.points!r}.")
 

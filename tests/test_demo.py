@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import transformers
@@ -43,12 +47,75 @@ def test_the_result_classifies_images_in_a_pipeline(demo):
     assert AutoModelForImageClassification.from_pretrained(folder).config.intermediate_size == 64
 
 
-def test_an_earlier_result_is_replaced_only_on_request(demo, tmp_path):
-    from hfkdq.demo import _free
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
+
+def test_an_earlier_result_is_replaced_on_request_and_nothing_else(demo, tmp_path):
+    from hfkdq.demo import DEMO, _swap_in
+
+    folder = tmp_path / "out"
+    shutil.copytree(demo[0], folder)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        _free(demo[0], overwrite=False)
-    (tmp_path / "onnx-int8").mkdir()
-    (tmp_path / "mine.txt").write_text("keep")
-    _free(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+        DEMO.check(folder, overwrite=False)
+    DEMO.check(folder, overwrite=True)
+    (folder / "mine.txt").write_text("keep")
+    (folder / "teacher" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"teacher/config\.json was not written by a demo, or was changed since"):
+        DEMO.check(folder, overwrite=True)
+    shutil.copy(demo[0] / "teacher" / "config.json", folder / "teacher")
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.mkdir()
+    (new / "README.md").write_text("new")
+    _swap_in(new, folder, old)
+    assert names(folder) == ["README.md", "mine.txt"]
+    assert (folder / "README.md").read_text() == "new"
+    assert set(names(old)) | {"mine.txt"} >= set(names(demo[0]))
+
+
+def test_a_swap_that_fails_changes_nothing(demo, tmp_path, monkeypatch):
+    from hfkdq.demo import _swap_in
+
+    folder, new = tmp_path / "out", tmp_path / "new"
+    shutil.copytree(demo[0], folder)
+    shutil.copytree(demo[0], new)
+    before, rename, calls = names(folder), Path.rename, []
+
+    def fails_in_the_middle(self, target):
+        calls.append(self)
+        if len(calls) == 6:
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_in_the_middle)
+    with pytest.raises(OSError, match="no space"):
+        _swap_in(new, folder, tmp_path / "old")
+    assert names(folder) == before == names(new)
+
+
+FOREIGN = {
+    "a file": lambda folder: (folder / "README.md").write_text("mine"),
+    "a file in a folder": lambda folder: [(folder / "teacher").mkdir(), (folder / "teacher" / "a").write_text("mine")],
+    "an empty folder": lambda folder: (folder / "onnx-int8").mkdir(),
+    "a link": lambda folder: (folder / "teacher").symlink_to(folder.parent),
+    "a link to nothing": lambda folder: (folder / "report.json").symlink_to("nowhere"),
+    "a damaged mark": lambda folder: [(folder / "README.md").write_text("mine"), (folder / ".hfkdq-demo.json").write_text("[")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_no_demo_wrote_stays_and_is_told_before_anything_is_imported(name, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    FOREIGN[name](folder)
+    before = names(tmp_path)
+    code = (
+        "import sys; from hfkdq.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "demo", "--output_dir", str(folder), "--overwrite", "--tiny"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "was not written by a demo" in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert names(tmp_path) == before

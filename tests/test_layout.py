@@ -13,13 +13,14 @@ import hfkdq
 PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
-    "files": 0, "secrets": 0, "specs": 0, "losses": 0, "schedules": 0, "facts": 0, "forwards": 0, "metrics": 0,
-    "architecture": 1, "batches": 1,
+    "files": -1, "schema": -1, "secrets": -1, "specs": -1,
+    "facts": 0, "losses": 0, "schedules": 0, "forwards": 0, "metrics": 0,
+    "architecture": 1, "batches": 1, "provenance": 1,
     "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "sharding": 2, "measuring": 2,
     "export": 3, "teachers": 3,
     "report": 4, "caching": 4,
     "trainer": 5,
-    "hub": 6,
+    "uploads": 5, "hub": 6,
     "demo": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}

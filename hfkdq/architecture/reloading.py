@@ -10,19 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact
+from .checkpoints import load_config, load_weights
 from .groups import resize_
 from .probing import COUNTED, Numbers, build_shapes, config_with, shapes_of
 from .stacks import checkpoint_class
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where files are, for the configuration alone."""
-    return {key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}
 
 
 def record_shapes(model: PreTrainedModel, counts: Numbers) -> bool:
@@ -59,14 +53,14 @@ def load_checkpoint(path: str, config: PretrainedConfig | None = None, **kwargs:
         kwargs (*optional*): passed to `from_pretrained`.
 
     Raises:
-        ValueError: the configuration names no class of Transformers, or the record does not fit it.
+        ValueError: the configuration names no class of Transformers, the record does not fit it, or a file is damaged.
     """
     if config is None:
-        config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
+        config = load_config(path, **kwargs)
     model_class = checkpoint_class(config)
     record = read_facts(config).get("shapes")
     if record is None:
-        return model_class.from_pretrained(path, **kwargs)
+        return load_weights(model_class, path, **kwargs)
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -74,7 +68,7 @@ def load_checkpoint(path: str, config: PretrainedConfig | None = None, **kwargs:
 
     # Built by a class of the same name, so that from_pretrained finds the sizes of the file.
     shaped = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
-    model: PreTrainedModel = shaped.from_pretrained(path, **kwargs)  # type: ignore[attr-defined]
+    model = load_weights(shaped, path, **kwargs)
     model.__class__ = model_class
     return model
 

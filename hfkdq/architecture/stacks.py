@@ -63,10 +63,11 @@ def checkpoint_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         ValueError: it names none, or one that Transformers does not have.
     """
     names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    if model_class is None:
+    name = names[0] if isinstance(names, list) and names else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ValueError(
-            f"The configuration names {names} as its architecture, which transformers {transformers.__version__} does "
+            f"The configuration names {names!r:.200} as its architecture, which transformers {transformers.__version__} does "
             "not have. Load the model yourself, with the code it was made with."
         )
-    return model_class  # type: ignore[no-any-return]
+    return model_class

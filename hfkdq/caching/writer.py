@@ -7,6 +7,7 @@ are those of the parts.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 
 from ..forwards import base_of
-from ..teachers import FrozenTeacher, load_teacher
+from ..teachers import FrozenTeacher, check_vocabulary, load_teacher
 from .codec import encode
 from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info
 from .keys import collator_name, processor_fingerprint, weights_fingerprint
@@ -113,6 +114,7 @@ def cache_teacher_outputs(
             'device_map="auto" in a single process.'
         )
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
+    check_vocabulary(teacher, "The teacher", dataset)
     collator = data_collator or default_collator(processing_class)
     plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
     source = Source(dataset, collator, teacher, remove_unused_columns)
@@ -144,7 +146,7 @@ def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: flo
     for name, value, fine, expected in (
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("top_k", top_k, top_k is None or top_k == "auto" or whole, "'auto', None or a positive integer"),
-        ("temperature", temperature, temperature > 0, "larger than 0"),
+        ("temperature", temperature, 0 < temperature < math.inf, "a finite number larger than 0"),
         ("dtype", dtype, dtype in ("float16", "int8"), "'float16' or 'int8'"),
     ):
         if not fine:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 HELP = "print the model card of a report"
 DESCRIPTION = "Prints the model card of what CompressionReport.measure found and saved."
+# What an interruption leaves.
+LEFT = "Nothing was written."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

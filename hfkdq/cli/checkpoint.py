@@ -6,11 +6,10 @@ Knows names of kinds and records of quantization; no data and no file.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoProcessor,
@@ -18,11 +17,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..architecture import load_checkpoint
+from ..architecture import check_json, load_checkpoint, load_config
 from ..export.kinds import SPECS
 from ..quantization import load_quantized
 from ..quantization.records import recorded_quantization
 from ..specs import QuantizationSpec
+
+_PROCESSOR_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 
 
 def load_model(checkpoint: str, kind: str | None, calibrated: bool) -> tuple[PreTrainedModel, QuantizationSpec | str]:
@@ -39,7 +43,7 @@ def load_model(checkpoint: str, kind: str | None, calibrated: bool) -> tuple[Pre
     Raises:
         ValueError: `"trained"` without a record, or a kind that needs calibration data without them.
     """
-    recorded = recorded_quantization(AutoConfig.from_pretrained(checkpoint))
+    recorded = recorded_quantization(load_config(checkpoint))
     spec = None if recorded is None else recorded[0]
     if kind is None:
         kind = "float32" if spec is None else "trained"
@@ -60,9 +64,25 @@ def load_model(checkpoint: str, kind: str | None, calibrated: bool) -> tuple[Pre
 
 
 def load_processor(checkpoint: str) -> Any:
-    """The checkpoint's tokenizer or processor; `None` if it has none that loads."""
+    """The checkpoint's tokenizer or processor; `None` if it has none.
+
+    Raises:
+        ValueError: its files are there, and are damaged.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        check_json(folder, _PROCESSOR_FILES)
+    reason = ""
     # Of a speech model that classifies there is a feature extractor alone, which AutoProcessor does not look for.
     for loader in (AutoProcessor, AutoTokenizer, AutoFeatureExtractor, AutoImageProcessor):
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            return loader.from_pretrained(checkpoint)
+        try:
+            return loader.from_pretrained(checkpoint, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises nothing more special
+            reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    found = [name for name in _PROCESSOR_FILES if (folder / name).is_file()]
+    if found:
+        raise ValueError(
+            f"{folder} has {', '.join(found[:4])}, and no tokenizer or processor loads from there ({reason}). Save it again, "
+            "download it again, or take these files away to export without one."
+        )
     return None

@@ -6,13 +6,19 @@ Knows names and splits; what is in a row is not its business.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from pyarrow import ArrowException
+
+from .names import check_data, split_name
 
 CALIBRATION = ("train", "validation", "test")
 EVALUATION = ("validation", "test")
-_SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".arrow")
 
 
 def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tuple[Dataset, str]:
@@ -30,7 +36,7 @@ def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tu
         ValueError: there is no such split, or none of those preferred, or it is empty.
         OSError: there are no such data.
     """
-    path, config, split = _parts(where)
+    path, config, split = split_name(where)
     splits = _load(path, config)
     name = _choose(splits, preferred, split, path)
     rows = splits[name]
@@ -42,30 +48,40 @@ def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tu
     return rows, f"{len(rows):,} rows of {path if Path(path).is_file() else f'{path} ({name})'}"
 
 
-def _parts(where: str) -> tuple[str, str | None, str | None]:
-    """Path or id, configuration and split."""
-    if Path(where).expanduser().exists():
-        return where, None, None
-    path, *rest = where.split(":")
-    if not path or len(rest) > 2:
-        raise ValueError(f"Cannot read {where!r} as DATA, DATA:SPLIT or DATA:CONFIGURATION:SPLIT.")
-    config, split = (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else None)
-    return path, config or None, split or None
-
-
 def _load(path: str, config: str | None) -> DatasetDict:
     """All splits; those of a file are one, `train`."""
-    local = Path(path).expanduser().absolute()
-    if local.is_file():
-        return load_dataset(str(local.parent), data_files=local.name)
-    if local.is_dir():
-        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+    local = check_data(path)
+    try:
+        if local is None:
+            return load_dataset(path, config)
+        if local.is_dir() and ((local / "dataset_dict.json").is_file() or (local / "state.json").is_file()):
             saved = load_from_disk(str(local))
             return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-        return load_dataset(str(local), config)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or local.suffix in _SUFFIXES:
-        raise FileNotFoundError(f"There is no file or folder {path}.")
-    return load_dataset(path, config)
+        plain = _without_patterns(local)
+        return (
+            load_dataset(str(plain.parent), data_files=plain.name)
+            if plain.is_file()
+            else load_dataset(str(plain), config)
+        )
+    except (DatasetsError, ArrowException, ValueError, KeyError, TypeError, UnicodeError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        told = " ".join(str(cause).split())[:300]
+        raise ValueError(
+            f"{path} could not be read as data ({type(cause).__name__}: {told}). Look at the file, or name another one."
+        ) from error
+
+
+def _without_patterns(local: Path) -> Path:
+    """A name for a file or folder in which nothing is read as a pattern, as `datasets` does with brackets and stars."""
+    if not set(str(local)) & set("*?[]{}"):
+        return local
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = folder / f"data{local.suffix}"
+    link.symlink_to(local, target_is_directory=local.is_dir())
+    return link
 
 
 def _choose(splits: DatasetDict, preferred: tuple[str, ...], wanted: str | None, path: str) -> str:

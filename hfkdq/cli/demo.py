@@ -7,9 +7,14 @@ Knows their names; the demo itself is a module of its own.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from ..files import DEMO
 
 HELP = "the whole chain on handwritten digits, with nothing to download"
 DESCRIPTION = "Trains a teacher on handwritten digits, distils, prunes and quantizes a student, and exports both."
+# What an interruption leaves.
+LEFT = "Nothing was written, and an earlier result is as it was; the same command begins again."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the demo."""
+    DEMO.check(Path(options.output_dir), options.overwrite)
     from ..demo import TINY, run_demo
 
     run_demo(options.output_dir, size=TINY if options.tiny else None, overwrite=options.overwrite)

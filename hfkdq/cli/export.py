@@ -7,10 +7,14 @@ Knows options and how they become arguments of `export_onnx`; imports nothing he
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from ..files import check_new, refuse_missing
+from .names import check_data
 
 HELP = "write a checkpoint as ONNX files that are compared with PyTorch"
 DESCRIPTION = (
@@ -24,6 +28,8 @@ fastest of these that loses at most --max-drop on the evaluation data. Default: 
 with fake quantizers, else float32"""
 _DATA = """parquet, CSV or JSON file, a folder of them, or the id of a data set on the Hub; a split may follow a colon,
 as in squad:validation, and so may a configuration before it, as in nyu-mll/glue:sst2:validation"""
+# What an interruption leaves.
+LEFT = "Nothing was written; the same command begins again."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,17 +110,22 @@ def run(options: argparse.Namespace) -> None:
         OSError: there is no such checkpoint or data, or the folder exists.
         RuntimeError: as `export_onnx` does.
     """
-    folder = default_folder(options.checkpoint) if options.folder is None else Path(options.folder)
     _check_options(options)
+    refuse_missing(options.checkpoint)
+    if Path(options.checkpoint).is_file():
+        raise ValueError(f"{options.checkpoint} is a file. Name the folder of a checkpoint, or a model on the Hub.")
+    folder = default_folder(options.checkpoint) if options.folder is None else Path(options.folder)
+    check_new(folder)
+    for where in (options.calibration_data, options.eval_data):
+        if where is not None:
+            check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..export import export_onnx
-    from ..export.checks import check_folder
     from .checkpoint import load_model, load_processor
     from .data import CALIBRATION, EVALUATION
     from .inputs import Reader
     from .summary import print_summary, quietly
 
-    check_folder(folder)
     with quietly():
         model, quantization = load_model(
             options.checkpoint, options.quantization, calibrated=options.calibration_data is not None
@@ -154,10 +165,24 @@ def _check_options(options: argparse.Namespace) -> None:
         for name, is_given in needy.items():
             if is_given:
                 raise ValueError(f"{name} needs --eval-data: there is nothing to measure on.")
-    for name in ("calibration_samples", "eval_samples", "max_length"):
+    for name, least in {
+        "calibration_samples": 1,
+        "eval_samples": 1,
+        "max_length": 1,
+        "threads": 1,
+        "latency_rounds": 0,
+    }.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}.")
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}.")
+    if options.tolerance is not None and not 0 < options.tolerance < math.inf:
+        raise ValueError(
+            f"--tolerance must be a positive number, a share of the largest logit, got {options.tolerance}."
+        )
+    if options.max_drop is not None and not 0 <= options.max_drop < math.inf:
+        raise ValueError(
+            f"--max-drop must be 0 or a positive number, in the unit of the metric, got {options.max_drop}."
+        )
 
 
 def _names(text: str) -> list[str]:

@@ -27,6 +27,9 @@ def run_command(name: str, options: argparse.Namespace) -> int:
     """Runs the command of a name with the options that it has added to a parser; returns the exit status."""
     try:
         COMMANDS[name].run(options)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nhfkdq {name}: interrupted. {COMMANDS[name].LEFT}\n")
+        return 130
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         sys.stderr.write(f"hfkdq {name}: {in_options(str(error))}\n")
         return 1

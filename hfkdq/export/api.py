@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
-from ..files import staged
+from ..files import check_new, staged
 from ..forwards import base_of
 from ..measuring.evaluation import Evaluation
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
-from .checks import check_arguments, check_folder, check_spec, resolve_task
+from .checks import check_arguments, check_spec, resolve_task
 from .choosing import AUTO, MAX_DROP, write_best
 from .kinds import Kind, kind_of
 from .proof import BATCH_SIZE, FLOAT, Quality, Timing, one_example
@@ -132,7 +132,7 @@ def export_onnx(
     folder, is_auto = Path(folder), isinstance(quantization, str) and quantization == AUTO
     kind = None if is_auto else kind_of(quantization)
     check_arguments(model, tolerance, target, weight_type)
-    check_folder(folder)
+    check_new(folder)
     asked = quantized_spec(model) if kind is None else kind.spec
     if asked is not None:
         check_spec(model, asked, calibration)
@@ -197,7 +197,7 @@ def _merged(model: PreTrainedModel, kind: Kind | None) -> tuple[PreTrainedModel,
     trained = quantized_spec(model)
     model = merge_adapters(model)
     # Merging names the layers that bitsandbytes had quantized in the spec.
-    is_same = kind is not None and trained is not None and kind.spec == trained
+    is_same = kind is not None and kind.spec is not None and trained is not None
     return model, kind_of(quantized_spec(model)) if is_same else kind
 
 

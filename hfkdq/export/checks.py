@@ -7,15 +7,15 @@ Knows arguments; no backend, no file.
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..facts import read_facts
 from ..forwards import base_of
-from ..quantization import activation_ranges, quantized_spec
+from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
 
 TARGETS = ("onnxruntime", "standard")
@@ -46,23 +46,6 @@ def check_arguments(model: Any, tolerance: float | None, target: str, weight_typ
         raise ValueError(f"weight_type={weight_type!r} does not exist. Use one of {', '.join(WEIGHT_TYPES)}.")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder that is there, or that cannot be made.
-
-    Raises:
-        FileExistsError: `folder` exists.
-        NotADirectoryError: it lies below a file.
-        PermissionError: what it lies in cannot be written to.
-    """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be made: {parent} is a file. Export to another folder.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be made: {parent} is read-only. Export to another folder.")
-
-
 def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any) -> None:
     """Refuses a spec that the model has no ranges for.
 
@@ -75,13 +58,36 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
             "The model was not trained with a QuantizationSpec, so there are no ranges to export. Train it with "
             "QATCallback(spec), or pass calibration= to have the ranges observed on your data."
         )
-    if trained is not None and trained != spec:
+    if trained is not None and not means_the_same(model, spec):
         raise ValueError(
             f"The model was trained with {trained}; asked for is {spec}. Export it with the spec it was trained with."
         )
     if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
         raise ValueError(
             "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model."
+        )
+
+
+@contextmanager
+def every_range_known(model: PreTrainedModel) -> Iterator[None]:
+    """Refuses, when what runs the model inside is done, quantized activations that it has met and that have no range.
+
+    Raises:
+        ValueError: naming them.
+    """
+    unknown = {name: q for name, q in activation_quantizers(model).items() if not q.initialized}
+    met: list[str] = []
+    handles = [q.register_forward_pre_hook(lambda *_, name=name: met.append(name)) for name, q in unknown.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if met:
+        names = list(dict.fromkeys(met))
+        raise ValueError(
+            f"{len(names)} quantized activations of the model have no range, as no data reached them: {', '.join(names[:4])}. "
+            "Train or calibrate on data that does, or leave these modules in floating point with exclude_modules."
         )
 
 

@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..provenance import describe_files, describe_model
-from ..quantization import quantize, quantized_spec, strip_quantizers_
-from .checks import PAST
+from ..quantization import means_the_same, quantize, quantized_spec, strip_quantizers_
+from .checks import PAST, every_range_known
 from .kinds import Kind, fitted
 from .lowering import check_lowerable, lower_quantizers_
 from .proof import Quality
@@ -91,8 +91,9 @@ class Source:
         check_lowerable(reference)
         start = beginning(self.batches[0])
         # Before there is a session: its waiting threads slow torch down many times over.
-        expected = run_torch(reference, self.batches)
-        expected_start = run_torch(reference, [start]) if self.task.endswith(PAST) else []
+        with every_range_known(reference):
+            expected = run_torch(reference, self.batches)
+            expected_start = run_torch(reference, [start]) if self.task.endswith(PAST) else []
         scores = None if self.quality is None else self.quality.of_torch(kind.name, reference)
         reference.save_pretrained(folder)
         if self.processing_class is not None:
@@ -168,7 +169,7 @@ class Source:
         """The model in torch that computes what files of a kind are to compute."""
         if kind.spec is None:
             return self.float_model
-        if kind.spec == quantized_spec(self.model):
+        if means_the_same(self.model, kind.spec):
             return self.model
         data: Iterable[Batch] = chain(self.batches, self.rest)
         spec = fitted(kind.spec, self.float_model) if kind.is_named else kind.spec

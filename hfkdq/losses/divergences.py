@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
+from ..specs.base import check_fields
+
 # What stands for minus infinity where a class is ruled out: its probability is exactly 0, and 0 times it is 0.
 _RULED_OUT = -1e4
 
@@ -133,6 +135,7 @@ class JSD(Divergence):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"JSD: beta must be between 0 and 1, both excluded, got {self.beta!r}. The limits are 'forward_kl' and "
@@ -199,6 +202,7 @@ class DKD(Divergence):
     beta: float = 8.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if min(self.alpha, self.beta) < 0:
             raise ValueError(f"DKD: alpha and beta must not be negative, got {self.alpha!r} and {self.beta!r}.")
 
@@ -239,6 +243,7 @@ class DIST(Divergence):
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if min(self.beta, self.gamma) < 0:
             raise ValueError(f"DIST: beta and gamma must not be negative, got {self.beta!r} and {self.gamma!r}.")
 

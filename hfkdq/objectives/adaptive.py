@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..specs.base import check_fields
 from .logits import LogitKD
 from .masks import Batch
 
@@ -36,6 +37,7 @@ class AdaptiveWeight:
     _known: list[float] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"{type(self).__name__}: momentum must be in [0, 1), got {self.momentum!r}.")
 

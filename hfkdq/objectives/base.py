@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..forwards import base_of
 from ..schedules import Schedule, extremes, value_at
+from ..specs.base import check_fields
 from .masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
 from .outline import Outline, outline_of
 
@@ -68,10 +70,24 @@ class Objective:
     _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if extremes(self.weight)[0] < 0:
-            raise ValueError(f"{type(self).__name__}: weight must not be negative, got {self.weight!r}.")
+        check_fields(self, but=("weight",))
+        if not (isinstance(self.weight, float) and not math.isfinite(self.weight)):
+            self.check_weight()
         if self.teacher is not None and not self.uses_teacher:
             raise ValueError(f"{type(self).__name__} learns from no teacher; leave teacher={self.teacher!r} out.")
+
+    def check_weight(self) -> None:
+        """Refuses a weight that is negative or no finite number at some point of training; every trainer asks again.
+
+        Raises:
+            ValueError: it is.
+        """
+        try:
+            lowest = extremes(self.weight)[0]
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: weight={error}") from error
+        if lowest < 0:
+            raise ValueError(f"{type(self).__name__}: weight must not be negative, got {self.weight!r}.")
 
     @property
     def name(self) -> str:

@@ -114,6 +114,9 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "at_least and at_most are looked at after every round: give PruningSpec(rounds=...), and end=1.0 so that "
                 "every round has the same time to recover."
             )
+        for name, bound in (("at_least", at_least), ("at_most", at_most)):
+            if bound is not None and (isinstance(bound, (bool, str)) or not math.isfinite(bound)):
+                raise ValueError(f"{name} must be a finite number, in the unit of the metric, got {bound!r}.")
         self.spec = spec
         self.strict_resume = strict_resume
         self.metric, self.at_least, self.at_most = metric, at_least, at_most
@@ -121,6 +124,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._how = (batch_size, data_collator, processing_class)
         self._progress: Progress | None = None
         self._judging = False
+        self._evaluates_first: bool | None = None
 
     def state(self) -> dict[str, Any]:
         bounds = {"metric": self.metric, "at_least": self.at_least, "at_most": self.at_most}
@@ -178,6 +182,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._progress.begin(optimizer)
+        if self._bounded and self._evaluates_first is None:
+            # Whether there is anything to evaluate, and such a metric, is found out now, not after the first round.
+            self._evaluates_first, args.eval_on_start = args.eval_on_start, True
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -230,8 +237,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         progress = self._progress
-        if not self._judging or progress is None:
+        is_first = self._evaluates_first is not None
+        if not (self._judging or is_first) or progress is None:
             return
+        if is_first:
+            self._evaluates_first, args.eval_on_start = None, bool(self._evaluates_first)
         self._judging = False
         name = self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
         if name not in (metrics or {}):
@@ -240,6 +250,10 @@ class PruningCallback(TrainerCallback, ExportableState):
                 "the trainer compute_metrics."
             )
         value = (metrics or {})[name]
+        if is_first:
+            if math.isnan(value):
+                raise ValueError(f"{name} is {value} before anything is pruned, so no bound can be kept.")
+            return
         kept = not math.isnan(value)
         kept &= self.at_least is None or value >= self.at_least
         kept &= self.at_most is None or value <= self.at_most

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..facts import read_facts, record_fact
-from ..specs import ModulePatterns, module_matches
+from ..specs import ModulePatterns, module_matches, unmatched
 
 FACT = "clustering"
 
@@ -195,7 +195,8 @@ def _chosen(model: PreTrainedModel, target: ModulePatterns, exclude: ModulePatte
                 "both or exclude both."
             )
         chosen.setdefault(id(module.weight), (name, module))
-    if not chosen:
+    lost = [*unmatched(target, possible), *unmatched(exclude, possible)]
+    if not chosen or lost:
         raise ValueError(
             f"target_modules={target!r}, exclude_modules={exclude!r} match no linear layer, embedding or convolution of "
             f"{type(model).__name__}. It has, for example: {', '.join(list(possible)[:3]) or 'none'}."

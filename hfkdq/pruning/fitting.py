@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -77,7 +78,7 @@ def fit_sparsity(
     if len(given) != 1:
         raise ValueError(f"Give one target of parameters, flops, latency and cost, got {', '.join(given) or 'none'}.")
     ((name, target),) = given.items()
-    if target <= 0 or (name == "latency" and target >= 1):
+    if not (0 < target < math.inf) or (name == "latency" and target >= 1):
         raise ValueError(f"{name}={target!r} must be a share in (0, 1){'' if name == 'latency' else ' or a number'}.")
     if not spec.removes:
         raise ValueError(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..architecture import hub_arguments, load_checkpoint
+from ..architecture import load_checkpoint, load_config
 from ..facts import read_facts
 from .progress import UNFINISHED
 from .sharing import restore_sharing_
@@ -40,7 +40,7 @@ def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
         model = load_pruned("out/pruned")
         ```
     """
-    config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
+    config = load_config(path, **kwargs)
     unfinished = read_facts(config).get(UNFINISHED)
     if unfinished is not None:
         raise ValueError(

@@ -27,7 +27,7 @@ from ..architecture import (
 )
 from ..architecture.groups import CONVOLUTIONS
 from ..facts import read_facts
-from ..specs import PruningSpec, module_matches
+from ..specs import PruningSpec, module_matches, unmatched
 from .bypass import bypass_
 from .masked_norms import mask_norm_
 
@@ -294,6 +294,7 @@ def _matching(model: PreTrainedModel, spec: PruningSpec, groups: list[UnitGroup]
         return any(module_matches(n, patterns) for n in (group.name, *(s.name for s in group.slices)))  # type: ignore[arg-type]
 
     chosen = [g for g in groups if spec.target_modules is None or named(g, spec.target_modules)]
+    _check_excluded(model, spec, [n for g in groups for n in (g.name, *(s.name for s in g.slices))])
     chosen = [g for g in chosen if not named(g, spec.exclude_modules)]
     if not chosen:
         raise _nothing_matches(model, spec, [group.name for group in groups])
@@ -310,10 +311,21 @@ def _matching_modules(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[s
         chosen = [(name, module) for name, module in modules if name.startswith(prefixes)]
     else:
         chosen = [(name, module) for name, module in modules if module_matches(name, spec.target_modules)]
+    _check_excluded(model, spec, [name for name, _ in modules])
     matching = [(name, module) for name, module in chosen if not module_matches(name, spec.exclude_modules)]
     if not matching:
         raise _nothing_matches(model, spec, [name for name, _ in (chosen or modules)])
     return matching
+
+
+def _check_excluded(model: PreTrainedModel, spec: PruningSpec, names: list[str]) -> None:
+    """Refuses patterns to exclude that mean nothing, as a misspelt one does."""
+    lost = unmatched(spec.exclude_modules, names)
+    if lost:
+        raise ValueError(
+            f"exclude_modules: nothing in {type(model).__name__} that can be pruned (structure={spec.structure!r}) matches "
+            f"{', '.join(map(repr, lost))}. Names are, for example: {', '.join(names[:3]) or 'none'}."
+        )
 
 
 def _nothing_matches(model: PreTrainedModel, spec: PruningSpec, names: list[str]) -> ValueError:

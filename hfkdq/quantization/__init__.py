@@ -22,6 +22,7 @@ from .layers import (
     layer_class,
 )
 from .merging import merge_adapters
+from .naming import means_the_same
 from .post_training import load_quantized, quantize
 from .records import (
     activation_quantizers,
@@ -53,6 +54,7 @@ __all__ = [
     "fold_batch_norm_",
     "layer_class",
     "load_quantized",
+    "means_the_same",
     "merge_adapters",
     "prepare_qat_",
     "quantize",

@@ -143,7 +143,7 @@ def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Mod
     found = {
         name: module
         for name, module in plain_modules(model)
-        if _computes_attention(module) and not module_matches(name, spec.exclude_modules)
+        if computes_attention(module) and not module_matches(name, spec.exclude_modules)
     }
     if not found:
         raise ValueError(
@@ -153,7 +153,10 @@ def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Mod
     return found
 
 
-def _computes_attention(module: nn.Module) -> bool:
+def computes_attention(module: nn.Module) -> bool:
+    """Whether a module has projections for query, key and value."""
+    if isinstance(module, nn.ModuleDict):  # the quantizers themselves
+        return False
     children = {name for name, _ in module.named_children()}
     return "c_attn" in children or all(children & set(names) for names in ATTENTION_INPUTS.values())
 

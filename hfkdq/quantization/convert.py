@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..facts import read_facts
-from ..forwards import base_of
-from ..specs import QuantizationScheme, QuantizationSpec, module_matches, override_matches
-from ..specs.quantization import RECURRENT
+from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
+from ..specs.quantization import QUANTIZABLE, RECURRENT
 from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
-from .attention import find_attention, swap_attention_in_, swap_attention_out_
+from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
 from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_
+from .naming import head_modules, means_the_same
 from .records import (
     FACT,
     activation_quantizers,
@@ -70,7 +70,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
         raise TypeError(f"spec must be a QuantizationSpec, got {type(spec).__name__}.")
     check_adapters(model)
     present = quantized_spec(model)
-    if present is not None and present != spec:
+    if present is not None and not means_the_same(model, spec):
         raise ValueError(
             f"{type(model).__name__} already carries the fake quantizers of {present}, not of {spec}. "
             "Use the same spec, or remove them first with strip_quantizers_(model)."
@@ -130,24 +130,17 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
     return chosen
 
 
-def head_modules(model: PreTrainedModel) -> set[int]:
-    """Identities of the linear layers of the head: outside the pretrained base model, and output embeddings."""
-    model = base_of(model)
-    base = getattr(model, "base_model", model)
-    inside = {id(module) for module in base.modules()}
-    heads = {id(module) for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside}
-    try:
-        output = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        output = None
-    return heads | ({id(output)} if output is not None else set())
-
-
 def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     """Refuses a single pattern that means no module, as a misspelt one does."""
     modules = [(name, module) for name, module in plain_modules(model) if layer_class(module) in CLASSES]
     targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
-    lost = [f"target_modules: {p!r}" for p in targets if not any(module_matches(name, [p]) for name, _ in modules)]
+    lost = [f"target_modules: {p!r}" for p in unmatched(targets, [name for name, _ in modules])]
+    names = [
+        name
+        for name, module in plain_modules(model)
+        if isinstance(module, QUANTIZABLE) or (spec.attention and computes_attention(module))
+    ]
+    lost += [f"exclude_modules: {p!r}" for p in unmatched(spec.exclude_modules, names)]
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
     if lost:
         raise ValueError(

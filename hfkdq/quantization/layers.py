@@ -39,6 +39,11 @@ class QuantizedModule(nn.Module):
     fake_quantize_enabled = True
     weight: Tensor
 
+    @property
+    def plain_class(self) -> type[nn.Module]:
+        """The class of the layer without its fake quantizers."""
+        return next(PLAIN[cls] for cls in type(self).__mro__ if cls in PLAIN)
+
     def weight_scale(self) -> Tensor:
         """Scales of the weights, float32: of shape `(channels,)`, `()` for one, `(channels, groups)` for groups."""
         return self._shaped(self.weight_quantizer.qparams(self.effective_weight())[0])

@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from ..architecture import hub_arguments, load_checkpoint
+from ..architecture import load_checkpoint, load_config
 from ..batches import Batches, make_batches, on_device
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
@@ -160,7 +157,7 @@ def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
         model = load_quantized("out/checkpoint-500")
         ```
     """
-    config = AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
+    config = load_config(path, **kwargs)
     recorded = recorded_quantization(config)
     if recorded is None:
         raise ValueError(

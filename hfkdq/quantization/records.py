@@ -18,17 +18,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..facts import read_facts, record_fact
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
-from .adapters import plain_modules
 from .attention import attention_quantizers
 from .layers import QuantizedModule, SmoothedModule, weight_quantizers_of
+from .naming import named_spec, spec_of_record
+from .naming import quantized_layers as quantized_modules
 from .weights import WeightQuantizer
 
 FACT = "quantization"
-
-
-def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The modules of `model` that carry fake quantizers, by name; with PEFT, the name without adapters."""
-    return {name: module for name, module in plain_modules(model) if isinstance(module, QuantizedModule)}
+_AGAIN = "Save the model anew where it was made, or load its weights with from_pretrained and quantize them again."
 
 
 def quantized_spec(model: nn.Module) -> QuantizationSpec | None:
@@ -107,7 +104,7 @@ def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, A
         )
     for name, entry in ranges.items():
         largest = quantizers[name].maximum_code
-        if not (entry["scale"] > 0 and 0 <= entry["zero_point"] <= largest):
+        if not (0 < entry["scale"] < math.inf and 0 <= entry["zero_point"] <= largest):
             raise ValueError(
                 f"Not a range for {name}: {entry}. The scale must be positive, the zero point in 0 to {largest}."
             )
@@ -175,8 +172,14 @@ def _encode(values: Tensor) -> dict[str, Any]:
 
 
 def _decode(encoded: dict[str, Any]) -> Tensor:
-    values = np.frombuffer(base64.b64decode(encoded["float32"]), dtype="<f4").astype(np.float32)
-    return torch.from_numpy(values.copy()).reshape(encoded["shape"])
+    try:
+        values = np.frombuffer(base64.b64decode(encoded["float32"], validate=True), dtype="<f4").astype(np.float32)
+        tensor = torch.from_numpy(values.copy()).reshape(encoded["shape"])
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"Recorded values are damaged: {error}. {_AGAIN}") from error
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"Recorded values are not finite. {_AGAIN}")
+    return tensor
 
 
 def record_ranges(model: PreTrainedModel) -> None:
@@ -189,7 +192,10 @@ def record_ranges(model: PreTrainedModel) -> None:
     spec = quantized_spec(model)
     if spec is None:
         return
-    fact: dict[str, Any] = {"spec": spec.to_dict(), "ranges": activation_ranges(model)}
+    fact: dict[str, Any] = {"spec": named_spec(model, spec).to_dict(), "ranges": activation_ranges(model)}
+    unobserved = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
+    if unobserved:
+        fact["unobserved"] = unobserved
     weights = weight_states(model)
     if weights:
         fact["weights"] = weights
@@ -204,18 +210,50 @@ def record_ranges(model: PreTrainedModel) -> None:
 def recorded_quantization(
     model_or_config: PreTrainedModel | PretrainedConfig,
 ) -> tuple[QuantizationSpec, dict[str, Any]] | None:
-    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record."""
+    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
     fact = read_facts(model_or_config).get(FACT)
-    return None if fact is None else (QuantizationSpec.from_dict(fact["spec"]), fact)
+    if fact is None:
+        return None
+    missing = [name for name in ("spec", "ranges") if name not in fact]
+    if missing:
+        raise ValueError(f"The record of quantization lacks {' and '.join(missing)}. {_AGAIN}")
+    return spec_of_record(fact["spec"]), fact
 
 
 def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
-    """Brings a prepared model into the state that [`record_ranges`] wrote, in place."""
+    """Brings a prepared model into the state that [`record_ranges`] wrote, in place.
+
+    Raises:
+        ValueError: it belongs to another model, or lacks ranges.
+    """
     modules = quantized_modules(model)
     for name, bits in record.get("weight_bits", {}).items():
-        set_weight_bits_(modules[name.rpartition(".")[0]], bits)
-    load_weight_states_(model, record.get("weights", {}))
+        module = modules.get(name.rpartition(".")[0])
+        if module is None or bits not in QuantizationSpec.WEIGHT_BITS:
+            raise ValueError(f"The record has weights of {bits} bits for {name}, which has none such. {_AGAIN}")
+        set_weight_bits_(module, bits)
+    recorded = record.get("weights", {})
+    lost = [
+        f"{name} ({kind})"
+        for name, entry in weight_states(model).items()
+        for kind in entry
+        if kind not in recorded.get(name, {})
+    ]
+    if lost:
+        raise ValueError(f"The record lacks values of {len(lost)} weights, such as {', '.join(lost[:4])}. {_AGAIN}")
+    load_weight_states_(model, recorded)
     set_enabled_(model, record.get("enabled", True))
+    missing = set(activation_quantizers(model)) - set(record["ranges"]) - set(record.get("unobserved", ()))
+    # Before training begins there are none, and earlier releases did not say so.
+    if missing and (record["ranges"] or "unobserved" in record):
+        raise ValueError(
+            f"The record lacks the ranges of {len(missing)} of {len(activation_quantizers(model))} quantized activations, such as "
+            f"{', '.join(sorted(missing)[:4])}. {_AGAIN}"
+        )
     return set_activation_ranges_(model, record["ranges"])
 
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
 from ..specs.quantization import RECURRENT
-from .convert import choose_modules, head_modules
+from .convert import choose_modules
 from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_quantizers_of
+from .naming import head_modules
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 Knows nothing of trainers, hubs or ONNX; the same spec drives training and the exported file.
 """
 
-from .base import ModulePatterns, module_matches
+from .base import ModulePatterns, module_matches, unmatched
 from .pruning import PruningSpec
 from .quantization import QuantizationScheme, QuantizationSpec, override_matches
 
@@ -15,4 +15,5 @@ __all__ = [
     "QuantizationSpec",
     "module_matches",
     "override_matches",
+    "unmatched",
 ]

@@ -6,13 +6,17 @@ Knows names and dataclasses; nothing of what a spec asks for.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ModulePatterns = str | Sequence[str] | None
 _Spec = TypeVar("_Spec", bound="Serializable")
+_WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a text", type(None): "None"}
 
 
 def module_matches(name: str, patterns: ModulePatterns) -> bool:
@@ -33,6 +37,12 @@ def module_matches(name: str, patterns: ModulePatterns) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
+def unmatched(patterns: ModulePatterns, names: Collection[str]) -> list[str]:
+    """The patterns that match none of `names`; a regular expression is one pattern."""
+    single = {patterns: patterns} if isinstance(patterns, str) else {one: [one] for one in patterns or ()}
+    return [one for one, pattern in single.items() if not any(module_matches(name, pattern) for name in names)]
+
+
 class Serializable:
     """`to_dict` and `from_dict` for the specs below; unknown keys are refused."""
 
@@ -48,8 +58,10 @@ class Serializable:
         Raises:
             ValueError: a key that is no field of this spec.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"{cls.__name__} is described by a dictionary, got {data!r:.80}.")
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(data) - known)
+        unknown = sorted(map(str, set(data) - known))
         if unknown:
             raise ValueError(
                 f"{cls.__name__} has no field {', '.join(unknown)}. Its fields are: {', '.join(sorted(known))}."
@@ -68,7 +80,37 @@ def freeze_patterns(spec: Any) -> None:
                 re.compile(value)
             except re.error as error:
                 raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from error
-        elif not all(isinstance(item, str) for item in value):
+        elif not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(item, str) for item in value):
             raise TypeError(f"{name} must be a regular expression or a list of module names, got {value!r}.")
         else:
             object.__setattr__(spec, name, tuple(value))
+
+
+def check_fields(owner: Any, but: Collection[str] = ()) -> None:
+    """Refuses values of dataclass fields of another type than declared, and numbers that are not finite.
+
+    Fields of other types than numbers, texts and truth values are left to their owner, and those named in `but`.
+
+    Raises:
+        ValueError: saying which, what came and what was expected.
+    """
+    try:
+        hints = get_type_hints(type(owner))
+    except NameError:  # types that were defined where nobody finds them
+        hints = {}
+    for field in fields(owner):
+        if not field.init or field.name in but:
+            continue
+        name, value = f"{type(owner).__name__}: {field.name}", getattr(owner, field.name)
+        hint = hints.get(field.name)
+        kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
+        if kinds <= _WORDS.keys() and not _is_of(value, kinds):
+            raise ValueError(f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, got {value!r}.")
+
+
+def _is_of(value: Any, kinds: set[Any]) -> bool:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return type(value) in kinds
+    return isinstance(value, Integral if float not in kinds else Real) and bool(kinds & {int, float})

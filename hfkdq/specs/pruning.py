@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import ModulePatterns, Serializable, freeze_patterns
+from .base import ModulePatterns, Serializable, check_fields, freeze_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ class PruningSpec(Serializable):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in ("structure", "criterion", "ranking", "cut", "schedule"):
             known = getattr(self, {"criterion": "CRITERIA"}.get(field, f"{field.upper()}S"))
             if getattr(self, field) not in known:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from .base import ModulePatterns, Serializable, freeze_patterns, module_matches
+from .base import ModulePatterns, Serializable, check_fields, freeze_patterns, module_matches
 
 RECURRENT = (nn.LSTM, nn.GRU)
 QUANTIZABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, *RECURRENT)
@@ -91,6 +91,7 @@ class QuantizationScheme(Serializable):
     storage_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _one_of("weight_bits", self.weight_bits, self.WEIGHT_BITS)
         _one_of("activation_bits", self.activation_bits, self.ACTIVATION_BITS)
         _one_of("group_size", self.group_size, self.GROUP_SIZES)
@@ -277,7 +278,8 @@ class QuantizationSpec(QuantizationScheme):
 
 def override_matches(pattern: str, name: str, module: nn.Module) -> bool:
     """Whether a key of `QuantizationSpec.overrides` means `module`, found under `name`."""
-    if type_before_parametrizations(module).__name__ == pattern or module_matches(name, [pattern]):
+    plain = getattr(module, "plain_class", None) or type_before_parametrizations(module)
+    if plain.__name__ == pattern or module_matches(name, [pattern]):
         return True
     try:
         return module_matches(name, pattern)

@@ -4,6 +4,7 @@
 from .frozen import FrozenTeacher, fingerprint, load_teacher
 from .moving import AveragedTeacher, CoTrainedTeacher, EMATeacher, averaged_copy
 from .peers import Companions, Peer, without_graph
+from .vocabulary import check_vocabulary
 
 __all__ = [
     "AveragedTeacher",
@@ -13,6 +14,7 @@ __all__ = [
     "FrozenTeacher",
     "Peer",
     "averaged_copy",
+    "check_vocabulary",
     "fingerprint",
     "load_teacher",
     "without_graph",

@@ -16,13 +16,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from ..architecture import hub_arguments, load_checkpoint
+from ..architecture import load_checkpoint
 from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, full_precision, requested
 from ..sharding import is_spread, place_frozen, stays_put
 
@@ -44,15 +44,13 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
         ValueError: the configuration names no class that Transformers has, or `trust_remote_code` is set.
         OSError: nothing there to load.
     """
-    arguments = {"use_safetensors": True, **(init_kwargs or {})}
+    arguments = dict(init_kwargs or {})
     if arguments.get("trust_remote_code"):
         raise ValueError(
             "trust_remote_code is set, but a teacher that is named is loaded as a class of Transformers, never with code "
             "of its repository. Load it yourself and give the model as teacher_model."
         )
-    # Without this Transformers asks at the terminal whether to run the code.
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub_arguments(arguments))
-    return load_checkpoint(name_or_path, config, **arguments)
+    return load_checkpoint(name_or_path, **arguments)
 
 
 def fingerprint(model: nn.Module) -> str:

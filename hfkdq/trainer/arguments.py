@@ -25,6 +25,26 @@ from .terms import SINGLE, STUDENT, sources_of
 logger = logging.get_logger(__name__)
 
 
+class _Unpickled(str):
+    """A text that is used as any other, and is `None` in what is pickled or saved."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __copy__(self) -> _Unpickled:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> _Unpickled:
+        return self
+
+
+def keep_tokens_back_(args: Any) -> None:
+    """Keeps access tokens out of `training_args.bin`, which is in every checkpoint and goes to the Hub with it."""
+    for name, value in vars(args).items():
+        if name.endswith("_token") and isinstance(value, str):
+            setattr(args, name, _Unpickled(value))
+
+
 def is_factory(value: Any) -> bool:
     """Whether `value` is a function of the trial, as `model_init` is, rather than what it makes."""
     if not callable(value) or isinstance(value, (type, Objective, TrainerCallback)):
@@ -77,6 +97,8 @@ def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
             "objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0)], or neither teacher nor objectives."
         )
     terms = [as_objective(objective).copy() for objective in objectives or ()]
+    for term in terms:
+        term.check_weight()
     used = {name for objective in terms for name in sources_of(objective, list(teachers))}
     for name in teachers.keys() - used:
         logger.warning(
@@ -108,6 +130,8 @@ def peer_objectives(teacher: CoTrainedTeacher) -> list[Objective]:
     """
     given = [TaskLoss(), LogitKD(temperature=1.0)] if teacher.objectives is None else teacher.objectives
     objectives = [as_objective(objective).copy() for objective in given]
+    for objective in objectives:
+        objective.check_weight()
     bad = [o.name for o in objectives if o.passes_first or o.every_teacher or o.teacher is not None]
     if bad or not objectives:
         raise ValueError(

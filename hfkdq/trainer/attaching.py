@@ -25,12 +25,14 @@ from ..teachers import (
     FrozenTeacher,
     Peer,
     averaged_copy,
+    check_vocabulary,
 )
 from .adapting import Adapting
 from .arguments import (
     instances,
     is_factory,
     keep_gradient_,
+    keep_tokens_back_,
     loaded,
     named,
     peer_objectives,
@@ -78,12 +80,17 @@ class AttachingMixin(KeepingMixin):
         self._in_training = self._in_training_step = False
         self._positions: tuple[torch.Tensor, int] | None = None  # per term, and the processes they are of
         super().__init__(*args, **kwargs)
+        keep_tokens_back_(self.args)
         if self.objectives:
             self._use_cached_outputs()
             refuse_orphans(self.objectives, self.given_teachers)
             refuse_unsupported(self)
             self._show_terms_in_notebooks()
             self._attach(self.model)
+            for name, model in self.models_of_teachers.items():
+                if not _is_cache(model) and model is not self.model:
+                    told = "The teacher" if name == SINGLE else f"The teacher {name}"
+                    check_vocabulary(model, told, self.train_dataset, self.model)
 
     @property
     def teacher_model(self) -> Any:

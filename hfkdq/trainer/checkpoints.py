@@ -87,25 +87,36 @@ def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
     )
 
 
+def newest_whole_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint in a folder that was written to the end; warns of those after it that were not."""
+    for folder in _checkpoints(output_dir):
+        if is_whole(folder):
+            return str(folder)
+        logger.warning(f"{folder} was cut off while it was written. The checkpoint before it is used.")
+    return None
+
+
 def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint in a folder that was written to the end; warns of those after it that were not.
+    """As `newest_whole_checkpoint`, to go on from.
 
     Raises:
         ValueError: there are checkpoints, but none was written to the end.
     """
-    found = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
-    ]
-    for folder in sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if is_whole(folder):
-            return str(folder)
-        logger.warning(f"{folder} was cut off while it was written. The checkpoint before it is used.")
-    if found:
+    newest = newest_whole_checkpoint(output_dir)
+    if newest is None and _checkpoints(output_dir):
         raise ValueError(
             f"No checkpoint in {output_dir} was written to the end, so there is nothing to go on from. Start anew, "
             "without resume_from_checkpoint."
         )
-    return None
+    return newest
+
+
+def _checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    found = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Knows objectives by their names and descriptions alone; the loss is not made her
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from ..teachers import AveragedTeacher, Companions, Peer
 from .adapting import Adapting
+from .arguments import keep_tokens_back_
 from .checkpoints import (
     LogWindow,
     archives,
@@ -27,6 +29,7 @@ from .checkpoints import (
     is_whole,
     last_whole_checkpoint,
     load_state,
+    newest_whole_checkpoint,
     optimizer_fits,
     save_state,
 )
@@ -86,6 +89,8 @@ class KeepingMixin(_TrainerBase):
             return loss
         values = torch.cat([self._term_values, loss.detach().float().reshape(1)])
         self._term_values = None
+        if values.device.type == "cpu":  # elsewhere asking costs a synchronisation, so that the next log asks
+            self._refuse_not_finite(values.tolist())
         step, resumed = self.state.global_step, self._resumed_window
         if resumed is not None:
             # Trainer forgets what it summed up since its last log; this makes it go on from there.
@@ -108,13 +113,61 @@ class KeepingMixin(_TrainerBase):
             columns = list(zip(*rows, strict=True))
             for teacher, found in zip(self.teachers.values(), columns[len(self._terms) :], strict=True):
                 teacher.raise_if_bad(int(max(found)))
+            self._refuse_not_finite([sum(column) for column in columns[: len(self._terms)]])
             steps = max(self.state.global_step - window.start, 1)
             for term, column in zip(self._terms, columns, strict=False):
                 logs[term.name] = float(f"{sum(column) / len(rows) / steps:.5g}")
         elif "train_loss" in logs:
             for teacher in self.teachers.values():
                 teacher.raise_if_bad(int(teacher.first_bad_step))
+        norm = logs.get("grad_norm")
+        if self._terms and norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
+            raise RuntimeError(
+                f"The gradient was {norm} before step {self.state.global_step}, so the weights are of no use from there on. "
+                f"{self._advice()}"
+            )
         super().log(logs, *args, **kwargs)
+
+    def _refuse_not_finite(self, values: Sequence[float]) -> None:
+        """Stops a training one of whose terms is no number; with a loss scale that is searched for, one step may overflow.
+
+        Raises:
+            RuntimeError: naming the terms.
+        """
+        named = [*(term.name for term in self._terms), "loss"]
+        bad = [f"{name} is {value}" for name, value in zip(named, values, strict=False) if not math.isfinite(value)]
+        if not bad:
+            return
+        told = f"At step {self.state.global_step + 1} {', '.join(bad)}, so there is nothing to learn from it."
+        if self.accelerator.scaler is None:
+            raise RuntimeError(f"{told} {self._advice()}")
+        logger.warning_once(f"{told} If that goes on, train in bf16 or float32.")
+
+    def _refuse_broken_weights(self) -> None:
+        """Says so where the last step has left weights that are no numbers, which no loss has shown yet."""
+        if self._sharded:
+            return
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        fine = torch.stack([weight.isfinite().all().cpu() for weight in trained.values()]).tolist()
+        bad = [name for name, is_fine in zip(trained, fine, strict=True) if not is_fine]
+        if bad:
+            raise RuntimeError(
+                f"After training {len(bad)} of {len(fine)} weights are not finite, such as {bad[0]}. {self._advice()}"
+            )
+
+    def _kept(self) -> str:
+        """What an interrupted training leaves, and how to go on."""
+        told = f"Interrupted at step {self.state.global_step} of {self.state.max_steps}."
+        newest = newest_whole_checkpoint(str(self.args.output_dir))
+        if newest is None:
+            return f"{told} There is no checkpoint in {self.args.output_dir}, so a new training begins anew."
+        return f"{told} {newest} is kept: train(resume_from_checkpoint=True) goes on from it."
+
+    def _advice(self) -> str:
+        return (
+            "Training was stopped. Look at the batch, the objectives and their weights, and lower the learning rate; "
+            "train(resume_from_checkpoint=True) goes on from the last checkpoint, if there is one."
+        )
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -144,6 +197,7 @@ class KeepingMixin(_TrainerBase):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self._record()
+        keep_tokens_back_(self.args)  # they may have been given since
         if state_dict is not None:
             state_dict = {
                 key: value

@@ -8,6 +8,7 @@ callbacks and functions of their own.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..objectives.quantization_loss import QuantizationLoss
 from ..teachers import Peer, without_graph
 from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
-from .terms import STUDENT, asked_of, is_read
+from .terms import STUDENT, Term, asked_of, is_read
 
 logger = logging.get_logger(__name__)
 
@@ -68,11 +69,15 @@ class DistillationMixin(AttachingMixin):
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._follow()
+        except KeyboardInterrupt:
+            logger.warning(self._kept())
+            raise
         finally:
             self._in_training = False
             self._positions = self._log_window = self._resumed_window = None
             self._remove_riders()
         self._record()
+        self._refuse_broken_weights()
         return output
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,12 +272,22 @@ class DistillationMixin(AttachingMixin):
                 if self._positions is not None:
                     mean = mean * (count / self._positions[0][index].clamp(min=1) * self._positions[1])
             values.append(mean.float())
-            loss = loss + objective.current(objective.weight) * values[-1]
+            loss = loss + self._weight_of(term) * values[-1]
         for index, term in enumerate(self._terms):
             both = outputs[term.learner], heard[index]
             self._adapting.measure(index, means, both, batch, self.model, self.state.global_step)
         self._term_values = torch.stack(values).detach()
         return loss * steps  # type: ignore[no-any-return]
+
+    def _weight_of(self, term: Term) -> float:
+        """The weight of a term at the present progress."""
+        weight = term.objective.current(term.objective.weight)
+        if not math.isfinite(weight):
+            raise RuntimeError(
+                f"The weight of {term.name} is {weight} at progress {self._progress:.3f} (step {self.state.global_step + 1}), "
+                f"from {term.objective.weight!r}. Training was stopped; correct the schedule."
+            )
+        return weight
 
     def _count(self, positions: torch.Tensor | int) -> torch.Tensor:
         """A number of positions on the device; copying one there would make the host wait."""

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of anybody's: what is damaged is found and named before anything is loaded, and no code of theirs runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from ..files import refuse_missing
+from ..schema import check_depth
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+INDEX = "model.safetensors.index.json"
+
+
+def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where files are, for the configuration alone."""
+    return {key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}
+
+
+def load_config(path: str, **kwargs: Any) -> PretrainedConfig:
+    """The configuration of a checkpoint; its files are looked through first, if it is a folder.
+
+    Args:
+        path (`str`): a folder or a model id on the Hub.
+        kwargs (*optional*): of `from_pretrained`; those that say where files are count.
+
+    Raises:
+        FileNotFoundError: `path` is one of this machine, and nothing is there.
+        ValueError: a file is damaged; one line names it.
+        OSError: there is no such model on the Hub.
+    """
+    refuse_missing(str(path))
+    folder = Path(path, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        check_json(folder, ["config.json", "generation_config.json", INDEX])
+        _check_weights(folder)
+    try:
+        # Without False Transformers asks at the terminal whether to run the code of a checkpoint.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **hub_arguments(kwargs))
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise _damaged(f"The configuration of {path}", error) from error
+
+
+def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -> PreTrainedModel:
+    """What `model_class.from_pretrained` gives, of safetensors alone and with every weight.
+
+    Raises:
+        ValueError: weights are missing, of other shapes or damaged.
+        OSError: there are no safetensors.
+    """
+    kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+    try:
+        model, told = model_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, ImportError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise _damaged(f"{path}, loaded as {model_class.__name__},", error) from error
+    wrong = {"lacks": told["missing_keys"], "has other shapes for": told["mismatched_keys"]}
+    for what, names in wrong.items():
+        if names:
+            first = next(iter(sorted(map(str, names))))
+            raise ValueError(
+                f"{path} {what} {len(names)} of the weights of {model_class.__name__}, such as {first}; they would be random. "
+                "Save it again where it was made, or download it again."
+            )
+    return model  # type: ignore[no-any-return]
+
+
+def check_json(folder: Path, names: Iterable[str]) -> None:
+    """Refuses JSON files of a folder that cannot be read; those that are not there are no fault.
+
+    Raises:
+        ValueError: one of them; one line names it.
+    """
+    for file in [folder / name for name in names]:
+        if not file.is_file():
+            continue
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            check_depth(data if isinstance(data, (dict, list)) else {})
+        except (ValueError, RecursionError) as error:
+            raise _damaged(file, error) from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{file} is damaged: it holds no object. Save it again, or download it again.")
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses weights that are cut off or missing, by their headers."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(file, error) from error
+    index = folder / INDEX
+    if index.is_file():
+        parts = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+            raise ValueError(f"{index} is damaged: it has no map of weights. Save it again, or download it again.")
+        missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing[:4])}, which its index names. Download it again.")
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if not files and pickles:
+        raise ValueError(
+            f"{folder} has its weights in {pickles[0]} alone, a pickle, which may hold code. If you trust it, load it with "
+            "from_pretrained of Transformers and write it with save_pretrained, which makes safetensors."
+        )
+
+
+def _damaged(what: Any, error: BaseException) -> ValueError:
+    """One line about something that cannot be read."""
+    told = " ".join(str(error).split())[:300]
+    return ValueError(f"{what} is damaged ({type(error).__name__}: {told}). Save it again, or download it again.")

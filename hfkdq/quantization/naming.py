@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A spec by the names of the modules it means in one model, as records keep it: without patterns."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ..forwards import base_of
+from ..specs import QuantizationScheme, QuantizationSpec, module_matches
+from ..specs.quantization import QUANTIZABLE, RECURRENT
+from .adapters import plain_modules
+from .attention import AttentionQuantizer, computes_attention
+from .layers import CLASSES, QuantizedModule, layer_class
+
+_PATTERN = re.compile(r"[^\w.:/-]")
+_NO_PATTERNS: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "overrides": {}}
+_named: WeakKeyDictionary[nn.Module, tuple[Any, QuantizationSpec]] = WeakKeyDictionary()
+
+
+def head_modules(model: nn.Module) -> set[int]:
+    """Identities of the linear layers of the head: outside the pretrained base model, and output embeddings."""
+    model = base_of(model)
+    base = getattr(model, "base_model", model)
+    inside = {id(module) for module in base.modules()}
+    heads = {id(module) for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside}
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        output = None
+    return heads | ({id(output)} if output is not None else set())
+
+
+def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
+    """The spec in a record, whose patterns are names.
+
+    Raises:
+        ValueError: it is none, or has a pattern that is no name. A regular expression of somebody else may never end.
+    """
+    try:
+        spec = QuantizationSpec.from_dict(data)
+    except TypeError as error:
+        raise ValueError(f"The recorded spec is none: {error}") from error
+    named = [each for each in (spec.target_modules, spec.exclude_modules) if each is not None]
+    patterns = [name for each in named for name in ([each] if isinstance(each, str) else each)] + list(spec.overrides)
+    wrong = [name for name in patterns if len(name) > 500 or _PATTERN.search(name)]
+    if wrong:
+        raise ValueError(
+            f"The recorded spec has the pattern {wrong[0][:80]!r}; a record names modules. Load the weights with from_pretrained "
+            "and quantize them again, or let who made the checkpoint save it with this release."
+        )
+    return spec
+
+
+def named_spec(model: nn.Module, spec: QuantizationSpec) -> QuantizationSpec:
+    """The spec of a prepared model with the names of its modules in place of patterns; itself if it has none.
+
+    Raises:
+        ValueError: names are parts of one another, so that no list of them means these modules.
+    """
+    if spec.target_modules is None and spec.exclude_modules is None and not spec.overrides:
+        return spec
+    schemes = _schemes(model)
+    key = (spec, list(schemes.items()))
+    if model in _named and _named[model][0] == key:
+        return _named[model][1]
+    modules, heads = _eligible(model), head_modules(model)
+    targets = None if spec.target_modules is None else list(schemes)
+    excluded = [] if targets is not None else [name for name in modules if name not in schemes]
+    excluded += _unquantized_attention(model) if spec.attention else []
+    overrides: dict[str, Any] = {}
+    for _ in range(3):  # what a name means besides itself is named too
+        named = replace(spec, target_modules=targets, exclude_modules=excluded or None, overrides=overrides)
+        wrong = {name for name, module in modules.items() if _meant(named, name, module, heads) != schemes.get(name)}
+        if not wrong:
+            _named[model] = (key, named)
+            return named
+        excluded = [*excluded, *sorted(wrong - schemes.keys())]
+        overrides = {**overrides, **{name: _changes(spec, schemes[name]) for name in schemes if name in wrong}}
+    raise ValueError(
+        f"The modules {', '.join(sorted(wrong)[:4])} of {type(model).__name__} cannot be recorded by name, as their names are "
+        "parts of one another. Rename one of them."
+    )
+
+
+def means_the_same(model: nn.Module, spec: QuantizationSpec) -> bool:
+    """Whether a prepared model is what `spec` would make of it, whatever words it uses for the modules."""
+    schemes = _schemes(model)
+    present = next((module.quantization_spec for module in quantized_layers(model).values()), None)
+    if present is None or replace(spec, **_NO_PATTERNS) != replace(present, **_NO_PATTERNS):
+        return False
+    if spec == present:
+        return True
+    heads = head_modules(model)
+    if any(_meant(spec, name, module, heads) != schemes.get(name) for name, module in _eligible(model).items()):
+        return False
+    left_out = {name for name in _attention(model) if module_matches(name, spec.exclude_modules)}
+    return not spec.attention or left_out == set(_unquantized_attention(model))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The modules of `model` that carry fake quantizers, by name; with PEFT, the name without adapters."""
+    return {name: module for name, module in plain_modules(model) if isinstance(module, QuantizedModule)}
+
+
+def _changes(spec: QuantizationSpec, scheme: QuantizationScheme) -> dict[str, Any]:
+    """What makes `scheme` of the settings of a spec, and of those of its embeddings and head."""
+    settings = asdict(scheme)
+    is_one_for_all = spec.embedding_bits is None and spec.head_bits is None and spec.weight_bits == 8
+    return {name: value for name, value in settings.items() if not is_one_for_all or value != getattr(spec, name)}
+
+
+def _meant(spec: QuantizationSpec, name: str, module: nn.Module, heads: set[int]) -> QuantizationScheme | None:
+    return spec.scheme(name, module, is_head=id(module) in heads) if spec.selects(name, module) else None
+
+
+def _eligible(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are quantized where a spec says so."""
+    modules = {name: module for name, module in plain_modules(model) if isinstance(module, QUANTIZABLE)}
+    tables = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, QuantizedModule) or (layer_class(module) in CLASSES and _is_free(module, tables))
+    }
+
+
+def _is_free(module: nn.Module, tables: set[int]) -> bool:
+    weight = getattr(module, "weight_hh_l0" if isinstance(module, RECURRENT) else "weight", None)
+    is_tied = not isinstance(module, nn.Embedding) and id(weight) in tables
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not is_tied
+
+
+def _schemes(model: nn.Module) -> dict[str, QuantizationScheme]:
+    return {name: module.quantization_scheme for name, module in quantized_layers(model).items()}
+
+
+def _attention(model: nn.Module) -> set[str]:
+    return {name for name, module in plain_modules(model) if computes_attention(module)}
+
+
+def _unquantized_attention(model: nn.Module) -> list[str]:
+    """The modules of attention without quantizers for their products."""
+    return sorted(
+        name
+        for name, module in plain_modules(model)
+        if computes_attention(module)
+        and not isinstance(module._modules.get("attention_quantizer"), AttentionQuantizer)
+    )
