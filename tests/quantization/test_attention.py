@@ -55,10 +55,15 @@ def batch_of(model):
     return {**batch, "decoder_input_ids": batch["input_ids"][:, :5]} if model.config.is_encoder_decoder else batch
 
 
-def make(name, implementation, attention=True, observe=True, **spec):
+def plain_model(name, implementation):
     # Transformers 4 chooses BERT's classes as it makes the model.
     model = tiny.bert(attn_implementation=implementation) if name == "bert" else MODELS[name][0]()
     model.set_attn_implementation(implementation)
+    return model
+
+
+def make(name, implementation, attention=True, observe=True, **spec):
+    model = plain_model(name, implementation)
     settings = {"target_modules": [MODELS[name][1]], "range_estimator": "min_max", "head_bits": 8, **spec}
     prepare_qat_(model, QuantizationSpec(attention=attention, **settings))
     if observe:
@@ -84,9 +89,7 @@ def test_all_operands_are_quantized_and_the_switch_turns_them_off(name, implemen
     assert (logits_of(model) - logits_of(without)).abs().max() > 1e-3
     assert list(model.state_dict()) == list(without.state_dict())
     set_enabled_(model, False)
-    plain = MODELS[name][0]()
-    plain.set_attn_implementation(implementation)
-    assert torch.equal(logits_of(model), logits_of(plain))
+    assert torch.equal(logits_of(model), logits_of(plain_model(name, implementation)))
 
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)
@@ -210,8 +213,7 @@ def test_gradient_checkpointing_gives_the_same_ranges_and_gradients(estimator, r
 def test_copies_pickles_and_is_stripped(implementation):
     model = make("bert", implementation)
     expected = logits_of(model)
-    plain = tiny.bert()
-    plain.set_attn_implementation(implementation)
+    plain = plain_model("bert", implementation)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits_of(twin), expected)
         with torch.no_grad():
