@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from .numbers import batch_for, in_double
+from .closeness import batch_for, in_double
 
 VOCABULARY = 60
 _TEXT = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,

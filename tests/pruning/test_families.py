@@ -24,7 +24,7 @@ from hfkdq.pruning.masks import Masks
 from hfkdq.pruning.targets import GroupTarget, LayerTarget, find_targets
 
 from ..families import FAMILIES, VARIANTS
-from ..numbers import DOUBLE, ROUNDED_NORMS, UNIT, assert_same_in_double, batch_for, doubled, in_double
+from ..closeness import DOUBLE, ROUNDED_NORMS, UNIT, assert_same_in_double, batch_for, doubled, in_double
 
 ON_V5 = Version(tf.__version__) >= Version("4.58")
 optimum_line = pytest.mark.skipif(ON_V5, reason="Optimum's exporter needs transformers<4.58")

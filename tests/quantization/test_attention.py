@@ -24,7 +24,7 @@ from hfkdq.quantization.attention import OPERANDS
 from hfkdq.quantization.records import set_enabled_
 from hfkdq.specs import QuantizationScheme
 from tests import tiny
-from tests.numbers import UNIT, assert_same_sum, assert_same_tokens
+from tests.closeness import UNIT, assert_same_sum, assert_same_tokens
 from tests.quantization import naive
 
 

@@ -19,7 +19,7 @@ from hfkdq import QuantizationSpec
 from hfkdq.quantization import QuantizedEmbedding, QuantizedLinear, prepare_qat_, quantized_modules
 from hfkdq.quantization.layers import swap_in_, swap_out_, weight_quantizers_of
 from tests import tiny
-from tests.numbers import UNIT, assert_same_sum
+from tests.closeness import UNIT, assert_same_sum
 from tests.quantization import naive
 
 # How a layer is made, the shape of its input, and where its output channels are.
