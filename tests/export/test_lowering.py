@@ -13,7 +13,7 @@ from hfkdq.quantization.layers import swap_in_
 from hfkdq.quantization.records import set_enabled_, set_weight_bits_
 from hfkdq.specs import QuantizationSpec
 from tests import tiny
-from tests.numbers import batch_for, doubled, in_double
+from tests.closeness import batch_for, doubled, in_double
 
 
 def calibrated(make, **spec):
