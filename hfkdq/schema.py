@@ -115,7 +115,7 @@ def check(value: Any, hint: Any, where: str) -> None:
 def build(cls: type[_Data], data: Any, where: str) -> _Data:
     """A dataclass from checked data, with the dataclasses within it."""
     check(data, cls, where)
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     return cls(**{name: _built(value, hints[name], f"{where}.{name}") for name, value in data.items()})
 
 
@@ -149,7 +149,7 @@ def _check_fields(value: Any, cls: Any, where: str) -> None:
         unknown = sorted(set(value) - set(hints))
         if unknown:
             raise ValueError(
-                f"{where} has no field {', '.join(name if name.isidentifier() else _short(name) for name in unknown)}; its fields are {', '.join(sorted(hints))}. "
+                f"{where} has no field {', '.join(_short(name).strip(chr(39)) for name in unknown[:8])}; its fields are {', '.join(sorted(hints))}. "
                 "Was it written by another version of hfkdq?"
             )
         needed = {item.name for item in fields(cls) if _is_needed(item)}

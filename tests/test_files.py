@@ -44,9 +44,13 @@ def test_a_folder_appears_whole(tmp_path):
 
 
 def test_what_fails_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), staged(tmp_path / "deep" / "out") as staging:
-        (staging.files / "a").write_text("1")
-        raise RuntimeError
+    def fail():
+        with staged(tmp_path / "deep" / "out") as staging:
+            (staging.files / "a").write_text("1")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert names(tmp_path) == []
 
 
@@ -117,10 +121,15 @@ def test_what_others_put_into_the_workspace_stays(tmp_path):
 def test_a_file_is_replaced_at_once_or_not(tmp_path):
     path = tmp_path / "report.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
-        assert path.read_text() == "old"
-        raise RuntimeError
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            assert path.read_text() == "old"
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert (path.read_text(), names(tmp_path)) == ("old", ["report.json"])
     with replacing(path) as temporary:
         temporary.write_text("new")

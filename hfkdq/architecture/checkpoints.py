@@ -72,7 +72,7 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
                 f"{path} {what} {len(names)} of the weights of {model_class.__name__}, such as {first}; they would be random. "
                 "Save it again where it was made, or download it again."
             )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def check_json(folder: Path, names: Iterable[str]) -> None:

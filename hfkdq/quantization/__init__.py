@@ -22,12 +22,11 @@ from .layers import (
     layer_class,
 )
 from .merging import merge_adapters
-from .naming import means_the_same
+from .naming import means_the_same, quantized_modules
 from .post_training import load_quantized, quantize
 from .records import (
     activation_quantizers,
     activation_ranges,
-    quantized_modules,
     quantized_spec,
     set_activation_ranges_,
     weight_quantizers,

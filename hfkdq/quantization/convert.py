@@ -16,15 +16,8 @@ from ..specs.quantization import QUANTIZABLE, RECURRENT
 from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
 from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_
-from .naming import head_modules, means_the_same
-from .records import (
-    FACT,
-    activation_quantizers,
-    quantized_modules,
-    quantized_spec,
-    record_ranges,
-    weight_quantizers,
-)
+from .naming import head_modules, means_the_same, quantized_modules
+from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
 logger = logging.get_logger(__name__)
 

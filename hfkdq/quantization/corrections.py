@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import QuantizedConv1D, QuantizedLinear, QuantizedModule
-from .records import quantized_modules, set_enabled_
+from .naming import quantized_modules
+from .records import set_enabled_
 
 Run = Callable[[], Iterable[None]]
 _Smoothable = QuantizedLinear | QuantizedConv1D

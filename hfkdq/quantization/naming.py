@@ -29,7 +29,7 @@ def head_modules(model: nn.Module) -> set[int]:
     inside = {id(module) for module in base.modules()}
     heads = {id(module) for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside}
     try:
-        output = model.get_output_embeddings()
+        output: Any = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         output = None
     return heads | ({id(output)} if output is not None else set())
@@ -90,7 +90,7 @@ def named_spec(model: nn.Module, spec: QuantizationSpec) -> QuantizationSpec:
 def means_the_same(model: nn.Module, spec: QuantizationSpec) -> bool:
     """Whether a prepared model is what `spec` would make of it, whatever words it uses for the modules."""
     schemes = _schemes(model)
-    present = next((module.quantization_spec for module in quantized_layers(model).values()), None)
+    present = next((module.quantization_spec for module in quantized_modules(model).values()), None)
     if present is None or replace(spec, **_NO_PATTERNS) != replace(present, **_NO_PATTERNS):
         return False
     if spec == present:
@@ -102,7 +102,7 @@ def means_the_same(model: nn.Module, spec: QuantizationSpec) -> bool:
     return not spec.attention or left_out == set(_unquantized_attention(model))
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedModule]:
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     """The modules of `model` that carry fake quantizers, by name; with PEFT, the name without adapters."""
     return {name: module for name, module in plain_modules(model) if isinstance(module, QuantizedModule)}
 
@@ -136,7 +136,7 @@ def _is_free(module: nn.Module, tables: set[int]) -> bool:
 
 
 def _schemes(model: nn.Module) -> dict[str, QuantizationScheme]:
-    return {name: module.quantization_scheme for name, module in quantized_layers(model).items()}
+    return {name: module.quantization_scheme for name, module in quantized_modules(model).items()}
 
 
 def _attention(model: nn.Module) -> set[str]:

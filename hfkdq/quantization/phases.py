@@ -15,7 +15,8 @@ from torch import nn
 from ..specs import QuantizationSpec
 from .batch_norm import freeze_batch_norm_
 from .layers import weight_quantizers_of
-from .records import activation_quantizers, quantized_modules, set_enabled_, set_weight_bits_
+from .naming import quantized_modules
+from .records import activation_quantizers, set_enabled_, set_weight_bits_
 
 Widths = Mapping[float, int] | Sequence[Sequence[float]]
 

@@ -20,8 +20,7 @@ from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
 from .attention import attention_quantizers
 from .layers import QuantizedModule, SmoothedModule, weight_quantizers_of
-from .naming import named_spec, spec_of_record
-from .naming import quantized_layers as quantized_modules
+from .naming import named_spec, quantized_modules, spec_of_record
 from .weights import WeightQuantizer
 
 FACT = "quantization"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -80,13 +81,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def render_card(report: CompressionReport, repo_id: str | None) -> str:
-    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from."""
-    check_renderable(report)
-    if repo_id is not None and not _is_hub_id(repo_id):
-        raise ValueError(
-            f"repo_id is {_short(repo_id)}; a Repo id of the Hub is 'user/name', or 'name' for one of your own."
-        )
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hfkdq", "templates"),
         undefined=jinja2.StrictUndefined,
@@ -97,7 +93,17 @@ def render_card(report: CompressionReport, repo_id: str | None) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = code
-    body = environment.get_template("model_card.md.j2").render(
+    return environment.get_template("model_card.md.j2")
+
+
+def render_card(report: CompressionReport, repo_id: str | None) -> str:
+    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from."""
+    check_renderable(report)
+    if repo_id is not None and not _is_hub_id(repo_id):
+        raise ValueError(
+            f"repo_id is {_short(repo_id)}; a Repo id of the Hub is 'user/name', or 'name' for one of your own."
+        )
+    body = _template().render(
         report=report,
         title=_title(report),
         origin=_origin(report.base_model),

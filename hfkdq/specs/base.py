@@ -16,7 +16,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ModulePatterns = str | Sequence[str] | None
 _Spec = TypeVar("_Spec", bound="Serializable")
-_WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a text", type(None): "None"}
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    type(None): "None",
+}
 
 
 def module_matches(name: str, patterns: ModulePatterns) -> bool:

@@ -23,8 +23,8 @@ from hfkdq.pruning.criteria import Evidence
 from hfkdq.pruning.masks import Masks
 from hfkdq.pruning.targets import GroupTarget, LayerTarget, find_targets
 
-from ..families import FAMILIES, VARIANTS
 from ..closeness import DOUBLE, ROUNDED_NORMS, UNIT, assert_same_in_double, batch_for, doubled, in_double
+from ..families import FAMILIES, VARIANTS
 
 ON_V5 = Version(tf.__version__) >= Version("4.58")
 optimum_line = pytest.mark.skipif(ON_V5, reason="Optimum's exporter needs transformers<4.58")

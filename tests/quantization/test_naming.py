@@ -184,7 +184,7 @@ def test_ranges_that_no_data_gave_are_named_and_missed_at_export(tmp_path):
     model.eval()
     quantizer = quantized_modules(model)["classifier"].activation_quantizer
     quantizer.initialized = False
-    with pytest.raises(ValueError, match="1 quantized activations of the model have no range.*classifier"):
+    with pytest.raises(ValueError, match=r"1 quantized activations of the model have no range.*classifier"):
         export_onnx(model, tmp_path / "onnx", quantization=QuantizationSpec(), latency_rounds=0)
     from hfkdq.quantization.records import record_ranges
 
