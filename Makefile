@@ -1,7 +1,7 @@
 # Everything a user or developer runs. `make demo` and `make test` need nothing but Python 3.10 to 3.13.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-# Every test ran on WORKS. On RESOLVES every pinned package has a wheel, and nothing was run: taken only where nothing else is found.
+# Both lines install and import on WORKS. On RESOLVES every pinned package has a wheel, and nothing was run: taken only where nothing else is found.
 WORKS := 3.10 3.11 3.12 3.13
 RESOLVES := 3.14
 VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
