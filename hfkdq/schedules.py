@@ -25,8 +25,10 @@ def value_at(value: float | Schedule, progress: float) -> float:
 def extremes(value: float | Schedule, samples: int = 101) -> tuple[float, float]:
     """Smallest and largest number that `value` takes over `samples` points of progress, for validation up front.
 
+    Both are NaN if one of them is.
+
     Raises:
-        ValueError: it is no number, or not a finite one, at one of them.
+        ValueError: it gives no number.
     """
     places = [i / (samples - 1) for i in range(samples)] if callable(value) else [0.0]
     values = []
@@ -37,9 +39,8 @@ def extremes(value: float | Schedule, samples: int = 101) -> tuple[float, float]
             raise ValueError(
                 f"{value!r} is neither a number nor a function of progress that gives one: {error}."
             ) from error
-        if not math.isfinite(values[-1]):
-            at = f" at progress {place:g}" if callable(value) else ""
-            raise ValueError(f"{value!r} must be a finite number, got {values[-1]}{at}.")
+        if math.isnan(values[-1]):
+            return math.nan, math.nan
     return min(values), max(values)
 
 

@@ -34,7 +34,7 @@ def load_config(path: str, **kwargs: Any) -> PretrainedConfig:
     Raises:
         FileNotFoundError: `path` is one of this machine, and nothing is there.
         ValueError: a file is damaged; one line names it.
-        OSError: there is no such model on the Hub.
+        OSError: there is no such model on the Hub, or its weights are pickles.
     """
     refuse_missing(str(path))
     folder = Path(path, kwargs.get("subfolder") or "")
@@ -112,7 +112,7 @@ def _check_weights(folder: Path) -> None:
             raise ValueError(f"{folder} lacks {', '.join(missing[:4])}, which its index names. Download it again.")
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not files and pickles:
-        raise ValueError(
+        raise OSError(
             f"{folder} has its weights in {pickles[0]} alone, a pickle, which may hold code. If you trust it, load it with "
             "from_pretrained of Transformers and write it with save_pretrained, which makes safetensors."
         )

@@ -146,7 +146,7 @@ def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: flo
     for name, value, fine, expected in (
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
         ("top_k", top_k, top_k is None or top_k == "auto" or whole, "'auto', None or a positive integer"),
-        ("temperature", temperature, 0 < temperature < math.inf, "a finite number larger than 0"),
+        ("temperature", temperature, 0 < temperature < math.inf, "larger than 0 and finite"),
         ("dtype", dtype, dtype in ("float16", "int8"), "'float16' or 'int8'"),
     ):
         if not fine:

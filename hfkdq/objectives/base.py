@@ -70,24 +70,26 @@ class Objective:
     _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_fields(self, but=("weight",))
-        if not (isinstance(self.weight, float) and not math.isfinite(self.weight)):
-            self.check_weight()
+        if extremes(self.weight)[0] < 0:
+            raise ValueError(f"{type(self).__name__}: weight must not be negative, got {self.weight!r}.")
         if self.teacher is not None and not self.uses_teacher:
             raise ValueError(f"{type(self).__name__} learns from no teacher; leave teacher={self.teacher!r} out.")
 
-    def check_weight(self) -> None:
-        """Refuses a weight that is negative or no finite number at some point of training; every trainer asks again.
+    def check_settings(self) -> None:
+        """Refuses settings of another type than declared and numbers that are not finite; every trainer asks first.
 
         Raises:
-            ValueError: it is.
+            ValueError: naming the setting.
         """
-        try:
-            lowest = extremes(self.weight)[0]
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: weight={error}") from error
-        if lowest < 0:
-            raise ValueError(f"{type(self).__name__}: weight must not be negative, got {self.weight!r}.")
+        check_fields(self)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Objective):
+                value.check_settings()
+            elif f.name in ("weight", "temperature", "fraction") and not all(map(math.isfinite, extremes(value))):
+                raise ValueError(
+                    f"{type(self).__name__}: {f.name} must be finite at every point of training, which {value!r} is not."
+                )
 
     @property
     def name(self) -> str:

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..export.graph import multiplies_exactly
 from ..export.runner import SingleFile
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
@@ -147,6 +148,11 @@ def _measure_onnx(
     name: str, student: PreTrainedModel, folder: Path, facts: dict[str, Any], evaluation: Evaluation
 ) -> tuple[Engine, TimedEngine]:
     file = folder / "model.onnx"
+    if facts.get("weight_type") == "int8" and not multiplies_exactly():
+        logger.warning(
+            f"{file} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
+            "is worse than on one with VNNI. Export with weight_type='uint8' for this one."
+        )
     engine = Engine(
         name=name,
         kind="onnx",

@@ -112,5 +112,6 @@ class Export(TypedDict, total=False):
     tolerance: float | None
     quantized_linears: int
     fused_linears: int
+    weight_type: FreeText
     files: dict[str, FileFacts]
     model: ModelFacts

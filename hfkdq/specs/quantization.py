@@ -91,7 +91,6 @@ class QuantizationScheme(Serializable):
     storage_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_fields(self)
         _one_of("weight_bits", self.weight_bits, self.WEIGHT_BITS)
         _one_of("activation_bits", self.activation_bits, self.ACTIVATION_BITS)
         _one_of("group_size", self.group_size, self.GROUP_SIZES)
@@ -100,6 +99,7 @@ class QuantizationScheme(Serializable):
         _one_of("weight_estimator", self.weight_estimator, (None, *self.WEIGHT_ESTIMATORS))
         _one_of("range_estimator", self.range_estimator, self.RANGE_ESTIMATORS)
         _one_of("storage_dtype", self.storage_dtype, self.STORAGE_DTYPES)
+        check_fields(self)
         for name, value, low, high in (
             ("averaging_constant", self.averaging_constant, 0, 1),
             ("power", self.power, 0, 1),

@@ -98,7 +98,7 @@ def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
         )
     terms = [as_objective(objective).copy() for objective in objectives or ()]
     for term in terms:
-        term.check_weight()
+        term.check_settings()
     used = {name for objective in terms for name in sources_of(objective, list(teachers))}
     for name in teachers.keys() - used:
         logger.warning(
@@ -131,7 +131,7 @@ def peer_objectives(teacher: CoTrainedTeacher) -> list[Objective]:
     given = [TaskLoss(), LogitKD(temperature=1.0)] if teacher.objectives is None else teacher.objectives
     objectives = [as_objective(objective).copy() for objective in given]
     for objective in objectives:
-        objective.check_weight()
+        objective.check_settings()
     bad = [o.name for o in objectives if o.passes_first or o.every_teacher or o.teacher is not None]
     if bad or not objectives:
         raise ValueError(
