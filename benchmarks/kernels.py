@@ -32,6 +32,7 @@ GRAPHS = {
     "MatMulIntegerToFloat, SkipLayerNormalization": ("fused", "plain", True),
     "MatMulIntegerToFloat, MultiHeadAttention": ("fused", "multi-head", False),
     "MatMulIntegerToFloat, QAttention": ("fused", "quantized", False),
+    "MatMulIntegerToFloat, QAttention, uint8 weights": ("fused uint8", "quantized", False),
     "DynamicQuantizeMatMul, plain attention": ("dynamic", "plain", False),
     "float, plain attention": ("float", "plain", False),
     "MatMulNBits of 8 bits, plain attention": ("8 bits", "plain", False),
@@ -44,7 +45,8 @@ class Encoder:
     """Builds one graph."""
 
     def __init__(self, linears: str, attention: str, skip: bool) -> None:
-        self.linears, self.attention, self.skip = linears, attention, skip
+        self.linears, self.attention, self.skip = linears.removesuffix(" uint8"), attention, skip
+        self.is_unsigned = linears.endswith(" uint8")
         self.random = np.random.default_rng(0)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
@@ -63,10 +65,14 @@ class Encoder:
         return name
 
     def weight(self, name: str, inputs: int, outputs: int) -> tuple[str, str, str, str]:
+        codes = self.random.integers(-127, 128, (inputs, outputs), dtype=np.int8)
+        zeros = np.zeros(outputs, np.int8)
+        if self.is_unsigned:
+            codes, zeros = ((values.astype(np.int16) + 128).astype(np.uint8) for values in (codes, zeros))
         return (
-            self.constant(self.random.integers(-127, 128, (inputs, outputs), dtype=np.int8), f"{name}.codes"),
+            self.constant(codes, f"{name}.codes"),
             self.constant(self.random.random(outputs, np.float32) * np.float32(0.001), f"{name}.scale"),
-            self.constant(np.zeros(outputs, np.int8), f"{name}.zero"),
+            self.constant(zeros, f"{name}.zero"),
             self.constant(self.random.normal(0, 0.1, outputs).astype(np.float32), f"{name}.bias"),
         )
 

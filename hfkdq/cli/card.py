@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..schema import read_file
+
 HELP = "print the model card of a report"
 DESCRIPTION = "Prints the model card of what CompressionReport.measure found and saved."
 # What an interruption leaves.
@@ -25,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints the card."""
+    for path, is_there in ((options.report, Path.is_file), (options.folder, Path.is_dir)):
+        if path is not None and not is_there(Path(path)):
+            raise FileNotFoundError(f"There is no {'file' if is_there is Path.is_file else 'folder'} {path}.")
+    read_file(options.report)
     from ..report import CompressionReport
     from ..report.files import check_beside
 

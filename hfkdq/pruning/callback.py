@@ -41,7 +41,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     The sparsity that is due is logged as `sparsity`.
 
     With `at_least` or `at_most` it prunes as far as a metric allows: the model is evaluated at the end of every round
-    (`spec.rounds`), and the first round that breaks the bound is undone and ends the training.
+    (`spec.rounds`), and the first round that breaks the bound is undone and ends the training. It is evaluated once before
+    anything is trained too, so that a metric or data that are missing are told then.
 
     Masks, and what the criterion has seen, are in the state of the optimizer, and so in every checkpoint: a resumed run
     equals an uninterrupted one, and all processes of a data-parallel run have the same masks. When the full sparsity is

@@ -24,6 +24,7 @@ from transformers import (
 from hfkdq import QATCallback, QuantizationSpec
 from hfkdq import export_onnx as export_and_time
 from hfkdq.export.runner import open_files
+from hfkdq.export.writing import Source
 from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec, strip_quantizers_
 from tests import tiny
 
@@ -363,3 +364,54 @@ def test_nan_never_passes(tmp_path):
     with pytest.raises(RuntimeError, match="torch model gives NaN or infinity in 'logits'"):
         export_onnx(model, tmp_path / "onnx", tolerance=1e9)
     assert not list(tmp_path.iterdir())
+
+
+FAULTS = {
+    "a full disk at the weights": (
+        "transformers.PreTrainedModel.save_pretrained",
+        OSError(28, "No space left on device"),
+    ),
+    "a full disk at the graph": ("hfkdq.export.graph.save_graph", OSError(28, "No space left on device")),
+    "a report that cannot be written": ("pathlib.Path.write_text", PermissionError("denied")),
+    "no memory": ("hfkdq.export.writing.run_torch", MemoryError()),
+    "an interruption": ("hfkdq.export.writing.compare", KeyboardInterrupt()),
+    "an end": ("hfkdq.export.writing.open_files", SystemExit(143)),
+    "a fault of the exporter": ("hfkdq.export.writing.Source.write_files", RuntimeError("of the exporter")),
+    "a fault of the runtime": ("onnxruntime.InferenceSession.__init__", RuntimeError("of the runtime")),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_leaves_nothing_and_the_next_export_is_fine(name, tmp_path, monkeypatch):
+    place, fault = FAULTS[name]
+    model, deep = tiny.bert(), tmp_path / "deep" / "onnx"
+
+    def fails(*args, **kwargs):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fails, raising=name != "an end")
+        if name == "an end":
+            patch.setattr("hfkdq.export.runner.open_files", fails)
+        with pytest.raises(type(fault)):
+            export_onnx(model, deep, latency_rounds=0)
+    assert list(tmp_path.iterdir()) == []
+    assert export_onnx(model, deep, latency_rounds=0) == deep
+    assert sorted(path.name for path in deep.parent.iterdir()) == ["onnx"]
+
+
+def test_two_exports_into_one_folder_lose_nothing(tmp_path, monkeypatch):
+    """The second is told while the first is at work; what somebody makes meanwhile stays beside the finished work."""
+    model, write = tiny.bert(), Source.write
+
+    def slow(source, kind, folder):
+        with pytest.raises(FileExistsError, match="Another process is writing"):
+            export_onnx(model, tmp_path / "onnx", latency_rounds=0)
+        (tmp_path / "onnx").mkdir()
+        (tmp_path / "onnx" / "theirs").write_text("theirs")
+        return write(source, kind, folder)
+
+    monkeypatch.setattr(Source, "write", slow)
+    assert export_onnx(model, tmp_path / "onnx", latency_rounds=0) == tmp_path / "onnx-2"
+    assert (tmp_path / "onnx-2" / "model.onnx").is_file()
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["theirs"]

@@ -19,18 +19,21 @@ ROUNDS = PruningSpec(sparsity=0.8, structure="neuron", schedule="linear", rounds
 
 
 class _Evaluated(TrainerCallback):
-    """Steps at which there was an evaluation, with the weights of then."""
+    """Steps at which there was an evaluation after that at the beginning, with the weights of then."""
 
     def __init__(self):
-        self.steps, self.weights = [], []
+        self.steps, self.weights, self.has_begun = [], [], False
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not self.has_begun:  # whether there is such a metric is found out before anything is trained
+            self.has_begun = True
+            return
         self.steps.append(state.global_step)
         self.weights.append(copy.deepcopy(model.state_dict()))
 
 
 def _trainer(args, scores, spec=ROUNDS, model=None, **bounds):
-    seen, values = _Evaluated(), iter(scores)
+    seen, values = _Evaluated(), iter([scores[0], *scores])
     bounds = bounds or {"metric": "score", "at_least": 0.8}
     trainer = Trainer(
         model or tiny.bert(), args, DataCollatorWithPadding(tiny.tokenizer()), train_dataset=tiny.text_dataset(32),
@@ -109,6 +112,7 @@ def test_a_metric_that_is_not_there_is_named(training_arguments):
     trainer, _ = _trainer(training_arguments(max_steps=8), [0.9] * 4, metric="accuracy", at_least=0.5)
     with pytest.raises(ValueError, match=r"gave no eval_accuracy, only .*eval_score"):
         trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_the_best_model_and_a_bound_exclude_each_other(training_arguments):
