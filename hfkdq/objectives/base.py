@@ -86,9 +86,12 @@ class Objective:
             value = getattr(self, f.name)
             if isinstance(value, Objective):
                 value.check_settings()
-            elif f.name in ("weight", "temperature", "fraction") and not all(map(math.isfinite, extremes(value))):
+            elif f.name in ("weight", "temperature", "fraction") and (
+                isinstance(value, str) or not all(map(math.isfinite, extremes(value)))
+            ):
                 raise ValueError(
-                    f"{type(self).__name__}: {f.name} must be finite at every point of training, which {value!r} is not."
+                    f"{type(self).__name__}: {f.name} must be a number, finite at every point of training, which {value!r} "
+                    "is not."
                 )
 
     @property

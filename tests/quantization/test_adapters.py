@@ -111,7 +111,7 @@ def test_the_layer_computes_with_the_quantized_merged_weight_and_its_gradient_go
 
 def test_patterns_and_records_have_the_names_of_the_plain_model():
     spec = QuantizationSpec(
-        weight_bits=4, target_modules=["query", "classifier", "word_embeddings"], exclude_modules=["layer.1.attention"],
+        weight_bits=4, target_modules=["query", "classifier", "word_embeddings"], exclude_modules=["layer.1.attention.self.query"],
         overrides={"bert.encoder.layer.0.attention.self.query": {"weight_bits": 2}},
     )  # fmt: skip
     model = prepare_qat_(adapted(tiny.bert(0)), spec)
