@@ -7,7 +7,6 @@ Knows nothing of how a fact is measured; what renders the facts gets this and no
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import EvalPrediction, PreTrainedModel
 
+from ..files import replacing
 from ..measuring.latency import Latency
 from ..schema import build, read_file, read_json
 from .card import check_renderable, render_card
@@ -270,11 +270,6 @@ def _sentence(error: ValueError) -> str:
 
 
 def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as temporary:
         write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Path(path)
