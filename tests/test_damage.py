@@ -119,6 +119,7 @@ def test_a_damaged_checkpoint_is_named(name, checkpoint):
 @pytest.mark.parametrize("name", DAMAGE)
 def test_the_command_says_so_and_writes_nothing(name, checkpoint, capsys):
     DAMAGE[name][0](checkpoint)
+    capsys.readouterr()
     before = names(checkpoint.parent)
     assert main(["export", str(checkpoint), "--latency-rounds", "0"]) == 1
     said = capsys.readouterr().err

@@ -57,7 +57,8 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
         ValueError: weights are missing, of other shapes or damaged.
         OSError: there are no safetensors.
     """
-    kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+    # Weights of other shapes are let in to be named: Transformers refuses them without saying which.
+    kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         model, told = model_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError, NotImplementedError):
