@@ -43,8 +43,8 @@ def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
     """
     try:
         spec = QuantizationSpec.from_dict(data)
-    except TypeError as error:
-        raise ValueError(f"The recorded spec is none: {error}") from error
+    except (TypeError, ValueError) as error:  # whose message may hold all that stands there
+        raise ValueError(f"The recorded spec is none: {str(error)[:500]}") from error
     named = [each for each in (spec.target_modules, spec.exclude_modules) if each is not None]
     patterns = [name for each in named for name in ([each] if isinstance(each, str) else each)] + list(spec.overrides)
     wrong = [name for name in patterns if len(name) > 500 or _PATTERN.search(name)]
