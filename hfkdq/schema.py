@@ -7,15 +7,12 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 _Data = TypeVar("_Data")
-Rule = Callable[[Any, str], None]
-"""Of an annotated type: raises `ValueError` for a value, called so in the message, that is not right."""
 _DEEPEST = 50
 _LARGEST = 2**63
 _LONGEST = 10_000
@@ -146,11 +143,11 @@ def _check_fields(value: Any, cls: Any, where: str) -> None:
     _expect(value, dict, "an object", where)
     hints = _hints(cls)
     if is_dataclass(cls):
-        unknown = sorted(set(value) - set(hints))
+        unknown = ", ".join(_short(name).strip("'") for name in sorted(set(value) - set(hints))[:8])
         if unknown:
             raise ValueError(
-                f"{where} has no field {', '.join(_short(name).strip(chr(39)) for name in unknown[:8])}; its fields are {', '.join(sorted(hints))}. "
-                "Was it written by another version of hfkdq?"
+                f"{where} has no field {unknown}; its fields are {', '.join(sorted(hints))}. Was it written by another "
+                "version of hfkdq?"
             )
         needed = {item.name for item in fields(cls) if _is_needed(item)}
     else:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons that hold on every processor: sums in another order, and roundings that then fall to the other side.
 
-Three ways, the strictest first: in float64, where what rounding does is far below what a fault does (`doubled`); float32 within a
-bound that follows from the sum (`assert_same_sum`); quantized runs that are equal but at ties (`Codes`, `assert_same_but_at_ties`).
-Knows how PyTorch computes and what a fake quantizer is given; nothing of any test.
+The strictest first: in float64, where what rounding does is far below what a fault does (`doubled`); float32 within a bound
+that follows from the sum (`assert_same_sum`); tokens that are equal up to where two are about as likely (`assert_same_tokens`).
+Integers that are equal but at ties are in `tests/export/test_ties.py`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from hfkdq.quantization import activation_quantizers
-
 UNIT = 2.0**-24
 """What one rounding to float32 changes at most, as a share of the number."""
-NEAR = 1e-3
-"""How near to a tie, in steps, a number may round either way: up to 255 steps with the relative errors of some layers, 4e-6."""
 DOUBLE = 1e-9
 """What float64 may change of the largest number: a million times its unit of 2**-53, and what 1/60 of one in float32 would."""
 
@@ -82,57 +77,6 @@ def assert_same_sum(found: torch.Tensor, expected: torch.Tensor, terms: torch.Te
     difference, bound = (found.double() - expected.double()).abs(), 2 * length * UNIT * terms.double()
     worst = (difference - bound).argmax()
     assert (difference <= bound).all(), f"{difference.flatten()[worst]} where {bound.flatten()[worst]} is allowed"
-
-
-class Codes(list):
-    """What every activation quantizer of `model` was given, in steps, and the integers it made of it: one pair a call, in order."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.handles = [q.register_forward_hook(self._see) for q in activation_quantizers(model).values()]
-
-    def _see(self, quantizer: Any, args: Any, output: torch.Tensor) -> None:
-        scale, zero = quantizer.qparams()
-        steps = args[0].detach().double() / scale.double()
-        codes = (torch.round(args[0].detach().float() * (1.0 / scale)) + zero).clamp(0, quantizer.maximum_code)
-        self.append((steps.numpy(), codes.detach().numpy()))
-
-    def taken(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The pairs so far, which are then forgotten."""
-        pairs = list(self)
-        self.clear()
-        return pairs
-
-
-def assert_same_but_at_ties(
-    found: Any, expected: Any, codes: list, others: list, *, atol: float, near: float = NEAR
-) -> int:
-    """Two runs of one quantized model, whose first axis is of rows that do not look at one another, give the same outputs.
-
-    Rows whose integers are all equal have outputs that differ by `atol` at most. In any other row the first quantizer whose integers
-    differ was given numbers within `near` of a tie there, and they differ by one; what comes after it is another number's.
-
-    Args:
-        codes, others: pairs of steps and integers (`Codes.taken`), one for each quantizer, in the order in which they ran.
-
-    Returns:
-        How many rows had no tie: at least one, or nothing would have been compared.
-    """
-    assert len(codes) == len(others) > 0
-    found, expected = (np.asarray(x.detach() if torch.is_tensor(x) else x) for x in (found, expected))
-    flipped = np.zeros(len(expected), bool)
-    for (_, ours), (steps, theirs) in zip(codes, others, strict=True):
-        ours, steps, theirs = (array.reshape(len(expected), -1) for array in (ours, steps, theirs))
-        wrong = ours != theirs
-        for row in np.flatnonzero(wrong.any(-1) & ~flipped):
-            between = steps[row][wrong[row]]
-            assert np.abs(between - np.floor(between) - 0.5).max() < near, f"row {row} differs where no tie is"
-            assert np.abs(ours[row] - theirs[row]).max() == 1
-        flipped |= wrong.any(-1)
-    equal = int((~flipped).sum())
-    assert equal, "every row has a tie, and so nothing was compared; give more rows"
-    np.testing.assert_allclose(found[~flipped], expected[~flipped], rtol=0, atol=atol)
-    return equal
 
 
 def assert_same_tokens(found: torch.Tensor, expected: torch.Tensor, logits: torch.Tensor, near: float) -> None:

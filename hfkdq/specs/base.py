@@ -92,10 +92,10 @@ def freeze_patterns(spec: Any) -> None:
             object.__setattr__(spec, name, tuple(value))
 
 
-def check_fields(owner: Any, but: Collection[str] = ()) -> None:
+def check_fields(owner: Any) -> None:
     """Refuses values of dataclass fields of another type than declared, and numbers that are not finite.
 
-    Fields of other types than numbers, texts and truth values are left to their owner, and those named in `but`.
+    Fields of other types than numbers, texts and truth values are left to their owner.
 
     Raises:
         ValueError: saying which, what came and what was expected.
@@ -105,7 +105,7 @@ def check_fields(owner: Any, but: Collection[str] = ()) -> None:
     except NameError:  # types that were defined where nobody finds them
         hints = {}
     for field in fields(owner):
-        if not field.init or field.name in but:
+        if not field.init:
             continue
         name, value = f"{type(owner).__name__}: {field.name}", getattr(owner, field.name)
         hint = hints.get(field.name)
