@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .schema import Count, Name, check, check_depth
+from .schema import Count, FreeText, Name, check, check_depth
 
 _MOST_TEXT = 2**27
 
@@ -19,6 +19,27 @@ _MOST_TEXT = 2**27
 def _is_base64(value: Any, where: str) -> None:
     if not isinstance(value, str) or len(value) > _MOST_TEXT or not value.isascii():
         raise ValueError(f"{where} is no base64 text")
+
+
+class PruningSettings(TypedDict, total=False):
+    """What a card tells of `PruningSpec.to_dict`."""
+
+    structure: FreeText
+    criterion: FreeText | None
+    pattern: FreeText | None
+    cut: FreeText
+
+
+class QuantizationSettings(TypedDict, total=False):
+    """What a card tells of `QuantizationSpec.to_dict`."""
+
+    weight_bits: int
+    activation_bits: int | None
+    group_size: int | None
+    embedding_bits: int | None
+    head_bits: int | None
+    overrides: dict[FreeText, Any] | None
+    exclude_modules: FreeText | list[FreeText] | None
 
 
 class Student(TypedDict, total=False):
@@ -33,15 +54,15 @@ class Student(TypedDict, total=False):
 class Distillation(TypedDict, total=False):
     """What a student was trained with."""
 
-    objectives: list[dict[str, Any]]
+    objectives: list[dict[FreeText, Any]]
     steps: Count
-    teacher: str
+    teacher: FreeText
 
 
 class Pruning(TypedDict, total=False):
     """A pruning: `spec` as `PruningSpec.to_dict` has it."""
 
-    spec: dict[str, Any]
+    spec: PruningSettings
     achieved_sparsity: float
     parameters_before: Count
     parameters_after: Count
@@ -75,7 +96,7 @@ class Quantization(TypedDict, total=False):
     `unobserved` names the activations that have no range as no data has reached them.
     """
 
-    spec: dict[str, Any]
+    spec: QuantizationSettings
     ranges: dict[Name, Range]
     unobserved: list[Name]
     weights: dict[Name, dict[str, Values]]

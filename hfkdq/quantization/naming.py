@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,13 +10,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ..forwards import base_of
+from ..schema import Name, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
 from ..specs.quantization import QUANTIZABLE, RECURRENT
 from .adapters import plain_modules
 from .attention import AttentionQuantizer, computes_attention
 from .layers import CLASSES, QuantizedModule, layer_class
 
-_PATTERN = re.compile(r"[^\w.:/-]")
 _NO_PATTERNS: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "overrides": {}}
 _named: WeakKeyDictionary[nn.Module, tuple[Any, QuantizationSpec]] = WeakKeyDictionary()
 
@@ -47,12 +46,13 @@ def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
         raise ValueError(f"The recorded spec is none: {str(error)[:500]}") from error
     named = [each for each in (spec.target_modules, spec.exclude_modules) if each is not None]
     patterns = [name for each in named for name in ([each] if isinstance(each, str) else each)] + list(spec.overrides)
-    wrong = [name for name in patterns if len(name) > 500 or _PATTERN.search(name)]
-    if wrong:
+    try:
+        check(patterns, list[Name], "its patterns")
+    except ValueError as error:
         raise ValueError(
-            f"The recorded spec has the pattern {wrong[0][:80]!r}; a record names modules. Load the weights with from_pretrained "
-            "and quantize them again, or let who made the checkpoint save it with this release."
-        )
+            f"The recorded spec does not name modules: {error}. Load the weights with from_pretrained and quantize them "
+            "again, or let who made the checkpoint save it with this release."
+        ) from error
     return spec
 
 

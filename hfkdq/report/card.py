@@ -15,10 +15,11 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 
+from ..facts import Facts
 from ..schema import check
 from ..secrets import redact
 from .markdown import Markdown, code, escape, one_line, plain, told
-from .schema import Export, Facts, Timing
+from .schema import Export, Timing
 from .table import count, markdown_table, metric_names
 
 if TYPE_CHECKING:

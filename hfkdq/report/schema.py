@@ -6,30 +6,9 @@ Knows names of fields; how values are held against them is known below.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from ..schema import FreeText
-
-
-class PruningSettings(TypedDict, total=False):
-    """The settings of a pruning that a card tells."""
-
-    structure: FreeText
-    criterion: FreeText | None
-    pattern: FreeText | None
-    cut: FreeText
-
-
-class QuantizationSettings(TypedDict, total=False):
-    """The settings of a quantization that a card tells."""
-
-    weight_bits: int
-    activation_bits: int | None
-    group_size: int | None
-    embedding_bits: int | None
-    head_bits: int | None
-    overrides: dict[FreeText, Any] | None
-    exclude_modules: FreeText | list[FreeText] | None
 
 
 class FileFacts(TypedDict):
@@ -47,46 +26,6 @@ class ModelFacts(TypedDict):
     id2label: dict[FreeText, FreeText]
     parameters: int
     shapes: str
-
-
-class Pruning(TypedDict, total=False):
-    """What a card tells of a pruning."""
-
-    spec: PruningSettings
-    achieved_sparsity: float
-    parameters_before: int
-    parameters_after: int
-    earlier: list[Pruning]
-
-
-class Distillation(TypedDict, total=False):
-    """What a card tells of a distillation."""
-
-    teacher: FreeText
-    objectives: list[dict[FreeText, Any]]
-    steps: int
-
-
-class Student(TypedDict, total=False):
-    """What a card tells of copied layers."""
-
-    teacher_layers: int
-    layers: list[int]
-
-
-class Quantization(TypedDict, total=False):
-    """What a card tells of a quantization."""
-
-    spec: QuantizationSettings
-
-
-class Facts(TypedDict, total=False):
-    """The facts that a card is made from; others are kept as they are."""
-
-    student: Student
-    distillation: Distillation
-    pruning: Pruning
-    quantization: Quantization
 
 
 class Timing(TypedDict, total=False):
