@@ -83,10 +83,14 @@ space["_import_from"]({[str(entry) for entry in entries]!r}, {str(ROOT / "hfkdq"
 
 
 def test_the_standard_library_comes_before_what_is_installed(tmp_path):
-    for name in ("pathlib", "typing", "json"):  # as the backports of old do
+    backports = ("argparse", "graphlib", "statistics")  # which nothing has imported by then
+    for name in backports:
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('an old backport')")
     (tmp_path / "only_here.py").write_text("WHERE = 'installed'")
-    code = "import json.decoder, pathlib, typing, only_here, numpy; print(only_here.WHERE, numpy.__version__)"
+    code = (
+        f"assert not set({backports}) & set(sys.modules)\n"
+        f"import {', '.join(backports)}, only_here, numpy; print(only_here.WHERE, numpy.__version__)"
+    )
     assert run_worker(code, tmp_path) == f"installed {np.__version__}"
 
 

@@ -18,6 +18,7 @@ from tests import tiny
 HEAD = '<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>'
 WEIGHTS = "int8[4, 3] w, float[3] s = {0.1, 0.2, 0.3}, int8[3] z = {0, 1, -2}, uint8 za = {7}, float sa = {0.05}"
 CODES = np.random.default_rng(0).integers(-127, 128, (4, 3)).astype(np.int8)
+CODES[0, 0], CODES[1, 1] = -128, 127
 # Each with a product, its inputs and outputs; weights as constants.
 GRAPHS = {
     "MatMulInteger": "g (uint8[n, 4] a) => (int32[n, 3] y) <W> { y = MatMulInteger(a, w, za, z) }",
