@@ -35,7 +35,7 @@ def looks_local(name: str) -> bool:
     """Whether a name is that of a file or folder of this machine rather than an id on the Hub."""
     path = Path(name)
     has_shape = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-    return has_shape or path.exists() or (len(path.parts) > 1 and Path(path.parts[0]).exists())
+    return has_shape or os.path.lexists(path) or (len(path.parts) > 1 and Path(path.parts[0]).exists())
 
 
 def refuse_missing(name: str) -> None:

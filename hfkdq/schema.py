@@ -55,7 +55,7 @@ def read_json(text: str) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested without end") from None
     except ValueError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(brief(error)) from None
     if not isinstance(data, dict):
         raise ValueError(f"it is {_called(data)}, not an object")
     check_depth(data)
@@ -68,6 +68,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
         return read_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one too
         raise ValueError(f"{path} is damaged: {error}. Write it again.") from None
+
+
+def brief(error: BaseException) -> str:
+    """What an error says, on one line that can be printed, of at most 300 characters: it may quote damaged data."""
+    return _UNPRINTED.sub(" ", " ".join(str(error)[:2000].split()))[:300]
 
 
 def check(value: Any, hint: Any, where: str) -> None:
@@ -143,10 +148,11 @@ def _check_fields(value: Any, cls: Any, where: str) -> None:
     _expect(value, dict, "an object", where)
     hints = _hints(cls)
     if is_dataclass(cls):
-        unknown = ", ".join(_short(name).strip("'") for name in sorted(set(value) - set(hints))[:8])
+        unknown = sorted(set(value) - set(hints))
         if unknown:
+            names = ", ".join(_short(name).strip("'") or "''" for name in unknown[:8])
             raise ValueError(
-                f"{where} has no field {unknown}; its fields are {', '.join(sorted(hints))}. Was it written by another "
+                f"{where} has no field {names}; its fields are {', '.join(sorted(hints))}. Was it written by another "
                 "version of hfkdq?"
             )
         needed = {item.name for item in fields(cls) if _is_needed(item)}

@@ -85,6 +85,19 @@ def test_help_loads_nothing_heavy():
     assert not {"torch", "transformers", "datasets", "rich"} & set(done.stdout.split())
 
 
+def test_the_folder_may_follow_options(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("hfkdq.cli.export.run", lambda options: seen.append((options.checkpoint, options.folder)))
+    orders = (["in", "out", "--task", "x"], ["in", "--task", "x", "out"], ["--task", "x", "in", "out"], ["in"])
+    assert [main(["export", *order]) for order in orders] == [0] * 4
+    assert seen == [("in", "out")] * 3 + [("in", None)]
+    for wrong in (["in", "out", "more"], ["in", "--task", "x", "out", "more"], ["in", "--tusk"]):
+        with pytest.raises(SystemExit):
+            main(["export", *wrong])
+    assert len(seen) == 4
+    assert "unrecognized arguments: more" in capsys.readouterr().err
+
+
 def test_errors_are_one_line_and_a_status(capsys, tmp_path):
     assert main(["card", str(tmp_path / "nothing.json")]) == 1
     assert "hfkdq card:" in capsys.readouterr().err

@@ -91,7 +91,14 @@ DAMAGE = {
     "a configuration in UTF-16": (
         lambda f: (f / "config.json").write_bytes((f / "config.json").read_text().encode("utf-16")), "config.json is damaged",
     ),
-    "no configuration": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no configuration": (lambda f: (f / "config.json").unlink(), "has no config.json, .* Name a folder of save_pretrained"),
+    "an adapter": (
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"), "no config.json, .* an adapter .*merge_and_unload",
+    ),
+    "the folder above": (
+        lambda f: [(f / "checkpoint-7").mkdir(), (f / "config.json").rename(f / "checkpoint-7" / "config.json")],
+        "no config.json, .* It holds checkpoint-7: name one",
+    ),
     "a class that is none": (lambda f: edited(f, architectures=["os"]), "architecture"),
     "a class that is a function": (lambda f: edited(f, architectures=["pipeline"]), "architecture"),
     "a class that is a number": (lambda f: edited(f, architectures=[3]), "architecture"),
@@ -208,6 +215,8 @@ DATA = {
     "rows.parquet": b"PAR1 cut off",
     "rows.arrow": b"ARROW1 cut off",
     "binary.csv": bytes(range(256)),
+    "empty.csv": b"",
+    "header.csv": b"text,label\n",
 }
 
 
@@ -225,7 +234,8 @@ def test_damaged_data_are_named(name, checkpoint, tmp_path, capsys):
 def test_names_of_the_hub_and_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    local = ["./a", "../a", "/a/b", "~/a", "a/b/c", "out", "out/checkpoint-5", "a/", "a\\b"]
+    (tmp_path / "broken").symlink_to("nowhere")
+    local = ["broken", "./a", "../a", "/a/b", "~/a", "a/b/c", "out", "out/checkpoint-5", "a/", "a\\b"]
     assert [name for name in local if not looks_local(name)] == []
     assert [name for name in ("bert-base-uncased", "me/model", "squad") if looks_local(name)] == []
 

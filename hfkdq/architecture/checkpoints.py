@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..files import refuse_missing
-from ..schema import check_depth
+from ..schema import brief, check_depth
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -34,11 +34,12 @@ def load_config(path: str, **kwargs: Any) -> PretrainedConfig:
     Raises:
         FileNotFoundError: `path` is one of this machine, and nothing is there.
         ValueError: a file is damaged; one line names it.
-        OSError: there is no such model on the Hub, or its weights are pickles.
+        OSError: there is no such model on the Hub, the folder has no configuration, or its weights are pickles.
     """
     refuse_missing(str(path))
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
+        _check_configured(folder)
         check_json(folder, ["config.json", "generation_config.json", INDEX])
         _check_weights(folder)
     try:
@@ -94,6 +95,20 @@ def check_json(folder: Path, names: Iterable[str]) -> None:
             raise ValueError(f"{file} is damaged: it holds no object. Save it again, or download it again.")
 
 
+def _check_configured(folder: Path) -> None:
+    """Refuses a folder that is no checkpoint of a whole model."""
+    if (folder / "config.json").is_file():
+        return
+    inner = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    if (folder / "adapter_config.json").is_file():
+        advice = "It holds an adapter of PEFT: load it on its base model, call merge_and_unload(), and save that."
+    else:
+        advice = (
+            f"It holds {', '.join(inner[:4])}: name one of them." if inner else "Name a folder of save_pretrained."
+        )
+    raise OSError(f"{folder} has no config.json, so it is no checkpoint of Transformers. {advice}")
+
+
 def _check_weights(folder: Path) -> None:
     """Refuses weights that are cut off or missing, by their headers."""
     files = sorted(folder.glob("*.safetensors"))
@@ -121,5 +136,6 @@ def _check_weights(folder: Path) -> None:
 
 def _damaged(what: Any, error: BaseException) -> ValueError:
     """One line about something that cannot be read."""
-    told = " ".join(str(error).split())[:300]
-    return ValueError(f"{what} is damaged ({type(error).__name__}: {told}). Save it again, or download it again.")
+    return ValueError(
+        f"{what} is damaged ({type(error).__name__}: {brief(error)}). Save it again, or download it again."
+    )

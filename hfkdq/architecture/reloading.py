@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact
+from ..schema import brief
 from .checkpoints import load_config, load_weights
 from .groups import resize_
 from .probing import COUNTED, Numbers, build_shapes, config_with, shapes_of
@@ -105,6 +106,6 @@ def reshape_(model: nn.Module, record: dict[str, Any]) -> None:
                 setattr(module, attribute, value)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The recorded shapes do not fit {type(model).__name__}: {error}. Load the model with the line of Transformers "
+            f"The recorded shapes do not fit {type(model).__name__}: {brief(error)}. Load the model with the line of Transformers "
             "that it was pruned with; names of modules differ between them."
         ) from error

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..forwards import TEACHER_PREFIX
 from ..objectives.outline import Outline
+from ..schema import brief
 
 FORMAT_VERSION = 1
 ROW_CHECK = TEACHER_PREFIX + "row_check"
@@ -115,7 +116,7 @@ class CacheInfo:
                 return cls(outputs, tuple(plain["inputs"]), dict(plain["teacher"]), dict(plain["key"]))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"What describes the cached teacher outputs is damaged ({type(error).__name__}: {error}). Cache them anew "
+                f"What describes the cached teacher outputs is damaged ({type(error).__name__}: {brief(error)}). Cache them anew "
                 "with cache_teacher_outputs."
             ) from error
         raise ValueError(

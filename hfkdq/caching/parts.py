@@ -21,6 +21,7 @@ from datasets.utils import tqdm
 from transformers.utils import logging
 
 from ..files import replacing
+from ..schema import brief
 from .codec import features_of
 from .info import ROW_CHECK, CacheInfo
 from .keys import refuse_other_key, short_hash
@@ -61,7 +62,7 @@ def _recorded_key(record: Path) -> dict[str, Any]:
         key = json.loads(record.read_text(encoding="utf-8"))["key"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{record} is damaged ({type(error).__name__}: {error}), so it is not known what the parts beside it are of. Give "
+            f"{record} is damaged ({type(error).__name__}: {brief(error)}), so it is not known what the parts beside it are of. Give "
             f"another folder, or delete {record.parent}."
         ) from error
     if not isinstance(key, dict):
@@ -160,7 +161,7 @@ def _check_part(path: Path, schema: pa.Schema, rows: int) -> None:
             table = reader.read_all()
             table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as error:
-        wrong = f"{type(error).__name__}: {error}"
+        wrong = f"{type(error).__name__}: {brief(error)}"
     else:
         if table.schema.equals(schema) and table.num_rows == rows:
             return

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
+from ..schema import brief
 from .names import check_data, split_name
 
 CALIBRATION = ("train", "validation", "test")
@@ -67,9 +68,9 @@ def _load(path: str, config: str | None) -> DatasetDict:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        told = " ".join(str(cause).split())[:300]
         raise ValueError(
-            f"{path} could not be read as data ({type(cause).__name__}: {told}). Look at the file, or name another one."
+            f"{path} could not be read as data ({type(cause).__name__}: {brief(cause)}). Look at the "
+            "file, or name another one; it may have no rows."
         ) from error
 
 

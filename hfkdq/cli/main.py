@@ -19,7 +19,12 @@ COMMANDS = {"demo": demo, "export": export, "card": card}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status, 1 after an error that the user can do something about."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "folder", "") is None:
+        options.folder = rest[0]  # before Python 3.13 argparse misses an optional name behind options
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return run_command(options.command, options)
 
 

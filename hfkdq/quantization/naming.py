@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ..forwards import base_of
-from ..schema import Name, check
+from ..schema import Name, brief, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
 from ..specs.quantization import QUANTIZABLE, RECURRENT
 from .adapters import plain_modules
@@ -43,7 +43,7 @@ def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
     try:
         spec = QuantizationSpec.from_dict(data)
     except (TypeError, ValueError) as error:  # whose message may hold all that stands there
-        raise ValueError(f"The recorded spec is none: {str(error)[:500]}") from error
+        raise ValueError(f"The recorded spec is none: {brief(error)}") from error
     named = [each for each in (spec.target_modules, spec.exclude_modules) if each is not None]
     patterns = [name for each in named for name in ([each] if isinstance(each, str) else each)] + list(spec.overrides)
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact
+from ..schema import brief
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
 from .attention import attention_quantizers
@@ -175,7 +176,7 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
         values = np.frombuffer(base64.b64decode(encoded["float32"], validate=True), dtype="<f4").astype(np.float32)
         tensor = torch.from_numpy(values.copy()).reshape(encoded["shape"])
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"Recorded values are damaged: {error}. {_AGAIN}") from error
+        raise ValueError(f"Recorded values are damaged: {brief(error)}. {_AGAIN}") from error
     if not torch.isfinite(tensor).all():
         raise ValueError(f"Recorded values are not finite. {_AGAIN}")
     return tensor

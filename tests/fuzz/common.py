@@ -79,7 +79,7 @@ def mutated(data: Any, steps: list[tuple[str, int, int, Any]]) -> Any:
         elif what == "rename" and isinstance(owner, dict) and len(path) > 1:
             owner[value if isinstance(value, str) else str(value)[:100]] = owner.pop(path[-1])
         elif what == "add" and isinstance(_at(root, path), dict):
-            _at(root, path)[str(value)[:2000]] = value
+            _at(root, path)[str(value)[:2000]] = copy.deepcopy(value)
         elif what == "repeat" and isinstance(_at(root, path), list):
             owner[path[-1]] = _at(root, path) * (2 + second % 50)
         elif what == "nudge" and isinstance(_at(root, path), (int, float)) and not isinstance(_at(root, path), bool):

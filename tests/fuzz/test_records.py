@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,22 @@ def test_mutated_sections(checkpoints, name, steps):
     (folder / "config.json").write_text(json.dumps({**config, "hfkdq": section}), encoding="utf-8")
     quantized = isinstance(section, dict) and "quantization" in section
     answers(lambda: (load_quantized if quantized else load_pruned)(str(folder)))
+
+
+def test_those_that_were_told_at_length_or_on_many_lines(checkpoints):
+    folder, config = checkpoints["codebook"]
+    section = config["hfkdq"]["quantization"]
+    spec = section["spec"]
+    text = json.dumps(section)
+    shapes = re.sub(r'"shape": \[[^]]*\]', f'"shape": {list(range(1000))}', text)
+    assert shapes != text
+    for damaged in (
+        {**section, "spec": {**spec, "\n# Heading\n": 1}},
+        {**section, "spec": {**spec, "overrides": {"key": {"\n#": 1}}}},
+        json.loads(shapes),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "hfkdq": {"quantization": damaged}}))
+        assert not answers(lambda: load_quantized(str(folder)))
 
 
 @bounded

@@ -95,3 +95,7 @@ def test_one_that_is_told_apart(value):
     data = json.loads(REPORT.to_json())
     data["engines"][0]["size"] = value
     assert not answers(lambda: render(json.dumps(data)))
+
+
+def test_a_field_without_a_name():
+    assert not answers(lambda: render(json.dumps({**json.loads(REPORT.to_json()), "": 1})))
