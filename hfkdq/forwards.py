@@ -78,6 +78,19 @@ def accepts_items(model: Any) -> bool:
 
 
 @contextlib.contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Lets every BatchNorm of a model use the batch while it lasts, in training mode, and keep its running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextlib.contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
     """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes.
 

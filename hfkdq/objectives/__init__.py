@@ -3,7 +3,7 @@
 
 from .adaptive import ByAgreement, ByGradientNorm
 from .attentions import AttentionKD
-from .base import Objective, as_objective
+from .base import Objective, TrainingStep, as_objective
 from .boxes import BoxKD
 from .cross_vocabulary import ULD
 from .ensemble import EnsembleKD
@@ -39,5 +39,6 @@ __all__ = [
     "RelationKD",
     "SimilarityPreservingKD",
     "TaskLoss",
+    "TrainingStep",
     "as_objective",
 ]

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from ..specs.base import check_fields
+from .base import TrainingStep
 from .logits import LogitKD
-from .masks import Batch
 
 _Weight = TypeVar("_Weight", bound="AdaptiveWeight")
 
@@ -97,10 +97,10 @@ class ByAgreement(AdaptiveWeight):
         return self.low + (self.high - self.low) * (1.0 - agreeing / max(total, 1e-12))
 
     @torch.no_grad()
-    def measured(self, objective: LogitKD, student_out: Any, teacher_out: Any, batch: Batch) -> torch.Tensor:
+    def measured(self, objective: LogitKD, step: TrainingStep) -> torch.Tensor:
         """Number of positions of a micro batch at which both agree, and of all that count: shape `(2,)`."""
         sums: Any = 0.0
-        for p in objective.predictions(student_out, teacher_out, batch):
+        for p in objective.predictions(step):
             agree = (p.student.argmax(-1) == top_class(p.teacher)).float()
             counts = torch.ones_like(agree) if p.mask is None else p.mask.float()
             sums = sums + torch.stack([(agree * counts).sum(), counts.sum()])

@@ -6,16 +6,17 @@ Needs eager attention, the only implementation that computes them; switches both
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..losses.features import attention_kl, attention_mse
 from ..losses.reduction import masked_mean
-from .base import Objective
+from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, layers_of, mean_over_standing, outline_of
 
@@ -54,6 +55,8 @@ class AttentionKD(Objective):
 
     layers: Mapping[int, int] | str | None = None
     distance: Literal["kl", "mse"] = "kl"
+    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    _layers: Sequence[nn.Module] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,18 +76,17 @@ class AttentionKD(Objective):
                     f"{maps[s - 1]} (batch, heads, queries, keys), layer {t} of the teacher {targets[t - 1]} for the same "
                     "example. Use a student with as many positions, or objectives that compare examples: LogitKD, RKD."
                 )
-        self._found.update(pairs=tuple(pairs.items()), layers=layers_of(student))
-        self._found.update(attentions=(frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())))
+        read = frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())
+        self._keep(_pairs=tuple(pairs.items()), _layers=layers_of(student), _indices={"attentions": read})
 
     def positions(self, batch: Batch) -> Positions:
         return valid_count(batch, self.state_mask(batch))
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        mask = self.state_mask(batch)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        mask = self.state_mask(step.batch)
         values = []
-        for s, t in self._found["pairs"]:
-            ours, theirs = student_out.attentions[s - 1], teacher_out.attentions[t - 1]
+        for s, t in self._pairs:
+            ours, theirs = step.student.attentions[s - 1], step.teacher.attentions[t - 1]
             values.append(attention_kl(ours, theirs) if self.distance == "kl" else attention_mse(ours, theirs, mask))
-        numbers = [s for s, _ in self._found["pairs"]]
-        mean = mean_over_standing(torch.stack(values), self._found["layers"], numbers)
-        return masked_mean(mean, mask), self.positions(batch)
+        mean = mean_over_standing(torch.stack(values), self._layers, [s for s, _ in self._pairs])
+        return masked_mean(mean, mask)

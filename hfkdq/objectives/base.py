@@ -26,6 +26,29 @@ from .masks import Batch, Positions, attended_mask, batch_size, frame_lengths, f
 from .outline import Outline, outline_of
 
 
+@dataclass(frozen=True)
+class TrainingStep:
+    """One micro batch of a training, as a term of the loss sees it.
+
+    Args:
+        batch (`dict`): the batch, labels included.
+        progress (`float`): how much of the training is done, in [0, 1].
+        student (`ModelOutput`, *optional*): what the student returned; `loss` is the task loss.
+        teacher (`ModelOutput`, *optional*): what the teacher returned; for an objective with `every_teacher` a dict.
+        seen (*optional*): what the objective's `observe()` gave.
+    """
+
+    batch: Batch
+    progress: float = 0.0
+    student: Any = None
+    teacher: Any = None
+    seen: Any = None
+
+    def at(self, value: float | Schedule) -> float:
+        """A number, or a schedule's value now."""
+        return value_at(value, self.progress)
+
+
 class Passes(Protocol):
     """How an objective runs the models of the training by itself: as they are wrapped, and under their autocast."""
 
@@ -45,7 +68,8 @@ class Passes(Protocol):
 class Objective:
     """A term of the training loss.
 
-    A term of your own is a subclass with `__call__`, or any callable with the same arguments.
+    A term of your own is a subclass with `__call__`, or any callable with the same arguments. One that has schedules or
+    looks inside the models defines `loss` instead.
 
     Args:
         weight (`float` or schedule, defaults to 1.0): factor of this term, or a function of training progress.
@@ -56,18 +80,23 @@ class Objective:
             loss), `"logits"`, `"hidden_states"` and `"attentions"`.
         uses_teacher (`bool`): whether it compares with a teacher.
         every_teacher (`bool`): whether it is given a dict of all teachers and their outputs, by their names.
-        passes_first (`bool`): whether it runs the models itself, in `before`.
+        schedules (`frozenset` of `str`): the settings that may be functions of progress.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     uses_teacher: ClassVar[bool] = True
     every_teacher: ClassVar[bool] = False
-    passes_first: ClassVar[bool] = False
+    schedules: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     weight: float | Schedule = 1.0
     teacher: str | None = None
-    # What `attach` found out about the pair; not part of the objective's identity.
-    _found: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # What `attach` found out about the pair: no settings, and no part of the identity.
+    _shifts_labels: bool = field(default=False, init=False, repr=False, compare=False)
+    _frames: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+    # Of "hidden_states" and "attentions", which entries are read of student and teacher.
+    _indices: Mapping[str, tuple[frozenset[int], frozenset[int]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if extremes(self.weight)[0] < 0:
@@ -83,12 +112,10 @@ class Objective:
         """
         check_fields(self)
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Objective):
+            value: Any = getattr(self, f.name, None)
+            if f.init and isinstance(value, Objective):
                 value.check_settings()
-            elif f.name in ("weight", "temperature", "fraction") and (
-                isinstance(value, str) or not all(map(math.isfinite, extremes(value)))
-            ):
+            elif f.name in self.schedules and (isinstance(value, str) or not all(map(math.isfinite, extremes(value)))):
                 raise ValueError(
                     f"{type(self).__name__}: {f.name} must be a number, finite at every point of training, which {value!r} "
                     "is not."
@@ -104,63 +131,73 @@ class Objective:
 
         Of a teacher whose outputs were cached there is an [`Outline`] alone.
         """
-        self._found.update(
-            shifts_labels=outline_of(student).model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-            frames=frame_lengths(base_of(student)),
+        self._keep(
+            _shifts_labels=outline_of(student).model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            _frames=frame_lengths(base_of(student)),
+            _indices={},
         )
 
-    def before(self, passes: Passes, batch: Batch) -> None:
-        """Runs the models as this objective wants them, before they run on the batch as it is.
+    def _keep(self, **found: Any) -> None:
+        """Fills in fields that are no settings."""
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
-        Called where `passes_first` is set. What it keeps, `__call__` reads.
+    @property
+    def runs_first(self) -> bool:
+        """Whether it runs the models itself, before they run on the batch as it is."""
+        return type(self).before is not Objective.before
+
+    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+        """Runs the models as this objective wants them; returns the step with what they gave.
+
+        What is then there of `student` and `teacher` is what `loss` reads; the rest comes of the batch as it is.
         """
+        return step
 
     def observe(self) -> AbstractContextManager[Any]:
-        """What lasts while teacher and student run on a batch, such as hooks that look into them."""
+        """What lasts while teacher and student run on a batch, such as hooks; what it gives is the step's `seen`."""
         return contextlib.nullcontext()
-
-    def set_progress(self, progress: float) -> None:
-        """Tells how much of the training is done, in [0, 1], for the schedules."""
-        self._found["progress"] = progress
-
-    def current(self, value: float | Schedule) -> float:
-        """A number or schedule of this objective at the present progress."""
-        return value_at(value, self._found.get("progress", 0.0))
 
     def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
         """Which entries of `"hidden_states"` or `"attentions"` it reads, of student and teacher; `None` for all."""
-        return self._found.get(need)
+        return self._indices.get(need)
 
     def state_mask(self, batch: Batch) -> torch.Tensor | None:
         """Which positions of hidden states count, `(batch, seq)`: those attended to; of sound, the frames of it."""
-        frames = self._found.get("frames")
-        return attended_mask(batch) if frames is None else frame_mask(batch, frames)
+        return attended_mask(batch) if self._frames is None else frame_mask(batch, self._frames)
 
     def positions(self, batch: Batch) -> Positions:
-        """Number of positions in `batch` that `__call__` takes its mean over; examples by default."""
+        """Number of positions in `batch` that the term is a mean over; examples by default."""
         return batch_size(batch)
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        """The term for one step of a training: the mean over the `positions` of its batch, a scalar."""
+        return self(step.student, step.teacher, step.batch)
+
+    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch, **more: Any) -> torch.Tensor:
         """The term for one batch.
 
         Args:
             student_out (`ModelOutput`): what the student returned; `loss` is the task loss.
             teacher_out (`ModelOutput` or `None`): what the teacher returned.
             batch (`dict`): the batch, labels included.
+            more: `progress` and `seen` of [`TrainingStep`].
 
         Returns:
-            The mean over the valid positions and their number, the same as `positions(batch)`.
+            `torch.Tensor`: the mean over the `positions(batch)` that count, a scalar.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(student_out, teacher_out, batch).")
+        if type(self).loss is Objective.loss:
+            raise NotImplementedError(f"{type(self).__name__} must define __call__(student_out, teacher_out, batch).")
+        return self.loss(TrainingStep(batch, student=student_out, teacher=teacher_out, **more))
 
     def copy(self) -> Objective:
         """The same objective, unattached, so that each trainer has its own."""
         twin = copy.copy(self)
-        object.__setattr__(twin, "_found", {})
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.init and (isinstance(value, Objective) or hasattr(value, "adapt")):
-                object.__setattr__(twin, f.name, value.copy())
+            if not f.init:
+                vars(twin).pop(f.name, None)
+            elif isinstance(value := getattr(self, f.name), Objective) or hasattr(value, "adapt"):
+                twin._keep(**{f.name: value.copy()})
         return twin
 
     def describe(self) -> dict[str, Any]:
@@ -197,9 +234,8 @@ class _CallableObjective(Objective):
     def name(self) -> str:
         return self.label
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        value = self.function(student_out, teacher_out, batch)
-        return value if isinstance(value, tuple) else (value, self.positions(batch))
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        return self.function(step.student, step.teacher, step.batch)  # type: ignore[no-any-return]
 
 
 def as_objective(objective: Any) -> Objective:

@@ -6,16 +6,14 @@ Knows boxes of matched queries; which query stands for which is found by the mat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
-from .base import Objective
+from .base import Objective, TrainingStep
 from .heads import DetectionHead, find_head
-from .masks import Batch, Positions
 from .matching import corners, matched_queries
 from .outline import Outline
 
@@ -45,6 +43,8 @@ class BoxKD(Objective):
         ```
     """
 
+    _head: DetectionHead = field(init=False, repr=False, compare=False)
+
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
         head = find_head(student, teacher)
@@ -53,17 +53,18 @@ class BoxKD(Objective):
                 f"BoxKD compares the boxes of detectors of the DETR family; {type(student).__name__} draws none. Use "
                 "LogitKD()."
             )
-        self._found.update(head=head)
+        self._keep(_head=head)
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        own, theirs, objects = matched_queries(student_out, teacher_out, self._found["head"].exclusive)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        own, theirs, objects = matched_queries(step.student, step.teacher, self._head.exclusive)
         boxes = [
             out.pred_boxes.float().gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))
-            for out, chosen in ((student_out, own), (teacher_out, theirs))
+            for out, chosen in ((step.student, own), (step.teacher, theirs))
         ]  # (batch, pairs, 4) each
         lengths = (boxes[0] - boxes[1]).abs().sum(-1)
         edges = [corners(b) for b in boxes]
         overlaps = torch.stack([generalized_box_iou(s, t).diagonal() for s, t in zip(*edges, strict=True)])
         distance = 5.0 * lengths + 2.0 * (1.0 - overlaps)
         per_image = (objects * distance).sum(-1) / objects.sum(-1).clamp(min=1e-12)
-        return per_image.mean(), self.positions(batch)
+        mean: torch.Tensor = per_image.mean()
+        return mean

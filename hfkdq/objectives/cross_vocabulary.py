@@ -7,7 +7,7 @@ Knows which token of either model belongs to which of the other; how far predict
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from ..losses.divergences import in_chunks
 from ..losses.transport import sorted_distance
 from ..schedules import Schedule, extremes
-from .base import Objective
+from .base import Objective, TrainingStep
 from .masks import Batch, Positions, token_mask
 from .outline import Outline, outline_of
 
@@ -59,6 +59,8 @@ class ULD(Objective):
         ```
     """
 
+    schedules: ClassVar[frozenset[str]] = frozenset({"weight", "temperature"})
+
     temperature: float | Schedule = 1.0
 
     def __post_init__(self) -> None:
@@ -91,17 +93,17 @@ class ULD(Objective):
     def positions(self, batch: Batch) -> Positions:
         return self._masks(batch)[0].sum()
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        own, theirs = self._masks(batch)
-        student, teacher = student_out.logits[own], teacher_out.logits[theirs]  # (rows, vocab) each
-        temperature = self.current(self.temperature)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        own, theirs = self._masks(step.batch)
+        student, teacher = step.student.logits[own], step.teacher.logits[theirs]  # (rows, vocab) each
+        temperature = step.at(self.temperature)
         values = in_chunks(
             lambda ours, others: sorted_distance(ours, others, temperature),
             student,
             teacher,
             elements=_CHUNK * student.shape[-1] // max(student.shape[-1], teacher.shape[-1]),
         )
-        return values.sum() / max(len(values), 1), own.sum()
+        return values.sum() / max(len(values), 1)
 
     def _masks(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the tokens that are compared are predicted, `(batch, seq)` of student and teacher, as many per row."""
@@ -111,7 +113,7 @@ class ULD(Objective):
         return own & (own.cumsum(1) <= shorter), theirs & (theirs.cumsum(1) <= shorter)
 
     def _answers(self, batch: Batch) -> torch.Tensor:
-        shifts = self._found["shifts_labels"]
+        shifts = self._shifts_labels
         if "labels" not in batch and not shifts:
             raise ValueError(
                 "ULD needs labels, which the decoders of student and teacher are to write; the batch has none."

@@ -7,14 +7,14 @@ Knows how the predictions of teachers are weighed against one another; each is c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from ..losses.divergences import log_probabilities
-from .base import Objective
+from .base import Objective, TrainingStep
 from .heads import Prediction
 from .logits import LogitKD
 from .masks import Batch, Positions
@@ -53,6 +53,7 @@ class EnsembleKD(Objective):
     objective: LogitKD = field(default_factory=LogitKD)
     teachers: tuple[str, ...] | list[str] | None = None
     weighting: Literal["confidence", "mean"] = "confidence"
+    _members: Mapping[str, LogitKD] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,31 +75,26 @@ class EnsembleKD(Objective):
         members = {name: self.objective.copy() for name in chosen}
         for name, model in chosen.items():
             members[name].attach(student, model)
-        self._found.update(members=members)
-
-    def set_progress(self, progress: float) -> None:
-        super().set_progress(progress)
-        for member in self._found["members"].values():
-            member.set_progress(progress)
+        self._keep(_members=members)
 
     def positions(self, batch: Batch) -> Positions:
-        return next(iter(self._found["members"].values())).positions(batch)  # type: ignore[no-any-return]
+        return next(iter(self._members.values())).positions(batch)
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        members: dict[str, LogitKD] = self._found["members"]
+    def loss(self, step: TrainingStep) -> torch.Tensor:
         values, costs, mask = [], [], None
-        for name, member in members.items():
-            found, mask = member.values(student_out, teacher_out[name], batch)
+        for name, member in self._members.items():
+            one = replace(step, teacher=step.teacher[name])
+            found, mask = member.values(one)
             values.append(found)
             if self.weighting == "confidence":
-                costs.append(_cost(member.predictions(student_out, teacher_out[name], batch)))
+                costs.append(_cost(member.predictions(one)))
         stacked = torch.stack(values)
         if costs:
             doubt = torch.softmax(torch.stack(costs), dim=0)
-            combined = (stacked * (1.0 - doubt) / (len(members) - 1)).sum(0)
+            combined = (stacked * (1.0 - doubt) / (len(values) - 1)).sum(0)
         else:
             combined = stacked.mean(0)
-        return self.objective.reduced(combined, mask), self.positions(batch)
+        return self.objective.reduced(combined, mask)
 
 
 @torch.no_grad()

@@ -7,15 +7,14 @@ Knows which stages are compared; what makes two maps alike belongs to the losses
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from ..losses.features import activation_map_distance
-from .base import Objective
-from .masks import Batch, Positions
+from .base import Objective, TrainingStep
 from .outline import Outline, layer_map, outline_of
 
 
@@ -50,6 +49,7 @@ class FeatureMapKD(Objective):
 
     layers: Mapping[int, int] | str | None = None
     power: float = 2.0
+    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,12 +68,12 @@ class FeatureMapKD(Objective):
                     f"has the shape {states[s]}, {t} of the teacher {targets[t]}. Use HiddenStateKD for Transformers, RKD "
                     "between a Transformer and a convolutional model."
                 )
-        self._found.update(pairs=tuple(pairs.items()))
-        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
+        read = frozenset(pairs), frozenset(pairs.values())
+        self._keep(_pairs=tuple(pairs.items()), _indices={"hidden_states": read})
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+    def loss(self, step: TrainingStep) -> torch.Tensor:
         values = [
-            activation_map_distance(student_out.hidden_states[s], teacher_out.hidden_states[t], self.power)
-            for s, t in self._found["pairs"]
+            activation_map_distance(step.student.hidden_states[s], step.teacher.hidden_states[t], self.power)
+            for s, t in self._pairs
         ]
-        return torch.stack(values).mean(), self.positions(batch)
+        return torch.stack(values).mean()

@@ -6,17 +6,18 @@ Knows which layers are compared, how, and when; how a map is learned belongs to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..losses import cosine_distance, masked_mean, mean_squared_error, normalized_squared_error
 from ..schedules import LayerSchedule
-from .base import Objective
+from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, layers_of, mean_over_standing, outline_of
 from .projections import Projection, add_projection
@@ -66,6 +67,9 @@ class HiddenStateKD(Objective):
     distance: Literal["mse", "cosine", "normalized_mse"] = "mse"
     projection: bool | None = None
     active: LayerSchedule | None = None
+    _groups: tuple[tuple[int, tuple[int, ...]], ...] = field(init=False, repr=False, compare=False)
+    _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
+    _layers: Sequence[nn.Module] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,8 +95,9 @@ class HiddenStateKD(Objective):
             width, teacher_width = states[s][-1], targets[ts[0]][-1]
             if self.projection or (self.projection is None and width != teacher_width):
                 places[s] = add_projection(student, s, partial(Projection, width, teacher_width), len(states))
-        self._found.update(groups=tuple(groups.items()), places=places, layers=layers_of(student))
-        self._found.update(hidden_states=(frozenset(groups), frozenset(t for ts in groups.values() for t in ts)))
+        read = frozenset(groups), frozenset(t for ts in groups.values() for t in ts)
+        self._keep(_groups=tuple(groups.items()), _places=places, _layers=layers_of(student))
+        self._keep(_indices={"hidden_states": read})
 
     def _check(self, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]) -> None:
         if state[:-1] != target[:-1]:
@@ -110,19 +115,17 @@ class HiddenStateKD(Objective):
     def positions(self, batch: Batch) -> Positions:
         return valid_count(batch, self.state_mask(batch))
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        states, targets = student_out.hidden_states, teacher_out.hidden_states
-        groups, places = self._found["groups"], self._found["places"]
-        distance, mask = _DISTANCES[self.distance], self.state_mask(batch)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        states, targets = step.student.hidden_states, step.teacher.hidden_states
+        distance, mask = _DISTANCES[self.distance], self.state_mask(step.batch)
         terms = []
-        for s, ts in groups:
-            state = states[places.get(s, s)]
+        for s, ts in self._groups:
+            state = states[self._places.get(s, s)]
             candidates = [masked_mean(distance(state, targets[t]), mask) for t in ts]
             terms.append(torch.stack(candidates).min() if len(ts) > 1 else candidates[0])
         values = torch.stack(terms)
         if self.active is None:
-            numbers = [s for s, _ in groups]
-            return mean_over_standing(values, self._found["layers"], numbers), self.positions(batch)
+            return mean_over_standing(values, self._layers, [s for s, _ in self._groups])
         # A pair that does not count keeps a gradient of 0, so that every projection has one in every process.
-        weights = values.new_tensor(self.active(self._found.get("progress", 0.0), len(groups)))
-        return (values * weights).sum() / weights.sum().clamp(min=1e-12), self.positions(batch)
+        weights = values.new_tensor(self.active(step.progress, len(self._groups)))
+        return (values * weights).sum() / weights.sum().clamp(min=1e-12)

@@ -6,8 +6,9 @@ Knows how predictions become one number per position; what they are and where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from ..losses import DIVERGENCES, Divergence, masked_mean
 from ..losses.divergences import TopLogits, coarse_log_probabilities, in_chunks, standardized
 from ..schedules import Schedule, extremes
-from .base import Objective
+from .base import Objective, TrainingStep
 from .heads import Head, Prediction, find_head
 from .masks import Batch, Positions, batch_size
 from .outline import Outline, outline_of
@@ -67,11 +68,14 @@ class LogitKD(Objective):
         ```
     """
 
+    schedules: ClassVar[frozenset[str]] = frozenset({"weight", "temperature"})
+
     divergence: str | Divergence = "forward_kl"
     temperature: float | Schedule = 2.0
     standardize: bool = False
     top_k: int | None = None
     per: Literal["token", "sample"] = "token"
+    _head: Head = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +99,7 @@ class LogitKD(Objective):
         super().attach(student, teacher)
         head = find_head(student, teacher)
         self._check_divergence(head, outline_of(teacher))
-        self._found.update(head=head)
+        self._keep(_head=head)
 
     def _check_divergence(self, head: Head, teacher: Outline) -> None:
         given, name = self._divergence, teacher.model_class
@@ -132,20 +136,19 @@ class LogitKD(Objective):
             )
 
     def positions(self, batch: Batch) -> Positions:
-        return batch_size(batch) if self.per == "sample" else self._found["head"].positions(batch)
+        return batch_size(batch) if self.per == "sample" else self._head.positions(batch)
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        values, mask = self.values(student_out, teacher_out, batch)
-        return self.reduced(values, mask), self.positions(batch)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        return self.reduced(*self.values(step))
 
-    def values(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def values(self, step: TrainingStep) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The divergence per position, `(batch,)` or `(batch, seq)`, and which positions count."""
-        predictions = self.predictions(student_out, teacher_out, batch)
-        return torch.stack([self._values(p) for p in predictions]).mean(0), predictions[0].mask
+        predictions, temperature = self.predictions(step), step.at(self.temperature)
+        return torch.stack([self._values(p, temperature) for p in predictions]).mean(0), predictions[0].mask
 
-    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+    def predictions(self, step: TrainingStep) -> list[Prediction]:
         """What is compared, as the head of both models has it."""
-        return self._found["head"].predictions(student_out, teacher_out, batch)  # type: ignore[no-any-return]
+        return self._head.predictions(step.student, step.teacher, step.batch)
 
     def reduced(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The mean that `per` asks for, of one value per position."""
@@ -155,35 +158,36 @@ class LogitKD(Objective):
             return (sums.sum(1) / counts.sum(1).clamp(min=1)).mean()
         return masked_mean(values, mask)
 
-    def _values(self, p: Prediction) -> torch.Tensor:
+    def _values(self, p: Prediction, temperature: float) -> torch.Tensor:
+        of_rows, of_top = partial(self._of_rows, temperature), partial(self._of_top, temperature)
         shape = p.student.shape[:-1]
         rows = [_rows(x, len(shape)) for x in (p.student, p.teacher, p.support, p.target)]
         if self._divergence.across_rows and p.mask is not None:  # only what counts may be correlated
             valid = p.mask.reshape(-1)
-            found = self._of_rows(*(None if x is None else x[valid] for x in rows))
+            found = of_rows(*(None if x is None else x[valid] for x in rows))
             values = found.new_zeros(valid.shape).masked_scatter(valid, found)
         elif self._divergence.across_rows:
-            values = self._of_rows(*rows)
+            values = of_rows(*rows)
         elif isinstance(p.teacher, TopLogits):
-            values = in_chunks(self._of_top, rows[0], rows[1].log_probabilities, rows[1].indices)
+            values = in_chunks(of_top, rows[0], rows[1].log_probabilities, rows[1].indices)
         else:
-            values = in_chunks(self._of_rows, *rows)
+            values = in_chunks(of_rows, *rows)
         values = values.reshape(shape)
         if p.shares is None:
             return values
         return (values * p.shares).flatten(1).sum(1)
 
-    def _of_rows(self, student: Any, teacher: Any, support: Any = None, target: Any = None) -> torch.Tensor:
+    def _of_rows(
+        self, temperature: float, student: Any, teacher: Any, support: Any = None, target: Any = None
+    ) -> torch.Tensor:
         if self.top_k is not None:
             indices = teacher.topk(self.top_k, dim=-1).indices
-            temperature = self.current(self.temperature)
-            return self._of_top(student, coarse_log_probabilities(teacher, indices, temperature), indices)
+            return self._of_top(temperature, student, coarse_log_probabilities(teacher, indices, temperature), indices)
         if self.standardize:
             student, teacher = standardized(student, support), standardized(teacher, support)
-        return self._divergence(student, teacher, self.current(self.temperature), support, target)
+        return self._divergence(student, teacher, temperature, support, target)
 
-    def _of_top(self, student: Any, log_teacher: Any, indices: Any) -> torch.Tensor:
-        temperature = self.current(self.temperature)
+    def _of_top(self, temperature: float, student: Any, log_teacher: Any, indices: Any) -> torch.Tensor:
         # The log probabilities of a distribution are logits of it.
         log_student = coarse_log_probabilities(student, indices, temperature)
         return self._divergence(log_student, log_teacher) * temperature**2

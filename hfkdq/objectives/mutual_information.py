@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..losses.features import gaussian_nll
 from ..losses.reduction import masked_mean
 from ..losses.relations import info_nce
-from .base import Objective
+from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, outline_of
 from .projections import Projection, add_projection
@@ -69,6 +69,7 @@ class CRD(SampleObjective):
 
     temperature: float = 0.07
     exclude_same_class: bool = True
+    _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,20 +79,18 @@ class CRD(SampleObjective):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
         states, targets = outline_of(student).states(), outline_of(teacher).states()
-        pairs = self._found["pairs"]
-        for s, t in pairs:
+        for s, t in self._pairs:
             _check_vectors("CRD", s, states[s], t, targets[t])
         # The mean over positions of a linear map is the map of the mean.
-        make = {s: partial(Projection, states[s][-1], targets[t][-1]) for s, t in pairs}
-        self._found.update(places={s: add_projection(student, s, make[s], len(states)) for s, _ in pairs})
+        make = {s: partial(Projection, states[s][-1], targets[t][-1]) for s, t in self._pairs}
+        self._keep(_places={s: add_projection(student, s, made, len(states)) for s, made in make.items()})
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        excluded = _same_class(batch) if self.exclude_same_class else None
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        excluded = _same_class(step.batch) if self.exclude_same_class else None
         values = [
-            info_nce(ours, theirs, self.temperature, excluded)
-            for ours, theirs in self.represented(student_out, teacher_out, batch, self._found["places"])
+            info_nce(ours, theirs, self.temperature, excluded) for ours, theirs in self.represented(step, self._places)
         ]
-        return torch.stack(values).mean(), self.positions(batch)
+        return torch.stack(values).mean()
 
 
 def _same_class(batch: Batch) -> torch.Tensor | None:
@@ -148,6 +147,8 @@ class VID(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     layers: Mapping[int, int] | str | None = None
+    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
@@ -162,15 +163,15 @@ class VID(Objective):
                 )
         make = {s: partial(GaussianProjection, states[s][-1], targets[t][-1]) for s, t in pairs.items()}
         places = {s: add_projection(student, s, make[s], len(states)) for s in pairs}
-        self._found.update(pairs=tuple(pairs.items()), places=places)
-        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
+        read = frozenset(pairs), frozenset(pairs.values())
+        self._keep(_pairs=tuple(pairs.items()), _places=places, _indices={"hidden_states": read})
 
     def positions(self, batch: Batch) -> Positions:
         return valid_count(batch, self.state_mask(batch))
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+    def loss(self, step: TrainingStep) -> torch.Tensor:
         values = []
-        for s, t in self._found["pairs"]:
-            mean, log_variance = student_out.hidden_states[self._found["places"][s]].chunk(2, dim=-1)
-            values.append(gaussian_nll(mean, log_variance, teacher_out.hidden_states[t]))
-        return masked_mean(torch.stack(values).mean(0), self.state_mask(batch)), self.positions(batch)
+        for s, t in self._pairs:
+            mean, log_variance = step.student.hidden_states[self._places[s]].chunk(2, dim=-1)
+            values.append(gaussian_nll(mean, log_variance, step.teacher.hidden_states[t]))
+        return masked_mean(torch.stack(values).mean(0), self.state_mask(step.batch))

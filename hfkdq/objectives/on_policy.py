@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..forwards import base_of
 from ..schedules import Schedule, extremes
-from .base import Objective, Passes
+from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
 from .masks import Batch, Positions, attended_mask, batch_size
 from .outline import Outline
@@ -63,12 +63,14 @@ class OnPolicyKD(Objective):
         ```
     """
 
-    passes_first: ClassVar[bool] = True
+    schedules: ClassVar[frozenset[str]] = frozenset({"weight", "fraction"})
 
     objective: LogitKD = field(default_factory=lambda: LogitKD(divergence="reverse_kl", temperature=1.0))
     fraction: float | Schedule = 1.0
     max_new_tokens: int = 64
     sampling_temperature: float = 1.0
+    _inner: LogitKD = field(init=False, repr=False, compare=False)
+    _longest: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,11 +88,6 @@ class OnPolicyKD(Objective):
         if self.objective.weight != 1.0 or self.objective.teacher is not None:
             raise ValueError(f"Give weight and teacher to OnPolicyKD itself, not to its objective {self.objective!r}.")
 
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Nothing of the models on the batch as it is, where the student has written answers of its own."""
-        return frozenset() if "written" in self._found else frozenset({"logits"})
-
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
         base = base_of(student)
@@ -107,29 +104,26 @@ class OnPolicyKD(Objective):
         inner = replace(self.objective, per="sample")
         inner.attach(student, teacher)
         limits = [getattr(model.config, "max_position_embeddings", None) for model in (base, base_of(teacher))]
-        self._found.update(inner=inner, longest=min((n for n in limits if isinstance(n, int) and n > 0), default=None))
-
-    def set_progress(self, progress: float) -> None:
-        super().set_progress(progress)
-        self._found["inner"].set_progress(progress)
+        longest = min((n for n in limits if isinstance(n, int) and n > 0), default=None)
+        self._keep(_inner=inner, _longest=longest)
 
     def positions(self, batch: Batch) -> Positions:
         return batch_size(batch)
 
-    def before(self, passes: Passes, batch: Batch) -> None:
+    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         """With probability `fraction`, lets the student answer the prompts, and both models read what it wrote."""
-        self._found.pop("written", None)
-        fraction = self.current(self.fraction)
+        fraction = step.at(self.fraction)
         # From the generator on the CPU, whose state is in every checkpoint.
         if fraction <= 0.0 or float(torch.rand((), device="cpu")) >= fraction:
-            return
+            return step
         model = passes.model
-        written = (self._translated if base_of(model).config.is_encoder_decoder else self._continued)(model, batch)
-        self._found["written"] = passes.student(written), passes.teacher(written), written
+        written = (self._translated if base_of(model).config.is_encoder_decoder else self._continued)(
+            model, step.batch
+        )
+        return replace(step, batch=written, student=passes.student(written), teacher=passes.teacher(written))
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        student_out, teacher_out, batch = self._found.pop("written", (student_out, teacher_out, batch))
-        return self._found["inner"](student_out, teacher_out, batch)  # type: ignore[no-any-return]
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        return self._inner.loss(step)
 
     def _continued(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Prompts and answers of a model without encoder, as it would get them for training: padded on the right."""
@@ -172,7 +166,7 @@ class OnPolicyKD(Objective):
         return found, is_end.cumsum(1) - is_end.long() == 0
 
     def _settings(self, own: GenerationConfig, prompt_length: int) -> GenerationConfig:
-        longest, count = self._found["longest"], self.max_new_tokens
+        longest, count = self._longest, self.max_new_tokens
         if longest is not None:
             count = min(count, longest - prompt_length)
         if count < 1:

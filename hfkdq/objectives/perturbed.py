@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..forwards import TEACHER_PREFIX, base_of
-from .base import Objective, Passes
+from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
 from .masks import Batch, Positions
 from .outline import Outline
@@ -26,8 +26,6 @@ from .outline import Outline
 class OnOwnPasses(Objective):
     """Another objective, evaluated on outputs of passes of its own."""
 
-    passes_first: ClassVar[bool] = True
-
     objective: Objective = field(default_factory=LogitKD)
 
     def __post_init__(self) -> None:
@@ -36,26 +34,29 @@ class OnOwnPasses(Objective):
         if not isinstance(inner, Objective) or not inner.uses_teacher or "loss" in inner.needs:
             raise ValueError(f"{name}: objective must compare with a teacher, as LogitKD() does, got {inner!r}.")
         looks_inside = type(inner).observe is not Objective.observe
-        if looks_inside or inner.passes_first or inner.every_teacher or inner.teacher is not None:
+        if looks_inside or inner.runs_first or inner.every_teacher or inner.teacher is not None:
             raise ValueError(
                 f"{name} evaluates {type(inner).__name__} on passes of its own, which works for objectives on what models "
                 "return, such as LogitKD() and HiddenStateKD(). A teacher's name goes to the outer objective."
             )
-        object.__setattr__(self, "needs", inner.needs)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What is compared."""
+        return self.objective.needs
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
         self.objective.attach(student, teacher)
-
-    def set_progress(self, progress: float) -> None:
-        super().set_progress(progress)
-        self.objective.set_progress(progress)
 
     def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
         return self.objective.indices(need)
 
     def positions(self, batch: Batch) -> Positions:
         return self.objective.positions(batch)
+
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        return self.objective.loss(step)
 
     def _read(self, role: int) -> dict[str, Any]:
         found = {need: self.indices(need) for need in ("hidden_states", "attentions") if need in self.objective.needs}
@@ -116,17 +117,14 @@ class NoisyKD(OnOwnPasses):
                 f"{base_of(student).main_input_name}. Use kind='gaussian'."
             )
 
-    def before(self, passes: Passes, batch: Batch) -> None:
+    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+        batch = step.batch
         if self.kind == "tokens":
             batch = {**batch, "input_ids": self._replaced(batch, base_of(passes.model).config)}
-            noisy = passes.student(batch, self.needs, self._read(0))
-        else:
-            noise = _Change(
-                lambda values: torch.randn_like(values) * values.detach().float().std().to(values) * self.std
-            )
-            with noise.of(passes.model, batch) as changed:
-                noisy = passes.student(changed, self.needs, self._read(0))
-        self._found["noisy"] = noisy
+            return replace(step, student=passes.student(batch, self.needs, self._read(0)))
+        noise = _Change(lambda values: torch.randn_like(values) * values.detach().float().std().to(values) * self.std)
+        with noise.of(passes.model, batch) as changed:
+            return replace(step, student=passes.student(changed, self.needs, self._read(0)))
 
     def _replaced(self, batch: Batch, config: Any) -> torch.Tensor:
         ids: torch.Tensor = batch["input_ids"]
@@ -140,9 +138,6 @@ class NoisyKD(OnOwnPasses):
         if self.token_id is not None:
             return ids.masked_fill(chosen, self.token_id)
         return torch.where(chosen, torch.randint_like(ids, config.vocab_size), ids)
-
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        return self.objective(self._found.pop("noisy"), teacher_out, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +183,6 @@ class AdversarialKD(OnOwnPasses):
                 "AdversarialKD: epsilon and step_size must be larger than 0 and steps at least 1, got "
                 f"{self.epsilon!r}, {self.step_size!r} and {self.steps!r}."
             )
-        object.__setattr__(self, "needs", frozenset())  # nothing of the input as it is
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
@@ -208,19 +202,20 @@ class AdversarialKD(OnOwnPasses):
                     f"{widths[1]} wide. NoisyKD has no such need."
                 )
 
-    def before(self, passes: Passes, batch: Batch) -> None:
+    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+        batch = step.batch
         if TEACHER_PREFIX + base_of(passes.model).main_input_name in batch:
             raise ValueError(
                 "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
             )
-        target = passes.teacher(batch, self.objective.needs, self._read(1))
+        target = passes.teacher(batch, self.needs, self._read(1))
         length = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
         change = _Change(lambda values: torch.zeros_like(values), requires_grad=True)
         for _ in range(self.steps):
             with change.of(passes.model, batch) as changed, torch.enable_grad():
-                output = passes.student(changed, self.objective.needs, self._read(0))
+                output = passes.student(changed, self.needs, self._read(0))
                 with torch.autocast(change.deltas[0].device.type, enabled=False):
-                    loss, _ = self.objective(output, target, batch)
+                    loss = self.objective.loss(replace(step, student=output, teacher=target))
             gradients = torch.autograd.grad(loss, change.deltas)
             change = _Change(
                 [
@@ -231,13 +226,9 @@ class AdversarialKD(OnOwnPasses):
             )
         change = _Change([delta.detach() for delta in change.deltas])
         with change.of(passes.teacher_model, batch) as changed:
-            target = passes.teacher(changed, self.objective.needs, self._read(1))
+            target = passes.teacher(changed, self.needs, self._read(1))
         with change.of(passes.model, batch) as changed:
-            self._found["worst"] = passes.student(changed, self.objective.needs, self._read(0)), target
-
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        student, teacher = self._found.pop("worst")
-        return self.objective(student, teacher, batch)
+            return replace(step, student=passes.student(changed, self.needs, self._read(0)), teacher=target)
 
 
 def _norm(values: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,14 @@ Knows that a forward pass may be had in full precision; what is quantized, and h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from ..forwards import base_of, full_precision
-from .base import Passes
-from .masks import Batch, Positions
+from .base import Passes, TrainingStep
 from .outline import Outline
 from .perturbed import OnOwnPasses
 
@@ -50,12 +49,9 @@ class QuantizationLoss(OnOwnPasses):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, student)
 
-    def before(self, passes: Passes, batch: Batch) -> None:
+    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         device = base_of(passes.model).device
         devices = [device] if device.type == "cuda" else []
         # The pass that follows then has the same dropout, so that the distance is the quantizers' alone.
         with torch.random.fork_rng(devices=devices), torch.no_grad(), full_precision(passes.model):
-            self._found["float"] = passes.student(batch, self.needs, self._read(0))
-
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        return self.objective(student_out, self._found.pop("float"), batch)
+            return replace(step, teacher=passes.student(step.batch, self.needs, self._read(0)))

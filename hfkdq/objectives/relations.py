@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..architecture import find_layer_stack
@@ -21,7 +22,7 @@ from ..forwards import base_of
 from ..losses.reduction import masked_mean
 from ..losses.relations import relation_kl
 from .attention_inputs import KINDS, Seen, Sources, find_sources, looks_back_only, watching
-from .base import Objective
+from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, mean_over_standing, probe
 
@@ -68,6 +69,12 @@ class RelationKD(Objective):
     layers: Mapping[int, int] | str | None = None
     relation_heads: int | None = None
     relations: tuple[str, ...] | list[str] = KINDS
+    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    _sources: tuple[Sources, ...] = field(init=False, repr=False, compare=False)
+    _head_count: int = field(init=False, repr=False, compare=False)
+    _itself: bool = field(init=False, repr=False, compare=False)
+    _layers: Sequence[nn.Module] = field(init=False, repr=False, compare=False)
+    _causal: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,9 +114,14 @@ class RelationKD(Objective):
             shapes.append(self._try(model, found))
         self._check_positions(pairs, *shapes)
         heads = self._heads(bases[1], {shape[-1] for found in shapes for shape in found.values()})
-        self._found.update(pairs=tuple(pairs.items()), sources=tuple(sources), heads=heads, seen=({}, {}))
-        self._found.update(itself=bases[0] is bases[1], layers=list(stacks[0].layers))
-        self._found.update(causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)))
+        self._keep(
+            _pairs=tuple(pairs.items()),
+            _sources=tuple(sources),
+            _head_count=heads,
+            _itself=bases[0] is bases[1],
+            _layers=list(stacks[0].layers),
+            _causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)),
+        )
 
     def _try(self, model: Any, sources: Sources) -> dict[tuple[int, str], torch.Size]:
         """Runs a model once, to see that what was found by its name is what runs."""
@@ -149,43 +161,37 @@ class RelationKD(Objective):
         return self.relation_heads
 
     @contextlib.contextmanager
-    def observe(self) -> Iterator[None]:
-        """While it lasts, the queries, keys and values of both models are kept as they are computed."""
-        (ours, theirs), seen = self._found["sources"], self._found["seen"]
-        for kept in seen:
-            kept.clear()
+    def observe(self) -> Iterator[tuple[Seen, Seen]]:
+        """While it lasts, the queries, keys and values of student and teacher are kept as they are computed."""
+        seen: tuple[Seen, Seen] = {}, {}
         # Of a student that is its own teacher, the teacher is who runs without gradient.
-        modes = (True, False) if self._found["itself"] else (None, None)
-        with watching(ours, seen[0], modes[0]), watching(theirs, seen[1], modes[1]):
-            yield
+        modes = (True, False) if self._itself else (None, None)
+        with watching(self._sources[0], seen[0], modes[0]), watching(self._sources[1], seen[1], modes[1]):
+            yield seen
 
     def positions(self, batch: Batch) -> Positions:
         return valid_count(batch, self.state_mask(batch))
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        ours, theirs = self._found["seen"]
-        mask = self.state_mask(batch)
-        try:
-            self._check_seen(ours, theirs)
-            values = []
-            for s, t in self._found["pairs"]:
-                # A teacher may lie on other devices, or be trained too.
-                pairs = ((ours[s, kind], theirs[t, kind].detach().to(ours[s, kind].device)) for kind in self.relations)
-                parts = [relation_kl(*pair, self._found["heads"], mask, self._found["causal"]) for pair in pairs]
-                values.append(torch.stack(parts).sum(0))
-        finally:
-            ours.clear()
-            theirs.clear()
-        numbers = [s for s, _ in self._found["pairs"]]
-        mean = mean_over_standing(torch.stack(values), self._found["layers"], numbers)
-        return masked_mean(mean, mask), self.positions(batch)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        seen: tuple[Seen, Seen] = step.seen or ({}, {})
+        ours, theirs = seen
+        self._check_seen(ours, theirs)
+        mask, values = self.state_mask(step.batch), []
+        for s, t in self._pairs:
+            # A teacher may lie on other devices, or be trained too.
+            pairs = ((ours[s, kind], theirs[t, kind].detach().to(ours[s, kind].device)) for kind in self.relations)
+            parts = [relation_kl(*pair, self._head_count, mask, self._causal) for pair in pairs]
+            values.append(torch.stack(parts).sum(0))
+        mean = mean_over_standing(torch.stack(values), self._layers, [s for s, _ in self._pairs])
+        return masked_mean(mean, mask)
 
     def _check_seen(self, ours: Seen, theirs: Seen) -> None:
-        expected = [set(sources) for sources in self._found["sources"]]
+        expected = [set(sources) for sources in self._sources]
         if set(ours) != expected[0] or set(theirs) != expected[1]:
             raise RuntimeError(
-                "RelationKD saw no queries, keys and values of this batch. Both models must run within `observe()`, the "
-                "teacher without gradient where it is the student without adapters; a compiled model hides them."
+                "RelationKD saw no queries, keys and values of this batch. Both models must run within `observe()`, what "
+                "that gives be passed on as seen, and the teacher run without gradient where it is the student without "
+                "adapters; a compiled model hides them."
             )
         if torch.is_grad_enabled() and not any(x.requires_grad for x in ours.values()):
             raise RuntimeError(

@@ -6,9 +6,9 @@ Knows what stands for an example in either model; what a relation is belongs to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..forwards import base_of
 from ..losses.features import mean_state
 from ..losses.relations import relational_angle, relational_distance, similarity_distance
-from .base import Objective
-from .masks import Batch, Positions, frame_lengths, frame_mask
+from .base import Objective, TrainingStep
+from .masks import Batch, frame_lengths, frame_mask
 from .outline import Outline, layer_map, outline_of
 
 
@@ -36,6 +36,8 @@ class SampleObjective(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     layers: Mapping[int, int] | str | None = None
+    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    _teacher_frames: Callable[[torch.Tensor], torch.Tensor] | None = field(init=False, repr=False, compare=False)
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, teacher)
@@ -44,10 +46,9 @@ class SampleObjective(Objective):
         pairs = layer_map({ends[0]: ends[1]} if self.layers is None else self.layers, student, *ends)
         for s, t in pairs.items():
             self._check_pair(student, s, states[s], t, targets[t])
-        self._found.update(pairs=tuple(pairs.items()))
-        self._found.update(hidden_states=(frozenset(pairs), frozenset(pairs.values())))
-        if not isinstance(teacher, Outline):
-            self._found.update(teacher_frames=frame_lengths(base_of(teacher)))
+        read = frozenset(pairs), frozenset(pairs.values())
+        frames = None if isinstance(teacher, Outline) else frame_lengths(base_of(teacher))
+        self._keep(_pairs=tuple(pairs.items()), _indices={"hidden_states": read}, _teacher_frames=frames)
 
     def _check_pair(
         self, student: PreTrainedModel, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]
@@ -60,22 +61,20 @@ class SampleObjective(Objective):
             )
 
     def represented(
-        self, student_out: Any, teacher_out: Any, batch: Batch, places: Mapping[int, int] | None = None
+        self, step: TrainingStep, places: Mapping[int, int] | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The vectors of the examples, `(batch, width)` each, of student and teacher, for every pair of layers.
 
         Args:
-            student_out (`ModelOutput`): what the student returned.
-            teacher_out (`ModelOutput`): what the teacher returned.
-            batch (`dict`): the batch.
+            step (`TrainingStep`): batch, and what student and teacher returned.
             places (`dict`, *optional*): of layers that are mapped first, where among the states the result is.
         """
-        mask, teacher_mask = self.state_mask(batch), self._teacher_mask(batch)
-        for s, t in self._found["pairs"]:
+        mask, teacher_mask = self.state_mask(step.batch), self._teacher_mask(step.batch)
+        for s, t in self._pairs:
             place = (places or {}).get(s, s)
             yield (
-                mean_state(student_out.hidden_states[place], mask),
-                mean_state(teacher_out.hidden_states[t], teacher_mask),
+                mean_state(step.student.hidden_states[place], mask),
+                mean_state(step.teacher.hidden_states[t], teacher_mask),
             )
 
     def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
@@ -83,8 +82,7 @@ class SampleObjective(Objective):
         own = batch.get("teacher_attention_mask")
         if isinstance(own, torch.Tensor):
             return own.ne(0)
-        frames = self._found.get("teacher_frames")
-        return self.state_mask(batch) if frames is None else frame_mask(batch, frames)
+        return self.state_mask(batch) if self._teacher_frames is None else frame_mask(batch, self._teacher_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +128,14 @@ class RKD(SampleObjective):
                 f"{self.angle!r}."
             )
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
+    def loss(self, step: TrainingStep) -> torch.Tensor:
         values = []
-        for ours, theirs in self.represented(student_out, teacher_out, batch):
+        for ours, theirs in self.represented(step):
             if self.distance:
                 values.append(self.distance * relational_distance(ours, theirs))
             if self.angle:
                 values.append(self.angle * relational_angle(ours, theirs))
-        return torch.stack(values).sum(0).mean() / len(self._found["pairs"]), self.positions(batch)
+        return torch.stack(values).sum(0).mean() / len(self._pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +167,6 @@ class SimilarityPreservingKD(SampleObjective):
         ```
     """
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        values = [similarity_distance(*pair) for pair in self.represented(student_out, teacher_out, batch)]
-        return torch.stack(values).mean(), self.positions(batch)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        values = [similarity_distance(*pair) for pair in self.represented(step)]
+        return torch.stack(values).mean()

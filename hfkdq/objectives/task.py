@@ -7,11 +7,11 @@ Takes the loss that `Trainer` computes; knows nothing of how.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from .base import Objective
+from .base import Objective, TrainingStep
 from .masks import Batch, Positions, batch_size
 
 
@@ -39,9 +39,9 @@ class TaskLoss(Objective):
         labels = batch.get("labels")
         if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
             return batch_size(batch)
-        if labels.dim() > 1 and self._found.get("shifts_labels"):
+        if labels.dim() > 1 and self._shifts_labels:
             labels = labels[..., 1:]
         return labels.ne(-100).sum()
 
-    def __call__(self, student_out: Any, teacher_out: Any, batch: Batch) -> tuple[torch.Tensor, Positions]:
-        return student_out.loss, self.positions(batch)
+    def loss(self, step: TrainingStep) -> torch.Tensor:
+        return step.student.loss  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..objectives import LogitKD
+from ..objectives import LogitKD, TrainingStep
 from ..objectives.adaptive import AdaptiveWeight, ByAgreement, ByGradientNorm, gradient_norm
 from .terms import Term
 
@@ -58,8 +58,7 @@ class Adapting:
         self,
         index: int,
         means: Sequence[torch.Tensor],
-        outputs: tuple[Any, Any],
-        batch: Mapping[str, Any],
+        term_step: TrainingStep,
         model: torch.nn.Module,
         step: int,
     ) -> None:
@@ -68,14 +67,13 @@ class Adapting:
         Args:
             index (`int`): place of the term.
             means (list of `torch.Tensor`): unweighted means of all terms over the micro batch.
-            outputs (pair of `ModelOutput`): of who learns, and of the teacher.
-            batch (`dict`): the micro batch.
+            term_step (`TrainingStep`): the micro batch, with the outputs of who learns and of the teacher.
             model (`nn.Module`): whose weights are trained.
             step (`int`): optimizer steps finished so far.
         """
         weight = self._weights.get(index)
         if isinstance(weight, ByAgreement):
-            found = weight.measured(self._terms[index].objective, *outputs, batch)  # type: ignore[arg-type]
+            found = weight.measured(self._terms[index].objective, term_step)  # type: ignore[arg-type]
             self._sums[index] = found + self._sums.get(index, 0.0)
         elif isinstance(weight, ByGradientNorm) and step % weight.every == 0 and index not in self._sums:
             trained = [p for p in model.parameters() if p.requires_grad]

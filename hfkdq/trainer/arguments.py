@@ -132,7 +132,7 @@ def peer_objectives(teacher: CoTrainedTeacher) -> list[Objective]:
     objectives = [as_objective(objective).copy() for objective in given]
     for objective in objectives:
         objective.check_settings()
-    bad = [o.name for o in objectives if o.passes_first or o.every_teacher or o.teacher is not None]
+    bad = [o.name for o in objectives if o.runs_first or o.every_teacher or o.teacher is not None]
     if bad or not objectives:
         raise ValueError(
             f"The objectives of a CoTrainedTeacher compare it with the student alone; got {', '.join(bad) or 'none'}. Use "
@@ -180,7 +180,7 @@ def refuse_unsupported(trainer: Any) -> None:
     moving = [
         type(t).__name__ for t in trainer.given_teachers.values() if isinstance(t, (EMATeacher, CoTrainedTeacher))
     ]
-    moving += [type(o).__name__ for o in trainer.objectives if o.passes_first]
+    moving += [type(o).__name__ for o in trainer.objectives if o.runs_first]
     moving += ["ByGradientNorm" for o in trainer.objectives if isinstance(o.weight, ByGradientNorm)]
     if moving and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise NotImplementedError(

@@ -156,8 +156,8 @@ class AttachingMixin(KeepingMixin):
         self._companions = Companions(models) if models else None
         self._terms = terms_of(self.objectives, self.teachers)
         for name, teacher in self.teachers.items():
-            if isinstance(teacher, CachedTeacher):
-                teacher.check(asked_of(name, self._terms)[1])
+            if isinstance(teacher, CachedTeacher) and (asked := asked_of(name, self._terms)):
+                teacher.check(asked[1])
         self._adapting = Adapting(self._terms)
 
     def _model_of(self, student: Any, given: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ from ..forwards import (
     requested,
     without_gradient,
 )
+from ..objectives.base import TrainingStep
 from ..objectives.quantization_loss import QuantizationLoss
+from ..schedules import value_at
 from ..teachers import Peer, without_graph
 from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
-from .terms import STUDENT, Term, asked_of, is_read
+from .terms import STUDENT, Term, asked_of
 
 logger = logging.get_logger(__name__)
 
@@ -129,38 +132,37 @@ class DistillationMixin(AttachingMixin):
                 model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         batch = dict(inputs)
-        self._take_passes(model, batch)
+        steps = self._own_passes(model, batch)
         with contextlib.ExitStack() as stack:
-            for term in self._terms:
-                stack.enter_context(term.objective.observe())
+            seen = [stack.enter_context(term.objective.observe()) for term in self._terms]
+            outputs: dict[str, Any] = {STUDENT: None}
             # What is frozen comes first, so that its activations are gone when others are made.
-            outputs = {n: self._asked_output(n, batch) for n in self._used_teachers if n not in self._peers}
-            outputs |= {name: self._asked_output(name, batch, num_items_in_batch) for name in self._peers}
+            for name in sorted(self._used_teachers, key=self._peers.__contains__):
+                asked = asked_of(name, self._terms, steps)
+                outputs[name] = asked and self.ask(name, batch, *asked, num_items_in_batch)
             if self._companions is not None:
                 self._companions.outputs = [outputs[name] for name in self._peers]
-            outputs[STUDENT] = None
+            asked = asked_of(STUDENT, self._terms, steps)
             # Processes exchange gradients in this pass, read or not.
-            if is_read(STUDENT, self._terms) or return_outputs or isinstance(model, DistributedDataParallel):
-                needs, read = asked_of(STUDENT, self._terms)
+            if asked or return_outputs or isinstance(model, DistributedDataParallel):
+                needs, read = asked or (frozenset(), {})
                 outputs[STUDENT] = self._run_student(model, student_inputs, needs, read, batch, num_items_in_batch)
-        loss = self._weighted_sum(outputs, batch)
+        loss = self._weighted_sum([replace(s, seen=x) for s, x in zip(steps, seen, strict=True)], outputs, batch)
         return (loss, outputs[STUDENT]) if return_outputs else loss
 
-    def _take_passes(self, model: nn.Module, batch: dict[str, Any]) -> None:
+    def _own_passes(self, model: nn.Module, batch: dict[str, Any]) -> list[TrainingStep]:
+        """The step of every term, with what its own passes gave."""
+        step = TrainingStep(batch, self._progress)
+        steps = [step] * len(self._terms)
         # A quantization loss repeats the dropout of the pass that follows, so it comes last.
-        first = [term for term in self._terms if term.objective.passes_first]
-        first.sort(key=lambda term: isinstance(term.objective, QuantizationLoss))
+        first = [(i, term) for i, term in enumerate(self._terms) if term.objective.runs_first]
+        first.sort(key=lambda found: isinstance(found[1].objective, QuantizationLoss))
         if first:
             with not_synchronised(model):
-                for term in first:
-                    term.objective.set_progress(self._progress)
+                for i, term in first:
                     passes = TermPasses(self, model, term.sources[0] if term.sources else "")
-                    term.objective.before(passes, batch)
-
-    def _asked_output(self, name: str, batch: dict[str, Any], items: Any = None) -> Any:
-        if not is_read(name, self._terms):
-            return None
-        return self.ask(name, batch, *asked_of(name, self._terms), items)
+                    steps[i] = term.objective.before(passes, step)
+        return steps
 
     def ask(
         self, name: str, batch: dict[str, Any], needs: frozenset[str], read: Mapping[str, Any], items: Any = None
@@ -243,11 +245,11 @@ class DistillationMixin(AttachingMixin):
             output["loss"] = task
         return output
 
-    def _weighted_sum(self, outputs: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
+    def _weighted_sum(self, steps: list[TrainingStep], outputs: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         """Sum of weight * (sum over this micro batch) / (positions of the window), per term."""
         # A `compute_loss_func` normalises by itself, and Trainer then does not divide by the accumulation steps.
         own_scale = self.compute_loss_func is not None
-        steps = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
+        accumulated = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
         # What one that learns tells another has no gradient there.
         told = {
             name: without_graph(outputs[name]) if name == STUDENT or name in self._peers else outputs[name]
@@ -255,33 +257,40 @@ class DistillationMixin(AttachingMixin):
         }
         values: list[torch.Tensor] = []
         means: list[torch.Tensor] = []
-        heard: list[Any] = []
         loss: Any = 0.0
         for index, term in enumerate(self._terms):
-            objective = term.objective
-            objective.set_progress(self._progress)
+            objective, own = term.objective, steps[index]
             sources = {name: told[name] for name in term.sources}
-            heard.append(sources if objective.every_teacher else next(iter(sources.values()), None))
+            teacher = sources if objective.every_teacher else next(iter(sources.values()), None)
+            steps[index] = replace(
+                own,
+                student=outputs[term.learner] if own.student is None else own.student,
+                teacher=teacher if own.teacher is None else own.teacher,
+            )
             with torch.autocast(self.args.device.type, enabled=False):
-                mean, count = objective(outputs[term.learner], heard[-1], batch)
+                mean = objective.loss(steps[index])
+            if not isinstance(mean, torch.Tensor):
+                raise TypeError(
+                    f"{term.name} gave a {type(mean).__name__} for its loss, not a tensor. Return the mean alone; "
+                    "positions(batch) tells over how many positions it is taken."
+                )
             means.append(mean.float())
             if not (own_scale and "loss" in objective.needs):
                 # The mean over no position at all is NaN in most models.
-                count = self._count(count)
+                count = self._count(objective.positions(batch))
                 mean = torch.where(count > 0, mean.float(), torch.zeros_like(mean, dtype=torch.float32))
                 if self._positions is not None:
                     mean = mean * (count / self._positions[0][index].clamp(min=1) * self._positions[1])
             values.append(mean.float())
             loss = loss + self._weight_of(term) * values[-1]
-        for index, term in enumerate(self._terms):
-            both = outputs[term.learner], heard[index]
-            self._adapting.measure(index, means, both, batch, self.model, self.state.global_step)
+        for index, step in enumerate(steps):
+            self._adapting.measure(index, means, step, self.model, self.state.global_step)
         self._term_values = torch.stack(values).detach()
-        return loss * steps  # type: ignore[no-any-return]
+        return loss * accumulated  # type: ignore[no-any-return]
 
     def _weight_of(self, term: Term) -> float:
         """The weight of a term at the present progress."""
-        weight = term.objective.current(term.objective.weight)
+        weight = value_at(term.objective.weight, self._progress)
         if not math.isfinite(weight):
             raise RuntimeError(
                 f"The weight of {term.name} is {weight} at progress {self._progress:.3f} (step {self.state.global_step + 1}), "

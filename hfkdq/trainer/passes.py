@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..forwards import statistics_kept
+
 if TYPE_CHECKING:
     from .mixin import DistillationMixin
 
@@ -38,15 +40,18 @@ class TermPasses:
     def student(
         self, batch: Mapping[str, Any], needs: frozenset[str] = _LOGITS, indices: Mapping[str, Any] | None = None
     ) -> Any:
-        """The student's output for a batch, without a task loss."""
+        """The student's output for a batch, without a task loss; its running statistics stay as they are."""
         inputs = self._trainer.student_inputs({key: value for key, value in batch.items() if key != "labels"})
-        return self._trainer.run_learner(self._wrapped, inputs, needs - {"loss"}, _both(indices))
+        with statistics_kept(self._wrapped):
+            return self._trainer.run_learner(self._wrapped, inputs, needs - {"loss"}, _both(indices))
 
     def teacher(
         self, batch: Mapping[str, Any], needs: frozenset[str] = _LOGITS, indices: Mapping[str, Any] | None = None
     ) -> Any:
         """The teacher's output for a batch, without a gradient."""
-        with torch.no_grad():
+        is_model = isinstance(self.teacher_model, nn.Module)  # else there are cached outputs
+        kept = statistics_kept(self.teacher_model) if is_model else contextlib.nullcontext()
+        with torch.no_grad(), kept:
             return self._trainer.ask(self._source, dict(batch), needs, _both(indices))
 
 

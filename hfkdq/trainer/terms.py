@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
-from ..objectives.base import Objective, unique_names
+from ..objectives.base import Objective, TrainingStep, unique_names
 from ..teachers import Peer
 
 SINGLE = "teacher"
@@ -68,23 +69,23 @@ def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Any]) -> li
     return terms
 
 
-def is_read(who: str, terms: Iterable[Term]) -> bool:
-    """Whether any term reads what a model returns for the batch as it is; one with passes of its own may need nothing."""
-    involved = [term.objective for term in terms if who == term.learner or who in term.sources]
-    return any(objective.needs or not objective.passes_first for objective in involved)
+def asked_of(
+    who: str, terms: Iterable[Term], steps: Iterable[TrainingStep] | None = None
+) -> tuple[frozenset[str], Indices] | None:
+    """What terms need of one model: kinds of outputs, and of hidden states and attentions which (`None` for all).
 
-
-def asked_of(who: str, terms: Iterable[Term]) -> tuple[frozenset[str], Indices]:
-    """What terms need of one model: kinds of outputs, and of hidden states and attentions which (`None` for all)."""
+    `None` if they need nothing of it for the batch as it is, as their own passes have given it in `steps`.
+    """
     needs: set[str] = set()
     parts: dict[str, list[Any]] = {"hidden_states": [], "attentions": []}
-    for term in terms:
-        for role, involved in ((0, who == term.learner), (1, who in term.sources)):
-            if not involved:
-                continue
+    is_read = False
+    for term, step in zip(terms, repeat(TrainingStep({})) if steps is None else steps, strict=False):
+        roles = (who == term.learner and step.student is None, who in term.sources and step.teacher is None)
+        for role in (role for role, involved in enumerate(roles) if involved):
+            is_read = True
             needs |= term.objective.needs - ({"loss"} if role else set())
             for need in parts.keys() & term.objective.needs:
                 indices = term.objective.indices(need)
                 parts[need].append(None if indices is None else indices[role])
     read: Indices = {need: None if None in found else frozenset[int]().union(*found) for need, found in parts.items()}
-    return frozenset(needs), read
+    return (frozenset(needs), read) if is_read else None

@@ -73,11 +73,11 @@ def step(objective, student, teacher, batch):
     request = {f"output_{need}": True for need in objective.needs}
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     student.train()
-    with objective.observe():
+    with objective.observe() as seen:
         with torch.no_grad():
             teacher_out = teacher(**inputs, **request)
         student_out = student(**inputs, **request)
-    return objective(student_out, teacher_out, batch)
+    return objective(student_out, teacher_out, batch, seen=seen), objective.positions(batch)
 
 
 def attached(objective, student, teacher):

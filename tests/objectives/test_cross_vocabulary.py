@@ -100,7 +100,8 @@ def test_the_ith_token_of_the_answer_is_compared_with_the_ith(left):
     batch, places = for_two(left)
     objective = attached(student, teacher, temperature=2.0)
     ours, theirs = outputs(student, teacher, batch)
-    mean, count = objective(ours, theirs, batch)
+    mean = objective(ours, theirs, batch)
+    count = objective.positions(batch)
     expected = []
     for row, (own, other, length) in enumerate(places):
         shift = int(batch["teacher_attention_mask"][row].argmax())
@@ -133,7 +134,8 @@ def test_without_columns_of_its_own_the_teacher_has_the_positions_of_the_student
     batch = answers([(3, 4), (2, 2), (1, 5)], 9)
     objective = attached(student, teacher)
     ours, theirs = outputs(student, teacher, batch)
-    mean, count = objective(ours, theirs, batch)
+    mean = objective(ours, theirs, batch)
+    count = objective.positions(batch)
     predicted = batch["labels"][:, 1:] != -100
     values = sorted_distance(ours.logits[:, :-1][predicted], theirs.logits[:, :-1][predicted])
     torch.testing.assert_close(mean, values.mean())
@@ -153,9 +155,9 @@ def test_a_teacher_with_its_vocabulary_in_another_order_is_no_teacher_at_all():
     teacher = copy.deepcopy(student)
     teacher.lm_head.weight.data = student.lm_head.weight.data[torch.randperm(95)]
     batch = answers([(3, 4), (2, 2)], 9)
-    mean, _ = attached(student, teacher)(*outputs(student, teacher, batch), batch)
+    mean = attached(student, teacher)(*outputs(student, teacher, batch), batch)
     assert mean.item() == pytest.approx(0.0, abs=1e-5)
-    other, _ = attached(student, tiny.llama(1))(*outputs(student, tiny.llama(1), batch), batch)
+    other = attached(student, tiny.llama(1))(*outputs(student, tiny.llama(1), batch), batch)
     assert other > 0.1
 
 
@@ -174,7 +176,7 @@ def test_the_gradient_reaches_the_student_alone(monkeypatch):
         monkeypatch.setattr(cross_vocabulary, "_CHUNK", chunk)
         student.zero_grad()
         ours, theirs = outputs(student, teacher, batch)
-        objective(ours, theirs, batch)[0].backward()
+        objective(ours, theirs, batch).backward()
         gradients.append([p.grad.clone() for p in student.parameters()])
     assert all(g.abs().sum() > 0 for g in gradients[0])
     assert rows == [9, *[2, 2, 2, 2, 1] * 2]
@@ -185,7 +187,8 @@ def test_the_gradient_reaches_the_student_alone(monkeypatch):
 def test_a_batch_without_answers_is_zero_over_no_position():
     student, teacher = tiny.llama(0), tiny.llama(1, vocab=120)
     batch = answers([(3, 0), (2, 0)], 5)
-    mean, count = attached(student, teacher)(*outputs(student, teacher, batch), batch)
+    mean = attached(student, teacher)(*outputs(student, teacher, batch), batch)
+    count = attached(student, teacher).positions(batch)
     assert (mean.item(), int(count)) == (0.0, 0)
 
 
@@ -196,9 +199,8 @@ def test_the_temperature_may_be_a_schedule():
     scheduled = attached(student, teacher, temperature=Linear(1.0, 5.0))
     values = []
     for progress, temperature in ((0.0, 1.0), (0.5, 3.0)):
-        scheduled.set_progress(progress)
-        values.append(scheduled(*out, batch)[0])
-        torch.testing.assert_close(values[-1], attached(student, teacher, temperature=temperature)(*out, batch)[0])
+        values.append(scheduled(*out, batch, progress=progress))
+        torch.testing.assert_close(values[-1], attached(student, teacher, temperature=temperature)(*out, batch))
     assert values[0] > values[1]
 
 
@@ -211,7 +213,8 @@ def test_decoders_of_encoder_decoders_are_compared_where_their_labels_are():
     objective = attached(student, teacher)
     with torch.no_grad():
         out = student(input_ids=ids, labels=labels), teacher(input_ids=ids, labels=theirs)
-    mean, count = objective(*out, batch)
+    mean = objective(*out, batch)
+    count = objective.positions(batch)
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
     expected = [by_hand(out[0].logits[place], out[1].logits[place]) for place in places]
     assert int(count) == 4

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hfkdq.losses import DKD, forward_kl
-from hfkdq.objectives import LogitKD
+from hfkdq.objectives import LogitKD, TrainingStep
 from hfkdq.objectives.logits import in_chunks
 from hfkdq.schedules import Linear
 from tests import tiny
@@ -23,7 +23,8 @@ def attached(objective, student, teacher):
 
 def value(objective, student, teacher, batch, **columns):
     inputs = {**batch, **columns}
-    mean, count = objective(student(**batch), teacher(**batch), inputs)
+    mean = objective(student(**batch), teacher(**batch), inputs)
+    count = objective.positions(inputs)
     assert int(count) == int(objective.positions(inputs))
     return mean, int(count)
 
@@ -41,9 +42,8 @@ def test_several_labels_at_once_are_as_many_sigmoids():
     torch.testing.assert_close(mean, 4 * bernoulli_kl(p, q).mean(), rtol=1e-4, atol=1e-5)
     assert count == 4
     # Yes stands first, so it is the class on the label where that is 1.
-    (prediction,) = LogitKD.predictions(
-        attached(LogitKD(), student, teacher), student(**batch), teacher(**batch), {**batch, "labels": labels}
-    )
+    step = TrainingStep({**batch, "labels": labels}, student=student(**batch), teacher=teacher(**batch))
+    (prediction,) = attached(LogitKD(), student, teacher).predictions(step)
     assert prediction.target.tolist() == [[0, 1, 0]] * 4
     # Of two classes DKD is alpha * KL of both.
     decoupled, _ = value(
@@ -141,7 +141,8 @@ def test_object_queries_are_matched_before_they_are_compared():
         outs = student(**batch), teacher(**batch)
         for name in ("logits", "pred_boxes"):
             outs[1][name] = outs[1][name].roll(seed, dims=1)
-        mean, count = objective(*outs, batch)
+        mean = objective(*outs, batch)
+        count = objective.positions(batch)
         order, seen = brute_force_match(*outs)
         orders.add(order)
         divergence = forward_kl(outs[0].logits[0, list(order)], outs[1].logits[0], 2.0)
@@ -156,10 +157,10 @@ def test_the_order_of_the_teachers_queries_does_not_matter_and_their_numbers_may
     objective = attached(LogitKD(), student, teacher)
     batch = {"pixel_values": torch.randn(2, 3, 16, 16)}
     outs = student(**batch), teacher(**batch)
-    mean, _ = objective(*outs, batch)
+    mean = objective(*outs, batch)
     order = torch.randperm(7)
     outs[1].logits, outs[1].pred_boxes = outs[1].logits[:, order], outs[1].pred_boxes[:, order]
-    torch.testing.assert_close(objective(*outs, batch)[0], mean)
+    torch.testing.assert_close(objective(*outs, batch), mean)
 
 
 def labelled(model, batch):
@@ -259,9 +260,9 @@ def test_standardized_logits_do_not_depend_on_their_scale():
     batch = tiny.batch(student)
     objective = attached(LogitKD(standardize=True), student, teacher)
     outs = student(**batch), teacher(**batch)
-    mean, _ = objective(*outs, batch)
+    mean = objective(*outs, batch)
     outs[1].logits = 7 * outs[1].logits + 2
-    torch.testing.assert_close(objective(*outs, batch)[0], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective(*outs, batch), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_temperature_follows_its_schedule():
@@ -269,9 +270,9 @@ def test_the_temperature_follows_its_schedule():
     batch = tiny.batch(student)
     objective = attached(LogitKD(temperature=Linear(4, 2)), student, teacher)
     for progress, temperature in ((0.0, 4.0), (0.5, 3.0), (1.0, 2.0)):
-        objective.set_progress(progress)
         expected = forward_kl(student(**batch).logits, teacher(**batch).logits, temperature).mean()
-        torch.testing.assert_close(value(objective, student, teacher, batch)[0], expected)
+        found = objective(student(**batch), teacher(**batch), batch, progress=progress)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 """OnPolicyKD: what the student writes to which prompt, and how it is scored; against loops without cache or padding."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, set_seed
 
 from hfkdq.losses import JSD
-from hfkdq.objectives import LogitKD
+from hfkdq.objectives import LogitKD, TrainingStep
 from hfkdq.objectives.on_policy import OnPolicyKD
 from hfkdq.objectives.outline import outline_of
 from hfkdq.schedules import Linear, Step
@@ -58,17 +59,17 @@ def pair(kind, ends=ENDS):
 def attached(student, teacher, **kwargs):
     objective = OnPolicyKD(**{"max_new_tokens": 6, **kwargs})
     objective.attach(student, teacher)
-    objective.set_progress(0.0)
     return objective
 
 
-def evaluated(objective, student, teacher, batch, seed=5):
+def evaluated(objective, student, teacher, batch, seed=5, progress=0.0):
     """Value and count for a batch, which the student answers from a seed."""
     torch.manual_seed(seed)
     passes = Bare(student, teacher)
-    objective.before(passes, batch)
-    out = (None, None) if not objective.needs else (passes.student(batch), passes.teacher(batch))
-    return objective(*out, batch)
+    step = objective.before(passes, TrainingStep(batch, progress))
+    if step.student is None:
+        step = replace(step, student=passes.student(batch), teacher=passes.teacher(batch))
+    return objective.loss(step), objective.positions(batch)
 
 
 def texts(kind, left=False):
@@ -155,8 +156,7 @@ def test_the_student_samples_from_all_it_finds_likely_whatever_its_configuration
     for temperature in (1.0, 3.0):
         objective = attached(student, teacher, sampling_temperature=temperature)
         torch.manual_seed(5)
-        objective.before(passes, batch)
-        labels = objective._found["written"][2]["labels"]
+        labels = objective.before(passes, TrainingStep(batch)).batch["labels"]
         with torch.no_grad():
             rows = written_by_hand(student.eval(), prompts, 6, temperature)
         assert [row[row != -100].tolist() for row in labels] == rows
@@ -170,8 +170,7 @@ def test_what_the_student_writes_is_read_as_a_batch_of_training():
     batch, prompts = texts("gpt2")
     objective = attached(student, teacher)
     torch.manual_seed(5)
-    objective.before(Bare(student, teacher), batch)
-    written = objective._found["written"][2]
+    written = objective.before(Bare(student, teacher), TrainingStep(batch)).batch
     rows = written_by_hand(student.eval(), prompts, 6)
     width = max(len(p) + len(row) for p, row in zip(prompts, rows, strict=True))
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
@@ -187,8 +186,7 @@ def test_prompts_are_what_comes_before_the_first_label():
 
     def prompts(**columns):
         objective = attached(student, teacher, max_new_tokens=1)
-        objective.before(Bare(student, teacher), {"input_ids": ids, **columns})
-        written = objective._found["written"][2]
+        written = objective.before(Bare(student, teacher), TrainingStep({"input_ids": ids, **columns})).batch
         return [row[mask == 1][:-1].tolist() for row, mask in zip(*(written[k] for k in ("input_ids", "attention_mask")), strict=True)]  # fmt: skip
 
     assert prompts() == [[5], [11]]
@@ -218,14 +216,14 @@ def test_the_mode_of_the_student_is_kept_and_the_gradient_is_the_students_alone(
     objective, passes, modes = attached(student, teacher), Bare(student, teacher), []
     layer = student.model.layers[0]
     layer.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
-    objective.before(passes, batch)
+    step = objective.before(passes, TrainingStep(batch))
     assert passes.seen == [(True, True), "teacher"]
     assert modes[-1] == (True, True)
     assert set(modes[:-1]) == {(False, False)}
     assert len(modes) > 2
     assert student.training
     assert layer.training
-    mean, _ = objective(None, None, batch)
+    mean = objective.loss(step)
     mean.backward()
     assert all(p.grad.abs().sum() > 0 for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
@@ -236,8 +234,8 @@ def test_weights_that_were_cast_for_sampling_do_not_cut_off_the_gradient():
     batch, _ = texts("llama")
     objective = attached(student, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        objective.before(Bare(student, teacher), batch)
-    objective(None, None, batch)[0].backward()
+        step = objective.before(Bare(student, teacher), TrainingStep(batch))
+    objective.loss(step).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
 
 
@@ -259,14 +257,15 @@ def test_off_policy_it_is_the_inner_objective_per_sample(kind):
     )  # fmt: skip
     plain.attach(student, teacher)
     state = torch.get_rng_state()
-    objective.before(None, batch)
+    step = objective.before(None, TrainingStep(batch))
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn where nothing is to be decided
+    assert (step.student, step.teacher) == (None, None)
     assert objective.needs == plain.needs == {"logits"}
     out = student(**batch), teacher(**batch)
     torch.testing.assert_close(objective(*out, batch), plain(*out, batch))
     per_token = LogitKD(divergence=JSD(0.3), temperature=3.0)
     per_token.attach(student, teacher)
-    assert not torch.allclose(objective(*out, batch)[0], per_token(*out, batch)[0])
+    assert not torch.allclose(objective(*out, batch), per_token(*out, batch))
 
 
 def test_the_student_writes_as_often_as_the_fraction_says():
@@ -275,11 +274,9 @@ def test_the_student_writes_as_often_as_the_fraction_says():
     objective = attached(student, teacher, fraction=Linear(0.0, 1.0), max_new_tokens=1)
     shares = []
     for progress in (0.0, 0.3, 1.0):
-        objective.set_progress(progress)
         passes, wrote = Bare(student, teacher), []
         for _ in range(60):
-            objective.before(passes, batch)
-            wrote.append(not objective.needs)
+            wrote.append(objective.before(passes, TrainingStep(batch, progress)).student is not None)
         assert len(passes.seen) == 2 * sum(wrote)
         shares.append(sum(wrote) / 60)
     assert shares[0] == 0.0
@@ -293,8 +290,7 @@ def test_schedules_of_the_inner_objective_see_the_progress():
     found = []
     for temperature, progress in ((Linear(1.0, 5.0), 0.5), (3.0, 0.0), (1.0, 0.0)):
         objective = attached(student, teacher, objective=LogitKD(temperature=temperature))
-        objective.set_progress(progress)
-        found.append(evaluated(objective, student, teacher, batch)[0].item())
+        found.append(evaluated(objective, student, teacher, batch, progress=progress)[0].item())
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     assert found[0] != pytest.approx(found[2], rel=1e-2)
 
@@ -304,13 +300,13 @@ def test_answers_end_where_the_positions_of_a_model_do():
     teacher.config.n_positions = 8
     batch, _ = texts("gpt2")
     objective = attached(student, teacher, max_new_tokens=60)
-    objective.before(Bare(student, teacher), batch)
-    assert objective._found["written"][2]["input_ids"].shape == (3, 8)  # the longest prompt has 4 tokens
+    written = objective.before(Bare(student, teacher), TrainingStep(batch)).batch
+    assert written["input_ids"].shape == (3, 8)  # the longest prompt has 4 tokens
     teacher.config.n_positions = 4
     with pytest.raises(
         ValueError, match="The longest prompt of a batch has 4 tokens, and the models have 4 positions"
     ):
-        attached(student, teacher).before(Bare(student, teacher), batch)
+        attached(student, teacher).before(Bare(student, teacher), TrainingStep(batch))
 
 
 @pytest.mark.parametrize(

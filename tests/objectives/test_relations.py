@@ -184,11 +184,11 @@ def test_a_student_with_adapters_learns_from_itself_without_them():
     student = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query", "value"], r=2))
 
     def value_of(objective):
-        with objective.observe():
+        with objective.observe() as seen:
             with torch.no_grad(), student.disable_adapter():
                 student(**batch)
             student(**batch)
-        return objective(None, None, batch)[0]
+        return objective(None, None, batch, seen=seen)
 
     # Both layers run in both roles, and each is looked at in one of them.
     across = attached(RelationKD(layers={3: 2}), student, base)
@@ -214,19 +214,23 @@ def test_hooks_and_tensors_last_for_a_batch_only():
     student, teacher = tiny.bert(0), tiny.bert(1)
     objective, batch = attached(RelationKD(), student, teacher), tiny.batch(student)
     assert hooks_of(student, teacher) == 0
+    kept = []
 
     def fail():
-        with objective.observe():
+        with objective.observe() as seen:
+            kept.append(seen)
             assert hooks_of(student, teacher) == 6
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert hooks_of(student, teacher) == 0
+    assert kept == [({}, {})]
+    known = dict(vars(objective))
     step(objective, student, teacher, batch)
-    assert objective._found["seen"] == ({}, {})
+    assert vars(objective) == known  # what was seen went through the step alone
     student(**batch)
-    assert objective._found["seen"] == ({}, {})
+    assert kept == [({}, {})]
     with pytest.raises(RuntimeError, match="within `observe"):
         objective(None, None, batch)
 

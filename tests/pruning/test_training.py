@@ -210,12 +210,12 @@ def test_layers_that_are_passed_by_are_not_compared_with_the_teacher(kind):
 
 def _value(objective, student, teacher, batch, needs):
     if needs:
-        return objective(student(**batch, **needs), teacher(**batch, **needs), batch)[0]
-    with objective.observe():
+        return objective(student(**batch, **needs), teacher(**batch, **needs), batch)
+    with objective.observe() as seen:
         ours = student(**batch)
         with torch.no_grad():
             theirs = teacher(**batch)
-    return objective(ours, theirs, batch)[0]
+    return objective(ours, theirs, batch, seen=seen)
 
 
 def test_a_layer_that_is_passed_by_hands_on_its_input_and_has_gradients_of_zero():

@@ -69,7 +69,8 @@ def test_an_ensemble_weighs_its_teachers_example_by_example(weighting, labelled)
     batch = tiny.batch(student)
     labels = {"labels": torch.tensor([0, 1, 2, 0])} if labelled else {}
     outs = {name: model(**batch) for name, model in named.items()}
-    mean, count = objective(student(**batch), outs, {**batch, **labels})
+    mean = objective(student(**batch), outs, {**batch, **labels})
+    count = objective.positions({**batch, **labels})
     expected = []
     for row in range(4):
         costs, distances = [], []
@@ -299,13 +300,14 @@ def test_a_weight_follows_the_agreement_of_the_steps_before(training_arguments):
 
     class Watch(StopAt):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            used.append(trainer.objectives[0].current(trainer.objectives[0].weight))
+            used.append(trainer.objectives[0].weight(0.0))
 
     measured = trainer.objectives[0].weight.measured
 
-    def watched(objective, ours, theirs, batch):
-        agreements.append((ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean().item())
-        return measured(objective, ours, theirs, batch)
+    def watched(objective, step):
+        agree = step.student.logits.argmax(-1) == step.teacher.logits.argmax(-1)
+        agreements.append(agree.float().mean().item())
+        return measured(objective, step)
 
     object.__setattr__(trainer.objectives[0].weight, "measured", watched)
     trainer.add_callback(Watch(0))
@@ -336,9 +338,7 @@ def test_a_weight_balances_the_gradients(training_arguments):
         twin.zero_grad()
         value.backward(retain_graph=True)
         norms.append(torch.stack([p.grad.norm() for p in twin.parameters() if p.grad is not None]).norm().item())
-    assert trainer.objectives[1].current(trainer.objectives[1].weight) == pytest.approx(
-        0.5 * norms[0] / norms[1], rel=1e-3
-    )
+    assert trainer.objectives[1].weight(0.0) == pytest.approx(0.5 * norms[0] / norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

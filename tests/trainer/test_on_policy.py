@@ -67,14 +67,15 @@ class Recording(OnPolicyKD):
         super().__post_init__()
         object.__setattr__(self, "record", [])
 
-    def before(self, passes, batch):
-        super().before(passes, batch)
-        written = self._found.get("written", (None, None, None))[2]
-        self.record.append([None if written is None else {k: v.clone() for k, v in written.items()}])
+    def before(self, passes, step):
+        found = super().before(passes, step)
+        wrote = found.student is not None
+        self.record.append([{k: v.clone() for k, v in found.batch.items()} if wrote else None])
+        return found
 
-    def __call__(self, *args):
-        found = super().__call__(*args)
-        self.record[-1] += [found[0].item(), int(found[1])]
+    def loss(self, step):
+        found = super().loss(step)
+        self.record[-1] += [found.item(), int(self.positions(step.batch))]
         return found
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hfkdq import AdversarialKD, NoisyKD, QATCallback, QuantizationLoss, QuantizationSpec
+from hfkdq import AdversarialKD, CoTrainedTeacher, NoisyKD, QATCallback, QuantizationLoss, QuantizationSpec
 from hfkdq.forwards import full_precision
 from hfkdq.losses import forward_kl
-from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
+from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss, TrainingStep
 from hfkdq.objectives.perturbed import _Change
 from hfkdq.quantization import prepare_qat_
 from hfkdq.schedules import Linear
@@ -71,7 +71,7 @@ def test_the_noisy_term_is_that_of_the_noisy_student_and_the_clean_teacher(train
     student, teacher = tiny.vit(0, layers=1), tiny.vit(1, layers=1)
     twin, inputs = copy.deepcopy(student), Inputs(student=student)
     trainer = make_trainer(
-        training_arguments(max_steps=1), [NoisyKD(objective=LogitKD(temperature=3.0))], student, teacher,
+        training_arguments(max_steps=1), [NoisyKD(objective=LogitKD(temperature=3.0)), LogitKD()], student, teacher,
         train_dataset=tiny.image_dataset(), eval_dataset=None, processing_class=None,
     )  # fmt: skip
     inputs.seen.clear()
@@ -289,3 +289,50 @@ def test_attention_maps_of_a_noisy_student(training_arguments):
     trainer.train()
     noisy, clean = losses(trainer, "noisy_kd", "attention_kd")[0]
     assert noisy != clean
+
+
+class Repeating(LogitKD):
+    """An objective of a user's own that runs both models once more."""
+
+    def before(self, passes, step):
+        return TrainingStep(step.batch, student=passes.student(step.batch), teacher=passes.teacher(step.batch))
+
+
+EXTRA = {
+    "noisy": ([NoisyKD(weight=1e-9)], False),
+    "quantization": ([QuantizationLoss(weight=1e-9)], True),
+    "adversarial": ([AdversarialKD(weight=1e-9, steps=2)], False),
+    "own": ([Repeating(weight=1e-9)], False),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize("teacher_learns", [False, True])
+def test_passes_of_their_own_leave_running_statistics_alone(name, teacher_learns, training_arguments):
+    extra, quantized = EXTRA[name]
+
+    def statistics(objectives):
+        torch.manual_seed(0)
+        student, teacher = tiny.resnet(0), tiny.resnet(1)
+        trainer = make_trainer(
+            training_arguments(max_steps=1, learning_rate=0.0), [TaskLoss(), LogitKD(), *objectives], student,
+            CoTrainedTeacher(teacher) if teacher_learns else teacher, train_dataset=tiny.image_dataset(), eval_dataset=None,
+            processing_class=None, callbacks=[QATCallback(QuantizationSpec())] if quantized else [],
+        )  # fmt: skip
+        trainer.train()
+        models = student, teacher
+        return [b.clone() for m in models for n, b in m.named_buffers() if "running" in n or "tracked" in n]
+
+    found, expected = statistics(extra), statistics([])
+    assert len(found) == len(expected) > 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert max(int(b) for b in found if not b.is_floating_point()) == 1
+
+
+def test_a_pair_in_the_place_of_a_mean_is_refused_with_advice(training_arguments):
+    def pair(student_out, teacher_out, batch):
+        return (student_out.logits - teacher_out.logits).abs().mean(), 4
+
+    trainer = make_trainer(training_arguments(max_steps=1), [TaskLoss(), pair], tiny.bert(0), tiny.bert(1))
+    with pytest.raises(TypeError, match=r"pair gave a tuple .* Return the mean alone; positions\(batch\) tells"):
+        trainer.train()

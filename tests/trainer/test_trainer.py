@@ -144,15 +144,15 @@ def test_columns_of_the_teacher_alone_reach_only_the_teacher(training_arguments)
 def test_mixed_precision_keeps_the_losses_in_float32(training_arguments):
     trainer = make_trainer(training_arguments(max_steps=2, bf16=True), ALL_TERMS["sum"])
     types = []
-    trainer.objectives[1].__class__.__call__, original = (
-        lambda self, s, t, b: types.append(original(self, s, t, b)) or types[-1],
-        trainer.objectives[1].__class__.__call__,
+    trainer.objectives[1].__class__.loss, original = (
+        lambda self, step: types.append(original(self, step)) or types[-1],
+        trainer.objectives[1].__class__.loss,
     )
     try:
         trainer.train()
     finally:
-        trainer.objectives[1].__class__.__call__ = original
-    assert [mean.dtype for mean, _ in types] == [torch.float32] * 2
+        trainer.objectives[1].__class__.loss = original
+    assert [mean.dtype for mean in types] == [torch.float32] * 2
     assert np.isfinite(losses(trainer, "loss")).all()
 
 
