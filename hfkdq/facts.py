@@ -142,18 +142,20 @@ def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str,
     try:
         check(facts, dict[str, Any], "hfkdq")
         check_depth(facts)
+        facts = copy.deepcopy(facts)
         check(facts, Facts, "hfkdq")
     except ValueError as error:
         raise ValueError(
             f"What the configuration ({type(config).__name__}) records of compression is damaged: {error}. Save the model "
             "anew where it was made; without the section hfkdq in config.json its weights load as they are."
         ) from error
-    return copy.deepcopy(facts)
+    return facts  # type: ignore[no-any-return]
 
 
 def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> None:
     """Writes JSON-ready `fact` under `topic` into the model's configuration, in place of what stood there."""
-    model.config.hfkdq = {**read_facts(model), topic: fact}
+    read_facts(model)  # refuses what is damaged
+    model.config.hfkdq = {**getattr(model.config, "hfkdq", {}), topic: fact}
 
 
 def drop_fact(model: PreTrainedModel, topic: str) -> None:

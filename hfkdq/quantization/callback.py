@@ -106,14 +106,17 @@ class QATCallback(TrainerCallback, ExportableState):
         self.phases = Phases(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
         self.fold_batch_norm = fold_batch_norm
         self.scaling = UpdateScaling(learning_rate_factor)
-        self.ranges: dict[str, dict[str, float]] = {}
-        self.weights: dict[str, dict[str, Any]] = {}
+        self._model: PreTrainedModel | None = None
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: settings, and of the quantizers what they are when it is asked."""
         phases = {**self.phases.to_dict(), "fold_batch_norm": self.fold_batch_norm}
         return {
             "args": {"spec": self.spec.to_dict(), **phases, "learning_rate_factor": self.scaling.factor},
-            "attributes": {"ranges": self.ranges, "weights": self.weights},
+            "attributes": {
+                "ranges": {} if self._model is None else quantizer_states(self._model),
+                "weights": {} if self._model is None else weight_states(self._model),
+            },
         }
 
     def on_init_end(
@@ -152,8 +155,9 @@ class QATCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
+        self._model = model
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._refresh(model)
+        self._share(model)
 
     def on_pre_optimizer_step(
         self,
@@ -182,7 +186,7 @@ class QATCallback(TrainerCallback, ExportableState):
             # Models before this step were not quantized as the spec says; none of them may be loaded as the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         # Not at the end of the step, where a callback that runs before this one may save the model.
-        self._refresh(model)
+        self._share(model)
 
     def on_train_end(
         self,
@@ -210,7 +214,8 @@ class QATCallback(TrainerCallback, ExportableState):
                     f"The best checkpoint, {path}, was saved without quantization. Its weights "
                     "are used with the last activation ranges."
                 )
-        self._refresh(model)
+        self._share(model)
+        record_ranges(model)
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
         """What `state` of this callback is in the Trainer's state."""
@@ -249,13 +254,10 @@ class QATCallback(TrainerCallback, ExportableState):
         load_quantizer_states_(model, ranges)
         load_weight_states_(model, weights)
 
-    def _refresh(self, model: PreTrainedModel) -> None:
-        """Makes the ranges of all processes equal, and the records of them current."""
-        self.ranges = quantizer_states(model)
+    def _share(self, model: PreTrainedModel) -> None:
+        """Makes the ranges of all processes equal, and the record of the model follow it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            shared = [self.ranges]
+            shared = [quantizer_states(model)]
             dist.broadcast_object_list(shared)
-            self.ranges = shared[0]
-            load_quantizer_states_(model, self.ranges)
-        self.weights = weight_states(model)
-        record_ranges(model)
+            load_quantizer_states_(model, shared[0])
+        record_ranges(model, live=True)

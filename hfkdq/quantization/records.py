@@ -7,7 +7,9 @@ Knows models with fake quantizers; neither trainers nor files.
 from __future__ import annotations
 
 import base64
+import copy
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -182,16 +184,45 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
     return tensor
 
 
-def record_ranges(model: PreTrainedModel) -> None:
+def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
     """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
 
     `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
     reached the spec yet, `weight_bits` has the widths that differ from it, and `enabled` is `False` while the fake
     quantizers are off.
+
+    Args:
+        model (`PreTrainedModel`): the model; without fake quantizers nothing is written.
+        live (`bool`, defaults to `False`): what is read or saved later is the state of that moment, as in a training.
     """
     spec = quantized_spec(model)
-    if spec is None:
-        return
+    if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
+        record_fact(model, FACT, _LiveRecord(model, spec) if live else _state_of(model, spec))
+
+
+class _LiveRecord(dict[str, Any]):
+    """The record of a model that is being trained; whoever copies it, as a configuration that is saved does, gets it anew.
+
+    So no step of a training has to write it, which moves every scale from the device.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: QuantizationSpec) -> None:
+        super().__init__(_state_of(model, spec))
+        self._model = weakref.ref(model)
+
+    def _now(self) -> dict[str, Any]:
+        model = self._model()
+        spec = None if model is None else quantized_spec(model)
+        return dict(self) if model is None or spec is None else _state_of(model, spec)
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        return copy.deepcopy(self._now(), memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (self._now(),)
+
+
+def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
     fact: dict[str, Any] = {"spec": named_spec(model, spec).to_dict(), "ranges": activation_ranges(model)}
     unobserved = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
     if unobserved:
@@ -204,7 +235,7 @@ def record_ranges(model: PreTrainedModel) -> None:
         fact["weight_bits"] = early
     if not all(module.fake_quantize_enabled for module in quantized_modules(model).values()):
         fact["enabled"] = False
-    record_fact(model, FACT, fact)
+    return fact
 
 
 def recorded_quantization(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.trainer_callback import TrainerState
 
 from hfkdq import QATCallback, QuantizationSpec, load_quantized
 from hfkdq.facts import read_facts
-from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec
+from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec, records
 from hfkdq.quantization.records import activation_quantizers, quantizer_states
 from tests import tiny
 
@@ -219,6 +220,37 @@ def test_every_saved_config_has_the_ranges_of_its_weights(training_arguments, se
     assert watch.saved
     for step, ranges in watch.saved.items():
         assert ranges_in(f"{trainer.args.output_dir}/checkpoint-{step}") == ranges
+
+
+class ReadFacts(TrainerCallback):
+    """Reads what is recorded of a model in training, and copies its configuration."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        copied = copy.deepcopy(model.config)
+        recorded = [read_facts(each)["quantization"]["ranges"] for each in (model, copied)]
+        self.seen.append((activation_ranges(model), *recorded, json.loads(copied.to_json_string())["hfkdq"]))
+
+
+def test_the_record_is_read_when_somebody_asks_and_at_no_other_step(training_arguments, monkeypatch):
+    asked = []
+    monkeypatch.setattr(records, "activation_ranges", lambda model: asked.append(1) or activation_ranges(model))
+    counts = []
+    for steps in (3, 9):
+        trainer = make_trainer(training_arguments(max_steps=steps, save_strategy="no"), QuantizationSpec())
+        trainer.train()
+        counts.append(len(asked))
+        asked.clear()
+    assert counts[0] == counts[1] > 0
+    assert read_facts(trainer.model)["quantization"]["ranges"] == activation_ranges(trainer.model)
+    assert type(trainer.model.config.hfkdq["quantization"]) is dict
+    reading = ReadFacts()
+    make_trainer(training_arguments(max_steps=3), QuantizationSpec(), callbacks=[reading]).train()
+    for ranges, read, copied, written in reading.seen:
+        assert ranges == read == copied == written["quantization"]["ranges"]
+    assert reading.seen[0][0] != reading.seen[2][0]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
