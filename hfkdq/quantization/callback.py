@@ -168,7 +168,7 @@ class QATCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         frozen = self.phases.at(state.global_step / state.max_steps).frozen
-        self.scaling.before_step(learned_parameters(model), frozen)
+        self.scaling.before_step(model, frozen)
 
     def on_optimizer_step(
         self,

@@ -41,11 +41,11 @@ class UpdateScaling:
         self._before: list[tuple[nn.Parameter, Tensor]] = []
         self._now = factor
 
-    def before_step(self, parameters: list[nn.Parameter], frozen: bool) -> None:
-        """Remembers `parameters`; `frozen` ones will stay where they are."""
+    def before_step(self, model: nn.Module, frozen: bool) -> None:
+        """Remembers the learned parameters of a model; `frozen` ones will stay where they are."""
         self._now = 0.0 if frozen else self.factor
         if self._now != 1.0:
-            self._before = [(parameter, parameter.detach().clone()) for parameter in parameters]
+            self._before = [(parameter, parameter.detach().clone()) for parameter in learned_parameters(model)]
 
     @torch.no_grad()
     def after_step_(self) -> None:
