@@ -11,11 +11,12 @@ PYTHON := $(shell for fit in "$(WORKS)" "$(RESOLVES)"; do \
 	v=$$($$p $(VERSION) 2>/dev/null) && [[ " $$fit " == *" $$v "* ]] && echo $$p && exit; done; done)
 endif
 O := .venv/bin
+D := .venv-docs/bin
 V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help demo test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
+.PHONY: help docs demo test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +58,14 @@ test -x $(1)/bin/python || { \
 echo "Installing hfkdq[$(3)] into $(1). PyTorch is large; on a slow line this takes minutes."; \
 $(1)/bin/python -m pip install --disable-pip-version-check -c constraints/$(2).txt -e ".[$(3)]" && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
 endef
+
+.venv-docs/.docs: constraints/docs.txt
+	@echo "Installing mkdocs into .venv-docs"
+	@test -x $(D)/python || $(PYTHON) -m venv .venv-docs
+	@$(D)/python -m pip install -q --disable-pip-version-check -r constraints/docs.txt && touch $@
+
+docs: .venv-docs/.docs ## the site of README, docs and docstrings, into build/site; fails at a broken link or an undocumented name
+	@NO_MKDOCS_2_WARNING=1 $(D)/mkdocs build
 
 demo: .venv/.demo ## distil, prune, quantize and export a digit classifier: table, card, report and plot below out/demo
 	@$(O)/hfkdq demo --output_dir out/demo --overwrite
@@ -160,4 +169,4 @@ constraints: ## pin both lines anew, and the lowest versions (needs uv)
 	$(call pin,lowest,The lowest versions that pyproject.toml allows of the \"optimum\" line on Python 3.10,optimum demo bnb plots detection dev,--resolution lowest-direct --python-platform x86_64-manylinux_2_28)
 
 clean: ## remove the environments and what was built; keeps out/
-	rm -rf .venv .venv-v5 .venv-lowest build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf .venv .venv-v5 .venv-lowest .venv-docs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
