@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of model inputs from what a user gives as calibration data.
-
-Knows data sets, collators and the columns a model takes; what the batches are for is not its business.
-"""
+"""Batches of model inputs from what a user gives as calibration data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches for two models that read the same examples by tokenizers of their own.
-
-Knows the columns of rows and the two collators it puts together; nothing of models.
-"""
+"""Batches for two models that read the same examples by tokenizers of their own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass of a model: whose it is under a wrapper, what it takes, and in which form it answers.
-
-Knows signatures and outputs; nothing of layers, losses or training.
-"""
+"""The forward pass of a model: whose it is under a wrapper, what it takes, and in which form it answers."""
 
 from __future__ import annotations
 

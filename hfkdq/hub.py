@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One commit to the Hugging Face Hub with everything that `export_onnx` and `CompressionReport` know of a model.
 
-Reads the files of a folder as bytes; it knows neither models nor training nor ONNX, and it changes no local file.
+Reads the files of a folder as bytes, and changes no local file.
 """
 
 from __future__ import annotations

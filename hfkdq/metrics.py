@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy and F1 as `evaluate` metrics that need no network, and `compute_metrics` for classifiers.
-
-Knows arrays of classes and logits; neither models nor trainers.
-"""
+"""Accuracy and F1 as `evaluate` metrics that need no network, and `compute_metrics` for classifiers."""
 
 from __future__ import annotations
 

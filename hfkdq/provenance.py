@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ties a report to its files and to its model: sizes and hashes, class, labels and shapes.
-
-Knows files and parameters; what was measured on them is not its business.
-"""
+"""What ties a report to its files and to its model: sizes and hashes, class, labels and shapes."""
 
 from __future__ import annotations
 

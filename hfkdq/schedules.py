@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of training progress, for weights, temperatures and sparsities.
 
-A schedule is any callable from progress in [0, 1] to a number; it knows neither steps nor trainers.
+A schedule is any callable from progress in [0, 1] to a number.
 """
 
 from __future__ import annotations

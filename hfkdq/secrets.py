@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What access tokens, keys and passwords look like, in files, texts and environments.
-
-Knows bytes and shapes of secrets; nothing of models, folders or who asks.
-"""
+"""What access tokens, keys and passwords look like, in files, texts and environments."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a frozen model lives while a student is trained: on one device, sharded by FSDP2, or in a DeepSpeed engine.
-
-Knows accelerate's plugins; nothing of what the model is asked.
-"""
+"""Where a frozen model lives while a student is trained: on one device, sharded by FSDP2, or in a DeepSpeed engine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A smaller student of the teacher's own class, its layers copied from the teacher.
-
-Knows nothing of training: whether the student is distilled, pruned or quantized afterwards is not its business.
-"""
+"""A smaller student of the teacher's own class, its layers copied from the teacher."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a folder a model repository may hold, and why not the others.
-
-Knows names, links and first bytes of files; nothing of the Hub's requests, of models or of reports.
-"""
+"""Which files of a folder a model repository may hold, and why not the others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The channels of convolutional blocks that no residual connection passes by, so that they can go one by one.
-
-Knows the two shapes of such blocks: convolutions in a row (ResNet), and an inverted bottleneck (ConvNeXt).
-"""
+"""The channels of convolutional blocks that no residual connection passes by, so that they can go one by one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stacks of layers of a model, encoder-decoders included, with the fields of the configuration that count them.
-
-Knows which fields there are, and finds what belongs to them by changing them.
-"""
+"""The stacks of layers of a model, encoder-decoders included, with the fields of the configuration that count them."""
 
 from __future__ import annotations
 

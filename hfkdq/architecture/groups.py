@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs to one neuron, head or channel: entries of several tensors that can only go together.
-
-Knows tensors and positions in them; which units go, and why, is not its business.
-"""
+"""What belongs to one neuron, head or channel: entries of several tensors that can only go together."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention heads of a model, with what belongs to them.
-
-Knows how Transformers names the parts of an attention; a small table, since no configuration tells heads apart.
-"""
+"""The attention heads of a model, with what belongs to them."""
 
 from __future__ import annotations
 

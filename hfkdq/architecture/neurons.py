@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The neurons of the feed-forward layers of a model.
-
-Knows which field of the configuration is their number, and finds what belongs to them by changing it.
-"""
+"""The neurons of the feed-forward layers of a model."""
 
 from __future__ import annotations
 

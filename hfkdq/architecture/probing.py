@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a model a field of its configuration decides, found by building it anew with another value.
-
-Knows that configurations make models, and nothing of any architecture.
-"""
+"""Which tensors of a model a field of its configuration decides, found by building it anew with another value."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes that a configuration cannot describe: written into it as facts, and built from them again.
-
-Knows shapes and the integers that modules keep of them; what made them is not its business.
-"""
+"""Shapes that a configuration cannot describe: written into it as facts, and built from them again."""
 
 from __future__ import annotations
 

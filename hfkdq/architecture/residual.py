@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hidden width of a model: the channels that run through all of its layers along the residual connections.
-
-Knows the field of the configuration that is the width, and finds what belongs to it by changing it.
-"""
+"""The hidden width of a model: the channels that run through all of its layers along the residual connections."""
 
 from __future__ import annotations
 

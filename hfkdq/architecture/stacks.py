@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a Transformers model keeps its layers, read from its structure and its configuration.
-
-Knows names and shapes only; copying and removing layers is done by those who ask.
-"""
+"""Where a Transformers model keeps its layers, read from its structure and its configuration."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How outputs of one example become cells of a table, and how cells become numbers again.
-
-Knows float16, int8 with a scale, and Arrow types; nothing of models, masks or where values belong in a batch.
-"""
+"""How outputs of one example become cells of a table, and how cells become numbers again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts cached outputs of a teacher into a batch, at the positions at which the batch has their inputs.
-
-Knows rows, padding and the collator that it wraps; nothing of models.
-"""
+"""Puts cached outputs of a teacher into a batch, at the positions at which the batch has their inputs."""
 
 from __future__ import annotations
 

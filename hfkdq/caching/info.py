@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of cached outputs, and how it travels with the dataset that holds them.
-
-Knows the description of a dataset and an outline; nothing of how outputs are computed, coded or batched.
-"""
+"""What is known of cached outputs, and how it travels with the dataset that holds them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cached outputs depend on, as short texts that can be compared later.
-
-Knows weights, tokenizers and processors by their contents; nothing of what a teacher answers.
-"""
+"""What cached outputs depend on, as short texts that can be compared later."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a fixed number of rows each, which any number of processes write and none leaves half written.
-
-Knows folders, keys and Arrow; nothing of models.
-"""
+"""Files of a fixed number of rows each, which any number of processes write and none leaves half written."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be cached of a teacher, decided before it runs, and cut out of what it answers to a batch.
-
-Knows heads, hidden states and likeliest classes; nothing of files, processes or how numbers are stored.
-"""
+"""What is to be cached of a teacher, decided before it runs, and cut out of what it answers to a batch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which positions of a batch are a row's own, and which inputs a row brought, whatever it was padded with.
-
-Knows the columns of a batch; the teacher reads `teacher_input_ids` in place of `input_ids`. Knows no outputs.
-"""
+"""Which positions of a batch are a row's own, and which inputs a row brought, whatever it was padded with."""
 
 from __future__ import annotations
 

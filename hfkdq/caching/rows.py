@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a dataset as a teacher is given them, and the format that they come in.
-
-Knows collators, columns and formats; nothing of outputs, files or processes.
-"""
+"""Rows of a dataset as a teacher is given them, and the format that they come in."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A teacher whose answers were written down: it reads them from the batch.
 
-Stands where a frozen teacher stands in the trainer; knows no model.
+Stands where a frozen teacher stands in the trainer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a teacher once over a dataset, and returns the dataset with its outputs as columns.
-
-Knows the order of the work; what is kept of an output is the plan's business, how it is stored the codec's, and files
-are those of the parts.
-"""
+"""Runs a teacher once over a dataset, and returns the dataset with its outputs as columns."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hfkdq card`: prints the model card of a report.
-
-Knows where reports lie; what is in one is theirs.
-"""
+"""`hfkdq card`: prints the model card of a report."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as it has to be loaded for a kind of file: with or without the fake quantizers that it records.
-
-Knows names of kinds and records of quantization; no data and no file.
-"""
+"""A checkpoint as it has to be loaded for a kind of file: with or without the fake quantizers that it records."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a data set that was named on the command line: a file, a folder or an id on the Hub.
-
-Knows names and splits; what is in a row is not its business.
-"""
+"""Rows of a data set that was named on the command line: a file, a folder or an id on the Hub."""
 
 from __future__ import annotations
 

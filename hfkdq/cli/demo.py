@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hfkdq demo`: the options of the demo.
-
-Knows their names; the demo itself is a module of its own.
-"""
+"""`hfkdq demo`: the options of the demo."""
 
 from __future__ import annotations
 

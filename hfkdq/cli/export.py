@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hfkdq export`: a checkpoint as ONNX files, with data from files or the Hub.
-
-Knows options and how they become arguments of `export_onnx`; imports nothing heavy before it runs.
-"""
+"""`hfkdq export`: a checkpoint as ONNX files, with data from files or the Hub."""
 
 from __future__ import annotations
 

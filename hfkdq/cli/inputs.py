@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model inputs from columns of texts, images or sounds, made by the processor of the checkpoint.
-
-Knows features of data sets, models and processors; where rows come from and what inputs are for, others know.
-"""
+"""Model inputs from columns of texts, images or sounds, made by the processor of the checkpoint."""
 
 from __future__ import annotations
 

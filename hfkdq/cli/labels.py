@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of a data set as the numbers that a classifier has learned for them.
-
-Knows names and numbers of classes; nothing of models beyond their configuration.
-"""
+"""Labels of a data set as the numbers that a classifier has learned for them."""
 
 from __future__ import annotations
 

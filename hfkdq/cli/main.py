@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which commands there are, and what becomes of their errors.
-
-Knows the commands by name; what each does is its own business.
-"""
+"""Which commands there are, and what becomes of their errors."""
 
 from __future__ import annotations
 

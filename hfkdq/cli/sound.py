@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sounds of a `datasets.Audio` column as samples at a model's rate.
-
-Knows what decodes them; nothing of models.
-"""
+"""Sounds of a `datasets.Audio` column as samples at a model's rate."""
 
 from __future__ import annotations
 

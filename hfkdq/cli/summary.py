@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export came to, in a few lines for the terminal, from its `report.json`.
-
-Knows the report's facts and how people read them; measures nothing.
-"""
+"""What an export came to, in a few lines for the terminal, from its `report.json`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of the library in the words of the command line.
-
-Knows the names of arguments and options; nothing of what they do.
-"""
+"""Messages of the library in the words of the command line."""
 
 from __future__ import annotations
 

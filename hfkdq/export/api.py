@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export_onnx`: from a model in memory to a folder that is proven, loads anywhere and can be pushed.
-
-Knows the order of things and the folder; how a file is written, compared, measured and chosen is done by its neighbours.
-"""
+"""`export_onnx`: from a model in memory to a folder that is proven, loads anywhere and can be pushed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which exporter the installed line of the ecosystem has.
-
-Knows versions and the names of its neighbours; nothing of what they do.
-"""
+"""Which exporter the installed line of the ecosystem has."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export refuses before it starts.
-
-Knows arguments; no backend, no file.
-"""
+"""What an export refuses before it starts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model in every kind that makes sense and keeps the fastest that is good enough.
-
-Knows candidates, their measurements and the rule; how one is written or measured is decided elsewhere.
-"""
+"""Writes a model in every kind that makes sense and keeps the fastest that is good enough."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ONNX files with `transformers.exporters`, Transformers 5's own, under the names that Optimum gives.
-
-Knows which files a task needs and what is in them; what to export, where to, and whether it came out right is decided
-elsewhere.
-"""
+"""Writes ONNX files with `transformers.exporters`, Transformers 5's own, under the names that Optimum gives."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that a generating model is exported as, with their caches as tensors.
-
-Knows caches, and what Optimum calls their tensors; nothing of tracers.
-"""
+"""The parts that a generating model is exported as, with their caches as tensors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model does, in Optimum's words, and random inputs that fit it, read off Transformers' own tables.
-
-Knows configurations and signatures; nothing of ONNX or of any exporter.
-"""
+"""What a model does, in Optimum's words, and random inputs that fit it, read off Transformers' own tables."""
 
 from __future__ import annotations
 

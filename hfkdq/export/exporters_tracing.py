@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces one torch model into one ONNX file with `transformers.exporters`, as plain as its operators allow.
-
-Knows the tracer and its habits; neither tasks nor folders.
-"""
+"""Traces one torch model into one ONNX file with `transformers.exporters`, as plain as its operators allow."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `quantization=` of an export may be, and what follows from it.
-
-Knows specs and names; no model, no file.
-"""
+"""What `quantization=` of an export may be, and what follows from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts an ONNX operator of one's choice into a graph, whichever of torch's two tracers draws it.
-
-Knows the tracers; nothing of models or quantization.
-"""
+"""Puts an ONNX operator of one's choice into a graph, whichever of torch's two tracers draws it."""
 
 from __future__ import annotations
 

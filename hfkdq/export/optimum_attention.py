@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as a tracer should see it: two matrix products, a constant scale, one softmax.
-
-Knows torch; no model, no exporter.
-"""
+"""Attention as a tracer should see it: two matrix products, a constant scale, one softmax."""
 
 from __future__ import annotations
 

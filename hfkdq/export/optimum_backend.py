@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ONNX files with Optimum, traced from torch, and puts those of a generating model together.
-
-Knows Optimum and the files; what to export, where to, and whether it came out right is decided elsewhere.
-"""
+"""Writes ONNX files with Optimum, traced from torch, and puts those of a generating model together."""
 
 from __future__ import annotations
 

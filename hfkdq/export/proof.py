@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves a file: its metric against that of the model in torch, its latency against that of the float file.
-
-Knows scores, bounds and timings; how a file is written, and what is written about it, is decided elsewhere.
-"""
+"""Proves a file: its metric against that of the model in torch, its latency against that of the float file."""
 
 from __future__ import annotations
 

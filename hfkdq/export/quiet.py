@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps exporters from talking, and from drawing other numbers at every call.
-
-Knows loggers and generators; nothing of what is exported.
-"""
+"""Keeps exporters from talking, and from drawing other numbers at every call."""
 
 from __future__ import annotations
 

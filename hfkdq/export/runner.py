@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs exported files as the model that they came from: tensors in, tensors out.
-
-Knows the names of the files, which both exporters share, and caches; how far off they may be is decided elsewhere.
-"""
+"""Runs exported files as the model that they came from: tensors in, tensors out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an ONNX file on the CPU, arrays in and arrays out.
-
-Knows neither torch nor transformers, so that a process that times a file carries nothing else.
-"""
+"""Runs an ONNX file on the CPU, arrays in and arrays out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares an ONNX file with the torch model it came from, on real or random batches.
-
-Knows how to run both and to measure the difference; what was exported, and how, is decided elsewhere.
-"""
+"""Compares an ONNX file with the torch model it came from, on real or random batches."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes one kind of a model's files into a folder and compares them with it.
-
-Knows models, backends and the order of passes; which kinds there are to be, and where, is decided elsewhere.
-"""
+"""Writes one kind of a model's files into a folder and compares them with it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distance between predictions over classes that have nothing to do with one another, such as two vocabularies.
 
-A pure function of logits, computed in float32; it knows no models, tokens, weights or masks over positions.
+A pure function of logits, computed in float32.
 """
 
 from __future__ import annotations

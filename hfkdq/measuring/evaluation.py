@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates models and whatever runs in their place alike, through the Trainer.
-
-Knows data, collators and metrics; sizes, latencies and files are measured elsewhere.
-"""
+"""Evaluates models and whatever runs in their place alike, through the Trainer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times engines side by side, each in a process of its own, in turn.
-
-Knows files, arrays and processes; what an engine computes, and how well, is not its business.
-"""
+"""Times engines side by side, each in a process of its own, in turn."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint in PyTorch, as the process that times it calls it.
-
-Knows torch and checkpoints; nothing of clocks.
-"""
+"""A checkpoint in PyTorch, as the process that times it calls it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of objectives that follow the training itself rather than its progress.
-
-Knows what is measured and what weight follows from it; when it is measured belongs to the trainer.
-"""
+"""Weights of objectives that follow the training itself rather than its progress."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the layers of a model compute queries, keys and values, and how to look at them while it runs.
-
-Knows names and forward hooks only; no objective, no losses.
-"""
+"""Where the layers of a model compute queries, keys and values, and how to look at them while it runs."""
 
 from __future__ import annotations
 

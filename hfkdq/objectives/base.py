@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of an objective, and the adapter that makes one of a plain callable.
-
-An objective knows two models and a batch; it knows neither the trainer nor how its mean is weighted over a window.
-"""
+"""The protocol of an objective, and the adapter that makes one of a plain callable."""
 
 from __future__ import annotations
 

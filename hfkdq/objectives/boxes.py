@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of the boxes that a detector draws around its objects.
-
-Knows boxes of matched queries; which query stands for which is found by the matching.
-"""
+"""Distillation of the boxes that a detector draws around its objects."""
 
 from __future__ import annotations
 

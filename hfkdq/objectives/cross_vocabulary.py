@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation between language models whose tokenizers have nothing in common.
-
-Knows which token of either model belongs to which of the other; how far predictions are apart is a loss.
-"""
+"""Distillation between language models whose tokenizers have nothing in common."""
 
 from __future__ import annotations
 

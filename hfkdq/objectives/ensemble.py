@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from several teachers at once, sample by sample.
-
-Knows how the predictions of teachers are weighed against one another; each is compared with the student by `LogitKD`.
-"""
+"""Learning from several teachers at once, sample by sample."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of the feature maps of convolutional backbones.
-
-Knows which stages are compared; what makes two maps alike belongs to the losses.
-"""
+"""Distillation of the feature maps of convolutional backbones."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model predicts, by its task: what is compared, at which positions, over which classes.
-
-Knows outputs and batches; how far two predictions are apart is a divergence's business.
-"""
+"""What a model predicts, by its task: what is compared, at which positions, over which classes."""
 
 from __future__ import annotations
 

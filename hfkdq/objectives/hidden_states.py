@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of hidden states, with learned projections where the widths differ.
-
-Knows which layers are compared, how, and when; how a map is learned belongs to the projections.
-"""
+"""Distillation of hidden states, with learned projections where the widths differ."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of what a model predicts, whatever that is: one divergence over the head that both models have.
-
-Knows how predictions become one number per position; what they are and where they count belongs to the heads.
-"""
+"""Distillation of what a model predicts, whatever that is: one divergence over the head that both models have."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which positions of a batch count, read from the batch alone, before any model has run on it.
-
-Knows the columns of a batch and how a speech model turns samples into frames; no outputs, no losses.
-"""
+"""Which positions of a batch count, read from the batch alone, before any model has run on it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which object query of a student stands for which of its teacher.
-
-Knows logits and boxes of detectors of the DETR family; no losses.
-"""
+"""Which object query of a student stands for which of its teacher."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation by bounds on the mutual information of the two models' hidden states.
-
-Knows the maps that are learned for it and where they count; they ride in the student as all projections do.
-"""
+"""Distillation by bounds on the mutual information of the two models' hidden states."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation on what the student itself writes: it answers the prompts of a batch, and the teacher scores that.
-
-Knows prompts, answers and sampling; how two predictions are compared is `LogitKD`'s business.
-"""
+"""Distillation on what the student itself writes: it answers the prompts of a batch, and the teacher scores that."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """What a model really returns, found by trying it on one small example.
 
 Signatures do not tell: Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention
-implementations silently return nothing. Knows no objective.
+implementations silently return nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives on inputs that were changed: with noise that only the student sees, or against both models.
-
-Knows how an input is changed and who sees it; what is compared then is another objective's business.
-"""
+"""Objectives on inputs that were changed: with noise that only the student sees, or against both models."""
 
 from __future__ import annotations
 

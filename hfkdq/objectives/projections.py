@@ -2,7 +2,7 @@
 """Learned maps between the hidden states of a student and a teacher.
 
 They ride in the student while it is trained, so that gradients, clipping, devices and processes are handled as for any
-weight; they never reach its files. Knows no losses.
+weight; they never reach its files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far fake quantization moves a student from itself, as a term of the loss.
-
-Knows that a forward pass may be had in full precision; what is quantized, and how, belongs to quantization.
-"""
+"""How far fake quantization moves a student from itself, as a term of the loss."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of the self-attention relations among queries, keys and values.
-
-Knows where layers keep their queries, keys and values, and looks at them while a batch runs; attention itself may be
-computed by any kernel.
-"""
+"""Distillation of the self-attention relations among queries, keys and values."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of how the examples of a batch lie to one another.
-
-Knows what stands for an example in either model; what a relation is belongs to the losses.
-"""
+"""Distillation of how the examples of a batch lie to one another."""
 
 from __future__ import annotations
 

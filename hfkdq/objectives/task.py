@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student's own loss on the labels, as one objective among others.
-
-Takes the loss that `Trainer` computes; knows nothing of how.
-"""
+"""The student's own loss on the labels, as one objective among others."""
 
 from __future__ import annotations
 

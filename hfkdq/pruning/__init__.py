@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning: what matters least is taken out of a model, at once or while it trains, and the model gets smaller.
-
-Knows specs and the structure of models, and of the Trainer only its callbacks.
-"""
+"""Pruning: what matters least is taken out of a model, at once or while it trains, and the model gets smaller."""
 
 from .callback import PruningCallback
 from .clustering import cluster_weights

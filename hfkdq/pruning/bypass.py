@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passing a layer by: it hands on the hidden states that came in, as if it were not there.
-
-Knows the forward pass of a layer; which layers are passed by is decided elsewhere.
-"""
+"""Passing a layer by: it hands on the hidden states that came in, as if it were not there."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradual pruning while any `Trainer` trains.
-
-Knows the callback protocol and nothing of distillation or quantization, with which it composes in the model alone.
-"""
+"""Gradual pruning while any `Trainer` trains."""
 
 from __future__ import annotations
 

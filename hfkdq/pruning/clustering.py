@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that take few different values, found by k-means.
-
-Knows tensors and names of modules; nothing of what the weights compute or how they are quantized.
-"""
+"""Weights that take few different values, found by k-means."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each unit matters: from the weights themselves, or from evidence gathered while the model runs.
-
-Knows weights, gradients and activations; which units go, and when, is decided by the masks.
-"""
+"""How much each unit matters: from the weights themselves, or from evidence gathered while the model runs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a model's files are after ordinary compression.
-
-Knows files and compressors; nothing of what the files hold.
-"""
+"""How large a model's files are after ordinary compression."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sparsity a target of size, work or time needs: found by pruning copies of the model.
-
-Knows how to count and time a model in PyTorch; what the model is worth afterwards is not its business.
-"""
+"""Which sparsity a target of size, work or time needs: found by pruning copies of the model."""
 
 from __future__ import annotations
 

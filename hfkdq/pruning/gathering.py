@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a model over calibration data to see what matters in it: gradients of a loss, norms of activations.
-
-Knows models and data; no trainer.
-"""
+"""Running a model over calibration data to see what matters in it: gradients of a loss, norms of activations."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms over some of their channels, so that a model with a narrower hidden width can be trained in its old shapes.
-
-Knows `LayerNorm` and norms without a mean; which channels are left out is decided elsewhere.
-"""
+"""Norms over some of their channels, so that a model with a narrower hidden width can be trained in its old shapes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which units of the targets are pruned; the set only ever grows.
-
-Knows scores and numbers of units, not when they change.
-"""
+"""Which units of the targets are pruned; the set only ever grows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning a model at once to the full sparsity of a spec, and taking what is pruned out of its shapes.
-
-Knows no schedule and no Trainer.
-"""
+"""Pruning a model at once to the full sparsity of a spec, and taking what is pruned out of its shapes."""
 
 from __future__ import annotations
 

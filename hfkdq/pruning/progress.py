@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the pruning of a model has come in a training: masks, evidence, and the last round worth keeping.
-
-Knows the model and its optimizer; which step it is, and what is due then, is told by the callback.
-"""
+"""How far the pruning of a model has come in a training: masks, evidence, and the last round worth keeping."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading pruned models whose configuration alone does not describe them.
-
-Knows checkpoints and recorded facts; never a trainer.
-"""
+"""Loading pruned models whose configuration alone does not describe them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting units out of the tensors of a model, and saying in its configuration what is left.
-
-Knows which units go, not why.
-"""
+"""Cutting units out of the tensors of a model, and saying in its configuration what is left."""
 
 from __future__ import annotations
 

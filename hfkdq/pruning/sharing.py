@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that use the very same parameters, in memory and in training; what is saved stays a plain checkpoint.
-
-Knows the stack of layers and nothing of trainers, optimizers or files.
-"""
+"""Layers that use the very same parameters, in memory and in training; what is saved stays a plain checkpoint."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a spec prunes in a model: units that compete with one another, and what belongs to each.
-
-Knows tensors and structure; how units are scored, when they go and how they are removed is told elsewhere.
-"""
+"""What a spec prunes in a model: units that compete with one another, and what belongs to each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware training and post-training quantization, of every width from one spec.
-
-Knows specs, models and the callback protocol; never the exported file.
-"""
+"""Quantization-aware training and post-training quantization, of every width from one spec."""
 
 from .activations import ActivationQuantizer
 from .allocation import BitAllocation

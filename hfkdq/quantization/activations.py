@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations as unsigned integers, simulated in floating point: quantizers that watch, and quantizers that learn.
-
-Knows one tensor at a time; where in a model it flows is decided elsewhere.
-"""
+"""Activations as unsigned integers, simulated in floating point: quantizers that watch, and quantizers that learn."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with adapters of PEFT: the names their modules have without them, and quantizing weights together with them.
-
-Knows how PEFT wraps modules; neither specs nor trainers. PEFT itself is needed only by who has such a model.
-"""
+"""Models with adapters of PEFT: the names their modules have without them, and quantizing weights together with them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Widths for the modules of a model under a size: choosing them, and showing what was chosen.
-
-Knows names, bytes and sensitivities; neither models nor data.
-"""
+"""Widths for the modules of a model under a size: choosing them, and showing what was chosen."""
 
 from __future__ import annotations
 

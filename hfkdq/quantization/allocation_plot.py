@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws how sensitive each module is at each width, which width it got, and what it takes.
-
-Knows only the numbers of an allocation; imports matplotlib when it draws.
-"""
+"""Draws how sensitive each module is at each width, which width it got, and what it takes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes what enters the two matrix products of attention: queries and keys, probabilities and values.
-
-Knows the calls by which PyTorch multiplies; no family of models beyond the names of its projections.
-"""
+"""Quantizes what enters the two matrix products of attention: queries and keys, probabilities and values."""
 
 from __future__ import annotations
 

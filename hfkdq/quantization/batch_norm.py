@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm in quantization-aware training: statistics that stay, and norms that move into the convolution before.
-
-Knows convolutions and norms; no quantizers.
-"""
+"""BatchNorm in quantization-aware training: statistics that stay, and norms that move into the convolution before."""
 
 from __future__ import annotations
 

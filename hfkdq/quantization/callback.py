@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware training as a callback of any Trainer.
-
-Knows the callback protocol and the model it is handed; never a trainer class, an objective or a pruning mask.
-"""
+"""Quantization-aware training as a callback of any Trainer."""
 
 from __future__ import annotations
 

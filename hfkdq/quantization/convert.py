@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting fake quantizers into a model, and taking them out again.
-
-Knows models and specs; neither trainers nor files.
-"""
+"""Putting fake quantizers into a model, and taking them out again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a model easier to quantize without training: smoothed inputs and corrected biases.
-
-Knows a prepared model and batches; neither data sets nor files.
-"""
+"""What makes a model easier to quantize without training: smoothed inputs and corrected biases."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA layer of PEFT around a fake-quantized layer: what is quantized is the weight with its adapters.
-
-Knows PEFT's linear layer, and is imported only where PEFT is; which models have such layers is decided elsewhere.
-"""
+"""The LoRA layer of PEFT around a fake-quantized layer: what is quantized is the weight with its adapters."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging adapters of PEFT into the weights of a model, quantized by bitsandbytes or not, and with its fake quantizers.
-
-Knows models and the layers of PEFT and bitsandbytes; neither trainers nor files.
-"""
+"""Merging adapters of PEFT into the weights of a model, quantized by bitsandbytes or not, and with its fake quantizers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the outputs of a model move on a sample of data when its weights change.
-
-Knows outputs and batches; neither quantizers nor what a change is good for.
-"""
+"""How far the outputs of a model move on a sample of data when its weights change."""
 
 from __future__ import annotations
 

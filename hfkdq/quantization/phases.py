@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a spec is in force at which point of training.
-
-Knows progress and the quantizers of a model; neither trainers nor data.
-"""
+"""What of a spec is in force at which point of training."""
 
 from __future__ import annotations
 

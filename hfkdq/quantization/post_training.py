@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization without training, and loading a quantized model back.
-
-Knows models, data and recorded facts; never a trainer or the exported file.
-"""
+"""Quantization without training, and loading a quantized model back."""
 
 from __future__ import annotations
 

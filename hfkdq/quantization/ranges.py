@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters that learned ranges and scales are, and a learning rate of their own.
-
-Knows parameters; no optimizer, no trainer.
-"""
+"""The parameters that learned ranges and scales are, and a learning rate of their own."""
 
 from __future__ import annotations
 

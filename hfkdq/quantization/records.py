@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges, learned scales and codebooks of a model: reading them, setting them, and writing them into its configuration.
-
-Knows models with fake quantizers; neither trainers nor files.
-"""
+"""Ranges, learned scales and codebooks of a model: reading them, setting them, and writing them into its configuration."""
 
 from __future__ import annotations
 

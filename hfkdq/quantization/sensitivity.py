@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what each width costs each module of a model, and suggests widths that fit into a size.
-
-Knows models, specs and data; never a trainer or the exported file.
-"""
+"""Measures what each width costs each module of a model, and suggests widths that fit into a size."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of one module as integers, simulated in floating point.
-
-Knows one tensor and its scheme; how a module computes with it is decided elsewhere.
-"""
+"""The weights of one module as integers, simulated in floating point."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which widths each module of a model could have, what each takes in bytes, and the spec of those that are chosen.
-
-Knows models and specs; neither data nor which widths are good.
-"""
+"""Which widths each module of a model could have, what each takes in bytes, and the spec of those that are chosen."""
 
 from __future__ import annotations
 

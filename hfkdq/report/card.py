@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders a report as a model card: recorded and measured facts, and nothing that is not in the report.
-
-Knows the report's fields and the Hub's metadata; what is missing leaves no line.
-"""
+"""Renders a report as a model card: recorded and measured facts, and nothing that is not in the report."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`CompressionReport`: the measured facts as data, in memory and as JSON.
-
-Knows nothing of how a fact is measured; what renders the facts gets this and nothing else.
-"""
+"""`CompressionReport`: the measured facts as data, in memory and as JSON."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a measurement ran, and which of its facts may be published.
-
-Knows processors, versions and strings; nothing of models.
-"""
+"""Where a measurement ran, and which of its facts may be published."""
 
 from __future__ import annotations
 

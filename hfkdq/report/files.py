@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds reports against the files and the model that they are about.
-
-Knows reports of exports and of measurements; how a difference is found is known below.
-"""
+"""Holds reports against the files and the model that they are about."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that comes from elsewhere, as text in Markdown: it makes no heading, link, code, table or markup.
-
-Knows Markdown's signs; nothing of reports.
-"""
+"""Text that comes from elsewhere, as text in Markdown: it makes no heading, link, code, table or markup."""
 
 from __future__ import annotations
 

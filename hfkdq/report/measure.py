@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a report: metrics through the Trainer, files by their bytes, latency in processes of their own.
-
-Knows models, files and data; how a fact is rendered is not its business.
-"""
+"""Measures a report: metrics through the Trainer, files by their bytes, latency in processes of their own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws metric, size and latency of every row side by side.
-
-Knows only the report's numbers; imports matplotlib when it draws.
-"""
+"""Draws metric, size and latency of every row side by side."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of what a report holds and of what an export records, as far as they are compared and rendered.
-
-Knows names of fields; how values are held against them is known below.
-"""
+"""The types of what a report holds and of what an export records, as far as they are compared and rendered."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the rows of a report as a table, for the terminal and in Markdown.
-
-Knows only the report's numbers and how people read them.
-"""
+"""Renders the rows of a report as a table, for the terminal and in Markdown."""
 
 from __future__ import annotations
 

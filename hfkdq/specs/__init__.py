@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user asks for: frozen, validated descriptions of quantization and pruning.
-
-Knows nothing of trainers, hubs or ONNX; the same spec drives training and the exported file.
-"""
+"""What a user asks for: frozen, validated descriptions of quantization and pruning."""
 
 from .base import ModulePatterns, module_matches, unmatched
 from .pruning import PruningSpec

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all specs share: the grammar of module names, and their dictionaries.
-
-Knows names and dataclasses; nothing of what a spec asks for.
-"""
+"""What all specs share: the grammar of module names, and their dictionaries."""
 
 from __future__ import annotations
 

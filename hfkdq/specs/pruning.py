@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes from a model, how much, by which measure, and when.
-
-Knows nothing of trainers or files; the same spec drives training and the one-shot verb.
-"""
+"""What goes from a model, how much, by which measure, and when."""
 
 from __future__ import annotations
 

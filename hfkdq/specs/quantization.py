@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers become integers, and in which modules.
-
-Knows module types and names; nothing of trainers, ranges or files. The same spec drives training and export.
-"""
+"""How numbers become integers, and in which modules."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen model to learn from: how it is loaded, where it runs, what it is fed, and that its answers are numbers.
-
-Knows accelerate and batches; objectives and the trainer ask it for outputs.
-"""
+"""A frozen model to learn from: how it is loaded, where it runs, what it is fed, and that its answers are numbers."""
 
 from __future__ import annotations
 

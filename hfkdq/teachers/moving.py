@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers that change while the student is trained: its own moving average, and a peer that learns from it.
-
-Knows models and what a user asks for; the loss and the optimizer belong to the trainer.
-"""
+"""Teachers that change while the student is trained: its own moving average, and a peer that learns from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that learns beside the student, in the same optimizer, and teaches it.
-
-Knows how its parameters are made part of the training; its loss is the trainer's business.
-"""
+"""A model that learns beside the student, in the same optimizer, and teaches it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the adaptive weights of a training: measures for them, and lets them adapt once per optimizer step.
-
-Knows terms and their values; what weight follows from a measurement belongs to the weights.
-"""
+"""Keeps the adaptive weights of a training: measures for them, and lets them adapt once per optimizer step."""
 
 from __future__ import annotations
 

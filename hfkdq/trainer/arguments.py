@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a distilling trainer is given: checked before anything is done with it.
-
-Knows what arguments mean together; nothing of how training goes.
-"""
+"""What a distilling trainer is given: checked before anything is done with it."""
 
 from __future__ import annotations
 

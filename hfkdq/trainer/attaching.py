@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens before a distilling trainer trains: teachers and objectives are checked, met and put in place.
-
-Knows arguments and models; how a loss is made of them belongs to the training.
-"""
+"""What happens before a distilling trainer trains: teachers and objectives are checked, met and put in place."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint must hold besides the student so that distillation goes on exactly, and which one is whole.
-
-Knows files and tensors; what they mean belongs to the trainer.
-"""
+"""What a checkpoint must hold besides the student so that distillation goes on exactly, and which one is whole."""
 
 from __future__ import annotations
 

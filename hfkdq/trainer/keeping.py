@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a distilling trainer keeps from step to step: sums for its logs, and all that a checkpoint must go on with.
-
-Knows objectives by their names and descriptions alone; the loss is not made here.
-"""
+"""What a distilling trainer keeps from step to step: sums for its logs, and all that a checkpoint must go on with."""
 
 from __future__ import annotations
 

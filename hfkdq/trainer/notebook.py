@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that a notebook shows while a model is trained, with a column for every loss term.
 
-Imported in notebooks only; knows the names of the terms and nothing else of distillation.
+Imported in notebooks only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes that objectives take by themselves, before the one on the batch as it is.
-
-Knows how a trainer wraps its models; nothing of what the passes are for.
-"""
+"""Forward passes that objectives take by themselves, before the one on the batch as it is."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who learns what from whom: every term of the loss with its learner and its teacher.
-
-Knows names and what objectives ask for; runs nothing.
-"""
+"""Who learns what from whom: every term of the loss with its learner and its teacher."""
 
 from __future__ import annotations
 

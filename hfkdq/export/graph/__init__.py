@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to an ONNX file after it was traced, the same for files of every exporter.
-
-Knows graphs and operators; no model, no torch.
-"""
+"""What is done to an ONNX file after it was traced, the same for files of every exporter."""
 
 from pathlib import Path
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes one operator of self-attention whose projections are integer operators already.
-
-Knows graphs and operators; no model, no torch.
-"""
+"""Makes one operator of self-attention whose projections are integer operators already."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes one integer operator of a quantized linear layer, and counts what ONNX Runtime runs in integers.
-
-Knows graphs and operators; no model, no torch.
-"""
+"""Makes one integer operator of a quantized linear layer, and counts what ONNX Runtime runs in integers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns float files into narrower ones with ONNX Runtime's own tools.
-
-Knows files; no model, no torch.
-"""
+"""Turns float files into narrower ones with ONNX Runtime's own tools."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes graphs to files.
-
-Knows files and their limits; not what is in a graph.
-"""
+"""Writes graphs to files."""
 
 from __future__ import annotations
 

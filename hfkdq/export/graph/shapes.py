@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes constants of the shapes that a traced graph computes at every call.
-
-Knows graphs and operators; no model, no torch.
-"""
+"""Makes constants of the shapes that a traced graph computes at every call."""
 
 from __future__ import annotations
 

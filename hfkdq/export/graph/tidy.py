@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges what an ONNX graph holds twice.
-
-Knows graphs and operators; no model, no torch.
-"""
+"""Merges what an ONNX graph holds twice."""
 
 from __future__ import annotations
 

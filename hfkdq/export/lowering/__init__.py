@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns fake quantizers into modules that hold integer codes and trace to ONNX operators.
-
-Knows the modules of `hfkdq.quantization`; no exporter, no file.
-"""
+"""Turns fake quantizers into modules that hold integer codes and trace to ONNX operators."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized activations in operators of ONNX.
-
-Knows the range of one tensor; nothing of layers.
-"""
+"""Quantized activations in operators of ONNX."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that hold trained integers, and trace to operators of ONNX.
-
-Knows one layer at a time; which of a model's layers become one is decided elsewhere.
-"""
+"""Layers that hold trained integers, and trace to operators of ONNX."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained integers of one weight, as few bytes as they need, and how a graph gets their values back.
-
-Knows codes, scales and codebooks; nothing of layers.
-"""
+"""The trained integers of one weight, as few bytes as they need, and how a graph gets their values back."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The merges of a byte-pair encoding: what a token is built from, and which merges some of the tokens leave.
-
-Knows strings only, and no tokenizer.
-"""
+"""The merges of a byte-pair encoding: what a token is built from, and which merges some of the tokens leave."""
 
 from __future__ import annotations
 

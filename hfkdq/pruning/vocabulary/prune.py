@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking tokens that a corpus does not use out of a model and its tokenizer, both together.
-
-Knows no layers and no weights but the rows of tokens.
-"""
+"""Taking tokens that a corpus does not use out of a model and its tokenizer, both together."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a model that stand for tokens, and the ids that its configurations name.
-
-Knows which rows stay, and of the tokenizer nothing.
-"""
+"""The rows of a model that stand for tokens, and the ids that its configurations name."""
 
 from __future__ import annotations
 

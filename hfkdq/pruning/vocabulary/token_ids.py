@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where configurations hold the ids of tokens, and the same fields with other ids.
-
-Knows names of fields only, and no model.
-"""
+"""Where configurations hold the ids of tokens, and the same fields with other ids."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fast tokenizer needs of its vocabulary, and the same tokenizer with fewer tokens.
-
-Knows the JSON form of the `tokenizers` library, and no model and no corpus.
-"""
+"""What a fast tokenizer needs of its vocabulary, and the same tokenizer with fewer tokens."""
 
 from __future__ import annotations
 
