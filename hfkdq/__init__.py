@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__  # noqa: F401  (public, and in no `__all__`)
 
 # Loaded on first use, so that `import hfkdq` costs nothing and needs no extra.
 _HOMES = {

@@ -36,12 +36,12 @@ from . import (
     QATCallback,
     QuantizationSpec,
     TaskLoss,
-    __version__,
     export_onnx,
     make_student,
 )
 from .files import DEMO, workspace
 from .metrics import classification_metrics
+from .version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset

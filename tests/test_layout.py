@@ -13,7 +13,7 @@ import hfkdq
 PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
-    "files": -1, "schema": -1, "secrets": -1, "specs": -1,
+    "files": -1, "schema": -1, "secrets": -1, "specs": -1, "version": -1,
     "facts": 0, "losses": 0, "schedules": 0, "forwards": 0, "metrics": 0,
     "architecture": 1, "batches": 1, "provenance": 1,
     "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "sharding": 2, "measuring": 2,
@@ -52,7 +52,7 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
             (rooms if parts[0] == "hfkdq" else others).add(
                 parts[1] if parts[0] == "hfkdq" and len(parts) > 1 else parts[0]
             )
-    return rooms - {"hfkdq", "__version__"}, others
+    return rooms - {"hfkdq"}, others
 
 
 def home(name: str) -> str:

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .. import __version__
 from ..provenance import describe_files, describe_model
 from ..quantization import means_the_same, quantize, quantized_spec, strip_quantizers_
+from ..version import __version__
 from .checks import PAST, every_range_known
 from .kinds import Kind, fitted
 from .lowering import check_lowerable, lower_quantizers_

@@ -2,7 +2,6 @@
 """The layers of torch and Transformers that compute with fake-quantized weights and inputs.
 
 An existing layer becomes one by changing its class, so that its parameters, and their names, stay what they were.
-Knows single modules only; which modules of a model are quantized, and when, is decided elsewhere.
 """
 
 from __future__ import annotations
