@@ -14,11 +14,12 @@ from transformers.utils import ModelOutput
 
 from ..forwards import TEACHER_PREFIX
 from ..losses.divergences import TopLogits
+from ..teachers import Teacher
 from .info import CacheInfo
 from .positions import MASKS
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Answers with the outputs that [`CachedCollator`] put into the batch.
 
     Args:
@@ -31,7 +32,6 @@ class CachedTeacher:
         columns (set of `str`): the columns that batches must keep for it.
         outline (`Outline`): the teacher as objectives see it when they are attached.
         layers (tuple of `int`): the hidden states that are cached.
-        first_bad_step (`int`): always 0, for outputs are checked when they are cached.
     """
 
     def __init__(self, info: CacheInfo, device: torch.device | str) -> None:
@@ -41,7 +41,6 @@ class CachedTeacher:
         self.columns = {*info.columns, *info.inputs, *MASKS, *(TEACHER_PREFIX + mask for mask in MASKS)}
         self.outline = info.outline
         self.layers = info.layers
-        self.first_bad_step: int | torch.Tensor = 0
 
     def check(self, indices: Mapping[str, Collection[int] | None]) -> None:
         """Checks, before training, that all that objectives will read is cached.

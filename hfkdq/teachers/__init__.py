@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who a student learns from: a frozen model, its own moving average, or a peer that learns along with it."""
 
+from .base import Teacher
 from .frozen import FrozenTeacher, fingerprint, load_teacher
 from .moving import AveragedTeacher, CoTrainedTeacher, EMATeacher, averaged_copy
 from .peers import Companions, Peer, without_graph
@@ -13,6 +14,7 @@ __all__ = [
     "EMATeacher",
     "FrozenTeacher",
     "Peer",
+    "Teacher",
     "averaged_copy",
     "check_vocabulary",
     "fingerprint",

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from ..architecture import load_checkpoint
 from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, full_precision, requested
 from ..sharding import is_spread, place_frozen, stays_put
+from .base import Teacher
 
 _ALONG = {
     "input_ids": ("attention_mask", "token_type_ids", "position_ids"),
@@ -65,7 +66,7 @@ def fingerprint(model: nn.Module) -> str:
     return f"{type(base_of(model)).__name__} {digest.hexdigest()[:16]}"
 
 
-class FrozenTeacher:
+class FrozenTeacher(Teacher):
     """A teacher in eval mode, without gradients, on the device and in the precision of the training.
 
     A model that was loaded with a `device_map` or by bitsandbytes stays where it is; any other is moved to the device
@@ -85,8 +86,6 @@ class FrozenTeacher:
         self._adapters_of = adapters_of
         self._model = model if adapters_of is None else adapters_of
         self.columns = forward_columns(model) - set(label_names)
-        # Of the first output that was not finite since the last look; 0 if there was none.
-        self.first_bad_step: int | torch.Tensor = 0
         self.name = type(self._base).__name__  # FSDP changes the class
         self.fingerprint = f"{self.name}, the student without its adapters"
         if adapters_of is None:

@@ -89,7 +89,7 @@ class AveragedTeacher(FrozenTeacher):
         self.averaged = model
 
     @torch.no_grad()
-    def follow(self, student: Any, progress: float) -> None:
+    def update(self, student: Any, progress: float) -> None:
         """Moves the average towards the student, after an optimizer step."""
         decay = value_at(self.decay, progress)
         parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
@@ -99,11 +99,9 @@ class AveragedTeacher(FrozenTeacher):
             buffer.copy_(buffers[name])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of it."""
         return dict(self.averaged.state_dict())
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Goes on from a checkpoint."""
         self.averaged.load_state_dict(tensors)
 
 

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from ..forwards import TEACHER_PREFIX, forward_columns
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
+from .base import Teacher
 from .frozen import fingerprint
 
 
@@ -62,7 +63,7 @@ def _forget_missing(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if Companions.NAME not in key]
 
 
-class Peer:
+class Peer(Teacher):
     """A co-trained teacher during a training.
 
     Args:
@@ -71,7 +72,7 @@ class Peer:
         device (`torch.device`): where the training runs.
     """
 
-    first_bad_step = 0
+    learns = True
 
     def __init__(self, model: Any, objectives: list[Objective], device: torch.device) -> None:
         self.model = model.to(device)
@@ -98,20 +99,15 @@ class Peer:
         return own | {n: batch[TEACHER_PREFIX + n] for n in self.columns if TEACHER_PREFIX + n in batch}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of it."""
         maps = {} if self.projections is None else self.projections.maps.state_dict()
         return {**self.model.state_dict(), **{f"{Projections.NAME}.{key}": value for key, value in maps.items()}}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Goes on from a checkpoint."""
         prefix = f"{Projections.NAME}."
         maps = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         self.model.load_state_dict({key: value for key, value in tensors.items() if not key.startswith(prefix)})
         if self.projections is not None:
             self.projections.maps.load_state_dict(maps)
-
-    def raise_if_bad(self, step: int) -> None:
-        """Does nothing: a peer that diverges is no broken teacher; the loss shows it."""
 
 
 def without_graph(output: Any) -> Any:

@@ -21,6 +21,7 @@ from ..teachers import (
     EMATeacher,
     FrozenTeacher,
     Peer,
+    Teacher,
     averaged_copy,
     check_vocabulary,
 )
@@ -67,7 +68,7 @@ class AttachingMixin(KeepingMixin):
         )
         self.given_teachers = loaded(self.given_teachers, teacher_init_kwargs)
         self.strict_resume = strict_resume
-        self.teachers: dict[str, Any] = {}
+        self.teachers: dict[str, Teacher] = {}
         self.models_of_teachers: dict[str, Any] = {}
         self._terms: list[Term] = []
         self._adapting = Adapting([])
@@ -153,7 +154,7 @@ class AttachingMixin(KeepingMixin):
         self._companions = Companions(models) if models else None
         self._terms = terms_of(self.objectives, self.teachers)
         for name, teacher in self.teachers.items():
-            if isinstance(teacher, CachedTeacher) and (asked := asked_of(name, self._terms)):
+            if asked := asked_of(name, self._terms):
                 teacher.check(asked[1])
         self._adapting = Adapting(self._terms)
 
@@ -186,7 +187,7 @@ class AttachingMixin(KeepingMixin):
             )
         return model
 
-    def _placed(self, student: Any, given: Any, model: Any) -> Any:
+    def _placed(self, student: Any, given: Any, model: Any) -> Teacher:
         if isinstance(given, CacheInfo):
             return CachedTeacher(given, self.args.device)
         if isinstance(given, CoTrainedTeacher):
@@ -236,19 +237,19 @@ class AttachingMixin(KeepingMixin):
         for rider in (self._projections, self._companions):
             if rider is not None:
                 rider.install(self.model)
-        for peer in self._peers.values():
-            peer.install()
+        for teacher in self.teachers.values():
+            teacher.install()
 
     def _remove_riders(self) -> None:
         for rider in (self._projections, self._companions):
             if rider is not None:
                 rider.remove(self.model)
-        for peer in self._peers.values():
-            peer.remove()
+        for teacher in self.teachers.values():
+            teacher.remove()
 
     @property
-    def _peers(self) -> dict[str, Peer]:
-        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, Peer)}
+    def _peers(self) -> dict[str, Teacher]:
+        return {name: teacher for name, teacher in self.teachers.items() if teacher.learns}
 
     def _add_riders_to_optimizer(self) -> None:
         """Lets an optimizer that was made before them train the projections and peers too."""

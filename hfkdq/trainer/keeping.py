@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..facts import record_fact
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
-from ..teachers import AveragedTeacher, Companions, Peer
+from ..teachers import Companions, Teacher
 from .adapting import Adapting
 from .arguments import keep_tokens_back_
 from .checkpoints import (
@@ -45,7 +45,7 @@ class KeepingMixin(_TrainerBase):
 
     objectives: Sequence[Objective]
     strict_resume: bool
-    teachers: dict[str, Any]
+    teachers: dict[str, Teacher]
     _terms: list[Term]
     _adapting: Adapting
     _projections: Projections | None
@@ -57,7 +57,7 @@ class KeepingMixin(_TrainerBase):
     _is_another = False  # the training that wrote the checkpoint to go on from
 
     @property
-    def _used_teachers(self) -> dict[str, Any]:
+    def _used_teachers(self) -> dict[str, Teacher]:
         used = {source for term in self._terms for source in term.sources}
         return {name: teacher for name, teacher in self.teachers.items() if name in used}
 
@@ -66,13 +66,8 @@ class KeepingMixin(_TrainerBase):
         step = self.state.global_step
         if self._followed is not None and step > self._followed:
             for teacher in self.teachers.values():
-                if isinstance(teacher, AveragedTeacher):
-                    teacher.follow(self.model, step / max(self.state.max_steps, 1))
+                teacher.update(self.model, step / max(self.state.max_steps, 1))
         self._followed = step
-
-    def _moving(self) -> dict[str, Any]:
-        """The teachers that change while the student is trained."""
-        return {name: t for name, t in self.teachers.items() if isinstance(t, (AveragedTeacher, Peer))}
 
     @property
     def _sharded(self) -> bool:
@@ -226,7 +221,7 @@ class KeepingMixin(_TrainerBase):
         if self.args.should_save:
             if self._projections is not None and not self._sharded:
                 tensors.update(self._projections.maps.state_dict())
-            for name, teacher in self._moving().items():
+            for name, teacher in self.teachers.items():
                 tensors.update({f"{name}/{key}": value.clone() for key, value in teacher.state().items()})
             save_state(folder, tensors, facts)
 
@@ -245,7 +240,7 @@ class KeepingMixin(_TrainerBase):
             row = rows[self.args.process_index] if same_processes else rows.mean(0)
             self._resumed_window = LogWindow(facts["log_start"], row.to(self.args.device))
         self._adapting.load_state(facts.get("adapted", {}))
-        for name, teacher in self._moving().items():
+        for name, teacher in self.teachers.items():
             own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
             if own:
                 teacher.load_state(own)

@@ -33,7 +33,7 @@ from ..forwards import (
 from ..objectives.base import TrainingStep
 from ..objectives.quantization_loss import QuantizationLoss
 from ..schedules import value_at
-from ..teachers import Peer, without_graph
+from ..teachers import without_graph
 from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
 from .terms import STUDENT, Term, asked_of
@@ -169,7 +169,7 @@ class DistillationMixin(AttachingMixin):
     ) -> Any:
         """The output of a teacher for a batch."""
         teacher = self.teachers[name]
-        if not isinstance(teacher, Peer):
+        if not teacher.learns:
             return teacher(batch, needs, read, step=self.state.global_step + 1)
         teacher.model.train()
         with self.accelerator.autocast():

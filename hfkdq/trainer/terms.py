@@ -9,7 +9,7 @@ from itertools import repeat
 from typing import Any
 
 from ..objectives.base import Objective, TrainingStep, unique_names
-from ..teachers import Peer
+from ..teachers import Teacher
 
 SINGLE = "teacher"
 """The name of a teacher that was given without one."""
@@ -50,7 +50,7 @@ def sources_of(objective: Objective, teachers: Sequence[str]) -> tuple[str, ...]
     return (objective.teacher or teachers[0],) if teachers else (SINGLE,)
 
 
-def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Any]) -> list[Term]:
+def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Teacher]) -> list[Term]:
     """The terms of the student, and after them those of its peers."""
     named = list(teachers)
     terms = [
@@ -58,11 +58,10 @@ def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Any]) -> li
         for objective, name in zip(objectives, unique_names(objectives), strict=True)
     ]
     for peer, teacher in teachers.items():
-        if isinstance(teacher, Peer):
-            names = unique_names(teacher.objectives)
-            for objective, name in zip(teacher.objectives, names, strict=True):
-                sources = (STUDENT,) if objective.uses_teacher else ()
-                terms.append(Term(objective, peer, sources, f"{peer}_{name}"))
+        names = unique_names(teacher.objectives)
+        for objective, name in zip(teacher.objectives, names, strict=True):
+            sources = (STUDENT,) if objective.uses_teacher else ()
+            terms.append(Term(objective, peer, sources, f"{peer}_{name}"))
     return terms
 
 
