@@ -29,7 +29,7 @@ def forward_columns(model: nn.Module) -> set[str]:
     return set(inspect.signature(base_of(model).forward).parameters)
 
 
-def by_name(model: nn.Module) -> dict[str, Any]:
+def return_dict_kwargs(model: nn.Module) -> dict[str, Any]:
     """Arguments that make a model return its outputs by name where its configuration asks for tuples."""
     config = base_of(model).config
     tuples = not getattr(config, "return_dict", True) or getattr(config, "torchscript", False)
@@ -51,7 +51,7 @@ def without_gradient(output: Mapping[str, Any], needs: Collection[str]) -> bool:
     return False
 
 
-def requested(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
+def output_kwargs(needs: frozenset[str], indices: Mapping[str, Collection[int] | None]) -> dict[str, Any]:
     """Arguments that make a model return what objectives need: all hidden states, or those of `indices` alone."""
     arguments: dict[str, Any] = {f"output_{name}": True for name in ("hidden_states", "attentions") if name in needs}
     # Transformers 4 has no way to select; delete the condition when it is no longer supported.
@@ -65,7 +65,7 @@ def no_logits(output: Mapping[str, Any]) -> bool:
     return all(output.get(name) is None for name in ("logits", "start_logits"))
 
 
-def accepts_items(model: Any) -> bool:
+def accepts_num_items(model: Any) -> bool:
     """Whether `Trainer` would give a model the number of items in the batch: it says so, or takes any argument."""
     said = getattr(model, "accepts_loss_kwargs", None)
     if said is not None:

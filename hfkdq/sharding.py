@@ -21,7 +21,7 @@ def place_frozen(model: Any, accelerator: Accelerator) -> Any:
     student's parameters are (FSDP2, DeepSpeed ZeRO-3) and moved to the device of the training elsewhere, and compiled if
     the training is.
     """
-    if stays_put(base_of(model)):
+    if has_device_map(base_of(model)):
         return model
     if accelerator.distributed_type == DistributedType.FSDP:
         return _by_fsdp2(model, accelerator)
@@ -33,12 +33,12 @@ def place_frozen(model: Any, accelerator: Accelerator) -> Any:
     return model if plugin.backend == DynamoBackend.NO else torch.compile(model, **plugin.to_kwargs())
 
 
-def stays_put(model: Any) -> bool:
+def has_device_map(model: Any) -> bool:
     """Whether a model is to run where it was loaded, which may be another device than that of the training."""
     return getattr(model, "hf_device_map", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
-def is_spread(model: Any) -> bool:
+def is_dispatched(model: Any) -> bool:
     """Whether hooks move what a model is given to its parts, on several devices or on disk."""
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     return len(devices) > 1 or "disk" in devices

@@ -18,7 +18,7 @@ from ..losses.features import attention_kl, attention_mse
 from ..losses.reduction import masked_mean
 from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
-from .outline import Outline, layer_map, layers_of, mean_over_standing, outline_of
+from .outline import Outline, layer_map, layers_of, mean_over_active_layers, outline_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +88,5 @@ class AttentionKD(Objective):
         for s, t in self._pairs:
             ours, theirs = step.student.attentions[s - 1], step.teacher.attentions[t - 1]
             values.append(attention_kl(ours, theirs) if self.distance == "kl" else attention_mse(ours, theirs, mask))
-        mean = mean_over_standing(torch.stack(values), self._layers, [s for s, _ in self._pairs])
+        mean = mean_over_active_layers(torch.stack(values), self._layers, [s for s, _ in self._pairs])
         return masked_mean(mean, mask)

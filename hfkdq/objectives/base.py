@@ -31,8 +31,8 @@ class TrainingStep:
         batch (`dict`): the batch, labels included.
         progress (`float`): how much of the training is done, in [0, 1].
         student (`ModelOutput`, *optional*): what the student returned; `loss` is the task loss.
-        teacher (`ModelOutput`, *optional*): what the teacher returned; for an objective with `every_teacher` a dict.
-        seen (*optional*): what the objective's `observe()` gave.
+        teacher (`ModelOutput`, *optional*): what the teacher returned; for an objective with `uses_all_teachers` a dict.
+        seen (*optional*): what the objective's `capture()` gave.
     """
 
     batch: Batch
@@ -76,13 +76,13 @@ class Objective:
         needs (`frozenset` of `str`): what the models must return for it, out of `"loss"` (the student's own task
             loss), `"logits"`, `"hidden_states"` and `"attentions"`.
         uses_teacher (`bool`): whether it compares with a teacher.
-        every_teacher (`bool`): whether it is given a dict of all teachers and their outputs, by their names.
+        uses_all_teachers (`bool`): whether it is given a dict of all teachers and their outputs, by their names.
         schedules (`frozenset` of `str`): the settings that may be functions of progress.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
     uses_teacher: ClassVar[bool] = True
-    every_teacher: ClassVar[bool] = False
+    uses_all_teachers: ClassVar[bool] = False
     schedules: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     weight: float | Schedule = 1.0
@@ -142,16 +142,16 @@ class Objective:
     @property
     def runs_first(self) -> bool:
         """Whether it runs the models itself, before they run on the batch as it is."""
-        return type(self).before is not Objective.before
+        return type(self).run_forward is not Objective.run_forward
 
-    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         """Runs the models as this objective wants them; returns the step with what they gave.
 
         What is then there of `student` and `teacher` is what `loss` reads; the rest comes of the batch as it is.
         """
         return step
 
-    def observe(self) -> AbstractContextManager[Any]:
+    def capture(self) -> AbstractContextManager[Any]:
         """What lasts while teacher and student run on a batch, such as hooks; what it gives is the step's `seen`."""
         return contextlib.nullcontext()
 

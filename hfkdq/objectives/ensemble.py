@@ -45,7 +45,7 @@ class EnsembleKD(Objective):
         ```
     """
 
-    every_teacher: ClassVar[bool] = True
+    uses_all_teachers: ClassVar[bool] = True
 
     objective: LogitKD = field(default_factory=LogitKD)
     teachers: tuple[str, ...] | list[str] | None = None

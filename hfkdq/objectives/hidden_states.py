@@ -16,7 +16,7 @@ from ..losses import cosine_distance, masked_mean, mean_squared_error, normalize
 from ..schedules import LayerSchedule
 from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
-from .outline import Outline, layer_map, layers_of, mean_over_standing, outline_of
+from .outline import Outline, layer_map, layers_of, mean_over_active_layers, outline_of
 from .projections import Projection, add_projection
 
 _DISTANCES = {"mse": mean_squared_error, "cosine": cosine_distance, "normalized_mse": normalized_squared_error}
@@ -122,7 +122,7 @@ class HiddenStateKD(Objective):
             terms.append(torch.stack(candidates).min() if len(ts) > 1 else candidates[0])
         values = torch.stack(terms)
         if self.active is None:
-            return mean_over_standing(values, self._layers, [s for s, _ in self._groups])
+            return mean_over_active_layers(values, self._layers, [s for s, _ in self._groups])
         # A pair that does not count keeps a gradient of 0, so that every projection has one in every process.
         weights = values.new_tensor(self.active(step.progress, len(self._groups)))
         return (values * weights).sum() / weights.sum().clamp(min=1e-12)

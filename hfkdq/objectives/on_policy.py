@@ -107,7 +107,7 @@ class OnPolicyKD(Objective):
     def positions(self, batch: Batch) -> Positions:
         return batch_size(batch)
 
-    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         """With probability `fraction`, lets the student answer the prompts, and both models read what it wrote."""
         fraction = step.at(self.fraction)
         # From the generator on the CPU, whose state is in every checkpoint.

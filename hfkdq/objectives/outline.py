@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architecture import evenly_spaced_layers, find_layer_stack
 from ..facts import read_facts
-from ..forwards import as_output, base_of, by_name
+from ..forwards import as_output, base_of, return_dict_kwargs
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
@@ -39,7 +39,7 @@ def probe(model: PreTrainedModel, **request: bool) -> Any:
     model.eval()
     try:
         with torch.no_grad():
-            return as_output(model(**_example(model), **by_name(model), **request))
+            return as_output(model(**_example(model), **return_dict_kwargs(model), **request))
     finally:
         model.train(mode)
 
@@ -232,7 +232,7 @@ def layers_of(student: PreTrainedModel) -> list[nn.Module]:
         return []
 
 
-def mean_over_standing(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
+def mean_over_active_layers(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
     """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are at work.
 
     Pruning passes layers by while it trains (they have `bypassed` set); what they hand on is the layer before them, which

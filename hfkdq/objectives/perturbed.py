@@ -20,7 +20,7 @@ from .outline import Outline
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnOwnPasses(Objective):
+class ExtraForwardPasses(Objective):
     """Another objective, evaluated on outputs of passes of its own."""
 
     objective: Objective = field(default_factory=LogitKD)
@@ -30,8 +30,8 @@ class OnOwnPasses(Objective):
         inner, name = self.objective, type(self).__name__
         if not isinstance(inner, Objective) or not inner.uses_teacher or "loss" in inner.needs:
             raise ValueError(f"{name}: objective must compare with a teacher, as LogitKD() does, got {inner!r}.")
-        looks_inside = type(inner).observe is not Objective.observe
-        if looks_inside or inner.runs_first or inner.every_teacher or inner.teacher is not None:
+        looks_inside = type(inner).capture is not Objective.capture
+        if looks_inside or inner.runs_first or inner.uses_all_teachers or inner.teacher is not None:
             raise ValueError(
                 f"{name} evaluates {type(inner).__name__} on passes of its own, which works for objectives on what models "
                 "return, such as LogitKD() and HiddenStateKD(). A teacher's name goes to the outer objective."
@@ -61,7 +61,7 @@ class OnOwnPasses(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyKD(OnOwnPasses):
+class NoisyKD(ExtraForwardPasses):
     """Another objective, with noise in what the student reads while the teacher reads the input as it is.
 
     `D(teacher(x), student(x + noise))`: the student learns to give the clean answer. Costs one more pass of the student
@@ -114,7 +114,7 @@ class NoisyKD(OnOwnPasses):
                 f"{base_of(student).main_input_name}. Use kind='gaussian'."
             )
 
-    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         batch = step.batch
         if self.kind == "tokens":
             batch = {**batch, "input_ids": self._replaced(batch, base_of(passes.model).config)}
@@ -138,7 +138,7 @@ class NoisyKD(OnOwnPasses):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialKD(OnOwnPasses):
+class AdversarialKD(ExtraForwardPasses):
     """Another objective where it is worst: both models read an input that was changed to drive them apart.
 
     `D(teacher(x + d), student(x + d))` with `d = argmax D` over `|d|_2 <= epsilon` per example, found by `steps` steps
@@ -199,7 +199,7 @@ class AdversarialKD(OnOwnPasses):
                     f"{widths[1]} wide. NoisyKD has no such need."
                 )
 
-    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         batch = step.batch
         if TEACHER_PREFIX + base_of(passes.model).main_input_name in batch:
             raise ValueError(

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from ..forwards import base_of, full_precision
 from .base import Passes, TrainingStep
 from .outline import Outline
-from .perturbed import OnOwnPasses
+from .perturbed import ExtraForwardPasses
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationLoss(OnOwnPasses):
+class QuantizationLoss(ExtraForwardPasses):
     """Distance between the fake-quantized student and its own forward pass in full precision.
 
     `D(student in full precision, quantized student)` for the same weights, input and dropout; the former has no
@@ -46,7 +46,7 @@ class QuantizationLoss(OnOwnPasses):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
         super().attach(student, student)
 
-    def before(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         device = base_of(passes.model).device
         devices = [device] if device.type == "cuda" else []
         # The pass that follows then has the same dropout, so that the distance is the quantizers' alone.

@@ -20,7 +20,7 @@ from ..losses.relations import relation_kl
 from .attention_inputs import KINDS, Seen, Sources, find_sources, looks_back_only, watching
 from .base import Objective, TrainingStep
 from .masks import Batch, Positions, valid_count
-from .outline import Outline, layer_map, mean_over_standing, probe
+from .outline import Outline, layer_map, mean_over_active_layers, probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class RelationKD(Objective):
         return self.relation_heads
 
     @contextlib.contextmanager
-    def observe(self) -> Iterator[tuple[Seen, Seen]]:
+    def capture(self) -> Iterator[tuple[Seen, Seen]]:
         """While it lasts, the queries, keys and values of student and teacher are kept as they are computed."""
         seen: tuple[Seen, Seen] = {}, {}
         # Of a student that is its own teacher, the teacher is who runs without gradient.
@@ -178,14 +178,14 @@ class RelationKD(Objective):
             pairs = ((ours[s, kind], theirs[t, kind].detach().to(ours[s, kind].device)) for kind in self.relations)
             parts = [relation_kl(*pair, self._head_count, mask, self._causal) for pair in pairs]
             values.append(torch.stack(parts).sum(0))
-        mean = mean_over_standing(torch.stack(values), self._layers, [s for s, _ in self._pairs])
+        mean = mean_over_active_layers(torch.stack(values), self._layers, [s for s, _ in self._pairs])
         return masked_mean(mean, mask)
 
     def _check_seen(self, ours: Seen, theirs: Seen) -> None:
         expected = [set(sources) for sources in self._sources]
         if set(ours) != expected[0] or set(theirs) != expected[1]:
             raise RuntimeError(
-                "RelationKD saw no queries, keys and values of this batch. Both models must run within `observe()`, what "
+                "RelationKD saw no queries, keys and values of this batch. Both models must run within `capture()`, what "
                 "that gives be passed on as seen, and the teacher run without gradient where it is the student without "
                 "adapters; a compiled model hides them."
             )

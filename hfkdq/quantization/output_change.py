@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..forwards import as_output, by_name
+from ..forwards import as_output, return_dict_kwargs
 from ..losses.divergences import binary_logits, in_chunks
 
 # Stands for minus infinity where a position cannot be chosen, as in losses.divergences.
@@ -72,7 +72,7 @@ class OutputChange:
             for key, value in batch.items()
             if key not in skipped
         }
-        output = as_output(self.model(**inputs, **by_name(self.model)))
+        output = as_output(self.model(**inputs, **return_dict_kwargs(self.model)))
         return _parts(self.model, output, inputs)
 
 

@@ -4,16 +4,16 @@
 from .base import Teacher
 from .frozen import FrozenTeacher, fingerprint, load_teacher
 from .moving import AveragedTeacher, CoTrainedTeacher, EMATeacher, averaged_copy
-from .peers import Companions, Peer, without_graph
+from .peers import CoTrainedModel, PeerParameters, without_graph
 from .vocabulary import check_vocabulary
 
 __all__ = [
     "AveragedTeacher",
+    "CoTrainedModel",
     "CoTrainedTeacher",
-    "Companions",
     "EMATeacher",
     "FrozenTeacher",
-    "Peer",
+    "PeerParameters",
     "Teacher",
     "averaged_copy",
     "check_vocabulary",

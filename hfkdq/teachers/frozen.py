@@ -20,8 +20,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..architecture import load_checkpoint
-from ..forwards import TEACHER_PREFIX, as_output, base_of, by_name, forward_columns, full_precision, requested
-from ..sharding import is_spread, place_frozen, stays_put
+from ..forwards import (
+    TEACHER_PREFIX,
+    as_output,
+    base_of,
+    forward_columns,
+    full_precision,
+    output_kwargs,
+    return_dict_kwargs,
+)
+from ..sharding import has_device_map, is_dispatched, place_frozen
 from .base import Teacher
 
 _ALONG = {
@@ -92,7 +100,7 @@ class FrozenTeacher(Teacher):
             self.fingerprint = fingerprint(model)
             model.eval().requires_grad_(False)
             self._model = place_frozen(model, accelerator)
-        self._stays = adapters_of is None and stays_put(self._base) and not is_spread(self._base)
+        self._stays = adapters_of is None and has_device_map(self._base) and not is_dispatched(self._base)
 
     def __call__(
         self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
@@ -106,7 +114,9 @@ class FrozenTeacher(Teacher):
         try:
             with torch.no_grad(), self._autocast(), self._without_adapters():
                 output = as_output(
-                    self._model(**self._inputs(batch), **requested(needs, indices), **by_name(self._base))
+                    self._model(
+                        **self._inputs(batch), **output_kwargs(needs, indices), **return_dict_kwargs(self._base)
+                    )
                 )
         finally:
             self._model.train(training and self._adapters_of is not None)

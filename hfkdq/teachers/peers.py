@@ -17,7 +17,7 @@ from .base import Teacher
 from .frozen import fingerprint
 
 
-class Companions(nn.Module):
+class PeerParameters(nn.Module):
     """The parameters of peers, as if they were the student's, so that optimizer, clipping and processes see them.
 
     Only the parameters ride in the student: what looks through its modules, as quantization and pruning do, finds no
@@ -60,10 +60,10 @@ class Companions(nn.Module):
 
 
 def _forget_missing(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if Companions.NAME not in key]
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if PeerParameters.NAME not in key]
 
 
-class Peer(Teacher):
+class CoTrainedModel(Teacher):
     """A co-trained teacher during a training.
 
     Args:

@@ -105,7 +105,7 @@ def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
     return terms
 
 
-def refuse_orphans(objectives: Iterable[Objective], teachers: Mapping[str, Any]) -> None:
+def require_teacher(objectives: Iterable[Objective], teachers: Mapping[str, Any]) -> None:
     """Checks that there is somebody to learn from.
 
     Raises:
@@ -129,7 +129,7 @@ def peer_objectives(teacher: CoTrainedTeacher) -> list[Objective]:
     objectives = [as_objective(objective).copy() for objective in given]
     for objective in objectives:
         objective.check_settings()
-    bad = [o.name for o in objectives if o.runs_first or o.every_teacher or o.teacher is not None]
+    bad = [o.name for o in objectives if o.runs_first or o.uses_all_teachers or o.teacher is not None]
     if bad or not objectives:
         raise ValueError(
             f"The objectives of a CoTrainedTeacher compare it with the student alone; got {', '.join(bad) or 'none'}. Use "
@@ -153,7 +153,7 @@ def loaded(teachers: Mapping[str, Any], init_kwargs: Mapping[str, Any] | None) -
     return {n: load_teacher(str(one), init_kwargs) if n in by_name else one for n, one in teachers.items()}
 
 
-def keep_gradient_(student: Any) -> None:
+def disable_bnb_repacking_(student: Any) -> None:
     """Keeps the 4-bit layers of a student from repacking their weights when they run without gradient.
 
     On a CPU with AVX512-BF16 bitsandbytes does so for a kernel that passes no gradient on, in later training neither.

@@ -16,30 +16,30 @@ from ..objectives.outline import Outline
 from ..objectives.projections import Projections
 from ..teachers import (
     AveragedTeacher,
-    Companions,
+    CoTrainedModel,
     CoTrainedTeacher,
     EMATeacher,
     FrozenTeacher,
-    Peer,
+    PeerParameters,
     Teacher,
     averaged_copy,
     check_vocabulary,
 )
-from .adapting import Adapting
 from .arguments import (
+    disable_bnb_repacking_,
     instances,
     is_factory,
-    keep_gradient_,
     keep_tokens_back_,
     loaded,
     named,
     peer_objectives,
-    refuse_orphans,
     refuse_unsupported,
+    require_teacher,
     validated,
 )
 from .keeping import KeepingMixin
-from .terms import SINGLE, Term, asked_of, sources_of, terms_of
+from .loss_weighting import LossWeighting
+from .terms import SINGLE, Term, required_outputs, sources_of, terms_of
 
 
 class AttachingMixin(KeepingMixin):
@@ -71,9 +71,9 @@ class AttachingMixin(KeepingMixin):
         self.teachers: dict[str, Teacher] = {}
         self.models_of_teachers: dict[str, Any] = {}
         self._terms: list[Term] = []
-        self._adapting = Adapting([])
+        self._loss_weighting = LossWeighting([])
         self._projections: Projections | None = None
-        self._companions: Companions | None = None
+        self._peer_parameters: PeerParameters | None = None
         self._followed = None
         self._in_training = self._in_training_step = False
         self._positions: tuple[torch.Tensor, int] | None = None  # per term, and the processes they are of
@@ -81,7 +81,7 @@ class AttachingMixin(KeepingMixin):
         keep_tokens_back_(self.args)
         if self.objectives:
             self._use_cached_outputs()
-            refuse_orphans(self.objectives, self.given_teachers)
+            require_teacher(self.objectives, self.given_teachers)
             refuse_unsupported(self)
             self._show_terms_in_notebooks()
             self._attach(self.model)
@@ -132,16 +132,18 @@ class AttachingMixin(KeepingMixin):
                 f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
                 "PreTrainedModel, or a PeftModel around one."
             )
-        keep_gradient_(student)
-        for left_behind in (getattr(student, rider.NAME, None) for rider in (Projections, Companions)):
-            if left_behind is not None:  # by another trainer of this student
-                left_behind.remove(student)
+        disable_bnb_repacking_(student)
+        for stale in (getattr(student, module.NAME, None) for module in (Projections, PeerParameters)):
+            if stale is not None:  # by another trainer of this student
+                stale.remove(student)
         for name, given in self.given_teachers.items():
             self.models_of_teachers[name] = self._model_of(student, given)
         for objective in self.objectives:
             sources = sources_of(objective, list(self.given_teachers))
             pool = (
-                self.models_of_teachers if objective.every_teacher else self.models_of_teachers.get(*sources or [""])
+                self.models_of_teachers
+                if objective.uses_all_teachers
+                else self.models_of_teachers.get(*sources or [""])
             )
             objective.attach(student, pool)
         self._projections = getattr(student, Projections.NAME, None)
@@ -151,12 +153,12 @@ class AttachingMixin(KeepingMixin):
             if name not in self.teachers or isinstance(given, EMATeacher):
                 self.teachers[name] = self._placed(student, given, self.models_of_teachers[name])
         models = {name: peer.model for name, peer in self._peers.items()}
-        self._companions = Companions(models) if models else None
+        self._peer_parameters = PeerParameters(models) if models else None
         self._terms = terms_of(self.objectives, self.teachers)
         for name, teacher in self.teachers.items():
-            if asked := asked_of(name, self._terms):
+            if asked := required_outputs(name, self._terms):
                 teacher.check(asked[1])
-        self._adapting = Adapting(self._terms)
+        self._loss_weighting = LossWeighting(self._terms)
 
     def _model_of(self, student: Any, given: Any) -> Any:
         """The model that objectives see as a teacher, checked that it may be trained or frozen beside the student."""
@@ -194,7 +196,7 @@ class AttachingMixin(KeepingMixin):
             objectives = peer_objectives(given)
             for objective in objectives:
                 objective.attach(model, student)
-            return Peer(model, objectives, self.args.device)
+            return CoTrainedModel(model, objectives, self.args.device)
         if isinstance(given, EMATeacher):
             return AveragedTeacher(model, self.accelerator, self.label_names, given.decay)
         itself = base_of(student) is not student and model is base_of(student)
@@ -232,18 +234,18 @@ class AttachingMixin(KeepingMixin):
     def _teachers_columns(self) -> set[str]:
         return set[str]().union(*(teacher.columns for teacher in self.teachers.values()))
 
-    def _install_riders(self) -> None:
+    def _install_auxiliary(self) -> None:
         """Lets the student have what is trained along with it."""
-        for rider in (self._projections, self._companions):
-            if rider is not None:
-                rider.install(self.model)
+        for module in (self._projections, self._peer_parameters):
+            if module is not None:
+                module.install(self.model)
         for teacher in self.teachers.values():
             teacher.install()
 
-    def _remove_riders(self) -> None:
-        for rider in (self._projections, self._companions):
-            if rider is not None:
-                rider.remove(self.model)
+    def _remove_auxiliary(self) -> None:
+        for module in (self._projections, self._peer_parameters):
+            if module is not None:
+                module.remove(self.model)
         for teacher in self.teachers.values():
             teacher.remove()
 
@@ -251,13 +253,13 @@ class AttachingMixin(KeepingMixin):
     def _peers(self) -> dict[str, Teacher]:
         return {name: teacher for name, teacher in self.teachers.items() if teacher.learns}
 
-    def _add_riders_to_optimizer(self) -> None:
+    def _add_auxiliary_to_optimizer(self) -> None:
         """Lets an optimizer that was made before them train the projections and peers too."""
         if self.optimizer is None:
             return
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        riders = [rider for rider in (self._projections, self._companions) if rider is not None]
-        missing = [p for rider in riders for p in rider.parameters() if id(p) not in held]
+        modules = [module for module in (self._projections, self._peer_parameters) if module is not None]
+        missing = [p for module in modules for p in module.parameters() if id(p) not in held]
         # In a group of its own they would be one more than a learning rate schedule knows of.
         self.optimizer.param_groups[0]["params"] += missing
 

@@ -38,7 +38,7 @@ def load_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         return {key: stream.get_tensor(key) for key in stream.keys()}, json.loads(stream.metadata()["facts"])  # noqa: SIM118
 
 
-def forget_whole(folder: str) -> None:
+def invalidate(folder: str) -> None:
     """Takes the last file of a checkpoint away before it is written anew, so that it is not taken for whole."""
     Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
@@ -54,7 +54,7 @@ def archives(args: TrainingArguments, sharded: bool) -> list[str]:
     return [*states, *(f"rng_state_{rank}.pth" for rank in ranks)]
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether all files of a checkpoint were written to the end, as `Trainer` writes its state last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
@@ -84,22 +84,22 @@ def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
     )
 
 
-def newest_whole_checkpoint(output_dir: str) -> str | None:
+def newest_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint in a folder that was written to the end; warns of those after it that were not."""
     for folder in _checkpoints(output_dir):
-        if is_whole(folder):
+        if is_complete(folder):
             return str(folder)
         logger.warning(f"{folder} was cut off while it was written. The checkpoint before it is used.")
     return None
 
 
-def last_whole_checkpoint(output_dir: str) -> str | None:
-    """As `newest_whole_checkpoint`, to go on from.
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """As `newest_complete_checkpoint`, to go on from.
 
     Raises:
         ValueError: there are checkpoints, but none was written to the end.
     """
-    newest = newest_whole_checkpoint(output_dir)
+    newest = newest_complete_checkpoint(output_dir)
     if newest is None and _checkpoints(output_dir):
         raise ValueError(
             f"No checkpoint in {output_dir} was written to the end, so there is nothing to go on from. Start anew, "

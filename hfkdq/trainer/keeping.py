@@ -15,21 +15,21 @@ from transformers.utils import logging
 from ..facts import record_fact
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
-from ..teachers import Companions, Teacher
-from .adapting import Adapting
+from ..teachers import PeerParameters, Teacher
 from .arguments import keep_tokens_back_
 from .checkpoints import (
     LogWindow,
     archives,
     differences,
-    forget_whole,
-    is_whole,
-    last_whole_checkpoint,
+    invalidate,
+    is_complete,
+    last_complete_checkpoint,
     load_state,
-    newest_whole_checkpoint,
+    newest_complete_checkpoint,
     optimizer_fits,
     save_state,
 )
+from .loss_weighting import LossWeighting
 from .terms import SINGLE, Term
 
 logger = logging.get_logger(__name__)
@@ -47,21 +47,21 @@ class KeepingMixin(_TrainerBase):
     strict_resume: bool
     teachers: dict[str, Teacher]
     _terms: list[Term]
-    _adapting: Adapting
+    _loss_weighting: LossWeighting
     _projections: Projections | None
     _in_training: bool
     _term_values: torch.Tensor | None = None  # of the last micro batch
     _log_window: LogWindow | None = None
     _resumed_window: LogWindow | None = None
     _followed: int | None  # optimizer steps that the moving averages have seen
-    _is_another = False  # the training that wrote the checkpoint to go on from
+    _config_changed = False  # the training that wrote the checkpoint to go on from
 
     @property
     def _used_teachers(self) -> dict[str, Teacher]:
         used = {source for term in self._terms for source in term.sources}
         return {name: teacher for name, teacher in self.teachers.items() if name in used}
 
-    def _follow(self) -> None:
+    def _update_teachers(self) -> None:
         """Lets moving averages see the optimizer step that was finished since they last did."""
         step = self.state.global_step
         if self._followed is not None and step > self._followed:
@@ -96,7 +96,7 @@ class KeepingMixin(_TrainerBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
-        self._follow()  # the last of these comes before callbacks take the trained model apart
+        self._update_teachers()  # the last of these comes before callbacks take the trained model apart
         if "loss" in logs and self._log_window is not None:
             window, self._log_window = self._log_window, None
             bad = [torch.as_tensor(t.first_bad_step, device=window.sums.device) for t in self.teachers.values()]
@@ -150,7 +150,7 @@ class KeepingMixin(_TrainerBase):
     def _kept(self) -> str:
         """What an interrupted training leaves, and how to go on."""
         told = f"Interrupted at step {self.state.global_step} of {self.state.max_steps}."
-        newest = newest_whole_checkpoint(str(self.args.output_dir))
+        newest = newest_complete_checkpoint(str(self.args.output_dir))
         if newest is None:
             return f"{told} There is no checkpoint in {self.args.output_dir}, so a new training begins anew."
         return f"{told} {newest} is kept: train(resume_from_checkpoint=True) goes on from it."
@@ -163,10 +163,10 @@ class KeepingMixin(_TrainerBase):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _whole(self, checkpoint: str | bool | None) -> str | bool | None:
+    def _resolve_checkpoint(self, checkpoint: str | bool | None) -> str | bool | None:
         if checkpoint is True:
-            return last_whole_checkpoint(str(self.args.output_dir)) or True
-        if checkpoint and not is_whole(Path(checkpoint)):
+            return last_complete_checkpoint(str(self.args.output_dir)) or True
+        if checkpoint and not is_complete(Path(checkpoint)):
             raise ValueError(
                 f"{checkpoint} is no checkpoint, or was cut off while it was written. Name another one, or give "
                 "resume_from_checkpoint=True for the newest whole one of the output folder."
@@ -180,7 +180,7 @@ class KeepingMixin(_TrainerBase):
                 fact["teacher"] = ", ".join(teacher.name for teacher in self._used_teachers.values())
             record_fact(self.model, "distillation", fact)
 
-    def _made_with(self) -> dict[str, Any]:
+    def _training_fingerprint(self) -> dict[str, Any]:
         teachers = {name: teacher.fingerprint for name, teacher in self._used_teachers.items()}
         return {
             "teacher": teachers.get(SINGLE) if teachers.keys() <= {SINGLE} else teachers,
@@ -194,24 +194,24 @@ class KeepingMixin(_TrainerBase):
             state_dict = {
                 key: value
                 for key, value in state_dict.items()
-                if Projections.NAME not in key and Companions.NAME not in key
+                if Projections.NAME not in key and PeerParameters.NAME not in key
             }
         super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`; into a checkpoint also what training goes on with: projections, open log window."""
         folder = str(output_dir or self.args.output_dir)
-        self._follow()
+        self._update_teachers()
         is_checkpoint = self._in_training and _internal_call and Path(folder) != Path(str(self.args.output_dir))
         if is_checkpoint and self.args.should_save:
-            forget_whole(folder)
+            invalidate(folder)
         super().save_model(output_dir, _internal_call)
         if not is_checkpoint:
             return
         alone = getattr(self.args, "enable_jit_checkpoint", False)
-        self._adapting.adapt(self.accelerator, together=not alone)
-        tensors, facts = {}, {**self._made_with(), "archives": archives(self.args, self._sharded)}
-        facts["adapted"] = self._adapting.state()
+        self._loss_weighting.adapt(self.accelerator, together=not alone)
+        tensors, facts = {}, {**self._training_fingerprint(), "archives": archives(self.args, self._sharded)}
+        facts["adapted"] = self._loss_weighting.state()
         if self._log_window is not None:
             rows = self._log_window.finished(self.state.global_step).unsqueeze(0)
             # On a signal every process saves when it gets to it, so none may wait for the others.
@@ -227,10 +227,10 @@ class KeepingMixin(_TrainerBase):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.objectives and not self.is_deepspeed_enabled:
-            self._take_up(resume_from_checkpoint)
+            self._load_distillation_state(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _take_up(self, checkpoint: str) -> None:
+    def _load_distillation_state(self, checkpoint: str) -> None:
         """Goes on where a checkpoint left off, in all that is not the student's or the optimizer's."""
         tensors, facts = load_state(checkpoint)
         self._refuse_other(checkpoint, facts)
@@ -239,7 +239,7 @@ class KeepingMixin(_TrainerBase):
             same_processes = len(rows) == self.args.world_size
             row = rows[self.args.process_index] if same_processes else rows.mean(0)
             self._resumed_window = LogWindow(facts["log_start"], row.to(self.args.device))
-        self._adapting.load_state(facts.get("adapted", {}))
+        self._loss_weighting.load_state(facts.get("adapted", {}))
         for name, teacher in self.teachers.items():
             own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
             if own:
@@ -250,15 +250,19 @@ class KeepingMixin(_TrainerBase):
             self._projections.maps.load_state_dict({**maps, **fitting})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._is_another and not optimizer_fits(self.optimizer.param_groups, checkpoint):
+        if (
+            checkpoint is not None
+            and self._config_changed
+            and not optimizer_fits(self.optimizer.param_groups, checkpoint)
+        ):
             logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
             return
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _refuse_other(self, checkpoint: str, facts: Mapping[str, Any]) -> None:
-        told = differences(facts, self._made_with())
-        self._is_another = bool(told)
+        told = differences(facts, self._training_fingerprint())
+        self._config_changed = bool(told)
         if not told:
             return
         if self.strict_resume:

@@ -21,13 +21,13 @@ from transformers.utils import ModelOutput, logging
 
 from ..forwards import (
     TEACHER_PREFIX,
-    accepts_items,
+    accepts_num_items,
     as_output,
     base_of,
-    by_name,
     forward_columns,
     no_logits,
-    requested,
+    output_kwargs,
+    return_dict_kwargs,
     without_gradient,
 )
 from ..objectives.base import TrainingStep
@@ -36,7 +36,7 @@ from ..schedules import value_at
 from ..teachers import without_graph
 from .attaching import AttachingMixin
 from .passes import TermPasses, not_synchronised
-from .terms import STUDENT, Term, asked_of
+from .terms import STUDENT, Term, required_outputs
 
 logger = logging.get_logger(__name__)
 
@@ -61,31 +61,31 @@ class DistillationMixin(AttachingMixin):
         """
         if not self.objectives:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        resume_from_checkpoint = self._whole(resume_from_checkpoint)
+        resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
         self._log_window = self._resumed_window = self._followed = None
         if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
-            self._take_up(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
+            self._load_distillation_state(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
         self._in_training = True
         if self.model_init is None:  # else `call_model_init` makes new ones
-            self._install_riders()
-            self._add_riders_to_optimizer()
+            self._install_auxiliary()
+            self._add_auxiliary_to_optimizer()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
-            self._follow()
+            self._update_teachers()
         except KeyboardInterrupt:
             logger.warning(self._kept())
             raise
         finally:
             self._in_training = False
             self._positions = self._log_window = self._resumed_window = None
-            self._remove_riders()
+            self._remove_auxiliary()
         self._record()
         self._refuse_broken_weights()
         return output
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
-        self._adapting.adapt(self.accelerator)
+        self._loss_weighting.adapt(self.accelerator)
         batches, items = super().get_batch_samples(*args, **kwargs)
         if self.objectives and batches:
             counts = torch.stack([self._count(sum(t.objective.positions(b) for b in batches)) for t in self._terms])
@@ -104,8 +104,8 @@ class DistillationMixin(AttachingMixin):
         self.model_accepts_loss_kwargs, self._in_training_step = False, True
         alone = not self._in_training  # a step that the user takes without `train`
         if alone:
-            self._install_riders()
-        self._follow()
+            self._install_auxiliary()
+        self._update_teachers()
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
@@ -114,7 +114,7 @@ class DistillationMixin(AttachingMixin):
         finally:
             self.model_accepts_loss_kwargs, self._in_training_step = self._forward_takes_items, False
             if alone:
-                self._remove_riders()
+                self._remove_auxiliary()
         return self._to_log(loss)
 
     def compute_loss(
@@ -134,15 +134,15 @@ class DistillationMixin(AttachingMixin):
         batch = dict(inputs)
         steps = self._own_passes(model, batch)
         with contextlib.ExitStack() as stack:
-            seen = [stack.enter_context(term.objective.observe()) for term in self._terms]
+            seen = [stack.enter_context(term.objective.capture()) for term in self._terms]
             outputs: dict[str, Any] = {STUDENT: None}
             # What is frozen comes first, so that its activations are gone when others are made.
             for name in sorted(self._used_teachers, key=self._peers.__contains__):
-                asked = asked_of(name, self._terms, steps)
+                asked = required_outputs(name, self._terms, steps)
                 outputs[name] = asked and self.ask(name, batch, *asked, num_items_in_batch)
-            if self._companions is not None:
-                self._companions.outputs = [outputs[name] for name in self._peers]
-            asked = asked_of(STUDENT, self._terms, steps)
+            if self._peer_parameters is not None:
+                self._peer_parameters.outputs = [outputs[name] for name in self._peers]
+            asked = required_outputs(STUDENT, self._terms, steps)
             # Processes exchange gradients in this pass, read or not.
             if asked or return_outputs or isinstance(model, DistributedDataParallel):
                 needs, read = asked or (frozenset(), {})
@@ -161,7 +161,7 @@ class DistillationMixin(AttachingMixin):
             with not_synchronised(model):
                 for i, term in first:
                     passes = TermPasses(self, model, term.sources[0] if term.sources else "")
-                    steps[i] = term.objective.before(passes, step)
+                    steps[i] = term.objective.run_forward(passes, step)
         return steps
 
     def ask(
@@ -197,7 +197,7 @@ class DistillationMixin(AttachingMixin):
 
     def _asked(self, model: nn.Module, inputs: Any, needs: frozenset[str], read: Mapping[str, Any]) -> dict[str, Any]:
         bare = model if isinstance(base_of(model), PreTrainedModel) else self.model
-        asked = {**inputs, **requested(needs, read), **by_name(bare)}
+        asked = {**inputs, **output_kwargs(needs, read), **return_dict_kwargs(bare)}
         if self.args.use_liger_kernel and "skip_logits" in forward_columns(bare):
             asked["skip_logits"] = "logits" not in needs
         return asked
@@ -220,7 +220,7 @@ class DistillationMixin(AttachingMixin):
             if self.compute_loss_func is not None:
                 task, output = super().compute_loss(model, asked, return_outputs=True, num_items_in_batch=items)
             else:
-                if self._forward_takes_items if learner == STUDENT else accepts_items(model):
+                if self._forward_takes_items if learner == STUDENT else accepts_num_items(model):
                     task_loss = next(
                         t.objective for t in self._terms if t.learner == learner and "loss" in t.objective.needs
                     )
@@ -261,7 +261,7 @@ class DistillationMixin(AttachingMixin):
         for index, term in enumerate(self._terms):
             objective, own = term.objective, steps[index]
             sources = {name: told[name] for name in term.sources}
-            teacher = sources if objective.every_teacher else next(iter(sources.values()), None)
+            teacher = sources if objective.uses_all_teachers else next(iter(sources.values()), None)
             steps[index] = replace(
                 own,
                 student=outputs[term.learner] if own.student is None else own.student,
@@ -284,7 +284,7 @@ class DistillationMixin(AttachingMixin):
             values.append(mean.float())
             loss = loss + self._weight_of(term) * values[-1]
         for index, step in enumerate(steps):
-            self._adapting.measure(index, means, step, self.model, self.state.global_step)
+            self._loss_weighting.measure(index, means, step, self.model, self.state.global_step)
         self._term_values = torch.stack(values).detach()
         return loss * accumulated  # type: ignore[no-any-return]
 

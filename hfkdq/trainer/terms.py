@@ -35,7 +35,7 @@ def sources_of(objective: Objective, teachers: Sequence[str]) -> tuple[str, ...]
     """
     if not objective.uses_teacher:
         return ()
-    if objective.every_teacher:
+    if objective.uses_all_teachers:
         return tuple(teachers)
     if objective.teacher is None and len(teachers) > 1:
         raise ValueError(
@@ -65,7 +65,7 @@ def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Teacher]) -
     return terms
 
 
-def asked_of(
+def required_outputs(
     who: str, terms: Iterable[Term], steps: Iterable[TrainingStep] | None = None
 ) -> tuple[frozenset[str], Indices] | None:
     """What terms need of one model: kinds of outputs, and of hidden states and attentions which (`None` for all).

@@ -73,7 +73,7 @@ def step(objective, student, teacher, batch):
     request = {f"output_{need}": True for need in objective.needs}
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     student.train()
-    with objective.observe() as seen:
+    with objective.capture() as seen:
         with torch.no_grad():
             teacher_out = teacher(**inputs, **request)
         student_out = student(**inputs, **request)

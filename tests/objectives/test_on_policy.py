@@ -66,7 +66,7 @@ def evaluated(objective, student, teacher, batch, seed=5, progress=0.0):
     """Value and count for a batch, which the student answers from a seed."""
     torch.manual_seed(seed)
     passes = Bare(student, teacher)
-    step = objective.before(passes, TrainingStep(batch, progress))
+    step = objective.run_forward(passes, TrainingStep(batch, progress))
     if step.student is None:
         step = replace(step, student=passes.student(batch), teacher=passes.teacher(batch))
     return objective.loss(step), objective.positions(batch)
@@ -156,7 +156,7 @@ def test_the_student_samples_from_all_it_finds_likely_whatever_its_configuration
     for temperature in (1.0, 3.0):
         objective = attached(student, teacher, sampling_temperature=temperature)
         torch.manual_seed(5)
-        labels = objective.before(passes, TrainingStep(batch)).batch["labels"]
+        labels = objective.run_forward(passes, TrainingStep(batch)).batch["labels"]
         with torch.no_grad():
             rows = written_by_hand(student.eval(), prompts, 6, temperature)
         assert [row[row != -100].tolist() for row in labels] == rows
@@ -170,7 +170,7 @@ def test_what_the_student_writes_is_read_as_a_batch_of_training():
     batch, prompts = texts("gpt2")
     objective = attached(student, teacher)
     torch.manual_seed(5)
-    written = objective.before(Bare(student, teacher), TrainingStep(batch)).batch
+    written = objective.run_forward(Bare(student, teacher), TrainingStep(batch)).batch
     rows = written_by_hand(student.eval(), prompts, 6)
     width = max(len(p) + len(row) for p, row in zip(prompts, rows, strict=True))
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
@@ -186,7 +186,7 @@ def test_prompts_are_what_comes_before_the_first_label():
 
     def prompts(**columns):
         objective = attached(student, teacher, max_new_tokens=1)
-        written = objective.before(Bare(student, teacher), TrainingStep({"input_ids": ids, **columns})).batch
+        written = objective.run_forward(Bare(student, teacher), TrainingStep({"input_ids": ids, **columns})).batch
         return [row[mask == 1][:-1].tolist() for row, mask in zip(*(written[k] for k in ("input_ids", "attention_mask")), strict=True)]  # fmt: skip
 
     assert prompts() == [[5], [11]]
@@ -216,7 +216,7 @@ def test_the_mode_of_the_student_is_kept_and_the_gradient_is_the_students_alone(
     objective, passes, modes = attached(student, teacher), Bare(student, teacher), []
     layer = student.model.layers[0]
     layer.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
-    step = objective.before(passes, TrainingStep(batch))
+    step = objective.run_forward(passes, TrainingStep(batch))
     assert passes.seen == [(True, True), "teacher"]
     assert modes[-1] == (True, True)
     assert set(modes[:-1]) == {(False, False)}
@@ -234,7 +234,7 @@ def test_weights_that_were_cast_for_sampling_do_not_cut_off_the_gradient():
     batch, _ = texts("llama")
     objective = attached(student, teacher)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        step = objective.before(Bare(student, teacher), TrainingStep(batch))
+        step = objective.run_forward(Bare(student, teacher), TrainingStep(batch))
     objective.loss(step).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
 
@@ -257,7 +257,7 @@ def test_off_policy_it_is_the_inner_objective_per_sample(kind):
     )  # fmt: skip
     plain.attach(student, teacher)
     state = torch.get_rng_state()
-    step = objective.before(None, TrainingStep(batch))
+    step = objective.run_forward(None, TrainingStep(batch))
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn where nothing is to be decided
     assert (step.student, step.teacher) == (None, None)
     assert objective.needs == plain.needs == {"logits"}
@@ -276,7 +276,7 @@ def test_the_student_writes_as_often_as_the_fraction_says():
     for progress in (0.0, 0.3, 1.0):
         passes, wrote = Bare(student, teacher), []
         for _ in range(60):
-            wrote.append(objective.before(passes, TrainingStep(batch, progress)).student is not None)
+            wrote.append(objective.run_forward(passes, TrainingStep(batch, progress)).student is not None)
         assert len(passes.seen) == 2 * sum(wrote)
         shares.append(sum(wrote) / 60)
     assert shares[0] == 0.0
@@ -300,13 +300,13 @@ def test_answers_end_where_the_positions_of_a_model_do():
     teacher.config.n_positions = 8
     batch, _ = texts("gpt2")
     objective = attached(student, teacher, max_new_tokens=60)
-    written = objective.before(Bare(student, teacher), TrainingStep(batch)).batch
+    written = objective.run_forward(Bare(student, teacher), TrainingStep(batch)).batch
     assert written["input_ids"].shape == (3, 8)  # the longest prompt has 4 tokens
     teacher.config.n_positions = 4
     with pytest.raises(
         ValueError, match="The longest prompt of a batch has 4 tokens, and the models have 4 positions"
     ):
-        attached(student, teacher).before(Bare(student, teacher), TrainingStep(batch))
+        attached(student, teacher).run_forward(Bare(student, teacher), TrainingStep(batch))
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_a_student_with_adapters_learns_from_itself_without_them():
     student = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query", "value"], r=2))
 
     def value_of(objective):
-        with objective.observe() as seen:
+        with objective.capture() as seen:
             with torch.no_grad(), student.disable_adapter():
                 student(**batch)
             student(**batch)
@@ -217,7 +217,7 @@ def test_hooks_and_tensors_last_for_a_batch_only():
     kept = []
 
     def fail():
-        with objective.observe() as seen:
+        with objective.capture() as seen:
             kept.append(seen)
             assert hooks_of(student, teacher) == 6
             raise KeyError
@@ -231,7 +231,7 @@ def test_hooks_and_tensors_last_for_a_batch_only():
     assert vars(objective) == known  # what was seen went through the step alone
     student(**batch)
     assert kept == [({}, {})]
-    with pytest.raises(RuntimeError, match="within `observe"):
+    with pytest.raises(RuntimeError, match="within `capture"):
         objective(None, None, batch)
 
 

@@ -211,7 +211,7 @@ def test_layers_that_are_passed_by_are_not_compared_with_the_teacher(kind):
 def _value(objective, student, teacher, batch, needs):
     if needs:
         return objective(student(**batch, **needs), teacher(**batch, **needs), batch)
-    with objective.observe() as seen:
+    with objective.capture() as seen:
         ours = student(**batch)
         with torch.no_grad():
             theirs = teacher(**batch)

@@ -21,7 +21,7 @@ from hfkdq.losses import forward_kl
 from hfkdq.objectives import ByAgreement, ByGradientNorm, HiddenStateKD, LogitKD, NoisyKD, TaskLoss
 from hfkdq.quantization.records import quantizer_states
 from hfkdq.schedules import Linear
-from hfkdq.teachers.peers import Companions
+from hfkdq.teachers.peers import PeerParameters
 from hfkdq.trainer import DistillationTrainer
 from tests import tiny
 
@@ -197,7 +197,7 @@ def test_both_can_be_saved_and_the_student_keeps_no_trace(training_arguments, tm
         CoTrainedTeacher(peer, [TaskLoss(), LogitKD(), HiddenStateKD(weight=0.1)]),
     )  # fmt: skip
     trainer.train()
-    assert not hasattr(student, Companions.NAME)
+    assert not hasattr(student, PeerParameters.NAME)
     assert not peer.training
     assert set(student.state_dict()) == keys
     trainer.save_model(str(tmp_path / "student"))
@@ -331,7 +331,7 @@ def test_a_weight_balances_the_gradients(training_arguments):
     )
     batch = first_batch(trainer)
     trainer.train()
-    trainer._adapting.adapt(trainer.accelerator)
+    trainer._loss_weighting.adapt(trainer.accelerator)
     out = twin(**batch)
     norms = []
     for value in (out.loss, forward_kl(out.logits, outputs(teacher, batch).logits, 2.0).mean()):

@@ -67,8 +67,8 @@ class Recording(OnPolicyKD):
         super().__post_init__()
         object.__setattr__(self, "record", [])
 
-    def before(self, passes, step):
-        found = super().before(passes, step)
+    def run_forward(self, passes, step):
+        found = super().run_forward(passes, step)
         wrote = found.student is not None
         self.record.append([{k: v.clone() for k, v in found.batch.items()} if wrote else None])
         return found

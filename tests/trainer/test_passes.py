@@ -294,7 +294,7 @@ def test_attention_maps_of_a_noisy_student(training_arguments):
 class Repeating(LogitKD):
     """An objective of a user's own that runs both models once more."""
 
-    def before(self, passes, step):
+    def run_forward(self, passes, step):
         return TrainingStep(step.batch, student=passes.student(step.batch), teacher=passes.teacher(step.batch))
 
 

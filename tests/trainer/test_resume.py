@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hfkdq.objectives import HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.objectives.base import as_objective
 from hfkdq.trainer import DistillationTrainer
-from hfkdq.trainer.checkpoints import is_whole, last_whole_checkpoint
+from hfkdq.trainer.checkpoints import is_complete, last_complete_checkpoint
 from tests import tiny
 
 from ..launch import python_path
@@ -101,7 +101,7 @@ def start_until_done(folder, kills, **kwargs):
     """What a training ends with that is killed at the moments `kills`, each time started again as a user would."""
     for kill_at in (*kills, None):
         # Without a whole checkpoint yet Trainer refuses to resume, and one starts again from the beginning.
-        resume = any(is_whole(checkpoint) for checkpoint in folder.glob("checkpoint-*"))
+        resume = any(is_complete(checkpoint) for checkpoint in folder.glob("checkpoint-*"))
         done = start(folder, kill_at=kill_at, resume=resume, **kwargs)
         if done is not None:
             return done
@@ -181,7 +181,7 @@ def test_two_processes_killed_between_two_logs_end_as_if_never_cut(tmp_path):
     moments = never_cut[0]["moments"]
     saved = moments.index("after trainer_state.json")
     assert run("cut", kill_at=moments.index("in the optimizer step", saved)) == [None, None]
-    assert is_whole(tmp_path / "cut" / "checkpoint-3")
+    assert is_complete(tmp_path / "cut" / "checkpoint-3")
     for ours, theirs in zip(run("cut", resume=True), never_cut, strict=True):
         assert_same(ours["end"], theirs["end"])
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_or_refused_by_name(steps, 
     again.train(resume_from_checkpoint=True)
     assert [message for message in warned if "checkpoint-3 was cut off" in message]
     assert seen == [3]
-    assert is_whole(cut)
+    assert is_complete(cut)
 
 
 class Record(TrainerCallback):
@@ -266,7 +266,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(steps, tmp_path):
 def test_a_checkpoint_is_not_whole_while_it_is_written_anew(steps, tmp_path, monkeypatch):
     made(steps()).train()
     last = tmp_path / "out" / "checkpoint-2"
-    assert is_whole(last)
+    assert is_complete(last)
 
     def cut(*args):
         raise KeyboardInterrupt
@@ -274,8 +274,8 @@ def test_a_checkpoint_is_not_whole_while_it_is_written_anew(steps, tmp_path, mon
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", cut)
     with pytest.raises(KeyboardInterrupt):
         made(steps()).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert not is_whole(last)
-    assert last_whole_checkpoint(str(tmp_path / "out")).endswith("checkpoint-1")
+    assert not is_complete(last)
+    assert last_complete_checkpoint(str(tmp_path / "out")).endswith("checkpoint-1")
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

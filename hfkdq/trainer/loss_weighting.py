@@ -14,7 +14,7 @@ from ..objectives.adaptive import AdaptiveWeight, ByAgreement, ByGradientNorm, g
 from .terms import Term
 
 
-class Adapting:
+class LossWeighting:
     """The adaptive weights of the terms.
 
     Args:
