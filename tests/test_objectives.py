@@ -7,7 +7,16 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hfkdq.losses import attention_kl, forward_kl, mean_squared_error
-from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, Objective, TaskLoss, as_objective
+from hfkdq.objectives import (
+    AttentionKD,
+    HiddenStateKD,
+    LogitKD,
+    NoisyKD,
+    Objective,
+    TaskLoss,
+    TrainingStep,
+    as_objective,
+)
 from hfkdq.objectives.outline import layer_map
 from hfkdq.objectives.projections import Projections
 from hfkdq.schedules import Linear
@@ -258,3 +267,52 @@ def test_plain_callables_are_objectives():
     for wrong in (LogitKD, 3, "kd"):
         with pytest.raises(TypeError, match="parentheses"):
             as_objective(wrong)
+
+
+class Doubled(LogitKD):
+    def __call__(self, student_out, teacher_out, batch):
+        return 2 * super().__call__(student_out, teacher_out, batch)
+
+
+class Deeper(Doubled):
+    def loss(self, step):
+        return 2 * super().loss(step)
+
+
+class Early(LogitKD):
+    def before(self, passes, batch):
+        """As it was called."""
+
+
+class Plain(Objective):
+    def __call__(self, student_out, teacher_out, batch):
+        return (student_out.logits - teacher_out.logits).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Doubled(), r"Doubled defines __call__ over the loss of LogitKD.* Define loss\(step\)"),
+        (NoisyKD(objective=Doubled()), "Doubled defines __call__ over the loss of LogitKD"),
+        (Early(), r"before is called run_forward\(passes, step\) now"),
+    ],
+)
+def test_methods_that_the_trainer_would_never_call_are_refused(objective, message):
+    with pytest.raises(TypeError, match=message):
+        objective.check_settings()
+
+
+def test_classes_of_a_users_own_give_their_mean():
+    student, teacher, batch = tiny.bert(0), tiny.bert(1), tiny.batch(tiny.bert(0))
+    out = outputs(student, teacher, batch)
+    step = TrainingStep(batch, student=out[0], teacher=out[1])
+    for objective in (Plain(), Deeper()):
+        objective.check_settings()
+        objective.attach(student, teacher)
+    torch.testing.assert_close(Plain().loss(step), (out[0].logits - out[1].logits).abs().mean())
+    deeper, plain = Deeper(), LogitKD()
+    for each in (deeper, plain):
+        each.attach(student, teacher)
+    torch.testing.assert_close(deeper.loss(step), 2 * plain(*out, batch))
+    with pytest.raises(NotImplementedError, match="must define __call__"):
+        Objective()(*out, batch)

@@ -46,6 +46,14 @@ class TrainingStep:
         return value_at(value, self.progress)
 
 
+_RENAMED = {
+    "before": "run_forward(passes, step)",
+    "observe": "capture()",
+    "every_teacher": "uses_all_teachers",
+    "set_progress": "the progress of the step that loss(step) is given",
+}
+
+
 class Passes(Protocol):
     """How an objective runs the models of the training by itself: as they are wrapped, and under their autocast."""
 
@@ -106,7 +114,9 @@ class Objective:
 
         Raises:
             ValueError: naming the setting.
+            TypeError: a method that the trainer would never call, in a class of the user's own.
         """
+        self._check_methods()
         check_fields(self)
         for f in fields(self):
             value: Any = getattr(self, f.name, None)
@@ -117,6 +127,19 @@ class Objective:
                     f"{type(self).__name__}: {f.name} must be a number, finite at every point of training, which {value!r} "
                     "is not."
                 )
+
+    def _check_methods(self) -> None:
+        kind = type(self)
+        old = [f"{name} is called {new} now" for name, new in _RENAMED.items() if hasattr(kind, name)]
+        if old:
+            raise TypeError(f"{kind.__name__}: {', '.join(old)}. Rename it; docs/objectives.md has an example.")
+        defines = [c for c in kind.__mro__ if vars(c).keys() & {"loss", "__call__"} and c is not Objective]
+        below = [c.__name__ for c in defines[1:] if "loss" in vars(c)]
+        if below and "loss" not in vars(defines[0]):
+            raise TypeError(
+                f"{defines[0].__name__} defines __call__ over the loss of {below[0]}, so the trainer would not call it. Define "
+                "loss(step) instead, and call super().loss(step) in it."
+            )
 
     @property
     def name(self) -> str:
