@@ -42,7 +42,7 @@ def as_output(output: Any) -> Any:
 
 
 def without_gradient(output: Mapping[str, Any], needs: Collection[str]) -> bool:
-    """Whether of something that objectives need no part leads back to weights, though it is there."""
+    """Whether a required output is present, but detached from the graph."""
     for need in ("logits", "hidden_states", "attentions"):
         value = output.get(need) if need in needs else None
         parts = [value] if isinstance(value, torch.Tensor) else [part for part in value or () if part is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The channels of convolutional blocks that no residual connection passes by, so that they can go one by one."""
+"""Prunable channels: inside a block, not on the skip connection."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which positions of a batch are a row's own, and which inputs a row brought, whatever it was padded with."""
+"""Positions of a batch that are not padding, and checksums of the inputs of each row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps exporters from talking, and from drawing other numbers at every call."""
+"""Silences exporters and fixes their seeds."""
 
 from __future__ import annotations
 

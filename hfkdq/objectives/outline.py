@@ -233,7 +233,7 @@ def layers_of(student: PreTrainedModel) -> list[nn.Module]:
 
 
 def mean_over_active_layers(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
-    """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are at work.
+    """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are not bypassed.
 
     Pruning passes layers by while it trains (they have `bypassed` set); what they hand on is the layer before them, which
     has an entry of its own. Those left out keep a gradient of zero.

@@ -150,7 +150,8 @@ class AdversarialKD(ExtraForwardPasses):
     Args:
         objective (`Objective`, defaults to `LogitKD()`): what is driven apart, and then learned.
         epsilon (`float`, defaults to 1.0): largest Euclidean length of the change of an example, over all its positions, in
-            the units of its embeddings or pixels: too much of it teaches nothing, so look at their length.
+            the units of its embeddings or pixels. It should be small beside their length: 1.0 cost a student of MiniLM 11
+            points (docs/results/objectives.md).
         steps (`int`, defaults to 1): gradient steps.
         step_size (`float`, *optional*): length of one; by default `epsilon` for one step, `1.5 * epsilon / steps` else.
         weight (`float` or schedule, defaults to 1.0): factor of this term.

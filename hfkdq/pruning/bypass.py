@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passing a layer by: it hands on the hidden states that came in, as if it were not there."""
+"""Skips a layer: it returns its input unchanged."""
 
 from __future__ import annotations
 

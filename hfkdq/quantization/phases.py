@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a spec is in force at which point of training."""
+"""The QAT schedule: what of a spec is in force at which point of training."""
 
 from __future__ import annotations
 

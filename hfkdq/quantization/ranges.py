@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters that learned ranges and scales are, and a learning rate of their own."""
+"""Learned quantization parameters, and a multiplier of their learning rate."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens before a distilling trainer trains: teachers and objectives are checked, met and put in place."""
+"""Validates and attaches teachers and objectives, before a distilling trainer trains."""
 
 from __future__ import annotations
 

@@ -250,8 +250,8 @@ class DistillationMixin(AttachingMixin):
         # A `compute_loss_func` normalises by itself, and Trainer then does not divide by the accumulation steps.
         own_scale = self.compute_loss_func is not None
         accumulated = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
-        # What one that learns tells another has no gradient there.
-        told = {
+        # Outputs that serve as another model's targets are detached.
+        targets = {
             name: without_graph(outputs[name]) if name == STUDENT or name in self._peers else outputs[name]
             for name in {source for term in self._terms for source in term.sources}
         }
@@ -260,7 +260,7 @@ class DistillationMixin(AttachingMixin):
         loss: Any = 0.0
         for index, term in enumerate(self._terms):
             objective, own = term.objective, steps[index]
-            sources = {name: told[name] for name in term.sources}
+            sources = {name: targets[name] for name in term.sources}
             teacher = sources if objective.uses_all_teachers else next(iter(sources.values()), None)
             steps[index] = replace(
                 own,
