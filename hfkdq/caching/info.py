@@ -59,7 +59,7 @@ class CacheInfo:
     Attributes:
         outputs (tuple of [`CachedOutput`]): the cached outputs.
         inputs (tuple of `str`): the columns of a batch that the teacher read, which the check of a row is over.
-        teacher (`dict`): class, configuration and output shapes of the teacher.
+        teacher (`dict`): class, configuration and output shapes of the teacher, and its fingerprint in checkpoints.
         key (`dict`): what the outputs depend on: fingerprints of teacher, processor and dataset, collator, settings.
     """
 

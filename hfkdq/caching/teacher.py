@@ -37,7 +37,7 @@ class CachedTeacher(Teacher):
     def __init__(self, info: CacheInfo, device: torch.device | str) -> None:
         self.info, self.device = info, torch.device(device)
         self.name = str(info.teacher["model_class"])
-        self.fingerprint = str(info.key["teacher"])
+        self.fingerprint = str(info.teacher.get("fingerprint", info.key["teacher"]))
         self.columns = {*info.columns, *info.inputs, *MASKS, *(TEACHER_PREFIX + mask for mask in MASKS)}
         self.outline = info.outline
         self.layers = info.layers

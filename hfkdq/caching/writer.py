@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 
 from ..forwards import base_of
-from ..teachers import FrozenTeacher, check_vocabulary, load_teacher
+from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher
 from .codec import encode
 from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info
 from .keys import collator_name, processor_fingerprint, weights_fingerprint
@@ -116,7 +116,9 @@ def cache_teacher_outputs(
     source = Source(dataset, collator, teacher, remove_unused_columns)
     inputs = checked_inputs(source.probe(), source.columns, plan.decodes_labels)
     key = _key(teacher, dataset, collator, processing_class, plan, dtype, accelerator)
-    info = CacheInfo(plan.outputs, inputs, plan.outline.to_dict(), key)
+    # By this one checkpoints know the teacher, so that a run that was begun beside it may go on with its cache.
+    described = {**plan.outline.to_dict(), "fingerprint": fingerprint(teacher)}
+    info = CacheInfo(plan.outputs, inputs, described, key)
     info = CacheInfo.from_json(info.to_json())  # as it will be read
     place = prepared(folder, info, accelerator)
     write_parts(_Cells(teacher, source, plan, inputs, accelerator), info, place, batch_size, accelerator)

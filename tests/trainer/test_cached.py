@@ -125,3 +125,18 @@ def test_a_resumed_run_is_one_that_was_never_stopped(rows, training_arguments):
     assert again.state.global_step == whole.state.global_step == 9
     assert_equal_weights(again.model, whole.model)
     assert losses(again, "loss") == losses(whole, "loss")
+
+
+@pytest.mark.parametrize("first", ["live", "cached"])
+def test_a_run_beside_the_teacher_and_one_on_its_cache_go_on_from_each_other(first, rows, training_arguments):
+    def trainer(kind, name):
+        arguments = training_arguments(name, save_strategy="steps", save_steps=4, optim="sgd", learning_rate=0.05)
+        own = make_trainer(arguments, TERMS["sum"]) if kind == "live" else from_cache(arguments, rows, TERMS["sum"])
+        return own
+
+    whole = trainer(first, "whole")
+    whole.train()
+    again = trainer("cached" if first == "live" else "live", "again")
+    again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    assert again.state.global_step == 9
+    assert_equal_weights(again.model, whole.model, rtol=0, atol=3e-4)
