@@ -104,16 +104,16 @@ class QATCallback(TrainerCallback, ExportableState):
         self.fold_batch_norm = fold_batch_norm
         self.scaling = UpdateScaling(learning_rate_factor)
         self._model: PreTrainedModel | None = None
+        self._states: dict[str, Any] | None = (
+            None  # of the last optimizer step, where others would be read between two
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it: settings, and of the quantizers what they are when it is asked."""
         phases = {**self.phases.to_dict(), "fold_batch_norm": self.fold_batch_norm}
         return {
             "args": {"spec": self.spec.to_dict(), **phases, "learning_rate_factor": self.scaling.factor},
-            "attributes": {
-                "ranges": {} if self._model is None else quantizer_states(self._model),
-                "weights": {} if self._model is None else weight_states(self._model),
-            },
+            "attributes": self._present() if self._states is None else self._states,
         }
 
     def on_init_end(
@@ -154,7 +154,7 @@ class QATCallback(TrainerCallback, ExportableState):
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
         self._model = model
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._share(model)
+        self._share(model, args)
 
     def on_pre_optimizer_step(
         self,
@@ -183,7 +183,7 @@ class QATCallback(TrainerCallback, ExportableState):
             # Models before this step were not quantized as the spec says; none of them may be loaded as the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         # Not at the end of the step, where a callback that runs before this one may save the model.
-        self._share(model)
+        self._share(model, args)
 
     def on_train_end(
         self,
@@ -211,7 +211,8 @@ class QATCallback(TrainerCallback, ExportableState):
                     f"The best checkpoint, {path}, was saved without quantization. Its weights "
                     "are used with the last activation ranges."
                 )
-        self._share(model)
+        self._share(model, args)
+        self._states = None
         record_ranges(model)
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
@@ -251,10 +252,19 @@ class QATCallback(TrainerCallback, ExportableState):
         load_quantizer_states_(model, ranges)
         load_weight_states_(model, weights)
 
-    def _share(self, model: PreTrainedModel) -> None:
+    def _present(self) -> dict[str, Any]:
+        model = self._model
+        found = ({}, {}) if model is None else (quantizer_states(model), weight_states(model))
+        return dict(zip(("ranges", "weights"), found, strict=True))
+
+    def _share(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shared = [quantizer_states(model)]
             dist.broadcast_object_list(shared)
             load_quantizer_states_(model, shared[0])
-        record_ranges(model, live=True)
+        # What is saved between two micro batches goes on from the step before, so it must not have seen the first of them.
+        steps_are_cut = args.gradient_accumulation_steps > 1
+        if steps_are_cut:
+            self._states = self._present()
+        record_ranges(model, live=not steps_are_cut)
