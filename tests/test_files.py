@@ -24,7 +24,9 @@ def names(folder: Path) -> list[str]:
 def start(code: str, folder: Path) -> subprocess.Popen[str]:
     """A process that runs `code` in a staged folder and says when it is there."""
     program = (
-        "import sys, time, pathlib; from hfkdq.files import staged\n"
+        "import signal, sys, time, pathlib; from hfkdq.files import staged\n"
+        # A shell's background jobs, and nohup, start with these ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"with staged(pathlib.Path({str(folder)!r})) as staging:\n"
         "    (staging.files / 'half').write_text('half')\n"
         "    print('there', flush=True)\n"
