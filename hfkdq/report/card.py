@@ -133,10 +133,10 @@ def _is_hub_id(name: Any) -> bool:
 
 
 def _plain_text(value: Any) -> Any:
-    """What is written into the metadata, whose texts have one line."""
+    """What is written into the metadata, whose texts have one line, and no tags for readers that take it for Markdown."""
     if isinstance(value, list):
         return [_plain_text(item) for item in value]
-    return one_line(value) if isinstance(value, str) else value
+    return re.sub(r"[<>]", "", one_line(value)) if isinstance(value, str) else value
 
 
 def _title(report: CompressionReport) -> str:
@@ -157,7 +157,7 @@ def _metadata(report: CompressionReport) -> ModelCardData:
         metrics=_plain_text(metric_names(report)) or None,
         pipeline_tag=_plain_text(report.task),
         tags=_tags(report),
-        model_name=one_line(_title(report)) if results else None,
+        model_name=_plain_text(_title(report)) if results else None,
         eval_results=results or None,
     )
 
@@ -183,15 +183,15 @@ def _eval_results(report: CompressionReport) -> list[EvalResult]:
     data = report.dataset
     return [
         EvalResult(
-            task_type=one_line(report.task),
+            task_type=_plain_text(report.task),
             dataset_type=_plain_text(data.id) or re.sub(r"[^\w.-]+", "-", data.name).strip("-").lower() or "data",
-            dataset_name=one_line(data.name) or "data",
+            dataset_name=_plain_text(data.name) or "data",
             dataset_config=_plain_text(data.config),
             dataset_split=_plain_text(data.split),
             dataset_revision=_plain_text(data.revision),
-            metric_type=one_line(metric),
+            metric_type=_plain_text(metric),
             metric_value=round(value, 6),
-            metric_name=one_line(f"{metric} ({report.engines[-1].name})"),
+            metric_name=_plain_text(f"{metric} ({report.engines[-1].name})"),
         )
         for metric, value in report.engines[-1].metrics.items()
     ]

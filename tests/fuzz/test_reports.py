@@ -99,3 +99,10 @@ def test_one_that_is_told_apart(value):
 
 def test_a_field_without_a_name():
     assert not answers(lambda: render(json.dumps({**json.loads(REPORT.to_json()), "": 1})))
+
+
+def test_a_metric_that_is_called_a_tag():
+    data = json.loads(REPORT.to_json())
+    for engine in data["engines"]:
+        engine["metrics"] = {"<script>alert(1)</script>": 0.5}
+    assert answers(lambda: render(json.dumps(data)))
