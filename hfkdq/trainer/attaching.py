@@ -234,18 +234,21 @@ class AttachingMixin(KeepingMixin):
     def _teachers_columns(self) -> set[str]:
         return set[str]().union(*(teacher.columns for teacher in self.teachers.values()))
 
+    @property
+    def _auxiliary(self) -> list[Projections | PeerParameters]:
+        """The modules that are trained with the student, and are in it only while it is trained."""
+        return [module for module in (self._projections, self._peer_parameters) if module is not None]
+
     def _install_auxiliary(self) -> None:
         """Lets the student have what is trained along with it."""
-        for module in (self._projections, self._peer_parameters):
-            if module is not None:
-                module.install(self.model)
+        for module in self._auxiliary:
+            module.install(self.model)
         for teacher in self.teachers.values():
             teacher.install()
 
     def _remove_auxiliary(self) -> None:
-        for module in (self._projections, self._peer_parameters):
-            if module is not None:
-                module.remove(self.model)
+        for module in self._auxiliary:
+            module.remove(self.model)
         for teacher in self.teachers.values():
             teacher.remove()
 
@@ -258,8 +261,7 @@ class AttachingMixin(KeepingMixin):
         if self.optimizer is None:
             return
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        modules = [module for module in (self._projections, self._peer_parameters) if module is not None]
-        missing = [p for module in modules for p in module.parameters() if id(p) not in held]
+        missing = [p for module in self._auxiliary for p in module.parameters() if id(p) not in held]
         # In a group of its own they would be one more than a learning rate schedule knows of.
         self.optimizer.param_groups[0]["params"] += missing
 
