@@ -30,7 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hfkdq import QuantizationSpec, export_onnx
+from hfkdq.export.runtime import onnx_call
 from hfkdq.measuring.latency import TimedEngine, time_engines
+from hfkdq.measuring.torch_engine import torch_call
 
 TORCH, FLOAT, DYNAMIC, OURS, OURS_V5 = (
     "torch float", "ONNX float", "Optimum dynamic int8", "hfkdq int8", "hfkdq int8, v5"
@@ -136,10 +138,10 @@ def time_all(options: argparse.Namespace) -> None:
                 if key in results or (batch > 1 and batch * length > MOST_POSITIONS.get(name, 10**9)):
                     continue
                 inputs = {k: v.numpy() for k, v in shape.inputs(batch, length).items()}
-                engines = [TimedEngine(TORCH, "torch", folder / "torch", inputs)]
+                engines = [TimedEngine(TORCH, torch_call, folder / "torch", inputs)]
                 for kind in (FLOAT, DYNAMIC, OURS, OURS_V5):
                     if (folder / kind).exists():
-                        engines.append(TimedEngine(kind, "onnx", folder / kind / "model.onnx", inputs))
+                        engines.append(TimedEngine(kind, onnx_call, folder / kind / "model.onnx", inputs))
                 times = time_engines(engines, threads=options.threads, rounds=options.rounds)
                 results[key] = {e.name: vars(t) for e, t in zip(engines, times, strict=True)}
                 path.write_text(json.dumps(results, indent=2) + "\n")

@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from rich.console import Console
 from rich.table import Table
 
+from hfkdq.export.runtime import onnx_call
 from hfkdq.measuring.latency import TimedEngine, time_engines
 
 MICROSOFT = "com.microsoft"
@@ -166,7 +167,10 @@ def main() -> None:
             hidden = np.random.default_rng(1).normal(size=(batch, length, HIDDEN)).astype(np.float32)
             engines = [
                 TimedEngine(
-                    name, "onnx", Path(folder, f"{number}.onnx"), {"hidden": hidden, "shape": np.array(hidden.shape)}
+                    name,
+                    onnx_call,
+                    Path(folder, f"{number}.onnx"),
+                    {"hidden": hidden, "shape": np.array(hidden.shape)},
                 )
                 for number, name in enumerate(GRAPHS)
             ]

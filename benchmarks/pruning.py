@@ -55,6 +55,7 @@ from hfkdq import (
     prune,
 )
 from hfkdq.demo import SIZE, DemoSize, load_digits, train_teacher
+from hfkdq.export.runtime import onnx_call
 from hfkdq.measuring.latency import TimedEngine, time_engines
 from hfkdq.metrics import classification_metrics
 from hfkdq.pruning import compressed_size
@@ -268,7 +269,7 @@ def time_files(task: Task, folder: Path, options: argparse.Namespace) -> None:
     """Times the files in turn: one of each structure, since criteria do not change shapes."""
     names = [name for name in ARMS if (folder / f"{slug(name)}-onnx").exists() and not is_repeated(name)]
     batch = timed_batch(task)
-    engines = [TimedEngine(name, "onnx", folder / f"{slug(name)}-onnx" / "model.onnx", batch) for name in names]
+    engines = [TimedEngine(name, onnx_call, folder / f"{slug(name)}-onnx" / "model.onnx", batch) for name in names]
     found = time_engines(engines, threads=options.threads, rounds=options.rounds)
     result = {name: {"median": one.median_ms, "min": one.min_ms} for name, one in zip(names, found, strict=True)}
     (folder / "latency.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .forwards import TEACHER_PREFIX
+from .modeling.forwards import TEACHER_PREFIX
 
 
 @dataclass

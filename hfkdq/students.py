@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .architecture import CountedStack, config_with, evenly_spaced_layers, fields_of_depth, find_layer_stacks
 from .facts import record_fact
+from .modeling import CountedStack, config_with, evenly_spaced_layers, fields_of_depth, find_layer_stacks
 
 
 def make_student(

@@ -3,7 +3,14 @@ import pytest
 import torch
 from transformers.utils import ModelOutput
 
-from hfkdq.forwards import as_output, base_of, forward_columns, output_kwargs, return_dict_kwargs, without_gradient
+from hfkdq.modeling.forwards import (
+    as_output,
+    base_of,
+    forward_columns,
+    output_kwargs,
+    return_dict_kwargs,
+    without_gradient,
+)
 
 from . import tiny
 

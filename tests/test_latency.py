@@ -13,6 +13,7 @@ import pytest
 
 from hfkdq.measuring import worker
 from hfkdq.measuring.latency import TimedEngine, package_folders, time_engines
+from hfkdq.measuring.torch_engine import torch_call
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ def hostile(tmp_path, monkeypatch):
 
 def engine(checkpoint):
     ids = np.arange(4)[None]
-    return TimedEngine("torch", "torch", checkpoint, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    return TimedEngine("torch", torch_call, checkpoint, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
 def test_files_of_the_current_folder_do_not_run(checkpoint, hostile, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 """The shape of the house: which room may know which, what is public, what an import costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
     "files": -1, "schema": -1, "secrets": -1, "specs": -1, "version": -1,
-    "facts": 0, "losses": 0, "schedules": 0, "forwards": 0, "metrics": 0,
-    "architecture": 1, "batches": 1, "provenance": 1,
-    "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "sharding": 2, "measuring": 2,
+    "facts": 0, "losses": 0, "schedules": 0, "metrics": 0,
+    "modeling": 1, "provenance": 1,
+    "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "measuring": 2,
     "export": 3, "teachers": 3,
     "report": 4, "caching": 4,
     "trainer": 5,
@@ -24,6 +25,7 @@ LEVELS = {
     "demo": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}
+MODULE_NAME = re.compile(r"^hfkdq(\.[a-z_]+)+(:\w+)?$")
 ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "optimum", "onnxscript"}
 MODULES = sorted(
     path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE
@@ -45,6 +47,9 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             full = ".".join([*base, *([node.module] if node.module else [])])
             names = [full] if full != "hfkdq" else [f"hfkdq.{home(alias.name)}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.match(node.value):
+            module = node.value.partition(":")[0]  # what another process imports by its name
+            names = [module] if PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").is_file() else []
         else:
             continue
         for name in names:
@@ -53,6 +58,11 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
                 parts[1] if parts[0] == "hfkdq" and len(parts) > 1 else parts[0]
             )
     return rooms - {"hfkdq"}, others
+
+
+def test_a_name_of_a_module_in_a_text_counts_as_an_import(tmp_path):
+    (tmp_path / "x.py").write_text('WHO = "hfkdq.export.runtime:onnx_call"\ndef f():\n    from hfkdq.hub import x\n')
+    assert imports_of(tmp_path / "x.py")[0] == {"export", "hub"}
 
 
 def home(name: str) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, export_onnx, prune, quantize
 from hfkdq.cli import card
-from hfkdq.export.runtime import OnnxSession
+from hfkdq.export.runtime import OnnxSession, onnx_call
 from hfkdq.facts import record_fact
 from hfkdq.measuring import latency
 from hfkdq.measuring.latency import TimedEngine, time_engines
@@ -379,7 +379,7 @@ def test_a_row_of_a_file_cannot_take_the_name_of_a_model(folder):
 
 def engine_of(folder: Path, name: str) -> TimedEngine:
     ids = np.arange(6, dtype="int64")[None]
-    return TimedEngine(name, "onnx", folder / "model.onnx", {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    return TimedEngine(name, onnx_call, folder / "model.onnx", {"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_measured_latency_covers_torch_and_onnx(folder):
 
 
 def test_a_worker_that_cannot_start_says_why_and_leaves_no_process(folder, processes):
-    broken = TimedEngine("broken", "onnx", folder / "nothing.onnx", {"input_ids": np.zeros((1, 2), "int64")})
+    broken = TimedEngine("broken", onnx_call, folder / "nothing.onnx", {"input_ids": np.zeros((1, 2), "int64")})
     with pytest.raises(RuntimeError, match=r"times 'broken' ended with code 1(.|\n)*There is no ONNX file"):
         time_engines([engine_of(folder, "a"), broken], threads=1, rounds=1)
     assert [process.poll() is None for process in processes] == [False, False]

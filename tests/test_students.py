@@ -14,8 +14,8 @@ from transformers import (
     set_seed,
 )
 
-from hfkdq.architecture import find_layer_stack, find_layer_stacks
 from hfkdq.facts import read_facts, record_fact
+from hfkdq.modeling import find_layer_stack, find_layer_stacks
 from hfkdq.pruning.bypass import bypass_
 from hfkdq.students import make_student
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..forwards import TEACHER_PREFIX
+from ..modeling.forwards import TEACHER_PREFIX
 from ..objectives.outline import Outline
 from ..schema import brief
 

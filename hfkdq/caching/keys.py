@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
 
 _CHUNK = 2**24
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..losses.divergences import coarse_log_probabilities
+from ..modeling.masks import frame_lengths
 from ..objectives.heads import DecoderHead, FrameHead, Head, SpanHead, find_head
-from ..objectives.masks import frame_lengths
 from ..objectives.outline import Outline, outline_of
 from .info import CachedOutput
 from .positions import name_in, own_positions

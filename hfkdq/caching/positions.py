@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from ..forwards import TEACHER_PREFIX
-from ..objectives.masks import Batch, frame_lengths, frame_mask, token_mask
+from ..modeling.forwards import TEACHER_PREFIX
+from ..modeling.masks import Batch, frame_lengths, frame_mask, token_mask
 from ..objectives.outline import Outline
 
 MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")

@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorWithPadding, default_data_collator
 from transformers.utils import find_labels
 
-from ..forwards import TEACHER_PREFIX, base_of, forward_columns
+from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns
 from .info import CacheInfo
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from ..forwards import TEACHER_PREFIX
 from ..losses.divergences import TopLogits
+from ..modeling.forwards import TEACHER_PREFIX
 from ..teachers import Teacher
 from .info import CacheInfo
 from .positions import MASKS

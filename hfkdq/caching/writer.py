@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
 from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher
 from .codec import encode
 from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info

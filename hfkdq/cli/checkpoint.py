@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..architecture import check_json, load_checkpoint, load_config
 from ..export.kinds import SPECS
+from ..modeling import check_json, load_checkpoint, load_config
 from ..quantization import load_quantized
 from ..quantization.records import recorded_quantization
 from ..specs import QuantizationSpec

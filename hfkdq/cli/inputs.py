@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
 from ..export.verify import BATCH_SIZE
-from ..forwards import forward_columns
 from ..metrics import classification_metrics
+from ..modeling.forwards import forward_columns
 from .data import load_rows
 from .labels import LABELS, label_reader
 from .sound import decodable, samples_of

@@ -14,8 +14,8 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..files import check_new, staged
-from ..forwards import base_of
 from ..measuring.evaluation import Evaluation
+from ..modeling.forwards import base_of
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task

@@ -164,10 +164,11 @@ class Timing:
             inputs (`dict[str, np.ndarray]`): one example.
         """
         from .runner import open_files
+        from .runtime import onnx_call
 
         calls = {name: open_files(folder, task).calls(inputs) for name, folder in folders.items()}
         engines = [
-            TimedEngine(f"{name}, {call.part}", "onnx", call.path, call.inputs)
+            TimedEngine(f"{name}, {call.part}", onnx_call, call.path, call.inputs)
             for name, parts in calls.items()
             for call in parts
         ]

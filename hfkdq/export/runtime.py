@@ -85,7 +85,7 @@ class OnnxSession:
         raise ValueError(f"The file takes {', '.join(self.input_names)}; {name} is missing: got {', '.join(inputs)}.")
 
 
-def timed_call(path: str, inputs: Mapping[str, Array], threads: int) -> Callable[[], Any]:
+def onnx_call(path: str, inputs: Mapping[str, Array], threads: int) -> Callable[[], Any]:
     """What runs a file once on `inputs`, for the process that times it."""
     session = OnnxSession(path, threads=threads)
     return lambda: session(inputs)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +23,6 @@ from transformers.utils import logging
 from ..secrets import without_secrets
 from . import worker
 
-# Functions that take a path, inputs and threads and return what the process calls; it alone imports them.
-ENGINES = {"torch": "hfkdq.measuring.torch_engine:timed_call", "onnx": "hfkdq.export.runtime:timed_call"}
 TURN_SECONDS = 0.5
 # The threads of ONNX Runtime keep a core busy for about 20 ms after its last call.
 SETTLE_SECONDS = 0.05
@@ -49,10 +47,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class TimedEngine:
-    """What a worker needs to know: row name, `"torch"` or `"onnx"`, checkpoint folder or ONNX file, and inputs."""
+    """What a worker needs to know: row name, how to load it, checkpoint folder or ONNX file, and inputs.
+
+    `load` takes path, inputs and threads, and returns what is timed; the worker imports it by its name.
+    """
 
     name: str
-    engine: str
+    load: Callable[..., Any]
     path: Path
     inputs: Mapping[str, np.ndarray[Any, Any]]
 
@@ -65,7 +66,7 @@ class _Worker:
         inputs = folder / f"{number}.npz"
         np.savez(inputs, **engine.inputs)  # type: ignore[arg-type]
         task = {
-            "engine": ENGINES[engine.engine],
+            "engine": f"{engine.load.__module__}:{engine.load.__qualname__}",
             "path": str(engine.path.absolute()),
             "inputs": str(inputs),
             "threads": threads,

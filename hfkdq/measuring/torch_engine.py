@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..architecture import load_checkpoint
+from ..modeling import load_checkpoint
 
 
-def timed_call(folder: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int) -> Callable[[], Any]:
+def torch_call(folder: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int) -> Callable[[], Any]:
     """What runs the model of a checkpoint once.
 
     Args:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from ..losses.features import attention_kl, attention_mse
 from ..losses.reduction import masked_mean
+from ..modeling.masks import Batch, Positions, valid_count
 from .base import Objective, TrainingStep
-from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, layers_of, mean_over_active_layers, outline_of
 
 

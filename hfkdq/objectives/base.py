@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
+from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
 from ..schedules import Schedule, extremes, value_at
 from ..specs.base import check_fields
-from .masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
 from .outline import Outline, outline_of
 
 

@@ -15,9 +15,9 @@ from transformers.models.auto.modeling_auto import (
 
 from ..losses.divergences import in_chunks
 from ..losses.transport import sorted_distance
+from ..modeling.masks import Batch, Positions, token_mask
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
-from .masks import Batch, Positions, token_mask
 from .outline import Outline, outline_of
 
 _ROLES = ("student", "teacher")

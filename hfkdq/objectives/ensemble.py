@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..losses.divergences import log_probabilities
+from ..modeling.masks import Batch, Positions
 from .base import Objective, TrainingStep
 from .heads import Prediction
 from .logits import LogitKD
-from .masks import Batch, Positions
 from .outline import Outline
 
 

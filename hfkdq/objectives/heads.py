@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from transformers.models.auto import modeling_auto as auto
 
-from ..forwards import base_of
 from ..losses.divergences import binary_logits
-from .masks import Batch, Positions, attended_mask, frame_lengths, frame_mask, token_mask, valid_count
+from ..modeling.forwards import base_of
+from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, frame_mask, token_mask, valid_count
 from .matching import matched_queries
 from .outline import Outline, outline_of
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..losses import cosine_distance, masked_mean, mean_squared_error, normalized_squared_error
+from ..modeling.masks import Batch, Positions, valid_count
 from ..schedules import LayerSchedule
 from .base import Objective, TrainingStep
-from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, layers_of, mean_over_active_layers, outline_of
 from .projections import Projection, add_projection
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from ..losses import DIVERGENCES, Divergence, masked_mean
 from ..losses.divergences import TopLogits, coarse_log_probabilities, in_chunks, standardized
+from ..modeling.masks import Batch, Positions, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
 from .heads import Head, Prediction, find_head
-from .masks import Batch, Positions, batch_size
 from .outline import Outline, outline_of
 
 

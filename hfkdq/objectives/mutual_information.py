@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..losses.features import gaussian_nll
 from ..losses.reduction import masked_mean
 from ..losses.relations import info_nce
+from ..modeling.masks import Batch, Positions, valid_count
 from .base import Objective, TrainingStep
-from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, outline_of
 from .projections import Projection, add_projection
 from .samples import SampleObjective

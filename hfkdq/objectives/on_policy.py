@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
+from ..modeling.masks import Batch, Positions, attended_mask, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
-from .masks import Batch, Positions, attended_mask, batch_size
 from .outline import Outline
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import evenly_spaced_layers, find_layer_stack
 from ..facts import read_facts
-from ..forwards import as_output, base_of, return_dict_kwargs
+from ..modeling import evenly_spaced_layers, find_layer_stack
+from ..modeling.forwards import as_output, base_of, return_dict_kwargs
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..forwards import TEACHER_PREFIX, base_of
+from ..modeling.forwards import TEACHER_PREFIX, base_of
+from ..modeling.masks import Batch, Positions
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
-from .masks import Batch, Positions
 from .outline import Outline
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..forwards import base_of, full_precision
+from ..modeling.forwards import base_of, full_precision
 from .base import Passes, TrainingStep
 from .outline import Outline
 from .perturbed import ExtraForwardPasses

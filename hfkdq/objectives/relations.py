@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architecture import find_layer_stack
-from ..forwards import base_of
 from ..losses.reduction import masked_mean
 from ..losses.relations import relation_kl
-from .attention_inputs import KINDS, Seen, Sources, find_sources, looks_back_only, watching
+from ..modeling import find_layer_stack
+from ..modeling.attention import KINDS, Seen, Sources, find_sources, looks_back_only, watching
+from ..modeling.forwards import base_of
+from ..modeling.masks import Batch, Positions, valid_count
 from .base import Objective, TrainingStep
-from .masks import Batch, Positions, valid_count
 from .outline import Outline, layer_map, mean_over_active_layers, probe
 
 

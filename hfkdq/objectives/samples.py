@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..forwards import base_of
 from ..losses.features import mean_state
 from ..losses.relations import relational_angle, relational_distance, similarity_distance
+from ..modeling.forwards import base_of
+from ..modeling.masks import Batch, frame_lengths, frame_mask
 from .base import Objective, TrainingStep
-from .masks import Batch, frame_lengths, frame_mask
 from .outline import Outline, layer_map, outline_of
 
 

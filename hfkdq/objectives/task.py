@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from ..modeling.masks import Batch, Positions, batch_size
 from .base import Objective, TrainingStep
-from .masks import Batch, Positions, batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..batches import Batches, make_batches
 from ..facts import drop_fact
+from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
 from .gathering import gather_

@@ -12,8 +12,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..batches import Batches, on_device
 from ..losses import masked_mean
+from ..modeling.batches import Batches, on_device
 from .criteria import Evidence
 
 logger = logging.get_logger(__name__)

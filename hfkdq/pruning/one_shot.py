@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..architecture import record_shapes
-from ..batches import Batches, make_batches
 from ..facts import read_facts, record_fact, refresh_facts
+from ..modeling import record_shapes
+from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import Evidence, check_criterion
 from .gathering import gather_

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..architecture import load_checkpoint, load_config
 from ..facts import read_facts
+from ..modeling import load_checkpoint, load_config
 from .progress import UNFINISHED
 from .sharing import restore_sharing_
 

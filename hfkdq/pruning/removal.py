@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..architecture import (
+from ..facts import read_facts, record_fact
+from ..modeling import (
     Numbers,
     Shapes,
     build_model,
@@ -24,7 +25,6 @@ from ..architecture import (
     shapes_of,
     width_fields,
 )
-from ..facts import read_facts, record_fact
 from ..specs import PruningSpec
 from .bypass import bypass_
 from .targets import GroupTarget, LayerTarget, PruningTarget

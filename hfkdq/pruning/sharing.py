@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..architecture import find_layer_stacks
 from ..facts import read_facts, record_fact
+from ..modeling import find_layer_stacks
 
 logger = logging.get_logger(__name__)
 

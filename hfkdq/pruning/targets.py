@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architecture import (
+from ..facts import read_facts
+from ..modeling import (
     CountedStack,
     UnitGroup,
     find_channels,
@@ -22,8 +23,7 @@ from ..architecture import (
     find_neurons,
     norms_of,
 )
-from ..architecture.groups import CONVOLUTIONS
-from ..facts import read_facts
+from ..modeling.groups import CONVOLUTIONS
 from ..specs import PruningSpec, module_matches, unmatched
 from .bypass import bypass_
 from .masked_norms import mask_norm_

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..architecture import ATTENTION_INPUTS
+from ..modeling import ATTENTION_INPUTS
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
 from .activations import ActivationQuantizer, make_activation_quantizer
 from .adapters import plain_modules

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
 from ..schema import Name, brief, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
 from ..specs.quantization import QUANTIZABLE, RECURRENT

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..forwards import as_output, return_dict_kwargs
 from ..losses.divergences import binary_logits, in_chunks
+from ..modeling.forwards import as_output, return_dict_kwargs
 
 # Stands for minus infinity where a position cannot be chosen, as in losses.divergences.
 _RULED_OUT = -1e4

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..architecture import load_checkpoint, load_config
-from ..batches import Batches, make_batches, on_device
+from ..modeling import load_checkpoint, load_config
+from ..modeling.batches import Batches, make_batches, on_device
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
 from .corrections import correct_biases_, smooth_

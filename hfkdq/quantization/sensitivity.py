@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..batches import Batches, check_batch, make_batches
+from ..modeling.batches import Batches, check_batch, make_batches
 from ..specs import QuantizationSpec
 from .adapters import has_adapters
 from .allocation import BitAllocation, choose_widths

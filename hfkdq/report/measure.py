@@ -24,9 +24,11 @@ from transformers.utils import logging
 
 from ..export.graph import multiplies_exactly
 from ..export.runner import SingleFile
+from ..export.runtime import onnx_call
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.latency import TimedEngine, check_counts, time_engines
+from ..measuring.torch_engine import torch_call
 from .compression import CompressionReport, DatasetInfo, Engine
 from .environment import describe_environment, publishable
 from .files import EXPORT_REPORT, check_measured, read_export
@@ -138,7 +140,7 @@ def _measure_torch(
         parameters=sum(value.numel() for key, value in model.named_parameters() if key in saved),
         sparsity=sum(int((weight == 0).sum()) for weight in weights) / total if total else None,
     )
-    return engine, TimedEngine(name, "torch", folder, evaluation.first_example(model))
+    return engine, TimedEngine(name, torch_call, folder, evaluation.first_example(model))
 
 
 def _measure_onnx(
@@ -158,7 +160,7 @@ def _measure_onnx(
         parity=_parity(facts),
         files=facts["files"],
     )
-    return engine, TimedEngine(name, "onnx", file, evaluation.first_example(student))
+    return engine, TimedEngine(name, onnx_call, file, evaluation.first_example(student))
 
 
 def _parity(facts: dict[str, Any]) -> dict[str, Any]:

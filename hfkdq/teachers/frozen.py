@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from ..architecture import load_checkpoint
-from ..forwards import (
+from ..modeling import load_checkpoint
+from ..modeling.forwards import (
     TEACHER_PREFIX,
     as_output,
     base_of,
@@ -29,7 +29,7 @@ from ..forwards import (
     output_kwargs,
     return_dict_kwargs,
 )
-from ..sharding import has_device_map, is_dispatched, place_frozen
+from ..modeling.placement import has_device_map, is_dispatched, place_frozen
 from .base import Teacher
 
 _ALONG = {

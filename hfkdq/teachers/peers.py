@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..forwards import TEACHER_PREFIX, forward_columns
+from ..modeling.forwards import TEACHER_PREFIX, forward_columns
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from .base import Teacher

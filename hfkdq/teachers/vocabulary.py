@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers.utils import logging
 
-from ..forwards import TEACHER_PREFIX, base_of
+from ..modeling.forwards import TEACHER_PREFIX, base_of
 
 logger = logging.get_logger(__name__)
 _COLUMN = "input_ids"

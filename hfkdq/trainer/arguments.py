@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
-from ..forwards import base_of
+from ..modeling.forwards import base_of
+from ..modeling.placement import was_split_while_loaded
 from ..objectives import ByGradientNorm, LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
-from ..sharding import was_split_while_loaded
 from ..teachers import CoTrainedTeacher, EMATeacher, load_teacher
 from .terms import SINGLE, STUDENT, sources_of
 

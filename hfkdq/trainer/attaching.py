@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..caching import CachedCollator, CachedTeacher, CacheInfo, cache_info
 from ..caching.keys import weights_fingerprint
-from ..forwards import TEACHER_PREFIX, base_of
+from ..modeling.forwards import TEACHER_PREFIX, base_of
 from ..objectives.outline import Outline
 from ..objectives.projections import Projections
 from ..teachers import (

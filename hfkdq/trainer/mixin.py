@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..forwards import (
+from ..modeling.forwards import (
     TEACHER_PREFIX,
     accepts_num_items,
     as_output,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..forwards import statistics_kept
+from ..modeling.forwards import statistics_kept
 
 if TYPE_CHECKING:
     from .mixin import DistillationMixin

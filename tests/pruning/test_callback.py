@@ -15,8 +15,8 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-from hfkdq.architecture import find_layer_stack, find_neurons, width_fields
 from hfkdq.facts import read_facts
+from hfkdq.modeling import find_layer_stack, find_neurons, width_fields
 from hfkdq.pruning import PruningCallback, prune
 from hfkdq.schedules import Cubic
 from hfkdq.specs import PruningSpec

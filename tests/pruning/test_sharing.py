@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.testing_utils import CaptureLogger, LoggingLevel
 from transformers.utils import logging
 
-from hfkdq.architecture import find_layer_stack
 from hfkdq.facts import read_facts
+from hfkdq.modeling import find_layer_stack
 from hfkdq.pruning.clustering import cluster_values, cluster_weights
 from hfkdq.pruning.file_size import METHODS, compressed_size
 from hfkdq.pruning.sharing import restore_sharing_, share_layers, unshare_layers_

@@ -22,8 +22,8 @@ from hfkdq import (
     TaskLoss,
     load_pruned,
 )
-from hfkdq.architecture import find_heads
 from hfkdq.facts import read_facts
+from hfkdq.modeling import find_heads
 from hfkdq.pruning.bypass import bypass_
 from hfkdq.pruning.targets import find_targets
 

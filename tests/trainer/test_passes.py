@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hfkdq import AdversarialKD, CoTrainedTeacher, NoisyKD, QATCallback, QuantizationLoss, QuantizationSpec
-from hfkdq.forwards import full_precision
 from hfkdq.losses import forward_kl
+from hfkdq.modeling.forwards import full_precision
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss, TrainingStep
 from hfkdq.objectives.perturbed import _Change
 from hfkdq.quantization import prepare_qat_

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..architecture import ATTENTION_INPUTS
+from .heads import ATTENTION_INPUTS
 
 KINDS = tuple(ATTENTION_INPUTS)
 

@@ -8,8 +8,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hfkdq import architecture
-from hfkdq.architecture import find_heads, find_layer_stack, find_layer_stacks, find_neurons, width_fields
+from hfkdq import modeling
+from hfkdq.modeling import find_heads, find_layer_stack, find_layer_stacks, find_neurons, width_fields
 
 from . import tiny
 from .families import FAMILIES
@@ -158,6 +158,6 @@ def test_a_checkpoint_of_an_unknown_class_is_refused(names):
     config = tiny.bert_config()
     config.architectures = names
     with pytest.raises(ValueError, match="as its architecture"):
-        architecture.checkpoint_class(config)
+        modeling.checkpoint_class(config)
     config.architectures = ["BertForSequenceClassification"]
-    assert architecture.checkpoint_class(config) is type(tiny.bert())
+    assert modeling.checkpoint_class(config) is type(tiny.bert())
