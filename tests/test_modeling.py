@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import transformers
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -7,9 +8,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.auto import modeling_auto
 
 from hfkdq import modeling
 from hfkdq.modeling import find_heads, find_layer_stack, find_layer_stacks, find_neurons, width_fields
+from hfkdq.modeling.tasks import TASKS, task_of
 
 from . import tiny
 from .families import FAMILIES
@@ -161,3 +164,28 @@ def test_a_checkpoint_of_an_unknown_class_is_refused(names):
         modeling.checkpoint_class(config)
     config.architectures = ["BertForSequenceClassification"]
     assert modeling.checkpoint_class(config) is type(tiny.bert())
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("BertForSequenceClassification", "text-classification"),
+        ("Wav2Vec2ForSequenceClassification", "audio-classification"),
+        ("DeiTForImageClassificationWithTeacher", "image-classification"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("BartForConditionalGeneration", "text2text-generation"),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
+        ("BertModel", "feature-extraction"),
+        ("ViTModel", None),
+    ],
+)
+def test_the_task_of_a_class_is_the_one_that_transformers_lists_it_for(name, task):
+    found = task_of(name)
+    assert (found and found.name) == task
+
+
+def test_every_auto_class_of_a_task_is_there_and_loads_its_classes():
+    for task in TASKS:
+        if task.auto is not None:
+            mapping = getattr(transformers, task.auto)._model_mapping._model_mapping
+            assert mapping == getattr(modeling_auto, f"MODEL_FOR_{task.table}_MAPPING_NAMES")

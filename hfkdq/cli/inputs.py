@@ -16,12 +16,12 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_
 from ..export.verify import BATCH_SIZE
 from ..metrics import classification_metrics
 from ..modeling.forwards import forward_columns
+from ..modeling.tasks import CLASSIFICATION, class_names, is_listed
 from .data import load_rows
 from .labels import LABELS, label_reader
 from .sound import decodable, samples_of
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Any]]
-_HEADS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 _SOUNDS = ("input_values", "input_features")
 
 
@@ -164,7 +164,7 @@ def _check_classifier(model: PreTrainedModel) -> None:
     """Refuses what accuracy says nothing of."""
     config = model.config
     problem = getattr(config, "problem_type", None)
-    is_classifier = any(head in cls.__name__ for cls in type(model).__mro__ for head in _HEADS)
+    is_classifier = any(is_listed(name, *CLASSIFICATION) for name in class_names(model))
     if not is_classifier or problem in ("regression", "multi_label_classification") or config.num_labels < 2:
         raise ValueError(
             f"--eval-data: the command can evaluate text-classification, image-classification and audio-classification "

@@ -12,31 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from ..modeling.tasks import TASKS, is_bare, tasks_of
 from .checks import PAST
 
-_TABLES = {
-    "SEQ_TO_SEQ_CAUSAL_LM": "text2text-generation",
-    "SPEECH_SEQ_2_SEQ": "automatic-speech-recognition",
-    "MASKED_LM": "fill-mask",
-    "SEQUENCE_CLASSIFICATION": "text-classification",
-    "TOKEN_CLASSIFICATION": "token-classification",
-    "QUESTION_ANSWERING": "question-answering",
-    "MULTIPLE_CHOICE": "multiple-choice",
-    "IMAGE_CLASSIFICATION": "image-classification",
-    "OBJECT_DETECTION": "object-detection",
-    "AUDIO_CLASSIFICATION": "audio-classification",
-    "CTC": "automatic-speech-recognition",
-    "CAUSAL_LM": "text-generation",
-    "AUDIO_FRAME_CLASSIFICATION": "audio-frame-classification",
-    "AUDIO_XVECTOR": "audio-xvector",
-    "IMAGE_SEGMENTATION": "image-segmentation",
-    "MASKED_IMAGE_MODELING": "masked-im",
-    "TEXT_ENCODING": "feature-extraction",
-}
-_GENERATING = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CAUSAL_LM")
 # In the others an encoder-decoder shifts the inputs itself.
 _DECODED = ("text2text-generation", "automatic-speech-recognition", "feature-extraction")
 # Other names that Optimum takes for the same tasks.
@@ -54,14 +34,6 @@ _SYNONYMS = {
     "translation": "text2text-generation",
     "zero-shot-classification": "text-classification",
 }
-_OUTPUTS = {
-    "feature-extraction": ("last_hidden_state", "pooler_output"),
-    "question-answering": ("start_logits", "end_logits"),
-    "object-detection": ("logits", "pred_boxes"),
-    "image-segmentation": ("logits", "pred_masks"),
-    "audio-xvector": ("logits", "embeddings"),
-    "masked-im": ("reconstruction",),
-}
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
@@ -77,7 +49,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
     supported = list(dict.fromkeys(_tasks_of(model)))
     model_type, name = model.config.model_type, type(model).__name__
     if not supported:
-        known = sorted({*_TABLES.values(), "feature-extraction"})
+        known = sorted({task.name for task in TASKS})
         raise ValueError(
             f"There is no ONNX export for the architecture {model_type!r} as {name}. "
             f"Load the model with the Auto class of one of these tasks: {', '.join(known)}."
@@ -99,7 +71,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
 
 def output_names(task: str) -> tuple[str, ...]:
     """The outputs of a model that its file has, as Optimum chooses them."""
-    return _OUTPUTS.get(task.removesuffix(PAST), ("logits",))
+    return next(known.outputs for known in TASKS if known.name == task.removesuffix(PAST))
 
 
 def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
@@ -109,24 +81,17 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
 
 
 def _tasks_of(model: PreTrainedModel) -> Iterator[str]:
-    """What a model of this class can be exported for, the default first."""
-    names = {cls.__name__ for cls in type(model).__mro__}
-    for table, task in _TABLES.items():
-        encoder_decoder = model.config.is_encoder_decoder
-        if not names & _classes(f"MODEL_FOR_{table}_MAPPING_NAMES") or (encoder_decoder and table == "MASKED_LM"):
+    """The tasks that a model of this class can be exported for, the default first."""
+    encoder_decoder = model.config.is_encoder_decoder
+    for task in tasks_of(model):
+        if encoder_decoder and task.name == "fill-mask":
             continue  # BART is in that table as well, but has no mask to fill
         # A BERT that is no decoder sees what comes later, so nothing of it can be kept.
-        if table in _GENERATING and (encoder_decoder or getattr(model.config, "is_decoder", None) is not False):
-            yield task + PAST
-        yield task
-    if names & _classes("MODEL_MAPPING_NAMES"):
+        if task.generates and (encoder_decoder or getattr(model.config, "is_decoder", None) is not False):
+            yield task.name + PAST
+        yield task.name
+    if is_bare(model):
         yield "feature-extraction"
-
-
-def _classes(table: str) -> set[str]:
-    """The names of the model classes in one of Transformers' tables."""
-    values = getattr(modeling_auto, table).values()
-    return {name for value in values for name in ([value] if isinstance(value, str) else value)}
 
 
 def _dummy_batch(

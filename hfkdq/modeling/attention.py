@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .heads import ATTENTION_INPUTS
+from .tasks import is_listed
 
 KINDS = tuple(ATTENTION_INPUTS)
 
@@ -61,7 +61,7 @@ def find_sources(model: Any, name: str, layer: nn.Module) -> dict[str, Source]:
 def looks_back_only(model: Any, sources: Sources) -> bool:
     """Whether attention is causal in any of the layers looked at."""
     # Some old models do not say; those of them that look back only are language models, or kin of GPT-2.
-    silent = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    silent = is_listed(type(model).__name__, "CAUSAL_LM")
     found = [(silent or x.part is not None) if x.causal is None else x.causal for x in sources.values()]
     return any(found)
 

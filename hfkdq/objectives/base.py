@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
+from ..modeling.tasks import is_listed
 from ..schedules import Schedule, extremes, value_at
 from ..specs.base import check_fields
 from .outline import Outline, outline_of
@@ -152,7 +152,7 @@ class Objective:
         Of a teacher whose outputs were cached there is an [`Outline`] alone.
         """
         self._keep(
-            _shifts_labels=outline_of(student).model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            _shifts_labels=is_listed(outline_of(student).model_class, "CAUSAL_LM"),
             _frames=frame_lengths(base_of(student)),
             _indices={},
         )

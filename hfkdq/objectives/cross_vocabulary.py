@@ -8,14 +8,11 @@ from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 
 from ..losses.divergences import in_chunks
 from ..losses.transport import sorted_distance
 from ..modeling.masks import Batch, Positions, token_mask
+from ..modeling.tasks import is_listed
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
 from .outline import Outline, outline_of
@@ -122,9 +119,9 @@ class ULD(Objective):
 
 
 def _kind(outline: Outline) -> str | None:
-    if outline.model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if is_listed(outline.model_class, "CAUSAL_LM"):
         return "decoder"
-    return "encoder-decoder" if outline.model_class in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values() else None
+    return "encoder-decoder" if is_listed(outline.model_class, "SEQ_TO_SEQ_CAUSAL_LM") else None
 
 
 def _of_teacher(batch: Batch) -> Batch:

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
-from transformers.models.auto import modeling_auto as auto
 
 from ..losses.divergences import binary_logits
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, frame_mask, token_mask, valid_count
+from ..modeling.tasks import DECODED, is_listed
 from .matching import matched_queries
 from .outline import Outline, outline_of
 
@@ -229,7 +229,7 @@ def find_head(student: Any, teacher: Any) -> Head:
 _CAUSAL, _DECODED, _TOKENS = "next tokens", "the tokens of a decoder", "a class per token"
 _KINDS: dict[str, tuple[str, ...]] = {
     _CAUSAL: ("CAUSAL_LM",),
-    _DECODED: ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+    _DECODED: DECODED,
     _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"),
     "the span of an answer": ("QUESTION_ANSWERING",),
     "a symbol per frame": ("CTC",),
@@ -239,7 +239,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 def _kind(outline: Outline) -> str:
     for kind, tasks in _KINDS.items():
-        if any(outline.model_class in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values() for task in tasks):
+        if is_listed(outline.model_class, *tasks):
             return kind
     config = outline.config
     problem = getattr(config, "problem_type", None)

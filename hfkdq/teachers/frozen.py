@@ -14,10 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, send_to_device
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-)
 
 from ..modeling import load_checkpoint
 from ..modeling.forwards import (
@@ -30,6 +26,7 @@ from ..modeling.forwards import (
     return_dict_kwargs,
 )
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
+from ..modeling.tasks import DECODED, is_listed
 from .base import Teacher
 
 _ALONG = {
@@ -169,8 +166,7 @@ class FrozenTeacher(Teacher):
 
     def _decoder_inputs(self, inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
         """What the decoder of a sequence-to-sequence teacher reads, where the batch does not bring it."""
-        decoded = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
-        if all(self.name not in names.values() for names in decoded):
+        if not is_listed(self.name, *DECODED):
             return {}
         if labels is None or inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
             return {}

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: which classes of Transformers are for each, under the names of the Hub and of Optimum.
+
+A new task is one line in `TASKS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from transformers.models.auto import modeling_auto
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and the classes that do it.
+
+    Args:
+        name (`str`): the pipeline tag of the Hub, which Optimum uses too.
+        table (`str`): Transformers lists the classes in `MODEL_FOR_{table}_MAPPING_NAMES`.
+        auto (`str`, *optional*): `AutoModelFor...` that loads the classes, where a pipeline needs no more than a checkpoint
+            and its processor.
+        outputs (tuple of `str`): what an exported file returns.
+        generates (`bool`): whether a decoder writes the answer token by token.
+    """
+
+    name: str
+    table: str
+    auto: str | None = None
+    outputs: tuple[str, ...] = ("logits",)
+    generates: bool = False
+
+    def does(self, model_class: str) -> bool:
+        """Whether a class of this name is for the task."""
+        return is_listed(model_class, self.table)
+
+
+# A class that two tables list is for the first of them.
+TASKS = (
+    Task("text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM", generates=True),
+    Task("automatic-speech-recognition", "SPEECH_SEQ_2_SEQ", generates=True),
+    Task("fill-mask", "MASKED_LM", "AutoModelForMaskedLM"),
+    Task("text-classification", "SEQUENCE_CLASSIFICATION", "AutoModelForSequenceClassification"),
+    Task("token-classification", "TOKEN_CLASSIFICATION", "AutoModelForTokenClassification"),
+    Task("question-answering", "QUESTION_ANSWERING", "AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
+    Task("multiple-choice", "MULTIPLE_CHOICE"),
+    Task("image-classification", "IMAGE_CLASSIFICATION", "AutoModelForImageClassification"),
+    Task("object-detection", "OBJECT_DETECTION", outputs=("logits", "pred_boxes")),
+    Task("audio-classification", "AUDIO_CLASSIFICATION", "AutoModelForAudioClassification"),
+    Task("automatic-speech-recognition", "CTC"),
+    Task("text-generation", "CAUSAL_LM", "AutoModelForCausalLM", generates=True),
+    Task("audio-frame-classification", "AUDIO_FRAME_CLASSIFICATION"),
+    Task("audio-xvector", "AUDIO_XVECTOR", outputs=("logits", "embeddings")),
+    Task("image-segmentation", "IMAGE_SEGMENTATION", outputs=("logits", "pred_masks")),
+    Task("masked-im", "MASKED_IMAGE_MODELING", outputs=("reconstruction",)),
+    Task("feature-extraction", "TEXT_ENCODING", outputs=("last_hidden_state", "pooler_output")),
+)
+DECODED = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+"""Tables of encoder-decoders, whose logits are those of the decoder."""
+CLASSIFICATION = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+"""Tables of classes that give one class for a whole example."""
+
+
+def is_listed(model_class: str, *tables: str) -> bool:
+    """Whether Transformers lists a class in one of its tables, such as `"CAUSAL_LM"`."""
+    return any(model_class in _classes(f"MODEL_FOR_{table}_MAPPING_NAMES") for table in tables)
+
+
+def class_names(model: Any) -> list[str]:
+    """The name of a model's class and of the classes that it inherits from, its own first."""
+    return [cls.__name__ for cls in type(model).__mro__]
+
+
+def tasks_of(model: Any) -> list[Task]:
+    """The tasks that a model's class, or one that it inherits from, is listed for."""
+    names = class_names(model)
+    return [task for task in TASKS if any(task.does(name) for name in names)]
+
+
+def is_bare(model: Any) -> bool:
+    """Whether the class is a model without a head, which returns hidden states."""
+    return not _classes("MODEL_MAPPING_NAMES").isdisjoint(class_names(model))
+
+
+def task_of(model_class: str) -> Task | None:
+    """The task of a class that is given by its name; `None` if Transformers lists it for none."""
+    return next((task for task in TASKS if task.does(model_class)), None)
+
+
+@cache
+def _classes(table: str) -> frozenset[str]:
+    values = getattr(modeling_auto, table).values()
+    return frozenset(name for value in values for name in ([value] if isinstance(value, str) else value))
