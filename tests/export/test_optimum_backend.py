@@ -19,7 +19,7 @@ from hfkdq import QuantizationSpec
 from hfkdq.export.graph import improve, multiplies_exactly
 from hfkdq.export.lowering import lower_quantizers_
 from hfkdq.export.runner import open_files
-from hfkdq.quantization import quantize
+from hfkdq.quantization import activation_quantizers, quantize
 
 from .. import tiny
 from ..families import FAMILIES, VARIANTS
@@ -265,9 +265,34 @@ def test_trained_integers_survive_the_merge_of_the_decoders(family, tmp_path):
     assert merged == functools.reduce(operator.or_, parts)  # what both decoders have is there once
     assert len(merged) > 10
     runner, batches = open_files(tmp_path, task), backend.dummy_batches(model, task)
-    # A rounding tie may move a code.
-    assert differences(model, runner, batches)["logits"] < 0.02
-    assert differences(model, runner.step_by_step, batches)["logits"] < 0.02
+    allowed = 2 * moved_at_ties(model, batches) + 1e-4
+    assert allowed < 0.3  # so that other weights would be seen
+    assert differences(model, runner, batches)["logits"] < allowed
+    assert differences(model, runner.step_by_step, batches)["logits"] < allowed
+
+
+@torch.no_grad()
+def moved_at_ties(model, batches):
+    """How far logits move, as a share of the largest, where numbers near a tie of two integers round to either.
+
+    The order of sums decides what they round to; an error of 1e-3 of a step is what test_ties.py allows them.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(quantizer, args):
+        step = quantizer.qparams()[0] * 1e-3
+        return (args[0] + step * (2 * torch.rand(args[0].shape, generator=generator) - 1), *args[1:])
+
+    plain = [model(**batch).logits for batch in batches]
+    hooks = [q.register_forward_pre_hook(shake) for q in activation_quantizers(model).values()]
+    moved = [
+        ((model(**batch).logits - want).abs().max() / want.abs().max()).item()
+        for batch, want in zip(batches, plain, strict=True)
+        for _ in range(20)
+    ]
+    for hook in hooks:
+        hook.remove()
+    return max(moved)
 
 
 def codes(file):
