@@ -13,7 +13,7 @@ from datasets import Audio, Dataset, Image, Value
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
-from ..export.verify import BATCH_SIZE
+from ..export.verify import COMPARE_BATCH_SIZE
 from ..metrics import classification_metrics
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import CLASSIFICATION, class_names, is_listed
@@ -50,7 +50,7 @@ class Reader:
         rows, description = load_rows(where, preferred, samples)
         rows, encode, collate, columns = self._encoder(rows)
         _say(f"Calibrating on {description}: {columns}")
-        return DataLoader(rows.with_transform(encode), batch_size=BATCH_SIZE, collate_fn=collate)
+        return DataLoader(rows.with_transform(encode), batch_size=COMPARE_BATCH_SIZE, collate_fn=collate)
 
     def evaluation(self, where: str, preferred: tuple[str, ...], samples: int | None) -> dict[str, Any]:
         """Labelled rows, their collator and the metrics, as arguments of `export_onnx`.

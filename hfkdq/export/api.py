@@ -15,14 +15,16 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..files import check_new, staged
 from ..measuring.evaluation import Evaluation
+from ..modeling.batches import make_batches
 from ..modeling.forwards import base_of
+from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task
 from .choosing import AUTO, MAX_DROP, write_best
 from .kinds import Kind, kind_of
 from .proof import BATCH_SIZE, FLOAT, Quality, Timing, one_example
-from .verify import Batch, Collator, iterate_batches, sample_batches
+from .verify import COMPARE_BATCH_SIZE, Collator, sample_batches
 from .writing import Source, plain_copy
 
 if TYPE_CHECKING:
@@ -204,7 +206,7 @@ def _batches(
     """The batches that files are compared on, and those that come after them."""
     if calibration is None:
         return backend.dummy_batches(model, task), iter(())
-    rest = iterate_batches(calibration, model, processing_class, collator)
+    rest = iter(make_batches(model, calibration, COMPARE_BATCH_SIZE, collator, processing_class, labels=False))
     return sample_batches(rest, model), rest
 
 

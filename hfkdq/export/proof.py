@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..measuring.evaluation import Evaluation, Runner, Scores
 from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines
-from .verify import Batch, run_torch
+from ..modeling.masks import Batch
+from .verify import run_torch
 
 logger = logging.get_logger(__name__)
 # Two medians closer than this are alike; the machines that this runs on do other work too.

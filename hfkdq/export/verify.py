@@ -10,20 +10,19 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
 
 from ..measuring.evaluation import Runner
+from ..modeling.batches import check_columns
+from ..modeling.masks import Batch
 
-Batch = Mapping[str, Any]
 Collator = Callable[[list[Any]], Batch]
 # Enough to see every code path and a few hundred logits; more would only cost time.
 MAX_BATCHES = 8
 # Decoding token by token takes a call for each.
 MAX_ROWS, MAX_TOKENS = 2, 32
-BATCH_SIZE = 8
+COMPARE_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -48,54 +47,6 @@ class Parity:
     batches: list[dict[str, Any]]
 
 
-def iterate_batches(
-    data: Dataset | Iterable[Batch], model: PreTrainedModel, processing_class: Any, data_collator: Collator | None
-) -> Iterator[Batch]:
-    """Batches from a data set, collated as the Trainer does it, or from an iterable of batches.
-
-    Args:
-        data (`datasets.Dataset` or iterable of `dict`): examples, or batches of tensors.
-        model (`PreTrainedModel`): its forward signature tells which columns to keep.
-        processing_class (tokenizer or processor, *optional*): pads the examples if it can.
-        data_collator (`DataCollator`, *optional*): used instead of padding, on all columns.
-
-    Raises:
-        ValueError: the data set has not the columns that the model takes, or its examples make no batch.
-    """
-    if not isinstance(data, (Dataset, IterableDataset)):
-        yield from data
-        return
-    if data_collator is None:
-        accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
-        columns = list(data.column_names or next(iter(data)))
-        kept = [name for name in columns if name in accepted]
-        _check_columns(kept, columns, model)
-        data = data.remove_columns([name for name in columns if name not in kept])
-        pads = hasattr(processing_class, "pad")
-        data_collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
-    loader = iter(DataLoader(data, batch_size=BATCH_SIZE, collate_fn=data_collator))
-    while True:
-        try:
-            batch = next(loader, None)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"The examples of calibration make no batch: {error}. Pass the processing_class= that pads them, or the "
-                "data_collator= of your Trainer."
-            ) from error
-        if batch is None:
-            return
-        yield batch
-
-
-def _check_columns(kept: Iterable[str], columns: Iterable[str], model: PreTrainedModel) -> None:
-    """Refuses data without what the model looks at."""
-    if not {model.main_input_name, "inputs_embeds"} & set(kept):
-        raise ValueError(
-            f"calibration has the columns {', '.join(columns)}; {type(model).__name__} takes {model.main_input_name}. "
-            "Tokenize or process it first, or pass the data_collator that does."
-        )
-
-
 def sample_batches(batches: Iterator[Batch], model: PreTrainedModel) -> list[Batch]:
     """The first batches of an iterator, as many as a comparison needs.
 
@@ -115,7 +66,7 @@ def sample_batches(batches: Iterator[Batch], model: PreTrainedModel) -> list[Bat
             f"got an iterable of {type(wrong).__name__}."
         )
     for batch in samples:
-        _check_columns(batch, batch, model)
+        check_columns(batch, batch, model)
     return samples
 
 

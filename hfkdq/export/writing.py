@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..modeling.masks import Batch
 from ..provenance import describe_files, describe_model
 from ..quantization import means_the_same, quantize, quantized_spec, strip_quantizers_
 from ..version import __version__
@@ -25,7 +26,7 @@ from .checks import PAST, every_range_known
 from .kinds import Kind, fitted
 from .lowering import check_lowerable, lower_quantizers_
 from .proof import Quality
-from .verify import Batch, Parity, beginning, compare, run_torch
+from .verify import Parity, beginning, compare, run_torch
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,33 +3,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
 from .forwards import forward_columns
+from .masks import Batch
 
-Batches = Iterable[Mapping[str, Any]]
+Batches = Iterable[Batch]
 
 
 def make_batches(
-    model: PreTrainedModel, calibration: Any, batch_size: int, data_collator: Any, processing_class: Any
+    model: PreTrainedModel,
+    data: Any,
+    batch_size: int,
+    data_collator: Callable[[list[Any]], Batch] | None,
+    processing_class: Any,
+    *,
+    labels: bool = True,
 ) -> Batches:
-    """Batches of model inputs: those that were given, or made of the examples of a `datasets.Dataset`."""
-    if not isinstance(calibration, Dataset):
-        return calibration  # type: ignore[no-any-return]
-    accepted = {*forward_columns(model), "label", "label_ids"}
-    unused = [column for column in calibration.column_names if column not in accepted]
-    if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
-        data_collator = DataCollatorWithPadding(processing_class)
-    return DataLoader(
-        calibration.remove_columns(unused), batch_size=batch_size, collate_fn=data_collator or default_data_collator
-    )
+    """Batches of model inputs: those that were given, or made of the examples of a data set as the Trainer does it.
+
+    Args:
+        model (`PreTrainedModel`): its forward signature tells which columns to keep.
+        data (`datasets.Dataset`, `datasets.IterableDataset` or iterable of `dict`): examples, or batches.
+        batch_size (`int`): examples in a batch.
+        data_collator (`Callable`, *optional*): makes a batch of examples. It gets all columns where the model takes none of
+            them, as where it makes inputs of images.
+        processing_class (tokenizer or processor, *optional*): pads the examples, if it can and there is no collator.
+        labels (`bool`, defaults to `True`): whether labels are kept where there is no collator.
+
+    Returns:
+        iterable of `dict`: batches, anew each time it is gone through, but for batches that were given as an iterator.
+
+    Raises:
+        ValueError: the data set has not the columns that the model takes; while batches are made, its examples make none.
+    """
+    if not isinstance(data, (Dataset, IterableDataset)):
+        return data  # type: ignore[no-any-return]
+    columns = list(data.column_names or next(iter(data)))
+    accepted = forward_columns(model)
+    if labels:
+        accepted |= {"label", "label_ids"}
+    elif data_collator is None:
+        accepted -= {"labels"}
+    kept = [name for name in columns if name in accepted]
+    # A transform makes the model's columns out of others, which must still be there.
+    is_transformed = getattr(data, "format", {}).get("type") == "custom"
+    if not is_transformed and (data_collator is None or model.main_input_name in kept):
+        check_columns(kept, columns, model)
+        data = data.remove_columns([name for name in columns if name not in kept])
+    if data_collator is None:
+        pads = hasattr(processing_class, "pad")
+        data_collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
+    return _Collated(DataLoader(data, batch_size=batch_size, collate_fn=data_collator))
+
+
+class _Collated:
+    """The batches of a loader, with an error that says what to do where its examples make none."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"The examples of calibration make no batch: {error}. Pass the processing_class= that pads them, or the "
+                    "data_collator= of your Trainer."
+                ) from error
+            if batch is None:
+                return
+            yield batch
+
+
+def check_columns(kept: Iterable[str], columns: Iterable[str], model: PreTrainedModel) -> None:
+    """Refuses data without the input of the model.
+
+    Raises:
+        ValueError: naming the columns.
+    """
+    if not {model.main_input_name, "inputs_embeds"} & set(kept):
+        raise ValueError(
+            f"calibration has the columns {', '.join(columns)}; {type(model).__name__} takes {model.main_input_name}. "
+            "Tokenize or process it first, or pass the data_collator that does."
+        )
 
 
 def check_batch(batch: Mapping[str, Any], number: int) -> None:

@@ -14,9 +14,10 @@ from transformers import DataCollatorForTokenClassification
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
 from hfkdq.export.proof import Quality, Timed, Timing
-from hfkdq.export.verify import iterate_batches, run_torch
+from hfkdq.export.verify import run_torch
 from hfkdq.measuring.evaluation import Evaluation
 from hfkdq.metrics import classification_metrics
+from hfkdq.modeling.batches import make_batches
 from hfkdq.quantization import strip_quantizers_
 
 from .. import tiny
@@ -226,7 +227,7 @@ def test_arguments_that_need_one_another_are_refused_before_any_export(case, tmp
 def test_calibration_without_a_column_is_refused_at_the_first_look():
     data = tiny.text_dataset(4).rename_column("input_ids", "words")
     with pytest.raises(ValueError, match=r"columns words, attention_mask, labels; Bert\w+ takes input_ids"):
-        next(iterate_batches(data, tiny.bert(), tiny.tokenizer(), None))
+        make_batches(tiny.bert(), data, 4, None, tiny.tokenizer(), labels=False)
 
 
 # ---------------------------------------------------------------------- disks
