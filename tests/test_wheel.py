@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -12,32 +13,41 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def built(root: Path, folder: Path) -> Path:
+    """The wheel of a distribution."""
+    options = ["--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(root)], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(folder.glob("hfkdq-*.whl"))
+    return built(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def test_it_carries_templates_types_and_license_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"hfkdq/py.typed", "hfkdq/templates/model_card.md.j2", "hfkdq/measuring/worker.py"} <= set(names)
-    # Others have a part in Optimum's folders, so that ours is one file.
-    assert [name for name in names if name.startswith("optimum")] == ["optimum/commands/register/register_hfkdq.py"]
+    assert not [name for name in names if name.startswith("optimum")]  # Transformers would take it for Optimum
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "examples", "benchmarks"))]
+
+
+def test_the_command_of_optimum_is_one_file_of_a_distribution_of_its_own(tmp_path):
+    # Others have a part in Optimum's folders.
+    names = zipfile.ZipFile(built(ROOT / "packages" / "optimum-hfkdq", tmp_path)).namelist()
+    assert [name for name in names if name.endswith(".py")] == ["optimum/commands/register/register_hfkdq.py"]
+
+
+def test_optimum_is_available_only_where_it_is_installed():
+    code = "import hfkdq; from transformers.utils import is_optimum_available; print(is_optimum_available())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    try:
+        version("optimum")
+    except PackageNotFoundError:
+        assert told == "False\n"
+    else:
+        assert told == "True\n"
 
 
 @pytest.mark.slow

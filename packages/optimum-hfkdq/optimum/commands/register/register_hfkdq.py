@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`optimum-cli export hfkdq`: the command `hfkdq export` among those of Optimum, which finds it by its place.
 
-Knows the two command lines; the folders around it belong to Optimum and must stay without an `__init__.py`.
+The folders around it belong to Optimum and must stay without an `__init__.py`.
 """
 
 from __future__ import annotations
