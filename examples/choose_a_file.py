@@ -15,54 +15,21 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import load_dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
+from example_utils import ClassifierArguments, load_classifier, parse, tokenize
 
 from hfkdq import DistillationTrainer, LogitKD, TaskLoss, export_onnx, make_student
 from hfkdq.metrics import classification_metrics
 
 
 @dataclass
-class Arguments:
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a classifier."}
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
-    )
-    num_student_layers: int = field(default=1, metadata={"help": "Layers of the student, copied from the teacher."})
+class Arguments(ClassifierArguments):
     max_drop: float = field(default=0.01, metadata={"help": "Accuracy that a file may lose against PyTorch."})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
-    tiny: bool = field(default=False, metadata={"help": "Made-up sentences and model, to try the script in seconds."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
-    if args.tiny:
-        from made_up import text_classification
-
-        raw, tokenizer, (teacher,) = text_classification()
-    else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
-        raw = load_dataset(args.dataset)
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
-        teacher = AutoModelForSequenceClassification.from_pretrained(
-            args.teacher_model_name_or_path, num_labels=raw["train"].features["label"].num_classes
-        )
-    data = raw.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length),
-        batched=True, remove_columns=["text"],
-    )  # fmt: skip
+    args, training_args = parse(Arguments, argv)
+    raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
+    data = tokenize(raw, tokenizer, args.max_seq_length)
     student = make_student(teacher, num_layers=args.num_student_layers)
     trainer = DistillationTrainer(
         student, teacher_model=teacher, objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0)],

@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
+from example_utils import parse, steps_and_terms, train_and_save
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
 )
 
 from hfkdq import DistillationTrainer, LogitKD, TaskLoss, make_student
@@ -49,18 +47,13 @@ def collate(rows: list[Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
     # Images are read when they are needed, from a column that no model knows.
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none", remove_unused_columns=False)
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv, remove_unused_columns=False)
     if args.tiny:
         from made_up import detection, fit
 
         raw, processor, teacher = detection()
     else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
         raw = load_dataset(args.dataset)
         size = {"height": args.image_size, "width": args.image_size}
         processor = AutoImageProcessor.from_pretrained(args.teacher_model_name_or_path, size=size)
@@ -89,15 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=data["test"], processing_class=processor, data_collator=collate, teacher_model=teacher,
         objectives=[TaskLoss(), LogitKD(temperature=1.0)],
     )  # fmt: skip
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
+    metrics = train_and_save(trainer)
+    if metrics is None:
         return
-    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
-    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
-    print(f"{trainer.state.global_step} steps: {terms}; loss on the test images {metrics['eval_loss']:.3f}.")
+    print(f"{steps_and_terms(trainer)}; loss on the test images {metrics['eval_loss']:.3f}.")
     print(f"Saved in {training_args.output_dir}.")
 
 

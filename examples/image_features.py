@@ -18,12 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import load_dataset
+from example_utils import parse, train_and_save
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
 )
 
 from hfkdq import (
@@ -71,19 +69,14 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
     # Images are read when they are needed, from a column that no model knows.
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none", remove_unused_columns=False)
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv, remove_unused_columns=False)
     processor = None
     if args.tiny:
         from made_up import images
 
         data, student, teacher = images(convolutional=args.objective == "feature_maps")
     else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
         raw = load_dataset(args.dataset)
         labels = raw["train"].features["label"].names
         settings = dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
@@ -107,11 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=classification_metrics, teacher_model=teacher,
         objectives=[TaskLoss(), *OBJECTIVES[args.objective]],
     )  # fmt: skip
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
+    metrics = train_and_save(trainer)
+    if metrics is None:
         return
     last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
     other = {"loss", "grad_norm", "learning_rate", "epoch", "step"}

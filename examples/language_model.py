@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import load_dataset
+from example_utils import parse
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
 )
 
 from hfkdq import ULD, DistillationTrainer, LogitKD, OnPolicyKD, TaskLoss, make_student
@@ -59,18 +57,13 @@ def encode(row: Any, tokenizer: Any, max_length: int = 64) -> dict[str, list[int
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv)
     foreign = args.objective == "other_vocabulary"
     if args.tiny:
         from made_up import language_model
 
         raw, tokenizer, teacher_tokenizer, student, teacher = language_model(encode, letters=foreign)
     else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
         raw = load_dataset(args.dataset)
         teacher_tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(args.student_model_name_or_path or args.teacher_model_name_or_path)

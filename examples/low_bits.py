@@ -14,14 +14,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from datasets import load_dataset
+from example_utils import ClassifierArguments, load_classifier, parse, tokenize
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
     Trainer,
-    TrainingArguments,
-    set_seed,
 )
 
 from hfkdq import (
@@ -39,45 +34,19 @@ from hfkdq.metrics import classification_metrics
 
 
 @dataclass
-class Arguments:
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a classifier."}
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
-    )
-    num_student_layers: int = field(default=1, metadata={"help": "Layers of the student, copied from the teacher."})
+class Arguments(ClassifierArguments):
     weight_bits: int = field(default=4, metadata={"help": "8, 6, 4, 3, 2 (ternary) or 1."})
     activation_bits: int = field(default=8, metadata={"help": "16, 8 or 4; 0 leaves activations in floating point."})
     group_size: int | None = field(default=None, metadata={"help": "32, 64 or 128 weights that share a scale."})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
-    tiny: bool = field(default=False, metadata={"help": "Made-up sentences and model, to try the script in seconds."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv)
     spec = QuantizationSpec(
         weight_bits=args.weight_bits, activation_bits=args.activation_bits or None, group_size=args.group_size
     )
-    if args.tiny:
-        from made_up import text_classification
-
-        raw, tokenizer, (teacher,) = text_classification()
-    else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
-        raw = load_dataset(args.dataset)
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
-        teacher = AutoModelForSequenceClassification.from_pretrained(
-            args.teacher_model_name_or_path, num_labels=raw["train"].features["label"].num_classes
-        )
-    data = raw.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length),
-        batched=True, remove_columns=["text"],
-    )  # fmt: skip
+    raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
+    data = tokenize(raw, tokenizer, args.max_seq_length)
     common = dict(
         args=training_args, train_dataset=data["train"], eval_dataset=data["test"], processing_class=tokenizer,
         compute_metrics=classification_metrics,

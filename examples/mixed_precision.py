@@ -15,14 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import rich
-from datasets import load_dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
+from example_utils import load_classifier, parse, tokenize
 
 from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss, suggest_bits
 from hfkdq.metrics import classification_metrics
@@ -42,26 +35,9 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
-    if args.tiny:
-        from made_up import text_classification
-
-        raw, tokenizer, (model,) = text_classification()
-    else:
-        if args.dataset is None or args.model_name_or_path is None:
-            parser.error("Give --dataset and --model_name_or_path, or --tiny.")
-        raw = load_dataset(args.dataset)
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            args.model_name_or_path, num_labels=raw["train"].features["label"].num_classes
-        )
-    data = raw.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length),
-        batched=True, remove_columns=["text"],
-    )  # fmt: skip
+    args, training_args = parse(Arguments, argv, needs="model_name_or_path")
+    raw, tokenizer, model = load_classifier(args, args.model_name_or_path)
+    data = tokenize(raw, tokenizer, args.max_seq_length)
 
     sample = data["train"].shuffle(seed=training_args.seed)
     allocation = suggest_bits(

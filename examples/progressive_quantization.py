@@ -11,16 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from datasets import load_dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
+from example_utils import ClassifierArguments, load_classifier, parse, tokenize, train_and_save
 
 from hfkdq import (
     DistillationTrainer,
@@ -38,40 +29,10 @@ from hfkdq.schedules import Linear
 WEIGHTS = {"task_loss": Linear(1, 0), "logit_kd": Linear(0, 1), "quantization_loss": Linear(0, 1, begin=0.5)}
 
 
-@dataclass
-class Arguments:
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a classifier."}
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
-    )
-    num_student_layers: int = field(default=1, metadata={"help": "Layers of the student, copied from the teacher."})
-    max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
-    tiny: bool = field(default=False, metadata={"help": "Made-up sentences and model, to try the script in seconds."})
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
-    if args.tiny:
-        from made_up import text_classification
-
-        raw, tokenizer, (teacher,) = text_classification()
-    else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
-        raw = load_dataset(args.dataset)
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
-        teacher = AutoModelForSequenceClassification.from_pretrained(
-            args.teacher_model_name_or_path, num_labels=raw["train"].features["label"].num_classes
-        )
-    data = raw.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length),
-        batched=True, remove_columns=["text"],
-    )  # fmt: skip
+    args, training_args = parse(ClassifierArguments, argv)
+    raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
+    data = tokenize(raw, tokenizer, args.max_seq_length)
 
     trainer = DistillationTrainer(
         make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
@@ -84,11 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         ],
         callbacks=[QATCallback(QuantizationSpec())],
     )  # fmt: skip
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
+    metrics = train_and_save(trainer)
+    if metrics is None:
         return
     print("  step" + "".join(f"{name:>19} x weight" for name in WEIGHTS))
     for row in (row for row in trainer.state.log_history if "loss" in row):

@@ -14,14 +14,9 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from datasets import load_dataset
+from example_utils import load_classifier, parse, tokenize
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
     Trainer,
-    TrainingArguments,
-    set_seed,
 )
 
 from hfkdq import DistillationTrainer, LogitKD, PruningCallback, PruningSpec, TaskLoss
@@ -45,30 +40,13 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv)
     # Until the last step, so that every round has the same time to recover.
     spec = PruningSpec(
         sparsity=args.sparsity, structure=args.structure, criterion="taylor", rounds=args.rounds, end=1.0
     )
-    if args.tiny:
-        from made_up import text_classification
-
-        raw, tokenizer, (teacher,) = text_classification()
-    else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
-        raw = load_dataset(args.dataset)
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
-        teacher = AutoModelForSequenceClassification.from_pretrained(
-            args.teacher_model_name_or_path, num_labels=raw["train"].features["label"].num_classes
-        )
-    data = raw.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length),
-        batched=True, remove_columns=["text"],
-    )  # fmt: skip
+    raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
+    data = tokenize(raw, tokenizer, args.max_seq_length)
     common = dict(
         args=training_args, train_dataset=data["train"], eval_dataset=data["test"], processing_class=tokenizer,
         compute_metrics=classification_metrics,

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import load_dataset
+from example_utils import parse, steps_and_terms, tokenize, train_and_save
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
 )
 
 from hfkdq import CoTrainedTeacher, DistillationTrainer, EMATeacher, EnsembleKD, LogitKD, TaskLoss, make_student
@@ -47,28 +45,22 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv, needs="model_names_or_paths")
     wanted = 1 if args.kind == "average" else 2
     if args.tiny:
         from made_up import text_classification
 
         raw, tokenizer, models = text_classification(teachers=wanted)
     else:
-        if args.dataset is None or len(args.model_names_or_paths) < wanted:
-            parser.error(f"Give --dataset and {wanted} --model_names_or_paths, or --tiny.")
+        if len(args.model_names_or_paths) < wanted:
+            raise SystemExit(f"Give {wanted} --model_names_or_paths.")
         raw = load_dataset(args.dataset)
         names = args.model_names_or_paths
         tokenizer = AutoTokenizer.from_pretrained(names[0])
         labels = raw["train"].features["label"].names
         settings = dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
         models = [AutoModelForSequenceClassification.from_pretrained(name, **settings) for name in names[:wanted]]
-    data = raw.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=args.max_seq_length),
-        batched=True, remove_columns=["text"],
-    )  # fmt: skip
+    data = tokenize(raw, tokenizer, args.max_seq_length)
 
     student = make_student(models[0], num_layers=args.num_student_layers)
     if args.kind == "ensemble":
@@ -85,20 +77,15 @@ def main(argv: list[str] | None = None) -> None:
         student, training_args, train_dataset=data["train"], eval_dataset=data["test"], processing_class=tokenizer,
         compute_metrics=classification_metrics, teacher_model=teacher, objectives=objectives,
     )  # fmt: skip
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
+    metrics = train_and_save(trainer)
+    if metrics is None:
         return
     saved = [training_args.output_dir]
     if args.kind != "ensemble":  # a teacher that changed is a result as well
         saved.append(str(Path(training_args.output_dir, args.kind)))
         trainer.teacher_model.save_pretrained(saved[-1])
         tokenizer.save_pretrained(saved[-1])
-    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
-    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
-    print(f"{trainer.state.global_step} steps: {terms}; accuracy {metrics['eval_accuracy']:.3f}.")
+    print(f"{steps_and_terms(trainer)}; accuracy {metrics['eval_accuracy']:.3f}.")
     print(f"Saved in {' and '.join(saved)}.")
 
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Audio, load_dataset
+from example_utils import parse, steps_and_terms, train_and_save
 from scipy.signal import resample_poly
-from transformers import AutoModelForCTC, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModelForCTC, AutoProcessor
 
 from hfkdq import DistillationTrainer, LogitKD, TaskLoss, make_student
 
@@ -47,17 +48,12 @@ def samples_of(wav: bytes, rate: int) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((Arguments, TrainingArguments))
-    parser.set_defaults(logging_steps=5, save_strategy="no", report_to="none")
-    args, training_args = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_args.seed)
+    args, training_args = parse(Arguments, argv)
     if args.tiny:
         from made_up import fit, speech
 
         raw, processor, teacher = speech(Path(training_args.output_dir))
     else:
-        if args.dataset is None or args.teacher_model_name_or_path is None:
-            parser.error("Give --dataset and --teacher_model_name_or_path, or --tiny.")
         raw = load_dataset(args.dataset).cast_column("audio", Audio(decode=False))
         processor = AutoProcessor.from_pretrained(args.teacher_model_name_or_path)
         teacher = AutoModelForCTC.from_pretrained(args.teacher_model_name_or_path, ctc_zero_infinity=True)
@@ -93,15 +89,10 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=data["test"], processing_class=processor, data_collator=collate, compute_metrics=right_texts,
         teacher_model=teacher, objectives=[TaskLoss(weight=0.5), LogitKD(temperature=1.0)],
     )  # fmt: skip
-    trainer.train()
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
+    metrics = train_and_save(trainer)
+    if metrics is None:
         return
-    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
-    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
-    print(f"{trainer.state.global_step} steps: {terms}; texts that are right {metrics['eval_accuracy']:.3f}.")
+    print(f"{steps_and_terms(trainer)}; texts that are right {metrics['eval_accuracy']:.3f}.")
     print(f"Saved in {training_args.output_dir}.")
 
 

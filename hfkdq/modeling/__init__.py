@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where Transformers models keep their layers, neurons, heads, channels and hidden width.
+"""All that is known of Transformers models: tasks, inputs and outputs, masks, batches, layers, heads, checkpoints.
 
 Read from configurations and structure where these tell it, from small tables of names where they do not.
 """
 
 from .channels import find_channels
-from .checkpoints import check_json, hub_arguments, load_config
-from .depth import DEPTH_FIELDS, CountedStack, fields_of_depth, find_layer_stacks
-from .groups import Slice, UnitGroup, resize_
+from .checkpoints import check_json, checkpoint_class, hub_arguments, load_config
 from .heads import ATTENTION_INPUTS, find_heads
+from .hidden_width import HIDDEN_FAMILIES, find_hidden, hidden_field, norms_of
+from .layers import (
+    DEPTH_FIELDS,
+    CountedStack,
+    evenly_spaced_layers,
+    fields_of_depth,
+    find_layer_stack,
+    find_layer_stacks,
+)
 from .neurons import WIDTH_FIELDS, find_neurons, width_fields
 from .probing import PER_LAYER_FIELDS, Numbers, Shapes, build_model, build_shapes, config_with, numbers_of, shapes_of
-from .reloading import has_recorded_shapes, load_checkpoint, record_shapes
-from .residual import HIDDEN_FAMILIES, find_hidden, hidden_field, norms_of
-from .stacks import LayerStack, checkpoint_class, evenly_spaced_layers, find_layer_stack
+from .recorded_shapes import has_recorded_shapes, load_checkpoint, record_shapes
+from .units import Slice, UnitGroup, resize_
 
 __all__ = [
     "ATTENTION_INPUTS",
@@ -22,7 +28,6 @@ __all__ = [
     "PER_LAYER_FIELDS",
     "WIDTH_FIELDS",
     "CountedStack",
-    "LayerStack",
     "Numbers",
     "Shapes",
     "Slice",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .groups import Slice, UnitGroup, each
+from .units import Slice, UnitGroup, each
 
 _BOTTLENECKS = (("pwconv1", "pwconv2"),)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -93,6 +94,23 @@ def check_json(folder: Path, names: Iterable[str]) -> None:
             raise _damaged(file, error) from error
         if not isinstance(data, dict):
             raise ValueError(f"{file} is damaged: it holds no object. Save it again, or download it again.")
+
+
+def checkpoint_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of Transformers that a checkpoint's configuration names.
+
+    Raises:
+        ValueError: it names none, or one that Transformers does not have.
+    """
+    names = config.architectures or []
+    name = names[0] if isinstance(names, list) and names else None
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(
+            f"The configuration names {names!r:.200} as its architecture, which transformers {transformers.__version__} does "
+            "not have. Load the model yourself, with the code it was made with."
+        )
+    return model_class
 
 
 def _check_configured(folder: Path) -> None:

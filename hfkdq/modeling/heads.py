@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .groups import Slice, UnitGroup, each, runs
 from .probing import HEAD_COUNTS, HEAD_SIZES, HEAD_WIDTHS
+from .units import Slice, UnitGroup, each, runs
 
 ATTENTION_INPUTS = {
     "query": ("query", "q_proj", "q_lin", "query_proj", "q"),

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .groups import Slice, UnitGroup, each
 from .probing import doubled
+from .units import Slice, UnitGroup, each
 
 WIDTH_FIELDS = (
     "intermediate_size", "hidden_dim", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_ratio",

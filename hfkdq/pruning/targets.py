@@ -23,7 +23,7 @@ from ..modeling import (
     find_neurons,
     norms_of,
 )
-from ..modeling.groups import CONVOLUTIONS
+from ..modeling.units import CONVOLUTIONS
 from ..specs import PruningSpec, module_matches, unmatched
 from .bypass import bypass_
 from .masked_norms import mask_norm_

@@ -50,7 +50,7 @@ def cells():
         yield pytest.param(family, kind, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("family", "kind"), cells())
+@pytest.mark.parametrize(("family", "kind"), list(cells()))
 def test_family_in_kind(family, kind, tmp_path):
     task = task_of(family)
     model = make(family, task)

@@ -127,7 +127,7 @@ def brute_force_match(student, teacher):
     def cost(i, j):
         a, b = student.pred_boxes[0, i].tolist(), teacher.pred_boxes[0, j].tolist()
         box = 5 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) - 2 * giou(a, b)
-        return float((ps[i] - pt[j]).abs().sum() + seen[j] * box)
+        return float(((ps[i] - pt[j]).abs().sum() + seen[j] * box).detach())
 
     count = len(ps)
     return min(itertools.permutations(range(count)), key=lambda p: sum(cost(i, j) for j, i in enumerate(p))), seen

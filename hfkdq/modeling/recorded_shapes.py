@@ -11,10 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact
 from ..schema import brief
-from .checkpoints import load_config, load_weights
-from .groups import resize_
+from .checkpoints import checkpoint_class, load_config, load_weights
 from .probing import COUNTED, Numbers, build_shapes, config_with, shapes_of
-from .stacks import checkpoint_class
+from .units import resize_
 
 
 def record_shapes(model: PreTrainedModel, counts: Numbers) -> bool:

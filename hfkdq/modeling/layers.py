@@ -73,6 +73,31 @@ def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
     return sorted(stacks.values(), key=lambda stack: order.index(stack.name))
 
 
+def find_layer_stack(model: PreTrainedModel) -> CountedStack:
+    """The one stack of layers of an encoder or a decoder.
+
+    Raises:
+        ValueError: there is none, or several (an encoder-decoder), so that there is no one answer.
+    """
+    try:
+        stacks = find_layer_stacks(model)
+    except ValueError:
+        stacks = []
+    if len(stacks) != 1:
+        count = getattr(model.config, "num_hidden_layers", None)
+        found = ", ".join(stack.name for stack in stacks) or "none"
+        raise ValueError(
+            f"{type(model).__name__} should have one stack of {count} layers (config.num_hidden_layers); found: {found}. "
+            "Encoders and decoders with a single stack are supported."
+        )
+    return stacks[0]
+
+
+def evenly_spaced_layers(count: int, total: int) -> list[int]:
+    """`count` of `total` layers, numbered from 1: `round(i * total / count)`, halves up, so the last is among them."""
+    return [(2 * i * total + count) // (2 * count) for i in range(1, count + 1)]
+
+
 def _stack_of(model: PreTrainedModel, field: str, count: int) -> CountedStack | None:
     """The list that grows by one layer when `field` does."""
     longer = fields_of_depth(model.config, count, [*range(count), count - 1], field)

@@ -6,10 +6,10 @@ from __future__ import annotations
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .groups import Slice, UnitGroup, each
 from .heads import find_heads
 from .neurons import width_fields
 from .probing import config_with, doubled
+from .units import Slice, UnitGroup, each
 
 HIDDEN_FIELDS = ("hidden_size", "dim", "n_embd", "d_model")
 """Configuration fields that hold the hidden width."""

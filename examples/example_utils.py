@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The beginning and the end that the examples share: arguments, data, teacher, training, and the line that is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from datasets import DatasetDict, load_dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+T = TypeVar("T")
+
+
+@dataclass
+class ClassifierArguments:
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a classifier."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with text and label."}
+    )
+    num_student_layers: int = field(default=1, metadata={"help": "Layers of the student, copied from the teacher."})
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
+    tiny: bool = field(default=False, metadata={"help": "Made-up sentences and model, to try the script in seconds."})
+
+
+def parse(
+    kind: type[T], argv: list[str] | None, needs: str = "teacher_model_name_or_path", **defaults: Any
+) -> tuple[T, TrainingArguments]:
+    """The arguments of an example and of the training, with the seed set; `needs` is what must be named beside the data."""
+    parser = HfArgumentParser((kind, TrainingArguments))
+    parser.set_defaults(**{"logging_steps": 5, "save_strategy": "no", "report_to": "none", **defaults})
+    args, training_args = parser.parse_args_into_dataclasses(argv)
+    if not args.tiny and not (args.dataset and getattr(args, needs)):
+        parser.error(f"Give --dataset and --{needs}, or --tiny.")
+    set_seed(training_args.seed)
+    return args, training_args
+
+
+def load_classifier(
+    args: Any, name: str | None, **made_up: Any
+) -> tuple[DatasetDict, PreTrainedTokenizerBase, PreTrainedModel]:
+    """Texts with labels, tokenizer and classifier: those that are named, or made-up ones."""
+    if args.tiny:
+        from made_up import text_classification
+
+        raw, tokenizer, (model,) = text_classification(**made_up)
+        return raw, tokenizer, model
+    raw = load_dataset(args.dataset)
+    classes = raw["train"].features["label"].num_classes
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=classes)
+    return raw, AutoTokenizer.from_pretrained(name), model
+
+
+def tokenize(raw: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Token ids in place of the texts."""
+    return raw.map(
+        lambda rows: tokenizer(rows["text"], truncation=True, max_length=max_length),
+        batched=True, remove_columns=["text"],
+    )  # fmt: skip
+
+
+def train_and_save(trainer: Trainer) -> dict[str, float] | None:
+    """Trains, evaluates and saves; the metrics, in the main process alone."""
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    return metrics if trainer.is_world_process_zero() else None
+
+
+def steps_and_terms(trainer: Trainer) -> str:
+    """How many steps were taken, and the terms of the loss as they were last logged."""
+    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
+    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
+    return f"{trainer.state.global_step} steps: {terms}"
