@@ -23,13 +23,13 @@ def test_the_programs_run(tmp_path, monkeypatch):
     tokenizer, teacher = tiny.tokenizer(), tiny.bert(layers=4, labels=2)
     teacher.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
-    rows = [{"text": f"w{i} w{i + 1} w{2 * i}", "label": i % 2} for i in range(24)]
+    rows = [{"sentence": f"w{i} w{i + 1} w{2 * i}", "label": i % 2} for i in range(24)]
     split = Dataset.from_list(rows).cast_column("label", ClassLabel(names=["neg", "pos"]))
     DatasetDict(train=split, validation=split, test=split).save_to_disk(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    program = PROGRAMS[0].replace('"me/teacher"', f'"{tmp_path / "teacher"}"')
+    program = re.sub(r'name = ".*?"', f'name = "{tmp_path / "teacher"}"', PROGRAMS[0])
     program = program.replace(
-        'load_dataset("cornell-movie-review-data/rotten_tomatoes")', f'load_from_disk("{tmp_path / "data"}")'
+        'load_dataset("stanfordnlp/sst2")', f'load_from_disk("{tmp_path / "data"}")'
     ).replace("import load_dataset", "import load_from_disk")
     pushed = {}
     monkeypatch.setattr("hfkdq.hub.push_to_hub", lambda *args, **kwargs: pushed.update(kwargs, args=args))
