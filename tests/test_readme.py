@@ -28,9 +28,9 @@ def test_the_programs_run(tmp_path, monkeypatch):
     DatasetDict(train=split, validation=split, test=split).save_to_disk(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     program = re.sub(r'name = ".*?"', f'name = "{tmp_path / "teacher"}"', PROGRAMS[0])
-    program = program.replace(
-        'load_dataset("stanfordnlp/sst2")', f'load_from_disk("{tmp_path / "data"}")'
-    ).replace("import load_dataset", "import load_from_disk")
+    program = program.replace('load_dataset("stanfordnlp/sst2")', f'load_from_disk("{tmp_path / "data"}")').replace(
+        "import load_dataset", "import load_from_disk"
+    )
     pushed = {}
     monkeypatch.setattr("hfkdq.hub.push_to_hub", lambda *args, **kwargs: pushed.update(kwargs, args=args))
     names = {}
