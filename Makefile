@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
+.PHONY: help docs demo coverage test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -88,6 +88,9 @@ WORKERS ?= 2
 PYTEST := -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the v5 line; WORKERS=2 at a time
 	$(call both,$(O)/python $(PYTEST),$(V)/python $(PYTEST))
+
+coverage: .venv/.dev ## the share of the lines that the tests of the optimum line run, printed, and as pages in build/coverage
+	$(O)/python $(PYTEST) --cov=hfkdq --cov-report=term --cov-report=html:build/coverage
 
 test-slow: .venv/.bench .venv-v5/.dev ## what is too long for every run, on the optimum line; exports on both
 	$(call both,$(O)/python -m pytest -m slow,$(V)/python -m pytest -m slow tests/export)
