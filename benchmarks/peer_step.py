@@ -12,6 +12,7 @@ process takes steps for its turn; the median of a loop is that of the steps of a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -108,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.loop:
         times = {"hand": by_hand, "hfkdq": by_hfkdq, "textbrewer": by_textbrewer}[options.loop](options)
-        print("\nTIMES", json.dumps([1000 * (b - a) for a, b in zip(times, times[1:], strict=False)][WARM_UP:]))
+        print("\nTIMES", json.dumps([1000 * (b - a) for a, b in itertools.pairwise(times)][WARM_UP:]))
         return
     found: dict[str, list[list[float]]] = {loop: [] for loop in LOOPS}
     for number in range(options.rounds):
