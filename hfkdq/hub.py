@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -158,12 +158,12 @@ def _contents(folder: Path, ignore_patterns: list[str] | str | None) -> Contents
 
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
     """Refuses ONNX files that neither the folder's own report nor `report` is about."""
+    from .export.record import EXPORT_FACTS, FORMER_NAME
     from .report import CompressionReport
-    from .report.files import EXPORT_REPORT, check_engine, check_export
+    from .report.files import check_engine, check_export
 
-    for name in contents:
-        place = (folder / name).parent
-        if PurePosixPath(name).name == EXPORT_REPORT and weight_files(place):
+    for place in {(folder / name).parent for name in contents if Path(name).name in (EXPORT_FACTS, FORMER_NAME)}:
+        if weight_files(place):
             check_export(place)
     if isinstance(report, CompressionReport):
         check_engine(report, folder)

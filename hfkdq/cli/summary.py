@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export came to, in a few lines for the terminal, from its `report.json`."""
+"""What an export came to, in a few lines for the terminal, from what it recorded."""
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from ..report.table import megabytes, three_digits
-from .words import in_options
+from ..export.precisions import recorded_precision
+from ..export.record import read_export
+from ..facts import three_digits
+from ..report.table import megabytes
+from .messages import as_options
 
 _NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
 
@@ -49,7 +51,7 @@ def print_summary(folder: Path, stream: TextIO) -> None:
         folder (`Path`): what `export_onnx` returned.
         stream (`TextIO`): where to.
     """
-    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    facts = read_export(folder)
     width = Console(file=stream).width
     lines = []
     if "choice" in facts:
@@ -73,7 +75,7 @@ def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str,
     size = f"{megabytes(facts['bytes'])} MB"
     if float_bytes:
         size += f", {facts['bytes'] / float_bytes:.2f} of the float32 weights ({megabytes(float_bytes)} MB)"
-    lines = [("file", f"{_kind(facts)}, {facts['task']}, opset {facts['opset']}"), ("size", size)]
+    lines = [("file", f"{_precision(facts)}, {facts['task']}, opset {facts['opset']}"), ("size", size)]
     share = facts["max_abs_diff"] / facts["max_abs_logit"] if facts["max_abs_logit"] else 0.0
     difference = f"at most {facts['max_abs_diff']:.2g} from PyTorch, {share:.2g} of the largest output; "
     difference += f"allowed {facts['tolerance']:g} ({facts['samples']} examples)"
@@ -84,7 +86,7 @@ def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str,
         lines += _metric_lines(facts["metrics"])
     lines.append(("latency", _latency(facts["latency"])))
     if not facts.get("accepted", True):
-        lines.append(("not accepted", in_options(facts["reason"])))
+        lines.append(("not accepted", as_options(facts["reason"])))
     return lines
 
 
@@ -92,7 +94,8 @@ def _layers(facts: Mapping[str, Any]) -> str:
     """How many layers compute in integers, and how many linear layers in floating point."""
     quantized, fused, floats = (facts[f"{name}_linears"] for name in ("quantized", "fused", "float"))
     text = f"{quantized} with integer weights"
-    if facts["kind"] == "int8":
+    precision = recorded_precision(facts)
+    if precision is not None and precision.multiplies_integers:
         text += f", {'all' if fused == quantized else fused} of them in an integer kernel"
     return f"{text}; {floats} linear {'layer' if floats == 1 else 'layers'} in floating point"
 
@@ -129,13 +132,11 @@ def _first(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(list(inputs.items())[:1])
 
 
-def _kind(facts: Mapping[str, Any]) -> str:
-    spec = facts.get("spec")
-    chosen = facts.get("choice", {}).get("chosen")
-    name = {"float": "float32", "weights": "weights in integers"}.get(facts["kind"], facts["kind"])
-    if spec is not None:
-        name = f"int{spec['weight_bits']}" + (" weights" if spec["activation_bits"] is None else "")
-    return f"{chosen} ({name})" if chosen is not None and chosen != name else name
+def _precision(facts: Mapping[str, Any]) -> str:
+    """The name of the precision, after that of the candidate if it was chosen under another."""
+    precision, chosen = recorded_precision(facts), facts.get("choice", {}).get("chosen")
+    name = facts["kind"] if precision is None else precision.name
+    return f"{chosen} ({name})" if chosen not in (None, name) else str(name)
 
 
 def _candidates(rows: list[dict[str, Any]], chosen: str, width: int) -> list[str]:
@@ -152,7 +153,7 @@ def _candidates(rows: list[dict[str, Any]], chosen: str, width: int) -> list[str
         size = _NONE if row["bytes"] is None else megabytes(row["bytes"])
         table.add_row(row["name"], size, *texts, "chosen" if row["name"] == chosen else _verdict(row))
         if row["error"]:
-            notes += wrap(in_options(f"{row['name']}: {row['error'].splitlines()[0]}"), width, subsequent_indent="  ")
+            notes += wrap(as_options(f"{row['name']}: {row['error'].splitlines()[0]}"), width, subsequent_indent="  ")
     page = StringIO()
     Console(file=page, width=width).print(table)
     return [*(line.rstrip() for line in page.getvalue().splitlines()), *notes]

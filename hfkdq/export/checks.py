@@ -14,10 +14,10 @@ from ..facts import read_facts
 from ..modeling.forwards import base_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
+from .protocol import PAST, Backend
 
 TARGETS = ("onnxruntime", "standard")
 WEIGHT_TYPES = ("auto", "int8", "uint8")
-PAST = "-with-past"
 
 
 def check_arguments(model: Any, tolerance: float | None, target: str, weight_type: str) -> None:
@@ -88,13 +88,13 @@ def every_range_known(model: PreTrainedModel) -> Iterator[None]:
         )
 
 
-def resolve_task(backend: Any, model: PreTrainedModel, task: str | None) -> str:
+def resolve_task(backend: Backend, model: PreTrainedModel, task: str | None) -> str:
     """The task as the backend resolves it, without a cache where heads were pruned layer by layer.
 
     Raises:
         ValueError: the backend's, or such a model was asked for with a cache.
     """
-    resolved: str = backend.resolve_task(model, task)
+    resolved = backend.resolve_task(model, task)
     shapes = read_facts(model).get("shapes", {}).get("tensors", {})
     if not resolved.endswith(PAST) or not any("attn" in name or "attention" in name.lower() for name in shapes):
         return resolved

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
-from .checks import PAST
 from .exporters_generation import Part, generation_parts, part_axes
 from .exporters_tasks import dummy_batches, output_names, resolve_task
 from .exporters_tracing import METADATA, OPSET, trace_file
+from .protocol import PAST
 from .runner import SINGLE
 
 __all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
-PACKAGES = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime")
+PACKAGES: tuple[str, ...] = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime")
 _TEXT = {0: "batch_size", 1: "sequence_length"}
 _CHOICES = {0: "batch_size", 1: "num_choices", 2: "sequence_length"}
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .checks import PAST
+from .protocol import PAST
 from .runner import DECODER, DECODER_WITH_PAST, ENCODER, SINGLE
 
 # Of the traced inputs: several tokens after several others, so that neither number is taken for a constant.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from .checks import PAST
+from .protocol import PAST
 
 _TABLES = {
     "SEQ_TO_SEQ_CAUSAL_LM": "text2text-generation",

@@ -18,7 +18,7 @@ from transformers import masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from .graph import fix_shapes, noted_shapes, saving
-from .quiet import quiet_and_seeded
+from .silence import silent_and_seeded
 
 # The first opset with everything the exported models need as single operators; the same as on the other line.
 OPSET = 18
@@ -52,7 +52,7 @@ def trace_file(
     Raises:
         RuntimeError: an axis that should vary came out fixed.
     """
-    with quiet_and_seeded(), _plain_masks(), _folding(fold_constants), _calling(model, forward):
+    with silent_and_seeded(), _plain_masks(), _folding(fold_constants), _calling(model, forward):
         config = OnnxConfig(dynamic_shapes=_dynamic_shapes(inputs, axes), opset_version=OPSET, optimize=True)
         exported = OnnxExporter().export(model, dict(inputs), config)
     program: ir.Model = exported.program

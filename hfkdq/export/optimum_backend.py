@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import runner
-from .checks import PAST
 from .optimum_attention import PlainAttention
-from .quiet import quiet_and_seeded
+from .protocol import PAST
+from .silence import silent_and_seeded
 
 __all__ = [
     "OPSET",
@@ -35,7 +35,7 @@ __all__ = [
 OPSET = 18
 # Decoders whose `head_dim` its `ORTModelForCausalLM` reads.
 _OWN_WIDTH = ("gemma", "gemma3_text", "gemma3", "gpt_oss", "nemotron", "deepseek_v3")
-PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
+PACKAGES: tuple[str, ...] = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
     f"{name}.onnx" for name in (runner.ENCODER, runner.DECODER, runner.DECODER_WITH_PAST, runner.MERGED)
 )
@@ -112,7 +112,7 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
 
 def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
     """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
-    with quiet_and_seeded():
+    with silent_and_seeded():
         constructor = TasksManager.get_exporter_config_constructor(
             "onnx", model=model, task=task.removesuffix(PAST), library_name="transformers"
         )
@@ -141,7 +141,7 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
     for module in model.modules():
         if hasattr(module, "attn_implementation"):
             module.attn_implementation = "eager"
-    with quiet_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
+    with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
         # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
         model.config._name_or_path = work
         with PlainAttention():
@@ -185,7 +185,7 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
     if any(path.is_file() for path in beside):
         # Optimum writes weights beside a file only where there is such a file.
         (folder / f"{MERGED}_data").touch()
-    with quiet_and_seeded():
+    with silent_and_seeded():
         merge_decoders(*decoders, save_path=folder / MERGED, strict=False)
     for path in (*decoders, *beside):
         path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import PAST
+from .protocol import PAST
 from .runtime import Array, OnnxSession
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
@@ -93,7 +93,7 @@ class GeneratingFiles:
         """The logits that `model(**batch)` has; inputs that the files do not take are ignored."""
         return self._logits(batch, None)
 
-    def step_by_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def incremental_decode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The same logits, made as generation makes them: what comes later is added to the cache token by token.
 
         Args:

@@ -74,7 +74,7 @@ def test_a_file_is_exact_on_this_processor_whatever_it_is(kind, target, tmp_path
             model, tmp_path / weight_type, quantization=kind, calibration=batches, target=target, latency_rounds=0,
             weight_type=weight_type,
         )  # fmt: skip
-        facts[weight_type] = json.loads((folder / "report.json").read_text())
+        facts[weight_type] = json.loads((folder / "export_facts.json").read_text())
     assert facts["uint8"]["weight_type"] == "uint8"
     assert facts["auto"]["weight_type"] == ("int8" if multiplies_exactly() else "uint8")
     # Both are exact, so they differ by the order of float sums alone; a saturated product is off by a fifth here.
@@ -93,7 +93,7 @@ def test_auto_goes_by_the_processor(exact, tmp_path, monkeypatch):
     kinds = {
         value.dtype for value in ir.load(folder / "model.onnx").graph.initializers.values() if len(value.shape) == 2
     }
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "export_facts.json").read_text())
     assert report["weight_type"] == ("int8" if exact else "uint8")
     assert (ir.DataType.UINT8 in kinds) != exact
 

@@ -16,8 +16,8 @@ from ...quantization import (
     QuantizedModule,
     quantized_modules,
 )
-from .activations import StoredRange
-from .layers import BlockLinear, FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, StoredEmbedding
+from .activations import ActivationQDQ
+from .layers import FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
 
 __all__ = ["check_lowerable", "lower_quantizers_"]
 
@@ -85,7 +85,7 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
             model.set_submodule(name, lowered)
     for attention in [module for module in model.modules() if isinstance(module, AttentionQuantizer)]:
         for operand, quantizer in attention.operands.items():
-            attention.operands[operand] = StoredRange(quantizer)  # type: ignore[arg-type]
+            attention.operands[operand] = ActivationQDQ(quantizer)  # type: ignore[arg-type]
     return linears
 
 
@@ -96,9 +96,9 @@ def _linear(module: QuantizedLinear | QuantizedConv1D, target: str) -> nn.Module
     if is_linear and scheme.group_size is None and _has_bytes(module):
         return IntegerLinear(module)
     # With 8 bits, MatMulNBits takes several times as long as a float layer does (`make bench-kernels`).
-    return BlockLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module)
+    return NBitLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module)
 
 
 def _has_bytes(module: QuantizedModule) -> bool:
     """Whether the input is uint8."""
-    return StoredRange(module.activation_quantizer).is_integer
+    return ActivationQDQ(module.activation_quantizer).is_integer

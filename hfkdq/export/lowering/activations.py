@@ -33,7 +33,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=1)
 
 
-class StoredRange(nn.Module):
+class ActivationQDQ(nn.Module):
     """Puts its input on the grid of a trained quantizer.
 
     At 8 bits that is QuantizeLinear and DequantizeLinear. Other widths and mappings have no integer kernels, and are

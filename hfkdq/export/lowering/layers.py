@@ -17,7 +17,7 @@ from ...quantization import (
     QuantizedModule,
 )
 from ..operators import onnx_op
-from .activations import StoredRange, dequantize, quantize
+from .activations import ActivationQDQ, dequantize, quantize
 from .weights import StoredWeight, unpack
 
 # Fewer channels of a convolution's input make windows too narrow for products of bytes to pay.
@@ -31,7 +31,7 @@ class _Linear(nn.Module):
 
     def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
         super().__init__()
-        self.input = StoredRange(linear.activation_quantizer)
+        self.input = ActivationQDQ(linear.activation_quantizer)
         self.register_buffer("factors", linear.smoothing.factors)
         self.bias = cast("Tensor | None", linear.bias)
 
@@ -72,7 +72,7 @@ class IntegerLinear(_Linear):
         return values.squeeze(0) if flat else values
 
 
-class BlockLinear(_Linear):
+class NBitLinear(_Linear):
     """A linear layer whose weight stays in blocks of integers in memory: one `MatMulNBits`."""
 
     packed: Tensor
@@ -135,7 +135,7 @@ class IntegerConv1d(nn.Module):
 
     def __init__(self, conv: QuantizedConv1d) -> None:
         super().__init__()
-        self.input = StoredRange(conv.activation_quantizer)
+        self.input = ActivationQDQ(conv.activation_quantizer)
         codes, zero_point = conv.integer_weight(), conv.weight_zero_point()
         self.register_buffer("codes", codes.permute(2, 1, 0).flatten(0, 1).contiguous())
         self.register_buffer("scale", conv.weight_scale())
@@ -158,7 +158,7 @@ class IntegerConv1d(nn.Module):
             and scheme.weight_mapping == "linear"
             and scheme.weight_bits <= 8
             and scheme.group_size is None
-            and StoredRange(conv.activation_quantizer).is_integer
+            and ActivationQDQ(conv.activation_quantizer).is_integer
         )
 
     @property
@@ -188,7 +188,7 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
         super().__init__()
-        self.input = StoredRange(conv.activation_quantizer)
+        self.input = ActivationQDQ(conv.activation_quantizer)
         self.stored = _wide(conv) if conv.weight_quantizer.bits == 16 else StoredWeight(conv)
         self.bias = conv.bias
         self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model in every kind that makes sense and keeps the fastest that is good enough."""
+"""Writes a model in every precision that makes sense and keeps the fastest that is good enough."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ import numpy as np
 from transformers.utils import logging
 
 from ..quantization import quantized_spec
-from .kinds import Kind, kind_of
-from .proof import FLOAT, NOISE, Quality, Timed, Timing
-from .writing import Source
+from .job import ExportJob
+from .precisions import PRECISIONS, TRAINED, Precision, precision_of
+from .validation import NOISE, Quality, Timed, Timing
 
 logger = logging.get_logger(__name__)
-AUTO = "auto"
 MAX_DROP = 0.01
-TRAINED = "trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class Candidate:
 
 
 def write_best(
-    source: Source,
+    job: ExportJob,
     quality: Quality,
     timing: Timing,
     folder: Path,
@@ -58,7 +56,7 @@ def write_best(
     """Writes all candidates below `folder`, and leaves the files of the best one in it.
 
     Args:
-        source ([`Source`]): the model.
+        job ([`ExportJob`]): the model.
         quality ([`Quality`]): the metric and its bound.
         timing ([`Timing`]): how to time.
         folder (`Path`): an existing folder.
@@ -72,11 +70,11 @@ def write_best(
     Raises:
         RuntimeError: no candidate could be written, or none is good enough.
     """
-    kinds, left_out = _kinds(source, calibrated)
-    facts, rows = _write_all(source, quality, kinds, folder)
+    precisions, left_out = _candidates(job, calibrated)
+    facts, rows = _write_all(job, quality, precisions, folder)
     found: dict[str, Timed] = {}
-    if timing.obstacle is None:
-        found = timing.time({name: folder / name for name in facts}, source.task, inputs)
+    if timing.skip_reason is None:
+        found = timing.time({name: folder / name for name in facts}, job.task, inputs)
         rows = [_timed(row, found.get(row.name)) for row in rows]
     table = [*rows, *left_out]
     chosen, reason = choose(rows, quality.metric or "", quality.max_drop or 0.0)
@@ -93,7 +91,7 @@ def write_best(
         else:
             shutil.rmtree(folder / name)
     logger.info(f"{render(table)}\n{reason}")
-    latency = {"left_out": timing.obstacle} if timing.obstacle else timing.facts(chosen.name, found, inputs)
+    latency = {"left_out": timing.skip_reason} if timing.skip_reason else timing.facts(chosen.name, found, inputs)
     choice = {"chosen": chosen.name, "reason": reason, "candidates": [asdict(row) for row in table]}
     verdict = {"accepted": chosen.accepted, "reason": chosen.error}
     return {**facts[chosen.name], "latency": latency, **verdict, "choice": choice}
@@ -148,49 +146,43 @@ def render(table: Sequence[Candidate]) -> str:
     return "\n".join(lines)
 
 
-def _kinds(source: Source, calibrated: bool) -> tuple[dict[str, Kind], list[Candidate]]:
-    """What to write, by name, and what was left out."""
-    trained = quantized_spec(source.model)
+def _candidates(job: ExportJob, calibrated: bool) -> tuple[dict[str, Precision], list[Candidate]]:
+    """The precisions to write, by name, and rows for those that are left out."""
+    trained = quantized_spec(job.model)
     if trained is not None:
-        names = ["dynamic", "int8_weights", "int4_weights", "float16", FLOAT]
-        return {TRAINED: kind_of(trained), **{name: kind_of(name) for name in names}}, []
-    names = ["int8", "dynamic", "int8_weights", "int4_weights", "float16", FLOAT]
-    kinds = {name: kind_of(name) for name in names if calibrated or name != "int8"}
-    missing = Candidate(name="int8", error="left out: it needs calibration=")
-    return kinds, [] if calibrated else [missing]
+        return {TRAINED: precision_of(trained), **_named(calibrated=False)}, []
+    missing = [] if calibrated else sorted(PRECISIONS.keys() - _named(calibrated).keys())
+    return _named(calibrated), [Candidate(name=name, error="left out: it needs calibration=") for name in missing]
+
+
+def _named(calibrated: bool) -> dict[str, Precision]:
+    return {name: entry for name, entry in PRECISIONS.items() if calibrated or not entry.needs_calibration}
 
 
 def _write_all(
-    source: Source, quality: Quality, kinds: Mapping[str, Kind], folder: Path
+    job: ExportJob, quality: Quality, precisions: Mapping[str, Precision], folder: Path
 ) -> tuple[dict[str, dict[str, Any]], list[Candidate]]:
     """Facts of those that could be written, each below `folder`, and a row for every one."""
     facts: dict[str, dict[str, Any]] = {}
     rows = []
-    bar = logging.tqdm(kinds, desc="Candidates")
+    bar = logging.tqdm(precisions, desc="Candidates")
     for name in bar:
         bar.set_postfix_str(name)
         own = folder / name
         own.mkdir()
         try:
-            facts[name] = source.write(kinds[name], own)
+            facts[name] = job.write(precisions[name], own)
         except OSError:
             raise  # a disk that is full is so for all
-        except Exception as error:  # exporters and runtimes raise their own, and another kind may do
+        except Exception as error:  # exporters and runtimes raise their own, and another precision may do
             shutil.rmtree(own)
             # The report is published; the folder is nobody's business.
             rows.append(Candidate(name=name, error=f"{type(error).__name__}: {error}".replace(str(folder), "")))
             continue
         metrics = facts[name]["metrics"]
-        objection = quality.objection(metrics)
-        rows.append(
-            Candidate(
-                name=name,
-                bytes=facts[name]["bytes"],
-                drop=metrics["drop"],
-                accepted=objection is None,
-                error=objection,
-            )
-        )
+        reason = quality.rejection_reason(metrics)
+        size, drop = facts[name]["bytes"], metrics["drop"]
+        rows.append(Candidate(name=name, bytes=size, drop=drop, accepted=reason is None, error=reason))
     return facts, rows
 
 

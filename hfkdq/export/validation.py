@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves a file: its metric against that of the model in torch, its latency against that of the float file."""
+"""Validates a file: its metric against that of the model in torch, its latency against that of the float file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from transformers.utils import logging
 
 from ..measuring.evaluation import Evaluation, Runner, Scores
 from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines
+from .precisions import FLOAT
 from .verify import Batch, run_torch
 
 logger = logging.get_logger(__name__)
 # Two medians closer than this are alike; the machines that this runs on do other work too.
 NOISE = 0.05
 BATCH_SIZE = 32
-FLOAT = "float32"
 
 
 class Quality:
@@ -103,7 +103,7 @@ class Quality:
             "top1_different_share": different / compared if compared else None,
         }
 
-    def objection(self, facts: Mapping[str, Any]) -> str | None:
+    def rejection_reason(self, facts: Mapping[str, Any]) -> str | None:
         """Why a file with these facts is not good enough; `None` if it is."""
         if self.max_drop is None or facts["drop"] <= self.max_drop:
             return None
@@ -149,7 +149,7 @@ class Timing:
         check_counts(latency_rounds=(rounds, 0), threads=(self.threads, 1))
 
     @property
-    def obstacle(self) -> str | None:
+    def skip_reason(self) -> str | None:
         """Why nothing is timed; `None` if it is."""
         return "latency_rounds is 0" if self.rounds == 0 else None
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 
-def tidy_graph(model: ir.Model) -> None:
+def deduplicate(model: ir.Model) -> None:
     """Merges, in place, what is there several times, and drops what nothing uses.
 
     Equal constants become one, so that the quantizers of linear layers that share an input (query, key and value)

@@ -14,7 +14,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def in_options(message: str) -> str:
+def as_options(message: str) -> str:
     """An error of `export_onnx` in the words of this command: `max_drop=` becomes `--max-drop`."""
     names = "|".join(_NAMES)
     message = re.sub(rf"\b({names})=\"?(\w+)\"?", lambda found: f"{_NAMES[found[1]]} {found[2]}", message)
