@@ -45,6 +45,7 @@ class QuantizationSettings(TypedDict, total=False):
     head_bits: int | None
     range_estimator: FreeText
     weight_mapping: FreeText
+    activation_mapping: FreeText
     storage_dtype: FreeText
     overrides: dict[FreeText, Any] | None
     exclude_modules: FreeText | list[FreeText] | None
@@ -270,7 +271,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _describe_distillation(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
-    objectives = ", ".join(code(describe_objective(objective)) for objective in fact.get("objectives", []))
+    objectives = ", ".join(code(*objective_call(objective)) for objective in fact.get("objectives", []))
     if not objectives:
         return ""
     verb = f"Distillation from a {code(fact['teacher'])}" if "teacher" in fact else "Training"
@@ -278,14 +279,13 @@ def _describe_distillation(fact: Mapping[str, Any], code: Callable[..., str]) ->
     return f"{verb}{steps}: {objectives}"
 
 
-def describe_objective(objective: Mapping[str, Any]) -> str:
-    """The call that makes an objective, from what its `describe` gave."""
-
-    def setting(value: Any) -> Any:
-        return describe_objective(value) if isinstance(value, dict) and "name" in value else value
-
-    settings = ", ".join(f"{key}={setting(value)}" for key, value in objective.items() if key != "name")
-    return f"{objective.get('name', 'objective')}({settings})"
+def objective_call(objective: Mapping[str, Any]) -> list[Any]:
+    """The parts of the call that makes an objective, from what its `describe` gave: `["LogitKD", "(", "weight", ...]`."""
+    parts = [objective.get("name", "objective"), "("]
+    for key, value in objective.items():
+        inner = objective_call(value) if isinstance(value, dict) and "name" in value else [value]
+        parts += [key, "=", *inner, ", "] if key != "name" else []
+    return [*parts[:-1], ")"] if len(parts) > 2 else [*parts, ")"]
 
 
 def _parameters(fact: Mapping[str, Any]) -> str:
@@ -340,11 +340,8 @@ def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) ->
 
 
 def _describe_shapes(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
-    return (
-        f"Shapes: {len(fact['tensors']):,} tensors have shapes that the configuration cannot say"
-        if fact["tensors"]
-        else ""
-    )
+    count = len(fact["tensors"])
+    return f"Shapes: {count:,} tensors have shapes that the configuration cannot say" if count else ""
 
 
 # The type and the description of each topic.

@@ -247,7 +247,7 @@ class QuantizationSpec(QuantizationScheme):
         if settings.get("activation_bits"):
             ranges = f"{settings.get('range_estimator', '')}".replace("_", " ")
             kind = "symmetric" if settings.get("activation_symmetric") else "affine"
-            kind += ", power law" if settings.get("activation_mapping") == "power_law" else ""
+            kind += _describe_mapping(settings.get("activation_mapping"))
             where = ", inside attention too" if settings.get("attention") else ""
             text += f", {settings['activation_bits']}-bit activations{where} ({kind}, per tensor{f', ranges: {ranges}' if ranges else ''})"
         own = len(settings.get("overrides") or {})
@@ -304,7 +304,11 @@ _TOLD = (
     "per_channel", "group_size", "symmetric", "activation_symmetric", "weight_mapping", "activation_mapping",
     "range_estimator", "attention", "overrides", "exclude_modules", "embedding_bits", "head_bits",
 )  # fmt: skip
-_MAPPINGS = {"power_law": ", power law", "power_of_two": ", powers of two", "kmeans": ", k-means codebook"}
+_MAPPINGS = {"power_law": "power law", "power_of_two": "powers of two", "kmeans": "k-means codebook"}
+
+
+def _describe_mapping(mapping: str | None) -> str:
+    return "" if mapping in (None, "linear") else f", {_MAPPINGS.get(mapping or '', mapping)}"
 
 
 def _describe_weights(settings: Mapping[str, Any]) -> str:
@@ -315,7 +319,7 @@ def _describe_weights(settings: Mapping[str, Any]) -> str:
     scale = f"per {group} inputs" if group else scale
     kind = "affine" if settings.get("symmetric") is False else "symmetric"
     text = f"{bits}-bit weights ({'ternary, ' if bits == 2 and kind == 'symmetric' else ''}{kind}"
-    text += f"{_MAPPINGS.get(settings.get('weight_mapping') or '', '')}, scales {scale})"
+    text += f"{_describe_mapping(settings.get('weight_mapping'))}, scales {scale})"
     for name, key in (("embeddings", "embedding_bits"), ("head", "head_bits")):
         own = settings.get(key)
         own = max(8, bits) if own is None else own
