@@ -6,13 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..modeling import check_json, load_checkpoint, load_config
@@ -27,18 +21,10 @@ _PROCESSOR_FILES = (
 
 
 def load_model(checkpoint: str, name: str | None, calibrated: bool) -> tuple[PreTrainedModel, QuantizationSpec | str]:
-    """The model, and the `quantization=` of `export_onnx`.
+    """The model, with fake quantizers if the precision of this name needs them, and `quantization=` of `export_onnx`.
 
-    Args:
-        checkpoint (`str`): a folder or a Hub id.
-        name (`str`, *optional*): of a precision; by default `"trained"` if there is a record, else `"float32"`.
-        calibrated (`bool`): whether there are calibration data.
-
-    Returns:
-        `tuple[PreTrainedModel, QuantizationSpec | str]`: the model, with fake quantizers if the precision needs them.
-
-    Raises:
-        ValueError: `"trained"` without a record, or a precision that needs calibration data without them.
+    By default the name is `"trained"` if the checkpoint has a record, else `"float32"`. `ValueError` for `"trained"` without
+    one, and where ranges are needed and there are no calibration data.
     """
     recorded = recorded_quantization(load_config(checkpoint))
     spec = None if recorded is None else recorded[0]
@@ -63,11 +49,7 @@ def load_model(checkpoint: str, name: str | None, calibrated: bool) -> tuple[Pre
 
 
 def load_processor(checkpoint: str) -> Any:
-    """The checkpoint's tokenizer or processor; `None` if it has none.
-
-    Raises:
-        ValueError: its files are there, and are damaged.
-    """
+    """The checkpoint's tokenizer or processor, `None` if it has none; `ValueError` if its files are damaged."""
     folder = Path(checkpoint)
     if folder.is_dir():
         check_json(folder, _PROCESSOR_FILES)

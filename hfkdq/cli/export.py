@@ -102,13 +102,7 @@ def _add_validation(group: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Exports, and prints what was written and measured.
-
-    Raises:
-        ValueError: options that need one another, or data that do not fit the model.
-        OSError: there is no such checkpoint or data, or the folder exists.
-        RuntimeError: as `export_onnx` does.
-    """
+    """Exports, and prints what was written and measured."""
     _check_options(options)
     refuse_missing(options.checkpoint)
     if Path(options.checkpoint).is_file():

@@ -45,12 +45,7 @@ def quietly() -> Iterator[None]:
 
 
 def print_summary(folder: Path, stream: TextIO) -> None:
-    """Prints what was written into `folder` and measured; the folder is the last line.
-
-    Args:
-        folder (`Path`): what `export_onnx` returned.
-        stream (`TextIO`): where to.
-    """
+    """Prints what `export_onnx` wrote into `folder` and measured; the folder is the last line."""
     facts = read_export(folder)
     width = Console(file=stream).width
     lines = []
@@ -63,15 +58,7 @@ def print_summary(folder: Path, stream: TextIO) -> None:
 
 
 def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str, str]]:
-    """Names and values of the lines below one another.
-
-    Args:
-        facts (`dict`): a report.
-        float_bytes (`int`): size of the float32 weights, 0 if unknown.
-
-    Returns:
-        `list[tuple[str, str]]`: what the line is about, and what it says.
-    """
+    """The lines of a summary: a topic each, and its text. `float_bytes` of the float32 weights are 0 if unknown."""
     size = f"{megabytes(facts['bytes'])} MB"
     if float_bytes:
         size += f", {facts['bytes'] / float_bytes:.2f} of the float32 weights ({megabytes(float_bytes)} MB)"

@@ -10,11 +10,7 @@ from .protocol import Backend
 
 
 def load_backend() -> Backend:
-    """The module that exports with the installed Transformers.
-
-    Raises:
-        RuntimeError: its packages are not installed.
-    """
+    """The module that exports with the installed Transformers; `RuntimeError` if its packages are missing."""
     is_v5 = Version(transformers.__version__).major >= 5
     try:
         if is_v5:

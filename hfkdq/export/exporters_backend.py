@@ -28,19 +28,9 @@ _CHOICES = {0: "batch_size", 1: "num_choices", 2: "sequence_length"}
 
 
 def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
-    """Writes `model` as ONNX files.
+    """Writes `model` as ONNX files, see [`Backend`]. Its attention becomes the eager one.
 
-    Args:
-        model (`PreTrainedModel`): a float32 model on the CPU, in eval mode. Its attention becomes the eager one.
-        folder (`Path`): an existing folder.
-        task (`str`): as `resolve_task` gave it.
-        fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
-
-    Returns:
-        `list[Path]`: the files.
-
-    Raises:
-        RuntimeError: the tracer fixed an axis that has to vary.
+    `RuntimeError` if the tracer fixed an axis that has to vary.
     """
     model.set_attn_implementation("eager")
     if hasattr(model.config, "use_cache"):
@@ -102,13 +92,7 @@ def _takes_any_size(model: PreTrainedModel, task: str) -> bool:
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Writes the manifest with which `transformers.exporters.ExportedModel.from_pretrained` loads the folder.
-
-    Args:
-        folder (`Path`): holds the files that `trace` wrote, whatever was done to them since.
-        config (`PretrainedConfig`): of the model.
-        task (`str`): as `resolve_task` gave it.
-    """
+    """Writes the manifest with which `transformers.exporters.ExportedModel.from_pretrained` loads the folder."""
     components = {}
     for path in sorted(folder.glob("*.onnx")):
         metadata = json.loads(ir.load(path).metadata_props[METADATA])

@@ -36,21 +36,10 @@ def trace_file(
     forward: Callable[..., Any],
     fold_constants: bool,
 ) -> Path:
-    """Writes a model as one ONNX file.
+    """Writes a model, in eval mode on the CPU and with eager attention, as one ONNX file.
 
-    Args:
-        model (`nn.Module`): in eval mode on the CPU; its attention must be the eager one.
-        inputs (`Mapping[str, Any]`): what its forward takes: tensors, or lists and dictionaries of tensors.
-        path (`Path`): the file.
-        axes (`Callable`): for the name of an input or output, the names of its axes that vary.
-        forward (`Callable`): what is traced, in place of the model's own forward.
-        fold_constants (`bool`): whether what depends on weights alone is computed now.
-
-    Returns:
-        `Path`: `path`.
-
-    Raises:
-        RuntimeError: an axis that should vary came out fixed.
+    `axes` gives, for the name of an input or output, the names of its axes that vary; `forward` is traced in place of the
+    model's own. `fold_constants`: compute now what depends on weights alone. `RuntimeError` if such an axis came out fixed.
     """
     with silent_and_seeded(), _plain_masks(), _folding(fold_constants), _calling(model, forward):
         config = OnnxConfig(dynamic_shapes=_dynamic_shapes(inputs, axes), opset_version=OPSET, optimize=True)

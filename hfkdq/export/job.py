@@ -75,14 +75,9 @@ class ExportJob:
         return strip_quantizers_(copy.deepcopy(self.model))
 
     def write(self, precision: Precision, folder: Path) -> dict[str, Any]:
-        """Writes checkpoint, processor and ONNX files of a precision into an existing folder.
+        """Writes checkpoint, processor and ONNX files into an existing folder, compares them, and returns the facts.
 
-        Returns:
-            `dict[str, Any]`: facts for the report.
-
-        Raises:
-            ValueError: the model cannot be written so.
-            RuntimeError: the files differ from the model by more than the tolerance, or give NaN.
+        `ValueError` if the model cannot be written so; `RuntimeError` if the files differ by more than the tolerance.
         """
         from .runner import GeneratingFiles, open_files
 

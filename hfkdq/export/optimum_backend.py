@@ -22,14 +22,7 @@ from .optimum_attention import PlainAttention
 from .protocol import PAST
 from .silence import silent_and_seeded
 
-__all__ = [
-    "OPSET",
-    "PACKAGES",
-    "dummy_batches",
-    "finish",
-    "resolve_task",
-    "trace",
-]
+__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
@@ -42,15 +35,9 @@ ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
-    """The name that Optimum gives to what `model` does.
+    """Optimum's name of the task; by default that of the model's class, with a cache (`-with-past`) if it generates.
 
-    Args:
-        model (`PreTrainedModel`): the model.
-        task (`str`, *optional*): the answer, in any spelling that Optimum knows. By default what the class of the model
-            does, with a cache (`-with-past`) if it generates.
-
-    Raises:
-        ValueError: Optimum cannot export such a model, or not for this task.
+    `ValueError` if Optimum cannot export such a model, or not for this task.
     """
     supported = _supported_tasks(model)
     if task is None:
@@ -125,17 +112,10 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
 
 
 def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
-    """Writes `model` as `folder/model.onnx`, or an encoder-decoder that generates as one file for each part.
+    """Writes `model` as `model.onnx`, or as one file for each part of an encoder-decoder that generates.
 
-    Args:
-        model (`PreTrainedModel`): a float32 model on the CPU. Optimum changes its configuration.
-        folder (`Path`): an existing folder.
-        task (`str`): as `resolve_task` gave it.
-        fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
-
-    Returns:
-        `list[Path]`: the files: `model.onnx`, or `encoder_model.onnx`, `decoder_model.onnx` and with a cache
-        `decoder_with_past_model.onnx`, which `finish` merges.
+    These are `encoder_model.onnx`, `decoder_model.onnx` and, with a cache, `decoder_with_past_model.onnx`, which `finish`
+    merges. See [`Backend`].
     """
     # Some models ask this rather than the configuration, and would make a mask for every query.
     for module in model.modules():
@@ -171,13 +151,7 @@ def _tie_weights(model: PreTrainedModel, path: Path) -> None:
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if there are two that can be merged.
-
-    Args:
-        folder (`Path`): where they are.
-        config (`PretrainedConfig`): of the model.
-        task (`str`): as `resolve_task` gave it.
-    """
+    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if they can be merged."""
     decoders = [folder / DECODER, folder / DECODER_WITH_PAST]
     if not all(path.is_file() for path in decoders) or not _can_be_merged(config):
         return

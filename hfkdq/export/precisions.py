@@ -122,12 +122,7 @@ _FORMER = {"float": FLOAT}
 
 
 def precision_of(quantization: QuantizationSpec | str) -> Precision:
-    """The precision that `quantization=` asks for.
-
-    Raises:
-        TypeError: it is neither a spec nor a name.
-        ValueError: there is no such name.
-    """
+    """The precision that `quantization=` asks for; `TypeError` or `ValueError` if it is neither a spec nor a name."""
     if isinstance(quantization, str):
         if quantization not in PRECISIONS:
             raise ValueError(

@@ -89,11 +89,7 @@ def export_file(folder: Path) -> Path:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """What the export into `folder` recorded.
-
-    Raises:
-        ValueError: the record is damaged; one line names it.
-    """
+    """What the export into `folder` recorded; `ValueError`, in one line that names the file, if it is damaged."""
     path = export_file(folder)
     facts = read_file(path)
     try:

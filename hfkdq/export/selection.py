@@ -23,16 +23,10 @@ MAX_DROP = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A row of the table that a choice is made from.
+    """A row of the table that a choice is made from; sizes in bytes, `drop` in the unit of the metric.
 
-    Args:
-        name (`str`): `"trained"`, or what `quantization=` of [`export_onnx`] would be.
-        bytes (`int`, *optional*): size of the ONNX files; `None` if there is none.
-        drop (`float`, *optional*): how much worse the metric is than that of the model in torch.
-        median_ms (`float`, *optional*): median latency; `None` if it was not timed.
-        min_ms (`float`, *optional*): the fastest call.
-        accepted (`bool`): whether the file is there and its drop allowed.
-        error (`str`, *optional*): why there is none, or why it is not accepted.
+    `name` is `"trained"`, or what `quantization=` of [`export_onnx`] would be; `error` says why there is no file, or why it
+    is not accepted.
     """
 
     name: str
@@ -53,22 +47,10 @@ def write_best(
     calibrated: bool,
     allow_drop: bool,
 ) -> dict[str, Any]:
-    """Writes all candidates below `folder`, and leaves the files of the best one in it.
+    """Writes all candidates below `folder`, leaves the files of the best one in it, and returns its facts.
 
-    Args:
-        job ([`ExportJob`]): the model.
-        quality ([`Quality`]): the metric and its bound.
-        timing ([`Timing`]): how to time.
-        folder (`Path`): an existing folder.
-        inputs (`dict[str, np.ndarray]`): what to time with.
-        calibrated (`bool`): whether there are real data to find ranges on.
-        allow_drop (`bool`): whether to keep the best of those that drop too far if all do.
-
-    Returns:
-        `dict[str, Any]`: the facts of the chosen one, with its latency and how it was chosen.
-
-    Raises:
-        RuntimeError: no candidate could be written, or none is good enough.
+    `calibrated` says whether there are real data to find ranges on; `allow_drop` keeps the best of those that all drop too
+    far. `RuntimeError` if no candidate could be written, or none is good enough.
     """
     precisions, left_out = _candidates(job, calibrated)
     facts, rows = _write_all(job, quality, precisions, folder)
@@ -98,20 +80,9 @@ def write_best(
 
 
 def choose(rows: Sequence[Candidate], metric: str, max_drop: float) -> tuple[Candidate | None, str]:
-    """The fastest of the accepted candidates, the smallest of those that are as fast, and why it is that one.
+    """The fastest of the accepted candidates, the smallest of those as fast within 5 %, and the reason in words.
 
-    Two medians are alike if they differ by at most 5 %. Without latencies it is the smallest.
-
-    Args:
-        rows (`list[Candidate]`): the candidates.
-        metric (`str`): its name.
-        max_drop (`float`): how far it may drop.
-
-    Returns:
-        `tuple[Candidate | None, str]`: the candidate, `None` if none is accepted; and the reason in words.
-
-    Raises:
-        RuntimeError: there is no file at all.
+    Without latencies it is the smallest; `None` if none is accepted. `RuntimeError` if there is no file at all.
     """
     if all(row.drop is None for row in rows):
         errors = "\n".join(f"{row.name}: {row.error}" for row in rows)

@@ -27,16 +27,10 @@ BATCH_SIZE = 32
 
 
 class Quality:
-    """Measures a metric in torch and on files, and bounds how far it may drop.
+    """Measures metrics in torch and on files, and bounds how far one of them may drop.
 
-    Args:
-        evaluation ([`Evaluation`]): the data and the metrics.
-        metric (`str`, *optional*): the one of the metrics that is bounded; needed where there are several.
-        greater_is_better (`bool`): whether a higher metric is better.
-        max_drop (`float`, *optional*): how much worse a file may be, in the unit of the metric.
-
-    Raises:
-        ValueError: `max_drop` is negative or no number.
+    `metric` names the bounded one where there are several; `max_drop`, in its unit, says how much worse a file may be;
+    `ValueError` if that is negative or no number.
     """
 
     def __init__(
@@ -55,8 +49,7 @@ class Quality:
     def begin(self, model: PreTrainedModel, plain: PreTrainedModel) -> None:
         """Measures the model as it was given and, if it has fake quantizers, what it is without them.
 
-        Raises:
-            ValueError: there is no such metric, or none was named and there are several to bound.
+        `ValueError` if there is no such metric, or none was named and there are several to bound.
         """
         metrics = self.of_torch("torch", model).metrics
         if self.metric is None and len(metrics) == 1:
@@ -136,12 +129,7 @@ def _torch_runner(model: PreTrainedModel) -> Runner:
 class Timing:
     """Times files in turn, each in a process of its own; a model that generates on a text of `runner.TOKENS` tokens.
 
-    Args:
-        rounds (`int`): how often each has its turn; 0 leaves timing out.
-        threads (`int`, *optional*): threads of each; as many as PyTorch uses by default.
-
-    Raises:
-        ValueError: one of them is too small.
+    `rounds` says how often each has its turn, 0 leaves timing out; `threads` are as many as PyTorch uses by default.
     """
 
     def __init__(self, rounds: int, threads: int | None) -> None:
@@ -156,13 +144,7 @@ class Timing:
     def time(
         self, folders: Mapping[str, Path], task: str, inputs: Mapping[str, np.ndarray[Any, Any]]
     ) -> dict[str, Timed]:
-        """How long the files in each folder take, each file in a process of its own.
-
-        Args:
-            folders (`dict[str, Path]`): what is timed side by side.
-            task (`str`): as the backend resolved it.
-            inputs (`dict[str, np.ndarray]`): one example.
-        """
+        """How long the files in each folder take on one example, side by side, each file in a process of its own."""
         from .runner import open_files
         from .runtime import onnx_call
 

@@ -102,11 +102,7 @@ class ReportData:
 
 
 def check_renderable(report: ReportData) -> None:
-    """Refuses a report whose fields no code, table or plot can be made of.
-
-    Raises:
-        ValueError: it has such a field; one line names it.
-    """
+    """Refuses a report with a field that no code, table or plot can be made of; one line names it."""
     for name, value in (("architecture", report.architecture), ("processor", report.processor)):
         if value is not None and not (isinstance(value, str) and value.isidentifier() and value.isascii()):
             raise ValueError(f"{name} is {shortened(value)}, expected the name of a class")

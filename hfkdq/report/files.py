@@ -30,11 +30,7 @@ _DIFFERENCES = {
 
 
 def check_measured(folder: Path, student: PreTrainedModel) -> dict[str, Any]:
-    """What the export into `folder` recorded, if its files are still those and `student` is the model.
-
-    Raises:
-        ValueError: they are not, or nothing of the kind was recorded.
-    """
+    """What the export into `folder` recorded, if its files are still those and `student` is the model."""
     facts, path = read_export(folder), export_file(folder)
     if "files" not in facts or "model" not in facts:
         raise ValueError(
@@ -78,11 +74,7 @@ def last_file(report: ReportData) -> Engine | None:
 
 
 def check_engine(report: ReportData, folder: Path) -> None:
-    """Refuses a folder that does not hold the files of the report's last ONNX row.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Refuses a folder that does not hold the files of the report's last ONNX row (`ValueError`)."""
     engine = last_file(report)
     if engine is None:
         return
@@ -100,11 +92,7 @@ def check_engine(report: ReportData, folder: Path) -> None:
 
 
 def check_beside(report: ReportData, path: Path) -> None:
-    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded.
-
-    Raises:
-        ValueError: there are such files, and none are those of the report.
-    """
+    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded."""
     engine = last_file(report)
     if engine is None or not engine.files:
         return
@@ -135,11 +123,7 @@ def public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_of_export(folder: Path) -> dict[str, Any]:
-    """The fields of a report that the record of the export into `folder` and its configuration have.
-
-    Raises:
-        ValueError: the record is damaged, or lacks what a report needs.
-    """
+    """The fields of a report that the record of the export into `folder` and its configuration have."""
     facts, path = read_export(folder), export_file(folder)
     missing = sorted({"kind", "bytes", "files", "model", "task"} - facts.keys())
     if missing:

@@ -28,12 +28,9 @@ __all__ = [
 
 
 def improve(path: Path, *, target: str, unsigned: bool = False) -> None:
-    """Rewrites a file by one that computes the same with fewer operators.
+    """Rewrites a file by one that computes the same with fewer operators; with ONNX's own for `target="standard"`.
 
-    Args:
-        path (`Path`): an ONNX file.
-        target (`str`): `"onnxruntime"` or `"standard"`, which keeps to ONNX's own operators.
-        unsigned (`bool`, defaults to `False`): write weights of integer products as uint8.
+    `unsigned` writes weights of integer products as uint8.
     """
     model = load_graph(path)
     deduplicate(model)

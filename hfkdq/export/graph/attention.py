@@ -52,16 +52,10 @@ class _Projection:
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Replaces self-attention over one quantized input by `QAttention`, in place.
+    """Replaces self-attention over one quantized input by `QAttention`, in place, after [`fuse_linears`]; how many.
 
     The projections of query, key and value become one product with one weight. What is added to the scores must be
     nothing, or a mask that hides what `attention_mask` says is padding: it is computed for random ones, and compared.
-
-    Args:
-        model (`onnx_ir.Model`): changed in place; [`fuse_linears`] has run.
-
-    Returns:
-        `int`: how many were replaced.
     """
     graph, fused = model.graph, 0
     weights: dict[tuple[Any, ...], list[ir.Value]] = {}

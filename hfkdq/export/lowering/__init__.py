@@ -25,11 +25,7 @@ _LOWERABLE = (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d
 
 
 def check_lowerable(model: PreTrainedModel) -> None:
-    """Refuses what cannot be written as integers.
-
-    Raises:
-        ValueError: a recurrent module, or one from the middle of its training: off yet, or wider yet than its spec.
-    """
+    """Refuses recurrent modules, and fake quantizers that are off yet or wider yet than their spec."""
     for name, module in quantized_modules(model).items():
         if not isinstance(module, _LOWERABLE):
             raise ValueError(
@@ -50,19 +46,10 @@ def check_lowerable(model: PreTrainedModel) -> None:
 
 
 def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") -> int:
-    """Replaces every fake-quantized layer by one that holds integer codes, in place.
+    """Replaces every fake-quantized layer of a model on the CPU by one that holds integer codes, in place.
 
-    What it computes stays the same; it can be traced but no longer trained.
-
-    Args:
-        model (`PreTrainedModel`): a model with fake quantizers, on the CPU.
-        target (`str`, defaults to `"onnxruntime"`): or `"standard"`, without the operators of ONNX Runtime.
-
-    Returns:
-        `int`: how many linear layers, and convolutions that are written as such, were replaced.
-
-    Raises:
-        ValueError: as `check_lowerable` does.
+    It computes the same and can be traced, but no longer trained. Returns how many linear layers, and convolutions that are
+    written as such, were replaced. Without `target="onnxruntime"` only ONNX's own operators are used.
     """
     check_lowerable(model)
     linears = 0

@@ -34,13 +34,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class ActivationQDQ(nn.Module):
-    """Puts its input on the grid of a trained quantizer.
+    """Puts its input on the grid of a trained quantizer; without one, or without a range, it does nothing.
 
     At 8 bits that is QuantizeLinear and DequantizeLinear. Other widths and mappings have no integer kernels, and are
     computed in floating point as in training.
-
-    Args:
-        quantizer (`ActivationQuantizer`, *optional*): without one, or with one that has no range, nothing is done.
     """
 
     scale: Tensor

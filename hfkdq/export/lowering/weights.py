@@ -18,16 +18,9 @@ BLOCKS = (128, 64, 32, 16)
 class StoredWeight(nn.Module):
     """Codes of a weight, several to a byte where they are narrow, with scales, zero points and codebook.
 
-    Args:
-        module (`QuantizedModule`): the layer.
-        transposed (`bool`): whether output channels are the last axis of its weight.
-
-    Attributes:
-        packed (`torch.Tensor`): of shape (channels, bytes): int8 codes as they are; narrower or unsigned ones in uint8.
-        scale (`torch.Tensor`): of shape (channels or 1, groups).
-        zero_point (`torch.Tensor`, *optional*): in the shape of `scale`.
-        offset (`int`): what was added to make narrow codes unsigned.
-        bits (`int`): of one stored code: 2, 4 or 8.
+    `packed` is (channels, bytes): int8 codes as they are, narrower or unsigned ones in uint8; `scale` and `zero_point` are
+    (channels or 1, groups). `bits` of a stored code are 2, 4 or 8; `offset` was added to make narrow codes unsigned.
+    `transposed`: output channels are the last axis of the module's weight.
     """
 
     packed: Tensor
