@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -236,12 +236,15 @@ def _seconds(text: str) -> float | None:
 
 def _response(error: BaseException | None) -> Any:
     """The Hub's answer behind an error, which huggingface_hub may have wrapped."""
+    # Not by its truth: in requests a failed response is false.
+    return next((link.response for link in _causes(error) if getattr(link, "response", None) is not None), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[Any]:
+    """An error and its causes, up to the one that has the Hub's answer."""
     while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:  # not by its truth: in requests a failed response is false
-            return response
-        error = error.__cause__
-    return None
+        yield error
+        error = None if getattr(error, "response", None) is not None else error.__cause__
 
 
 def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool | None) -> str:
@@ -263,17 +266,13 @@ def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Status and message of the Hub's answer behind an error, which huggingface_hub may have wrapped."""
-    link: BaseException | None = error
+    """Status and message of the Hub's answer behind an error."""
     said = ""
-    while link is not None:
-        response = getattr(link, "response", None)
+    for link in _causes(error):
         # The address is left out: that of a large file carries a signature.
         message = getattr(link, "server_message", None) or str(link).partition(" for url")[0]
         message = " ".join(message.split()).rstrip(".")
         if message not in said:
             said = f"{said}; {message}" if said else message
-        if response is not None:  # not by its truth: in requests a failed response is false
-            return response.status_code, said
-        link = link.__cause__
-    return None, said or "no message"
+    response = _response(error)
+    return (None, said or "no message") if response is None else (response.status_code, said)

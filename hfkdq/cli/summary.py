@@ -7,24 +7,20 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, TextIO
 
 import datasets
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 from ..export.precisions import recorded_precision
 from ..export.record import read_export
+from ..export.selection import Candidate, render
 from ..facts import three_digits
 from ..report.table import megabytes
 from .messages import as_options
-
-_NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
 
 
 @contextmanager
@@ -103,7 +99,8 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _latency(latency: Mapping[str, Any]) -> str:
     if "left_out" in latency:
         return f"not measured: {latency['left_out']}"
-    shape = "; ".join(f"{name} {' x '.join(map(str, sizes))}" for name, sizes in _first(latency["inputs"]).items())
+    name, sizes = next(iter(latency["inputs"].items()))  # the others are as long
+    shape = f"{name} {' x '.join(map(str, sizes))}"
     tokens = sum(part["times"] for name, part in latency.get("parts", {}).items() if name != "encoder")
     unit = "a call" if not tokens else "for a token" if tokens == 1 else f"for {tokens} tokens"
     text = f"{three_digits(latency['onnx']['median_ms'])} ms {unit}"
@@ -112,11 +109,6 @@ def _latency(latency: Mapping[str, Any]) -> str:
             f", {latency['speedup']:.2f} times as fast as float32 ({three_digits(latency['float32']['median_ms'])} ms)"
         )
     return f"{text}; {shape}, {latency['threads']} {'thread' if latency['threads'] == 1 else 'threads'}"
-
-
-def _first(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first input; the others are as long."""
-    return dict(list(inputs.items())[:1])
 
 
 def _precision(facts: Mapping[str, Any]) -> str:
@@ -128,28 +120,15 @@ def _precision(facts: Mapping[str, Any]) -> str:
 
 def _candidates(rows: list[dict[str, Any]], chosen: str, width: int) -> list[str]:
     """The table that a choice was made from and what was wrong with some, in lines."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("candidate", no_wrap=True)
-    for name in ("MB", "drop", "median ms", "min ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    notes = []
-    for row in rows:
-        numbers = [row["drop"], row["median_ms"], row["min_ms"]]
-        texts = [_NONE if number is None else f"{number:.3g}" for number in numbers]
-        size = _NONE if row["bytes"] is None else megabytes(row["bytes"])
-        table.add_row(row["name"], size, *texts, "chosen" if row["name"] == chosen else _verdict(row))
-        if row["error"]:
-            notes += wrap(as_options(f"{row['name']}: {row['error'].splitlines()[0]}"), width, subsequent_indent="  ")
-    page = StringIO()
-    Console(file=page, width=width).print(table)
-    return [*(line.rstrip() for line in page.getvalue().splitlines()), *notes]
 
+    def verdict(row: Mapping[str, Any]) -> str:
+        if row["bytes"] is None:
+            return "not written"
+        return "chosen" if row["name"] == chosen else "accepted" if row["accepted"] else "refused"
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    if row["bytes"] is None:
-        return "not written"
-    return "accepted" if row["accepted"] else "refused"
+    table = render([Candidate(**{**row, "accepted": False, "error": verdict(row)}) for row in rows])
+    errors = [as_options(f"{row['name']}: {row['error'].splitlines()[0]}") for row in rows if row["error"]]
+    return [*table.splitlines(), *(line for error in errors for line in wrap(error, width, subsequent_indent="  "))]
 
 
 def _float_bytes(folder: Path) -> int:
