@@ -51,7 +51,7 @@ SIZE = 8
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How large the demo is: epochs of teacher and student, layers and width of the teacher, rows of data."""
+    """The size of the demo: epochs of teacher and student, layers and width of the teacher, rows of data."""
 
     teacher_epochs: int = 4
     student_epochs: int = 4

@@ -52,7 +52,7 @@ class QuantizationSettings(TypedDict, total=False):
 
 
 class Student(TypedDict, total=False):
-    """Which layers of a teacher a student has; those of decoders apart."""
+    """The layers of a teacher that a student has; those of decoders apart."""
 
     teacher_layers: Count
     layers: list[Count]
@@ -61,7 +61,7 @@ class Student(TypedDict, total=False):
 
 
 class Distillation(TypedDict, total=False):
-    """What a student was trained with."""
+    """A training: its objectives, and its teacher if it had one."""
 
     objectives: list[dict[FreeText, Any]]
     steps: Count
@@ -79,7 +79,7 @@ class Pruning(TypedDict, total=False):
 
 
 class UnfinishedPruning(TypedDict, total=False):
-    """How far a pruning is that goes on."""
+    """The progress of a pruning that goes on."""
 
     structure: str
     sparsity: float

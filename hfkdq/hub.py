@@ -223,7 +223,7 @@ def _wait_asked_for(error: Exception, attempt: int) -> float | None:
 
 
 def _seconds(text: str) -> float | None:
-    """What `Retry-After` says: seconds, or a date."""
+    """The seconds of `Retry-After`, which may be a date."""
     if re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
         return float(text)
     try:
@@ -248,7 +248,7 @@ def _causes(error: BaseException | None) -> Iterator[Any]:
 
 
 def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool | None) -> str:
-    """What happened, what to do, and that nothing is lost; never the token."""
+    """The error message: the answer, the advice, and that no file is lost; never the token."""
     status, answer = _answer(error)
     if status is None:
         happened, advice = f"{type(error).__name__}: {answer}", _ADVICE_CONNECTION

@@ -158,14 +158,8 @@ def _check_options(options: argparse.Namespace) -> None:
         for name, is_given in needy.items():
             if is_given:
                 raise ValueError(f"{name} needs --eval-data: there is nothing to measure on.")
-    for name, least in {
-        "calibration_samples": 1,
-        "eval_samples": 1,
-        "max_length": 1,
-        "threads": 1,
-        "latency_rounds": 0,
-    }.items():
-        value = getattr(options, name)
+    for name in ("calibration_samples", "eval_samples", "max_length", "threads", "latency_rounds"):
+        value, least = getattr(options, name), int(name != "latency_rounds")
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}.")
     if options.tolerance is not None and not 0 < options.tolerance < math.inf:

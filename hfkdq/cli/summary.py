@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export came to, in a few lines for the terminal, from what it recorded."""
+"""The summary of an export for the terminal, from its record."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str,
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
-    """How many layers compute in integers, and how many linear layers in floating point."""
+    """The numbers of layers that compute in integers and in floating point."""
     quantized, fused, floats = (facts[f"{name}_linears"] for name in ("quantized", "fused", "float"))
     text = f"{quantized} with integer weights"
     precision = recorded_precision(facts)

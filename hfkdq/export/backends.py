@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which exporter the installed line of the ecosystem has."""
+"""The exporter of the installed line of the ecosystem."""
 
 from __future__ import annotations
 

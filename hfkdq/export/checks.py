@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export refuses before it starts."""
+"""Checks before an export."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
 
 
 @contextmanager
-def every_range_known(model: PreTrainedModel) -> Iterator[None]:
+def require_ranges(model: PreTrainedModel) -> Iterator[None]:
     """Refuses, on leaving, activations without a range that a forward pass inside has reached (`ValueError`)."""
     unknown = {name: q for name, q in activation_quantizers(model).items() if not q.initialized}
     met: list[str] = []

@@ -38,21 +38,11 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
     batch = dummy_batches(model, task)[0]
     files = []
     for part in _parts(model, batch, task):
-        axes = (
-            partial(part_axes, part=part.name)
-            if _generates(model, task)
-            else partial(_axes, task=task, any_size=_takes_any_size(model, task))
-        )
-        files.append(
-            trace_file(
-                part.model,
-                part.inputs,
-                folder / f"{part.name}.onnx",
-                axes=axes,
-                forward=part.forward,
-                fold_constants=fold_constants,
-            )
-        )
+        axes = partial(_axes, task=task, any_size=_takes_any_size(model, task))
+        if _generates(model, task):
+            axes = partial(part_axes, part=part.name)
+        path = folder / f"{part.name}.onnx"
+        files.append(trace_file(part, path, axes=axes, fold_constants=fold_constants))
     return files
 
 
@@ -63,7 +53,7 @@ def _generates(model: PreTrainedModel, task: str) -> bool:
 
 
 def _parts(model: PreTrainedModel, batch: dict[str, Tensor], task: str) -> list[Part]:
-    """What is traced, file by file."""
+    """The parts to trace, a file each."""
     if _generates(model, task):
         return generation_parts(model, batch, task)
     call, fields = model.forward, output_names(task)

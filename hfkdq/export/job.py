@@ -22,7 +22,7 @@ from ..provenance import describe_files, describe_model
 from ..quantization import layer_class, means_the_same, quantize, quantized_spec, strip_quantizers_
 from ..specs import QuantizationSpec
 from ..version import __version__
-from .checks import every_range_known
+from .checks import require_ranges
 from .lowering import check_lowerable, lower_quantizers_
 from .precisions import Precision
 from .protocol import PAST, Backend
@@ -85,7 +85,7 @@ class ExportJob:
         check_lowerable(reference)
         start = beginning(self.batches[0])
         # Before there is a session: its waiting threads slow torch down many times over.
-        with every_range_known(reference):
+        with require_ranges(reference):
             expected = run_torch(reference, self.batches)
             expected_start = run_torch(reference, [start]) if self.task.endswith(PAST) else []
         scores = None if self.quality is None else self.quality.of_torch(precision.name, reference)

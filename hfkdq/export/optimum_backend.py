@@ -63,7 +63,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
 
 
 def _supported_tasks(model: PreTrainedModel) -> list[str]:
-    """What Optimum exports this architecture for and something of its own loads again."""
+    """The tasks that Optimum exports this architecture for and loads again."""
     model_type = model.config.model_type
     try:
         tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
@@ -84,7 +84,7 @@ def _model_types(task: str) -> list[str]:
 
 
 def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
-    """What the first class that Transformers knows, of those that `model` inherits from, is the model for."""
+    """The task of the first class in the inheritance of `model` that Transformers has in a table."""
     for cls in type(model).__mro__:
         # Optimum's own inference takes the first entry, which for BART is fill-mask, and stops at DeiT's two classes.
         known: dict[str, dict[str, Any]] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS

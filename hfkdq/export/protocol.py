@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an exporter has to do, and how tasks are named."""
+"""The contract of an exporter."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export records of its files beside them."""
+"""`export_facts.json`: the record that an export leaves beside its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FileFacts(TypedDict):
 
 
 class ModelFacts(TypedDict):
-    """What tells one model from another."""
+    """The identity of a model."""
 
     architecture: str
     model_type: str
@@ -41,7 +41,7 @@ class Milliseconds(TypedDict, total=False):
 
 
 class ExportLatency(TypedDict, total=False):
-    """How the files were timed."""
+    """The timing of the files."""
 
     device: FreeText
     threads: int
@@ -59,7 +59,7 @@ class ExportMetrics(TypedDict, total=False):
 
 
 class Export(TypedDict, total=False):
-    """What is read of `export_facts.json`."""
+    """The fields of `export_facts.json` that are read."""
 
     kind: FreeText
     bytes: int
@@ -89,7 +89,7 @@ def export_file(folder: Path) -> Path:
 
 
 def read_export(folder: Path) -> dict[str, Any]:
-    """What the export into `folder` recorded; `ValueError`, in one line that names the file, if it is damaged."""
+    """The record of the export into `folder`; `ValueError`, in one line that names the file, if it is damaged."""
     path = export_file(folder)
     facts = read_file(path)
     try:

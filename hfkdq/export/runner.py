@@ -18,15 +18,13 @@ from .runtime import Array, OnnxSession
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # A decoder without and with a cache in one file, and a model that is one file.
 MERGED, SINGLE = "decoder_model_merged", "model"
-# What a text is timed by: so many tokens are generated.
+# A model that generates is timed for so many tokens.
 TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Call:
-    """A file and its inputs; `part` is its role (`"model"`, `"encoder"`, `"prompt"`, `"next token"`), `times` how often
-    the whole calls it.
-    """
+    """A file, its role (`"model"`, `"encoder"`, `"prompt"`, `"next token"`), its inputs, and how often it is called."""
 
     part: str
     path: Path
@@ -47,7 +45,7 @@ class SingleFile:
         return {name: torch.from_numpy(value) for name, value in outputs.items()}
 
     def calls(self, example: Mapping[str, Array]) -> list[Call]:
-        """What is timed: the file on the example."""
+        """The timed call: the file on the example."""
         return [Call(SINGLE, self._path, example)]
 
 
@@ -131,7 +129,7 @@ class GeneratingFiles:
         return MERGED if MERGED in self._sessions else DECODER_WITH_PAST if start else DECODER
 
     def _encoded(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """What the decoder gets from the encoder."""
+        """The inputs of the decoder that come from the encoder."""
         states = self._sessions[ENCODER](arrays)["last_hidden_state"]
         mask = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}

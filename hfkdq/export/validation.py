@@ -144,7 +144,7 @@ class Timing:
     def time(
         self, folders: Mapping[str, Path], task: str, inputs: Mapping[str, np.ndarray[Any, Any]]
     ) -> dict[str, Timed]:
-        """How long the files in each folder take on one example, side by side, each file in a process of its own."""
+        """The latencies of the files in each folder on one example, each file timed in a process of its own."""
         from .runner import open_files
         from .runtime import onnx_call
 
@@ -160,7 +160,7 @@ class Timing:
     def facts(
         self, name: str, found: Mapping[str, Timed], inputs: Mapping[str, np.ndarray[Any, Any]]
     ) -> dict[str, Any]:
-        """What the report says of the files `name`, which were timed beside the float32 files."""
+        """The facts about the latency of the files `name`, which were timed beside the float32 files."""
         ours, theirs = found[name].whole, found[FLOAT].whole if FLOAT in found else None
         facts = {
             "device": "cpu",
@@ -187,7 +187,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timed:
-    """How long a model takes: by part, the latency of a call and how many there are."""
+    """The latency of a model: by part, that of a call and the number of calls."""
 
     parts: Mapping[str, tuple[Latency, int]]
 

@@ -17,7 +17,7 @@ from ..facts import describe_facts
 from ..secrets import redact
 from ..specs import QuantizationSpec
 from .data import Engine, ReportData, check_renderable, shortened
-from .markdown import Markdown, code, escape, one_line, plain, told
+from .markdown import Markdown, code, escape, escaping, one_line, unwrapped
 from .table import markdown_table, metric_names, render_markdown
 
 # Title, factor and format of what an export records.
@@ -91,7 +91,7 @@ def _is_hub_id(name: Any) -> bool:
 
 
 def _plain_text(value: Any) -> Any:
-    """What is written into the metadata, whose texts have one line, and no tags for readers that take it for Markdown."""
+    """Text for the metadata: one line, without tags for readers that take it for Markdown."""
     if isinstance(value, list):
         return [_plain_text(item) for item in value]
     return re.sub(r"[<>]", "", one_line(value)) if isinstance(value, str) else value
@@ -122,10 +122,10 @@ def _metadata(report: ReportData) -> ModelCardData:
 
 def _tags(report: ReportData) -> list[str]:
     facts, last = report.facts, report.engines[-1]
-    # The file's own spec, or that of the student.
-    specs = [each for each in (last.parity, facts.get("quantization")) if each and each.get("spec")]
-    precision = recorded_precision(specs[0] if specs else last.parity or {})
-    is_quantized = precision is not None and (bool(specs) or precision.name == DYNAMIC)
+    parity = last.parity or {}
+    precision = recorded_precision(parity) or recorded_precision(facts.get("quantization", {}))
+    known = bool(parity.get("spec")) or "quantization" in facts
+    is_quantized = precision is not None and (precision.name == DYNAMIC or (precision.has_integers and known))
     done = {
         "distillation": "teacher" in facts.get("distillation", {}),
         "pruning": "pruning" in facts or "student" in facts,
@@ -159,22 +159,22 @@ def _eval_results(report: ReportData) -> list[EvalResult]:
 
 def _done(report: ReportData) -> list[Markdown]:
     """A line for every recorded step, and one for the export."""
-    steps = [*describe_facts(told(report.facts), _as_code), _export(report)]
+    steps = [*describe_facts(escaping(report.facts), _as_code), _export(report)]
     return [Markdown(re.sub(r"^\w+", r"**\g<0>**", step)) for step in steps if step]
 
 
 def _as_code(*parts: Any) -> Markdown:
-    return code("".join(str(plain(part)) for part in parts))
+    return code("".join(str(unwrapped(part)) for part in parts))
 
 
 def _export(report: ReportData) -> str:
-    parity = told(report.engines[-1].parity)
-    if parity is None:
+    if report.engines[-1].parity is None:
         return ""
-    precision, spec = recorded_precision(report.engines[-1].parity or {}), parity.get("spec")
-    how = "" if precision is None else f", {precision.description}"
-    if spec is not None and "quantization" not in report.facts:
-        how = f", with {QuantizationSpec.describe(spec, _as_code)}"
+    parity, precision = escaping(report.engines[-1].parity), recorded_precision(report.engines[-1].parity)
+    how = "" if precision is None else precision.description
+    if precision is not None and precision.has_integers and "quantization" not in report.facts:
+        how = f"with {QuantizationSpec.describe(parity['spec'], _as_code)}" if parity.get("spec") else ""
+    how = f", {how}" if how else ""
     opset = f", opset {parity['opset']}" if "opset" in parity else ""
     line = f"Export to ONNX{opset}{how}"
     if "fused_linears" in parity and "quantized_linears" in parity:
@@ -186,7 +186,7 @@ def _export(report: ReportData) -> str:
 
 
 def _parity(report: ReportData) -> Markdown | None:
-    """How far the logits of every exported file are from the model's, as a table."""
+    """The differences between the logits of every exported file and of its model, as a table."""
     engines = [engine for engine in report.engines if engine.parity is not None]
     keys = [key for key in _PARITY if any((engine.parity or {}).get(key) is not None for engine in engines)]
     if "max_abs_diff" not in keys:

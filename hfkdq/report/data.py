@@ -15,7 +15,7 @@ from ..schema import FreeText, check
 
 
 class Timing(TypedDict, total=False):
-    """How latency was measured."""
+    """The settings of the latency measurement."""
 
     device: FreeText
     threads: int
@@ -25,7 +25,7 @@ class Timing(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What the metrics were measured on, for people and for the Hub.
+    """The data set of the metrics, for people and for the Hub.
 
     Args:
         name (`str`): name to read, such as `"Rotten Tomatoes"`.

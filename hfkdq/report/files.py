@@ -30,7 +30,7 @@ _DIFFERENCES = {
 
 
 def check_measured(folder: Path, student: PreTrainedModel) -> dict[str, Any]:
-    """What the export into `folder` recorded, if its files are still those and `student` is the model."""
+    """The record of the export into `folder`, if its files are still those and `student` is the model."""
     facts, path = read_export(folder), export_file(folder)
     if "files" not in facts or "model" not in facts:
         raise ValueError(
@@ -108,13 +108,13 @@ def check_beside(report: ReportData, path: Path) -> None:
 
 
 def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export recorded of its file, without what a report has elsewhere and what is not for others."""
+    """The record of an export without private values and without what a report has elsewhere."""
     others = ("metrics", "latency", "choice", "batches", "incremental_decode", "step_by_step", "files", "model")
     return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
 
 def public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is recorded of a model, without the numbers of its quantizers and what is not for others."""
+    """The facts of a model without private values and without the numbers of its quantizers."""
     public = dict(facts)
     if isinstance(public.get("quantization"), dict):
         numbers = ("ranges", "weights", "weight_bits")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all specs share: the grammar of module names, and their dictionaries."""
+"""The common base of specs: the grammar of module names, and their dictionaries."""
 
 from __future__ import annotations
 
@@ -79,10 +79,12 @@ class Serializable:
         return cls(**data)
 
     @classmethod
-    def describe_rest(cls, settings: Mapping[str, Any], told: Collection[str], code: Callable[..., str]) -> str:
-        """The recorded settings that are not in `told` and not as by default, as the end of a sentence."""
+    def describe_rest(cls, settings: Mapping[str, Any], covered: Collection[str], code: Callable[..., str]) -> str:
+        """The recorded settings that are not in `covered` and not as by default, as the end of a sentence."""
         defaults = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
-        rest = [name for name, value in settings.items() if name not in told and value != defaults.get(name, MISSING)]
+        rest = [
+            name for name, value in settings.items() if name not in covered and value != defaults.get(name, MISSING)
+        ]
         return f"; {', '.join(code(name, '=', settings[name]) for name in rest)}" if rest else ""
 
 

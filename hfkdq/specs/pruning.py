@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes from a model, how much, by which measure, and when."""
+"""`PruningSpec`: the structures to remove, how many, by which criterion, and when."""
 
 from __future__ import annotations
 
@@ -200,13 +200,13 @@ class PruningSpec(Serializable):
         """
         structure, cut = settings.get("structure"), settings.get("cut", "remove")
         words = cls.STRUCTURES.get(structure or "", "of the units are pruned")
-        told = {"sparsity", "pattern", "criterion"} | ({"structure"} if structure in cls.STRUCTURES else set())
+        covered = {"sparsity", "pattern", "criterion"} | ({"structure"} if structure in cls.STRUCTURES else set())
         if cut == "mask" and " are removed" in words:
             words = words.split(" are removed")[0] + " are zero; shapes are unchanged"
         text = words.format(pattern=settings.get("pattern"))
         if "criterion" in settings and structure != "vocab":
             text += f"; chosen by {settings['criterion']}"
-        return text + cls.describe_rest(settings, told | ({"cut"} if cut == "mask" else set()), code)
+        return text + cls.describe_rest(settings, covered | ({"cut"} if cut == "mask" else set()), code)
 
     @property
     def block(self) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers become integers, and in which modules."""
+"""`QuantizationSpec`: how numbers become integers, and in which modules."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class QuantizationScheme(Serializable):
         self._check_together()
 
     def _check_together(self) -> None:
-        """What is fine alone and has no meaning together."""
+        """Refuses settings that exclude one another."""
         if self.group_size is not None and not self.per_channel:
             raise ValueError(
                 f"group_size={self.group_size} divides channels; it has no meaning with per_channel=False."
@@ -243,7 +243,7 @@ class QuantizationSpec(QuantizationScheme):
             settings (`dict`): what [`~QuantizationSpec.to_dict`] gave, of this or another release.
             code (`Callable`, *optional*): writes values, given side by side, as code.
         """
-        text, told = _describe_weights(settings), {"weight_bits", "activation_bits", *_TOLD}
+        text, covered = _describe_weights(settings), {"weight_bits", "activation_bits", *_COVERED}
         if settings.get("activation_bits"):
             ranges = f"{settings.get('range_estimator', '')}".replace("_", " ")
             kind = "symmetric" if settings.get("activation_symmetric") else "affine"
@@ -257,8 +257,8 @@ class QuantizationSpec(QuantizationScheme):
         if names:
             text += f"; in floating point: {', '.join(map(code, [names] if isinstance(names, str) else names))}"
         if settings.get("weight_bits") == 16:
-            told.add("storage_dtype")
-        return text + cls.describe_rest(settings, told, code)
+            covered.add("storage_dtype")
+        return text + cls.describe_rest(settings, covered, code)
 
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether this spec quantizes `module`, found under `name` in the model."""
@@ -299,8 +299,8 @@ class QuantizationSpec(QuantizationScheme):
         return replace(QuantizationScheme(**{name: getattr(self, name) for name in _SCHEME_FIELDS}), **changes)
 
 
-# What the sentences below and in `describe` tell besides widths.
-_TOLD = (
+# Settings that `describe` has words for, besides widths.
+_COVERED = (
     "per_channel", "group_size", "symmetric", "activation_symmetric", "weight_mapping", "activation_mapping",
     "range_estimator", "attention", "overrides", "exclude_modules", "embedding_bits", "head_bits",
 )  # fmt: skip
@@ -308,7 +308,7 @@ _MAPPINGS = {"power_law": "power law", "power_of_two": "powers of two", "kmeans"
 
 
 def _describe_mapping(mapping: str | None) -> str:
-    return "" if mapping in (None, "linear") else f", {_MAPPINGS.get(mapping or '', mapping)}"
+    return "" if mapping in (None, "linear") else f", {_MAPPINGS.get(mapping, mapping)}"
 
 
 def _describe_weights(settings: Mapping[str, Any]) -> str:

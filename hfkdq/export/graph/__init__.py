@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to an ONNX file after it was traced, the same for files of every exporter."""
+"""Rewriting of traced ONNX files, the same for every exporter."""
 
 from pathlib import Path
 

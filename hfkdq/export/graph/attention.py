@@ -47,7 +47,7 @@ class _Projection:
 
     @cached_property
     def constants(self) -> list[Array]:
-        """What `weight_names` are the names of."""
+        """The arrays of `weight_names`."""
         return [self.linear.graph.initializers[name].const_value.numpy() for name in self.weight_names]
 
 
@@ -175,7 +175,7 @@ def _projection(value: ir.Value | None) -> _Projection | None:
 
 
 def _own(value: ir.Value | None) -> ir.Node | None:
-    """What makes a value that nothing else uses."""
+    """The producer of a value that nothing else uses."""
     single = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
     return value.producer() if value is not None and single else None
 

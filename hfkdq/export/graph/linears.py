@@ -63,7 +63,7 @@ def _quantized(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | 
 
 
 def _bias(node: ir.Node) -> ir.Value | None:
-    """What is added to the result of a MatMul and to nothing else, if it is a vector of constants."""
+    """The vector of constants that is added to the result of a MatMul, if nothing else uses that result."""
     result = node.outputs[0]
     consumers = list(result.consumers())
     if len(consumers) != 1 or consumers[0].op_type != "Add" or result.is_graph_output():

@@ -58,7 +58,7 @@ class ActivationQDQ(nn.Module):
             self.register_buffer("zero_point", zero_point.to(torch.uint8 if self.is_integer else torch.float32))
 
     def forward(self, values: Tensor) -> Tensor:
-        """What the codes of `values` stand for."""
+        """`values`, rounded to the grid."""
         if not self.is_on:
             return values
         if self.is_integer:

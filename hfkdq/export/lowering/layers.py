@@ -25,7 +25,7 @@ MIN_CHANNELS = 32
 
 
 class _Linear(nn.Module):
-    """What linear layers have in common: smoothing, the grid of the input, the bias."""
+    """Base of linear layers: smoothing, the grid of the input, the bias."""
 
     factors: Tensor | None
 

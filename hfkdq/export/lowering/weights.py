@@ -64,7 +64,7 @@ class StoredWeight(nn.Module):
         return self._on_grid(blocks, scale.unsqueeze(-1), zeros).flatten(-2)
 
     def _on_grid(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """What [`Grid.values`] gives, in operators that can be traced."""
+        """[`Grid.values`] in operators that can be traced."""
         if self.codebook is not None:
             return self.codebook[codes.long()] * scale
         if self.grid.mapping == "power_of_two":
@@ -73,7 +73,7 @@ class StoredWeight(nn.Module):
         return expand(values, self.grid.power) if self.grid.mapping == "power_law" else values
 
     def blocks(self) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        """What `MatMulNBits` takes: its block size, codes (channels, blocks, bytes), scales and packed zero points."""
+        """The inputs of `MatMulNBits`: its block size, codes (channels, blocks, bytes), scales and packed zero points."""
         groups = self.scale.shape[1]
         size = self.inputs // groups if groups > 1 else next((b for b in BLOCKS if self.inputs % b == 0), 32)
         count = -(-self.inputs // size)
