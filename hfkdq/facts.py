@@ -300,10 +300,6 @@ def _describe_pruning(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
     return f"Pruning: {fact['achieved_sparsity']:.1%} {how}{_parameters(fact)}"
 
 
-def _describe_unfinished_pruning(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
-    return f"Pruning that goes on: {', '.join(code(key, '=', value) for key, value in fact.items())}" if fact else ""
-
-
 def _describe_vocabulary(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
     if not {"tokens_before", "tokens_after"} <= fact.keys():
         return ""
@@ -351,7 +347,7 @@ _TOPICS: dict[str, tuple[Any, Callable[[Mapping[str, Any], Callable[..., str]], 
     "distillation": (Distillation, _describe_distillation),
     "vocabulary": (Vocabulary, _describe_vocabulary),
     "pruning": (Pruning, _describe_pruning),
-    "unfinished_pruning": (UnfinishedPruning, _describe_unfinished_pruning),
+    "unfinished_pruning": (UnfinishedPruning, lambda fact, code: ""),
     "clustering": (Clustering, _describe_clustering),
     "quantization": (Quantization, _describe_quantization),
     "shapes": (Shapes, _describe_shapes),

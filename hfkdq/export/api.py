@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..files import check_new, staged
@@ -24,7 +23,7 @@ from .precisions import AUTO, FLOAT, Precision, precision_of
 from .protocol import Backend
 from .record import EXPORT_FACTS
 from .selection import MAX_DROP, write_best
-from .validation import BATCH_SIZE, Quality, Timing, one_example
+from .validation import BATCH_SIZE, Quality, Timing
 from .verify import Batch, Collator, iterate_batches, sample_batches
 
 if TYPE_CHECKING:
@@ -164,8 +163,7 @@ def export_onnx(
         if precision is not None:
             facts = _write_one(job, precision, timing, staging.files, allow_drop)
         elif quality is not None:
-            calibrated = calibration is not None
-            facts = write_best(job, quality, timing, staging.files, _inputs(job), calibrated, allow_drop)
+            facts = write_best(job, quality, timing, staging.files, calibration is not None, allow_drop)
         (staging.files / EXPORT_FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     return staging.folder
 
@@ -206,13 +204,6 @@ def _batches(
     return sample_batches(rest, model), rest
 
 
-def _inputs(job: ExportJob) -> dict[str, np.ndarray[Any, Any]]:
-    """One example to time with: the first of the evaluation, if there is one."""
-    if job.quality is not None:
-        return job.quality.evaluation.first_example(job.model)
-    return one_example(job.batches[0])
-
-
 def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Path, allow_drop: bool) -> dict[str, Any]:
     """Writes and measures the files of one precision; their facts."""
     facts = job.write(precision, folder)
@@ -224,7 +215,7 @@ def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Pat
     skip_reason = "it is the float32 file itself" if precision.name == FLOAT else timing.skip_reason
     latency: dict[str, Any] = {"left_out": skip_reason}
     if skip_reason is None:
-        beside, inputs = job.scratch / FLOAT, _inputs(job)
+        beside, inputs = job.scratch / FLOAT, job.example()
         beside.mkdir()
         job.write_files(precision_of(FLOAT), beside)
         found = timing.time({precision.name: folder, FLOAT: beside}, job.task, inputs)

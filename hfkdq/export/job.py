@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
@@ -73,6 +75,15 @@ class ExportJob:
         if quantized_spec(self.model) is None:
             return self.model
         return strip_quantizers_(copy.deepcopy(self.model))
+
+    def example(self) -> dict[str, np.ndarray[Any, Any]]:
+        """A batch of one to time with, without labels: of the evaluation, if there is one."""
+        if self.quality is not None:
+            return self.quality.evaluation.first_example(self.model)
+        tensors = {
+            name: torch.as_tensor(value).cpu()[:1] for name, value in self.batches[0].items() if name != "labels"
+        }
+        return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
 
     def write(self, precision: Precision, folder: Path) -> dict[str, Any]:
         """Writes checkpoint, processor and ONNX files into an existing folder, compares them, and returns the facts.

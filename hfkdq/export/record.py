@@ -40,13 +40,18 @@ class Milliseconds(TypedDict, total=False):
     calls: int
 
 
-class ExportLatency(TypedDict, total=False):
-    """The timing of the files."""
+class Timing(TypedDict, total=False):
+    """The settings of a latency measurement."""
 
     device: FreeText
     threads: int
     rounds: int
     inputs: dict[FreeText, list[int]]
+
+
+class ExportLatency(Timing, total=False):
+    """The timing of the files."""
+
     onnx: Milliseconds
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
 from ..quantization import quantized_spec
@@ -39,13 +38,7 @@ class Candidate:
 
 
 def write_best(
-    job: ExportJob,
-    quality: Quality,
-    timing: Timing,
-    folder: Path,
-    inputs: Mapping[str, np.ndarray[Any, Any]],
-    calibrated: bool,
-    allow_drop: bool,
+    job: ExportJob, quality: Quality, timing: Timing, folder: Path, calibrated: bool, allow_drop: bool
 ) -> dict[str, Any]:
     """Writes all candidates below `folder`, leaves the files of the best one in it, and returns its facts.
 
@@ -55,6 +48,7 @@ def write_best(
     precisions, left_out = _candidates(job, calibrated)
     facts, rows = _write_all(job, quality, precisions, folder)
     found: dict[str, Timed] = {}
+    inputs = job.example()
     if timing.skip_reason is None:
         found = timing.time({name: folder / name for name in facts}, job.task, inputs)
         rows = [_timed(row, found.get(row.name)) for row in rows]

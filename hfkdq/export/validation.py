@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..measuring.evaluation import Evaluation, Runner, Scores
 from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines
 from .precisions import FLOAT
-from .verify import Batch, run_torch
+from .verify import run_torch
 
 logger = logging.get_logger(__name__)
 # Two medians closer than this are alike; the machines that this runs on do other work too.
@@ -200,9 +200,3 @@ class Timed:
             min_ms=sum(latency.min_ms * times for latency, times in found),
             calls=min(latency.calls for latency, _ in found),
         )
-
-
-def one_example(batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
-    """The first example of a batch as a batch of one, without labels."""
-    tensors = {name: torch.as_tensor(value).cpu()[:1] for name, value in batch.items() if name != "labels"}
-    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}

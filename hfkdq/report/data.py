@@ -5,22 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 from ..export.precisions import recorded_precision
-from ..export.record import Export, FileFacts
+from ..export.record import Export, FileFacts, Timing
 from ..facts import Facts
 from ..measuring.latency import Latency
-from ..schema import FreeText, check
-
-
-class Timing(TypedDict, total=False):
-    """The settings of the latency measurement."""
-
-    device: FreeText
-    threads: int
-    rounds: int
-    inputs: dict[FreeText, list[int]]
+from ..schema import check
 
 
 @dataclass(frozen=True, kw_only=True)
