@@ -235,16 +235,14 @@ def describe_facts(facts: Mapping[str, Any], code: Callable[..., str] = as_text)
     """
     sentences = []
     for topic in sorted(facts, key=[*_TOPICS, *facts].index):
-        kind, describe = _TOPICS.get(topic, (None, None))
-        for fact in (*facts[topic].get("earlier", ()), facts[topic]) if topic == "pruning" else (facts[topic],):
-            sentence = "" if describe is None else describe(fact, code)
-            known = kind.__annotations__ if sentence else ()
-            rest = {key: value for key, value in fact.items() if key not in known} if sentence else fact
-            if rest and not sentence:
-                sentence = f"Recorded as {code(topic)}: {code(_short(rest))}"
-            elif rest:
-                sentence += f"; {', '.join(code(key, '=', _short(value)) for key, value in rest.items())}"
-            sentences += [f"{sentence}."] if sentence else []
+        types, describe = _TOPICS.get(topic, (None, None))
+        for fact in [*facts[topic].get("earlier", ()), facts[topic]] if topic == "pruning" else [facts[topic]]:
+            sentence = describe(fact, code) if describe is not None else ""
+            if sentence:
+                rest = [code(key, "=", _short(fact[key])) for key in fact if key not in types.__annotations__]
+                sentences.append("; ".join([sentence, *([", ".join(rest)] if rest else [])]) + ".")
+            elif fact or describe is None:
+                sentences.append(f"Recorded as {code(topic)}: {code(_short(fact))}.")
     return sentences
 
 

@@ -67,7 +67,7 @@ def push_to_hub(
     Every file of the folder goes up, hidden ones aside, with the report's model card as `README.md`, its facts as
     `compression_report.json` and its plot as `report.png`. A folder is refused as a whole if it has a file that a model
     repository does not hold (weights are safetensors and ONNX alone), a link that leaves it, or a secret in any file, in
-    a name or in the message; or if its ONNX files are not those that its report, or `report`, is about. The repository
+    a name or in the message; or if its ONNX files are not those of its `export_facts.json`, or of `report`. The repository
     is created where it does not exist. All local checks come before the first request, no local file is written, and a
     push that failed can simply be repeated: what the Hub has already is not sent again. Where the Hub asks to wait
     (`Retry-After`, up to a minute), it is asked again, four times at most.

@@ -52,7 +52,8 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
         )
     if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
         raise ValueError(
-            "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model."
+            "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model, or "
+            'export its float weights with quantization="float32".'
         )
 
 

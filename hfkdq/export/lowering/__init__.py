@@ -30,7 +30,8 @@ def check_lowerable(model: PreTrainedModel) -> None:
         if not isinstance(module, _LOWERABLE):
             raise ValueError(
                 f"{name} has recurrent weights ({type(module).__name__}), which this release does not write. "
-                f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point."
+                f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point, "
+                'and quantization="float32" exports the float weights of the whole model.'
             )
         if not module.fake_quantize_enabled:
             raise ValueError(
