@@ -147,7 +147,9 @@ def run(
     folder = options.output_dir / f"{arm}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     texts = data["test"].remove_columns("labels")
     files = {
-        "ONNX float": export_onnx(student, folder / "float", processing_class=tokenizer, calibration=texts),
+        "ONNX float": export_onnx(
+            student, folder / "float", quantization="float32", processing_class=tokenizer, calibration=texts
+        ),
         "ONNX int8": export_onnx(
             student,
             folder / "int8",

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         calibration=data["train"].select(range(min(256, len(data["train"])))), eval_dataset=data["test"],
         compute_metrics=classification_metrics, metric="accuracy", max_drop=args.max_drop,
     )  # fmt: skip
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "export_facts.json").read_text())
     print(f"{'kind':<14}{'MB':>8}{'accuracy lost':>16}{'ms a call':>12}")
     for row in report["choice"]["candidates"]:
         size = None if row["bytes"] is None else row["bytes"] / 1e6

@@ -51,7 +51,7 @@ SIZE = 8
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How large the demo is: epochs of teacher and student, layers and width of the teacher, rows of data."""
+    """The size of the demo: epochs of teacher and student, layers and width of the teacher, rows of data."""
 
     teacher_epochs: int = 4
     student_epochs: int = 4
@@ -174,11 +174,13 @@ def _publish(
     teacher.save_pretrained(folder / "teacher")
     images = test.remove_columns("labels")
     folders = {
-        "ONNX float": export_onnx(student, folder / "onnx-float", processing_class=processor, calibration=images),
-        "ONNX int8": export_onnx(
-            student, folder / "onnx-int8", quantization=QuantizationSpec(), processing_class=processor, calibration=images,
+        name: export_onnx(
+            student, folder / place, quantization=quantization, processing_class=processor, calibration=images,
             latency_rounds=0,
-        ),
+        )
+        for name, place, quantization in (
+            ("ONNX float", "onnx-float", "float32"), ("ONNX int8", "onnx-int8", QuantizationSpec()),
+        )
     }  # fmt: skip
     _say("4/4 Measuring all four on the test images")
     from .report import DatasetInfo

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was done to a model, written once into `model.config.hfkdq`, where it survives saving and loading.
+"""The facts of what was done to a model: their types, their record in `model.config.hfkdq`, and their descriptions.
 
-What is read is held against the types below first, as a checkpoint may come from anybody.
+A checkpoint may come from anybody, so a record is checked against the types below when it is read.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypedDict
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .schema import Count, FreeText, Name, check, check_depth
+from .specs import PruningSpec, QuantizationSpec
+from .specs.base import as_text
 
 _MOST_TEXT = 2**27
 
@@ -22,28 +25,34 @@ def _is_base64(value: Any, where: str) -> None:
 
 
 class PruningSettings(TypedDict, total=False):
-    """What a card tells of `PruningSpec.to_dict`."""
+    """`PruningSpec.to_dict`, as far as its description goes by the type of a value."""
 
     structure: FreeText
     criterion: FreeText | None
+    target_modules: FreeText | list[FreeText] | None
+    exclude_modules: FreeText | list[FreeText] | None
     pattern: FreeText | None
     cut: FreeText
 
 
 class QuantizationSettings(TypedDict, total=False):
-    """What a card tells of `QuantizationSpec.to_dict`."""
+    """`QuantizationSpec.to_dict`, as far as its description goes by the type of a value."""
 
     weight_bits: int
     activation_bits: int | None
     group_size: int | None
     embedding_bits: int | None
     head_bits: int | None
+    range_estimator: FreeText
+    weight_mapping: FreeText
+    activation_mapping: FreeText
+    storage_dtype: FreeText
     overrides: dict[FreeText, Any] | None
     exclude_modules: FreeText | list[FreeText] | None
 
 
 class Student(TypedDict, total=False):
-    """Which layers of a teacher a student has; those of decoders apart."""
+    """The layers of a teacher that a student has; those of decoders apart."""
 
     teacher_layers: Count
     layers: list[Count]
@@ -52,7 +61,7 @@ class Student(TypedDict, total=False):
 
 
 class Distillation(TypedDict, total=False):
-    """What a student was trained with."""
+    """A training: its objectives, and its teacher if it had one."""
 
     objectives: list[dict[FreeText, Any]]
     steps: Count
@@ -70,7 +79,7 @@ class Pruning(TypedDict, total=False):
 
 
 class UnfinishedPruning(TypedDict, total=False):
-    """How far a pruning is that goes on."""
+    """The progress of a pruning that goes on."""
 
     structure: str
     sparsity: float
@@ -117,16 +126,39 @@ class Sharing(TypedDict, total=False):
     layers: list[list[Count]]
 
 
+class Clustering(TypedDict, total=False):
+    """Layers whose weights take few values: at most how many, in how many layers, and the squared error by the variance."""
+
+    clusters: Count
+    modules: Count
+    relative_error: float
+
+
+class Vocabulary(TypedDict, total=False):
+    """A vocabulary that was cut to a corpus."""
+
+    tokens_before: Count
+    tokens_after: Count
+    rows_before: Count
+    rows_after: Count
+    parameters_before: Count
+    parameters_after: Count
+    min_count: Count
+    max_size: Count
+
+
 class Facts(TypedDict, total=False):
-    """All topics; others are kept as they are."""
+    """All topics, in the order in which a card tells them; others are kept, and told, as they are."""
 
     student: Student
+    sharing: Sharing
     distillation: Distillation
+    vocabulary: Vocabulary
     pruning: Pruning
     unfinished_pruning: UnfinishedPruning
+    clustering: Clustering
     quantization: Quantization
     shapes: Shapes
-    sharing: Sharing
 
 
 def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str, Any]:
@@ -175,3 +207,146 @@ def refresh_facts(model: PreTrainedModel) -> None:
     kinds = {type(module).write_facts: module for module in model.modules() if hasattr(module, "write_facts")}
     for module in kinds.values():
         module.write_facts(model)
+
+
+def three_digits(value: float) -> str:
+    """A positive number with three digits, or all of them before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def short_count(value: int) -> str:
+    """A number of parameters, such as `22.7M`."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{three_digits(value / unit)}{name}"
+    return str(value)
+
+
+def describe_facts(facts: Mapping[str, Any], code: Callable[..., str] = as_text) -> list[str]:
+    """A sentence for every recorded step, in the order of [`Facts`]; its first word names the step.
+
+    Args:
+        facts (`dict`): what [`read_facts`] gave.
+        code (`Callable`, *optional*): writes values, given side by side, as code; in Markdown for example.
+
+    Returns:
+        `list[str]`: such as `"Layers: 3 of the teacher's 6 layers, copied from it (numbers 2, 4, 6, counted from 1)."`. A
+        topic or a key that no sentence is made for is told as it is recorded.
+    """
+    sentences = []
+    for topic in sorted(facts, key=[*_TOPICS, *facts].index):
+        types, describe = _TOPICS.get(topic, (None, None))
+        for fact in [*facts[topic].get("earlier", ()), facts[topic]] if topic == "pruning" else [facts[topic]]:
+            sentence = describe(fact, code) if describe is not None else ""
+            if sentence:
+                rest = [code(key, "=", _short(fact[key])) for key in fact if key not in types.__annotations__]
+                sentences.append("; ".join([sentence, *([", ".join(rest)] if rest else [])]) + ".")
+            elif fact or describe is None:
+                sentences.append(f"Recorded as {code(topic)}: {code(_short(fact))}.")
+    return sentences
+
+
+def _short(value: Any) -> Any:
+    text = str(value)
+    return value if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _describe_student(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    if not fact.get("layers") or "teacher_layers" not in fact:
+        return ""
+
+    def copied(layers: list[int], total: int, name: str) -> str:
+        return f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {_listed(layers)}, counted from 1)"
+
+    text = f"Layers: {copied(fact['layers'], fact['teacher_layers'], 'layers')}"
+    if "decoder_layers" not in fact or "teacher_decoder_layers" not in fact:
+        return text
+    return f"{text}; {copied(fact['decoder_layers'], fact['teacher_decoder_layers'], 'decoder layers')}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _describe_distillation(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    objectives = ", ".join(code(*objective_call(objective)) for objective in fact.get("objectives", []))
+    if not objectives:
+        return ""
+    verb = f"Distillation from a {code(fact['teacher'])}" if "teacher" in fact else "Training"
+    steps = f", {fact['steps']:,} optimizer steps" if "steps" in fact else ""
+    return f"{verb}{steps}: {objectives}"
+
+
+def objective_call(objective: Mapping[str, Any]) -> list[Any]:
+    """The parts of the call that makes an objective, from what its `describe` gave: `["LogitKD", "(", "weight", ...]`."""
+    parts = [objective.get("name", "objective"), "("]
+    for key, value in objective.items():
+        inner = objective_call(value) if isinstance(value, dict) and "name" in value else [value]
+        parts += [key, "=", *inner, ", "] if key != "name" else []
+    return [*parts[:-1], ")"] if len(parts) > 2 else [*parts, ")"]
+
+
+def _parameters(fact: Mapping[str, Any]) -> str:
+    before, after = fact.get("parameters_before", 0), fact.get("parameters_after", 0)
+    return f". Parameters: {short_count(before)} before, {short_count(after)} after" if before > after > 0 else ""
+
+
+def _describe_pruning(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    if "achieved_sparsity" not in fact:
+        return ""
+    how = PruningSpec.describe(fact.get("spec", {}), code)
+    return f"Pruning: {fact['achieved_sparsity']:.1%} {how}{_parameters(fact)}"
+
+
+def _describe_vocabulary(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    if not {"tokens_before", "tokens_after"} <= fact.keys():
+        return ""
+    text = f"Vocabulary: {fact['tokens_after']:,} of {fact['tokens_before']:,} tokens are left"
+    limits = ", ".join(code(key, "=", fact[key]) for key in ("min_count", "max_size") if key in fact)
+    return f"{text}{f' ({limits})' if limits else ''}{_parameters(fact)}"
+
+
+def _describe_sharing(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    groups = [_listed(group) for group in fact.get("layers", [])]
+    return f"Sharing: the layers {' and the layers '.join(groups)} have the same weights" if groups else ""
+
+
+def _describe_clustering(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    if not {"clusters", "modules"} <= fact.keys():
+        return ""
+    error = f"; squared error {fact['relative_error']:.2%} of the variance" if "relative_error" in fact else ""
+    return (
+        f"Clustering: the weights of {fact['modules']:,} layers take at most {fact['clusters']:,} values each{error}"
+    )
+
+
+def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    spec = fact.get("spec", {})
+    if "weight_bits" not in spec:
+        return ""
+    alone = " of weights alone" if "activation_bits" in spec and spec["activation_bits"] is None else ""
+    text = f"Quantization{alone}: {QuantizationSpec.describe(spec, code)}"
+    if fact.get("unobserved"):
+        text += f"; {len(fact['unobserved']):,} activations that no data reached have no range"
+    if fact.get("weight_bits"):
+        text += f"; {len(fact['weight_bits']):,} weights are still wider, as training has not ended"
+    return f"{text}; off until training reaches it" if fact.get("enabled") is False else text
+
+
+def _describe_shapes(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
+    count = len(fact["tensors"])
+    return f"Shapes: {count:,} tensors have shapes that the configuration cannot say" if count else ""
+
+
+# The type and the description of each topic.
+_TOPICS: dict[str, tuple[Any, Callable[[Mapping[str, Any], Callable[..., str]], str]]] = {
+    "student": (Student, _describe_student),
+    "sharing": (Sharing, _describe_sharing),
+    "distillation": (Distillation, _describe_distillation),
+    "vocabulary": (Vocabulary, _describe_vocabulary),
+    "pruning": (Pruning, _describe_pruning),
+    "unfinished_pruning": (UnfinishedPruning, lambda fact, code: ""),
+    "clustering": (Clustering, _describe_clustering),
+    "quantization": (Quantization, _describe_quantization),
+    "shapes": (Shapes, _describe_shapes),
+}

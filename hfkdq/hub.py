@@ -11,9 +11,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
@@ -67,7 +67,7 @@ def push_to_hub(
     Every file of the folder goes up, hidden ones aside, with the report's model card as `README.md`, its facts as
     `compression_report.json` and its plot as `report.png`. A folder is refused as a whole if it has a file that a model
     repository does not hold (weights are safetensors and ONNX alone), a link that leaves it, or a secret in any file, in
-    a name or in the message; or if its ONNX files are not those that its report, or `report`, is about. The repository
+    a name or in the message; or if its ONNX files are not those of its `export_facts.json`, or of `report`. The repository
     is created where it does not exist. All local checks come before the first request, no local file is written, and a
     push that failed can simply be repeated: what the Hub has already is not sent again. Where the Hub asks to wait
     (`Retry-After`, up to a minute), it is asked again, four times at most.
@@ -158,12 +158,12 @@ def _contents(folder: Path, ignore_patterns: list[str] | str | None) -> Contents
 
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
     """Refuses ONNX files that neither the folder's own report nor `report` is about."""
+    from .export.record import EXPORT_FACTS, FORMER_NAME
     from .report import CompressionReport
-    from .report.files import EXPORT_REPORT, check_engine, check_export
+    from .report.files import check_engine, check_export
 
-    for name in contents:
-        place = (folder / name).parent
-        if PurePosixPath(name).name == EXPORT_REPORT and weight_files(place):
+    for place in {(folder / name).parent for name in contents if Path(name).name in (EXPORT_FACTS, FORMER_NAME)}:
+        if weight_files(place):
             check_export(place)
     if isinstance(report, CompressionReport):
         check_engine(report, folder)
@@ -223,7 +223,7 @@ def _wait_asked_for(error: Exception, attempt: int) -> float | None:
 
 
 def _seconds(text: str) -> float | None:
-    """What `Retry-After` says: seconds, or a date."""
+    """The seconds of `Retry-After`, which may be a date."""
     if re.fullmatch(r"\s*\d{1,9}(\.\d{1,9})?\s*", text):
         return float(text)
     try:
@@ -236,16 +236,19 @@ def _seconds(text: str) -> float | None:
 
 def _response(error: BaseException | None) -> Any:
     """The Hub's answer behind an error, which huggingface_hub may have wrapped."""
+    # Not by its truth: in requests a failed response is false.
+    return next((link.response for link in _causes(error) if getattr(link, "response", None) is not None), None)
+
+
+def _causes(error: BaseException | None) -> Iterator[Any]:
+    """An error and its causes, up to the one that has the Hub's answer."""
     while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:  # not by its truth: in requests a failed response is false
-            return response
-        error = error.__cause__
-    return None
+        yield error
+        error = None if getattr(error, "response", None) is not None else error.__cause__
 
 
 def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool | None) -> str:
-    """What happened, what to do, and that nothing is lost; never the token."""
+    """The error message: the answer, the advice, and that no file is lost; never the token."""
     status, answer = _answer(error)
     if status is None:
         happened, advice = f"{type(error).__name__}: {answer}", _ADVICE_CONNECTION
@@ -263,17 +266,13 @@ def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Status and message of the Hub's answer behind an error, which huggingface_hub may have wrapped."""
-    link: BaseException | None = error
+    """Status and message of the Hub's answer behind an error."""
     said = ""
-    while link is not None:
-        response = getattr(link, "response", None)
+    for link in _causes(error):
         # The address is left out: that of a large file carries a signature.
         message = getattr(link, "server_message", None) or str(link).partition(" for url")[0]
         message = " ".join(message.split()).rstrip(".")
         if message not in said:
             said = f"{said}; {message}" if said else message
-        if response is not None:  # not by its truth: in requests a failed response is false
-            return response.status_code, said
-        link = link.__cause__
-    return None, said or "no message"
+    response = _response(error)
+    return (None, said or "no message") if response is None else (response.status_code, said)

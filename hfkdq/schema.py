@@ -139,7 +139,9 @@ def _check_union(value: Any, hints: tuple[Any, ...], where: str) -> None:
 
 
 def _is_alike(value: Any, hint: Any) -> bool:
-    kind = list if get_origin(hint) in (list, tuple) else dict if get_origin(hint) is dict else hint
+    kind = (
+        list if get_origin(hint) in (list, tuple) else dict if get_origin(hint) is dict or is_typeddict(hint) else hint
+    )
     kind = str if kind is FreeText else kind
     return isinstance(kind, type) and isinstance(value, kind)
 

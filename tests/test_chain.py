@@ -174,7 +174,7 @@ def test_what_was_trained_is_what_is_exported_and_reported(training_arguments, t
         calibration=texts,
         latency_rounds=0,
     )
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["top1_agreement"] == 1.0
     assert facts["max_abs_diff"] <= 0.05 * facts["max_abs_logit"]
     assert facts["fused_linears"] == facts["quantized_linears"]

@@ -17,8 +17,8 @@ from hfkdq import QuantizationSpec, __version__, quantize
 from hfkdq.cli import main
 from hfkdq.cli.checkpoint import load_model
 from hfkdq.cli.export import default_folder
+from hfkdq.cli.messages import as_options
 from hfkdq.cli.summary import print_summary
-from hfkdq.cli.words import in_options
 from hfkdq.quantization import quantized_spec
 
 from . import tiny
@@ -69,7 +69,7 @@ def export(checkpoint, folder, *options):
 
 
 def report(folder):
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "export_facts.json").read_text())
 
 
 def test_help_names_every_command():
@@ -145,7 +145,7 @@ def test_kinds_without_what_they_need_are_refused_before_anything_is_loaded_or_w
 @quick
 def test_the_default_is_float32_for_what_was_not_trained(checkpoint):
     assert export(checkpoint, checkpoint.parent / "out") == 0
-    assert report(checkpoint.parent / "out")["kind"] == "float"
+    assert report(checkpoint.parent / "out")["kind"] == "float32"
 
 
 def test_data_from_files_calibrate_and_measure(checkpoint, model, tmp_path, capsys):
@@ -251,7 +251,7 @@ def test_the_summary_has_the_numbers_of_the_report(tmp_path, capsys):
 
 def test_arguments_become_options_in_messages():
     message = 'Pass a larger max_drop=, or allow_drop=True, or quantization="dynamic"; max_dropped= stays.'
-    assert in_options(message) == (
+    assert as_options(message) == (
         "Pass a larger --max-drop, or --allow-drop, or --quantization dynamic; max_dropped= stays."
     )
 
@@ -273,7 +273,7 @@ def test_optimum_has_the_command(checkpoint, tmp_path, monkeypatch, capsys):
         optimum_main()
     assert first.value.code == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
-    assert report(tmp_path / "out")["kind"] == "float"
+    assert report(tmp_path / "out")["kind"] == "float32"
     with pytest.raises(SystemExit) as second:
         optimum_main()
     assert second.value.code == 1

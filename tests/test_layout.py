@@ -115,3 +115,25 @@ def test_modules_say_what_they_are():
         text = (PACKAGE / path).read_text(encoding="utf-8")
         assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
         assert ast.get_docstring(ast.parse(text)), path
+
+
+def files_imported_by(path: Path) -> set[Path]:
+    """Files of hfkdq that a module imports, in functions too."""
+    package, found = ["hfkdq", *path.parts[:-1]], set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            full = [*base, *(node.module.split(".") if node.module else [])]
+            for parts in [full, *([*full, alias.name] for alias in node.names)] if full[:1] == ["hfkdq"] else []:
+                found |= {Path(*parts[1:]).with_suffix(".py")} if len(parts) > 1 else set()
+    return found & set(MODULES) - {path}
+
+
+@pytest.mark.parametrize("room", ["cli", "export", "report", "specs"])
+def test_no_file_of_a_room_leads_back_to_itself(room):
+    own = [path for path in MODULES if room_of(path) == room]
+    left = {path: files_imported_by(path) & set(own) for path in own}
+    while free := [path for path, imported in left.items() if not imported & left.keys()]:
+        for path in free:
+            del left[path]
+    assert not left

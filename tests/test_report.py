@@ -23,16 +23,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, export_onnx, prune, quantize
-from hfkdq.cli import card
+from hfkdq.cli import card, main
+from hfkdq.export.record import EXPORT_FACTS
 from hfkdq.export.runtime import OnnxSession, onnx_call
-from hfkdq.facts import record_fact
+from hfkdq.facts import describe_facts, objective_call, record_fact
 from hfkdq.measuring import latency
 from hfkdq.measuring.latency import TimedEngine, time_engines
 from hfkdq.metrics import classification_metrics
 from hfkdq.provenance import describe_files, describe_model
 from hfkdq.quantization import prepare_qat_
 from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency
-from hfkdq.report.card import _call, _pruning, _quantization
 from hfkdq.report.environment import publishable
 
 from . import tiny
@@ -68,21 +68,21 @@ def write_onnx(folder: Path, kind: str = "int8", labels: int = 3) -> np.ndarray:
         "kind": kind, "opset": 17, "max_abs_diff": 0.01, "samples": 4, "folder": str(folder), "note": SECRET,
         "metrics": {"onnx": {"accuracy": 0.5}}, "latency": {}, "choice": {}, "batches": [],  # measured again, or told elsewhere
     }  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(parity))
+    (folder / EXPORT_FACTS).write_text(json.dumps(parity))
     return table
 
 
 def seal(folder: Path, student) -> None:
     """Writes into the report of a stand-in which files and which model it is about, as an export does."""
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / EXPORT_FACTS).read_text())
     known = {"files": describe_files(folder), "model": describe_model(student)}
-    (folder / "report.json").write_text(json.dumps({**facts, **known}))
+    (folder / EXPORT_FACTS).write_text(json.dumps({**facts, **known}))
 
 
 def measure(onnx, sealed: bool = True, **kwargs) -> CompressionReport:
     if sealed:
         for folder in onnx.values() if isinstance(onnx, dict) else [onnx]:
-            if Path(folder, "report.json").is_file() and isinstance(kwargs.get("student"), PreTrainedModel | None):
+            if Path(folder, EXPORT_FACTS).is_file() and isinstance(kwargs.get("student"), PreTrainedModel | None):
                 seal(Path(folder), kwargs.get("student") or tiny.bert(seed=1))
     settings = dict(
         student=tiny.bert(seed=1), onnx=onnx, eval_dataset=tiny.text_dataset(30), latency_rounds=0,
@@ -211,6 +211,30 @@ def test_rows_keep_the_names_and_the_order_of_the_mapping(folder, tmp_path):
     assert measure(tmp_path / "float").engines[-1].name == "ONNX float"
 
 
+def test_records_of_earlier_releases_are_read(folder):
+    """Their file was called as a report is, and weights alone had one name whatever their width."""
+    student = tiny.bert(seed=1)
+    seal(folder, student)
+    facts = json.loads((folder / EXPORT_FACTS).read_text())
+    (folder / EXPORT_FACTS).unlink()
+    for kind, spec, name in (
+        ("weights", QuantizationSpec(weight_bits=4, activation_bits=None), "ONNX int4 weights"),
+        ("int8", QuantizationSpec(weight_bits=2), "ONNX w2a8"),
+        ("int8", QuantizationSpec(), "ONNX int8"),
+        ("float", None, "ONNX float"),
+    ):
+        known = {**facts, "kind": kind, "spec": None if spec is None else spec.to_dict()}
+        (folder / "report.json").write_text(json.dumps(known))
+        report = measure(folder, sealed=False, student=student)
+        assert report.engines[-1].name == name
+        tag = name.removeprefix("ONNX ").replace(" ", "_")
+        assert set(ModelCard(report.to_card()).data.tags) == {
+            "hfkdq",
+            "onnx",
+            *(["quantization", tag] if spec else []),
+        }
+
+
 def test_external_data_counts(folder):
     before = measure(folder).engines[-1].size
     (folder / "model.onnx_data").write_bytes(b"x" * 1000)
@@ -257,7 +281,7 @@ def test_facts_are_copied_without_ranges_paths_and_tokens(folder, tmp_path):
     ],
 )  # fmt: skip
 def test_card_says_what_a_spec_asks_for(spec, words):
-    line = _quantization({"spec": QuantizationSpec(**spec).to_dict()})
+    (line,) = describe_facts({"quantization": {"spec": QuantizationSpec(**spec).to_dict()}})
     assert words in line
 
 
@@ -274,7 +298,8 @@ def test_card_says_what_a_spec_asks_for(spec, words):
 )  # fmt: skip
 def test_card_says_what_was_pruned(spec, words):
     fact = {"spec": PruningSpec(**spec).to_dict(), "achieved_sparsity": 0.5}
-    assert words in _pruning({**fact, "parameters_before": 1000, "parameters_after": 600})
+    fact |= {"parameters_before": 1000, "parameters_after": 600}
+    assert words in describe_facts({"pruning": fact})[0]
 
 
 def test_card_tells_every_pruning_and_how_to_load_the_result(folder):
@@ -345,13 +370,13 @@ def write_image_onnx(folder: Path) -> None:
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), folder / "model.onnx"
     )
-    (folder / "report.json").write_text("{}")
+    (folder / EXPORT_FACTS).write_text("{}")
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(onnx="nowhere"), ValueError, "no model.onnx and no report.json"),
+        (dict(onnx="nowhere"), ValueError, "no model.onnx and no export_facts.json"),
         (dict(onnx={}), ValueError, "names no folder"),
         (dict(student=nn.Linear(2, 2)), TypeError, "student must be a PreTrainedModel"),
         (dict(eval_dataset=iter([])), TypeError, "data set with a length"),
@@ -593,7 +618,7 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     student = quantize(tiny.bert(seed=1), QuantizationSpec(), data, processing_class=tokenizer)
     settings = dict(processing_class=tokenizer, calibration=data, latency_rounds=0)
     folders = {
-        "ONNX float": export_onnx(student, tmp_path / "float", **settings),
+        "ONNX float": export_onnx(student, tmp_path / "float", quantization="float32", **settings),
         "ONNX int8": export_onnx(student, tmp_path / "int8", quantization=QuantizationSpec(), **settings),
     }
     report = measure(folders, sealed=False, student=student, eval_dataset=data)
@@ -795,11 +820,11 @@ def spoil(folder: Path, name: str) -> None:
         (lambda folder: (folder / "model.onnx").write_bytes(b"short"), r"model\.onnx has changed: it has 5 bytes"),
         (lambda folder: (folder / "model.onnx_data").write_bytes(b"x"), r"model\.onnx_data is not one of the files"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
-        (lambda folder: (folder / "report.json").write_text('{"kind": "int8"}'), "does not say which files.*Export the model again"),
-        (lambda folder: (folder / "report.json").write_text('{"kind": '), r"report\.json is "),
-        (lambda folder: (folder / "report.json").write_text("[" * 100_000), r"report\.json is "),
-        (lambda folder: (folder / "report.json").write_text('{"kind": ["x"]}'), r"report\.json is not what export_onnx writes"),
-        (lambda folder: (folder / "report.json").write_text('{"files": {"a": 1}, "model": {}}'), r"report\.json is not what"),
+        (lambda folder: (folder / EXPORT_FACTS).write_text('{"kind": "int8"}'), "does not say which files.*Export the model again"),
+        (lambda folder: (folder / EXPORT_FACTS).write_text('{"kind": '), r"export_facts\.json is "),
+        (lambda folder: (folder / EXPORT_FACTS).write_text("[" * 100_000), r"export_facts\.json is "),
+        (lambda folder: (folder / EXPORT_FACTS).write_text('{"kind": ["x"]}'), r"export_facts\.json is not what export_onnx writes"),
+        (lambda folder: (folder / EXPORT_FACTS).write_text('{"files": {"a": 1}, "model": {}}'), r"export_facts\.json is not what"),
     ],
 )  # fmt: skip
 def test_files_that_were_not_exported_are_refused_before_anything_is_measured(folder, change, message):
@@ -853,7 +878,7 @@ def test_an_export_records_its_files_and_its_model(tmp_path, quantized):
         processing_class=tiny.tokenizer(),
         latency_rounds=0,
     )
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / EXPORT_FACTS).read_text())
     names = {path.name for path in folder.iterdir() if ".onnx" in path.name or path.suffix == ".safetensors"}
     assert set(facts["files"]) == names >= {"model.onnx", "model.safetensors"}
     for name, known in facts["files"].items():
@@ -884,6 +909,45 @@ def test_a_card_is_written_only_for_the_files_that_were_measured(folder, tmp_pat
         options.folder = chosen
         with pytest.raises(ValueError, match=r"model\.onnx has changed"):
             card.run(options)
+
+
+def test_a_card_of_an_export_alone_states_what_was_recorded(tmp_path, capsys):
+    student = tiny.bert(seed=1)
+    record_fact(student, "student", {"teacher_layers": 4, "layers": [2, 4]})
+    data = tiny.text_dataset(16)
+    folder = export_onnx(student, tmp_path / "onnx", quantization="int8", calibration=data, latency_rounds=0,
+                         processing_class=tiny.tokenizer(), eval_dataset=data, compute_metrics=classification_metrics)  # fmt: skip
+    facts = json.loads((folder / EXPORT_FACTS).read_text())
+    assert main(["card", str(folder)]) == 0
+    text = capsys.readouterr().out
+    report = CompressionReport.from_export(folder)
+    assert text == report.to_card()
+    assert [engine.name for engine in report.engines] == ["student", "ONNX int8"]
+    assert report.engines[1].metrics == facts["metrics"]["onnx"]
+    assert report.engines[1].size == facts["bytes"]
+    assert report.engines[0].size == (folder / "model.safetensors").stat().st_size
+    assert "2 of the teacher's 4 layers" in text
+    assert "**Quantization**: 8-bit weights (symmetric, scales per output channel)" in text
+    assert "**Export** to ONNX, opset 18, with the quantization above" in text
+    assert "Latency" not in text
+    assert ModelCard(text).data.tags == ["hfkdq", "pruning", "quantization", "int8", "onnx"]
+    (folder / EXPORT_FACTS).rename(folder / "report.json")  # as earlier releases called it
+    assert main(["card", str(folder / "report.json")]) == 0
+    assert capsys.readouterr().out == text
+    spoil(folder, "model.onnx")
+    assert main(["card", str(folder)]) == 1
+    assert "model.onnx has changed" in capsys.readouterr().err
+
+
+def test_a_card_needs_a_record(report, tmp_path, capsys):
+    assert main(["card", str(tmp_path)]) == 1
+    assert "has no report.json" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text("{}")
+    assert main(["card", str(tmp_path)]) == 1
+    assert "lacks bytes, files, kind, model, task" in capsys.readouterr().err
+    report.save(tmp_path / "report.json")
+    assert main(["card", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == report.to_card()
 
 
 # ------------------------------------------------------------------ plot
@@ -923,4 +987,6 @@ def test_an_objective_within_another_is_written_as_one():
     inner = LogitKD(divergence="mse").describe()
     outer = NoisyKD(objective=LogitKD(divergence="mse"), std=0.2).describe()
     assert outer["objective"] == inner
-    assert "objective=LogitKD(weight=1.0, divergence=mse, temperature=2.0, per=token), kind=gaussian" in _call(outer)
+    assert "objective=LogitKD(weight=1.0, divergence=mse, temperature=2.0, per=token), kind=gaussian" in "".join(
+        map(str, objective_call(outer))
+    )

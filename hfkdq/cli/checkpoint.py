@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as it has to be loaded for a kind of file: with or without the fake quantizers that it records."""
+"""Loads a checkpoint for a precision: with or without the fake quantizers that it records."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from ..export.kinds import SPECS
+from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..modeling import check_json, load_checkpoint, load_config
 from ..quantization import load_quantized
 from ..quantization.records import recorded_quantization
@@ -26,46 +20,36 @@ _PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-def load_model(checkpoint: str, kind: str | None, calibrated: bool) -> tuple[PreTrainedModel, QuantizationSpec | str]:
-    """The model, and what `export_onnx` is to make of it.
+def load_model(checkpoint: str, name: str | None, calibrated: bool) -> tuple[PreTrainedModel, QuantizationSpec | str]:
+    """The model, with fake quantizers if the precision of this name needs them, and `quantization=` of `export_onnx`.
 
-    Args:
-        checkpoint (`str`): a folder or a Hub id.
-        kind (`str`, *optional*): what was asked for; by default `"trained"` if there is a record, else `"float32"`.
-        calibrated (`bool`): whether there are calibration data.
-
-    Returns:
-        `tuple[PreTrainedModel, QuantizationSpec | str]`: the model, with fake quantizers if the kind needs them.
-
-    Raises:
-        ValueError: `"trained"` without a record, or a kind that needs calibration data without them.
+    By default the name is `"trained"` if the checkpoint has a record, else `"float32"`. `ValueError` for `"trained"` without
+    one, and where ranges are needed and there are no calibration data.
     """
     recorded = recorded_quantization(load_config(checkpoint))
     spec = None if recorded is None else recorded[0]
-    if kind is None:
-        kind = "float32" if spec is None else "trained"
-    if kind == "trained" and spec is None:
+    if name is None:
+        name = FLOAT if spec is None else TRAINED
+    if name == TRAINED and spec is None:
         raise ValueError(
             f"{checkpoint} records no quantization: it was not trained with QATCallback, or was saved without its "
             "fake quantizers. For int8 without training pass --quantization int8 --calibration-data DATA."
         )
+    precision = PRECISIONS.get(name)
     # The very integers that were asked for are there already.
-    if spec is not None and (kind in ("trained", "auto") or SPECS.get(kind) == spec):
-        return load_quantized(checkpoint, dtype="auto"), kind if kind == "auto" else spec
-    if kind in SPECS and SPECS[kind].activation_bits is not None and not calibrated:
+    if spec is not None and (precision is None or precision.spec == spec) and name != "none":
+        return load_quantized(checkpoint, dtype="auto"), name if name == AUTO else spec
+    if precision is not None and precision.needs_calibration and not calibrated:
+        others = ", ".join(other for other, entry in PRECISIONS.items() if not entry.needs_calibration)
         raise ValueError(
-            f"--quantization {kind} needs --calibration-data, to find the ranges of activations on. Without data there "
-            "are dynamic, int8_weights and int4_weights."
+            f"--quantization {name} needs --calibration-data, to find the ranges of activations on. Without data there "
+            f"are {others}."
         )
-    return load_checkpoint(checkpoint), "float32" if kind == "none" else kind
+    return load_checkpoint(checkpoint), FLOAT if name == "none" else name
 
 
 def load_processor(checkpoint: str) -> Any:
-    """The checkpoint's tokenizer or processor; `None` if it has none.
-
-    Raises:
-        ValueError: its files are there, and are damaged.
-    """
+    """The checkpoint's tokenizer or processor, `None` if it has none; `ValueError` if its files are damaged."""
     folder = Path(checkpoint)
     if folder.is_dir():
         check_json(folder, _PROCESSOR_FILES)

@@ -10,19 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..files import check_new, refuse_missing
 from .names import check_data
 
 HELP = "write a checkpoint as ONNX files that are compared with PyTorch"
 DESCRIPTION = (
     "Writes a checkpoint as ONNX files, compares them with PyTorch, measures what is lost and how fast they are, and "
-    "keeps all that in report.json."
+    "keeps all that in export_facts.json."
 )
-KINDS = ("float32", "float16", "dynamic", "int8", "int8_weights", "int4_weights", "trained", "auto")
-_QUANTIZATION = """float32; float16; dynamic: int8 with ranges found at each call; int8: ranges from the calibration
-data; int8_weights, int4_weights: activations stay float; trained: the integers that a QATCallback trained; auto: the
-fastest of these that loses at most --max-drop on the evaluation data. Default: trained for a checkpoint that was saved
-with fake quantizers, else float32"""
+_QUANTIZATION = f"""{"; ".join(f"{entry.name}: {entry.help}" for entry in PRECISIONS.values())}; {TRAINED}: the integers
+that a QATCallback trained; {AUTO}: the fastest of these that loses at most --max-drop on the evaluation data. Default:
+trained for a checkpoint that was saved with fake quantizers, else {FLOAT}"""
 _DATA = """parquet, CSV or JSON file, a folder of them, or the id of a data set on the Hub; a split may follow a colon,
 as in squad:validation, and so may a configuration before it, as in nyu-mll/glue:sst2:validation"""
 # What an interruption leaves.
@@ -37,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write; must not exist (default: the checkpoint's name and -onnx, beside it)",
     )  # fmt: skip
     parser.add_argument(
-        "--quantization", metavar="KIND", choices=(*KINDS, "none"), help=" ".join(_QUANTIZATION.split())
+        "--quantization",
+        metavar="PRECISION",
+        choices=(*PRECISIONS, TRAINED, AUTO, "none"),
+        help=" ".join(_QUANTIZATION.split()),
     )
     parser.add_argument("--task", help="Optimum's name of the task (default: what the model's class is for)")
     parser.add_argument(
@@ -51,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tolerance", type=float, metavar="X",
-        help="largest difference from PyTorch, as a share of the largest logit (default: by kind, see export_onnx)",
+        help="largest difference from PyTorch, as a share of the largest logit (default: by precision, see export_onnx)",
     )  # fmt: skip
     _add_data(parser.add_argument_group("data"))
-    _add_proof(parser.add_argument_group("proof"))
+    _add_validation(parser.add_argument_group("validation"))
 
 
 def _add_data(group: Any) -> None:
@@ -81,7 +83,7 @@ def _add_data(group: Any) -> None:
     )
 
 
-def _add_proof(group: Any) -> None:
+def _add_validation(group: Any) -> None:
     group.add_argument(
         "--metric", choices=("accuracy", "f1"), help="what may drop (default: accuracy; f1 is macro F1)"
     )
@@ -100,13 +102,7 @@ def _add_proof(group: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Exports, and prints what was written and measured.
-
-    Raises:
-        ValueError: options that need one another, or data that do not fit the model.
-        OSError: there is no such checkpoint or data, or the folder exists.
-        RuntimeError: as `export_onnx` does.
-    """
+    """Exports, and prints what was written and measured."""
     _check_options(options)
     refuse_missing(options.checkpoint)
     if Path(options.checkpoint).is_file():
@@ -155,21 +151,15 @@ def default_folder(checkpoint: str) -> Path:
 def _check_options(options: argparse.Namespace) -> None:
     if options.eval_data is None:
         needy = {
-            "--quantization auto": options.quantization == "auto", "--metric": options.metric is not None,
+            "--quantization auto": options.quantization == AUTO, "--metric": options.metric is not None,
             "--max-drop": options.max_drop is not None, "--eval-samples": options.eval_samples is not None,
             "--allow-drop": options.allow_drop,
         }  # fmt: skip
         for name, is_given in needy.items():
             if is_given:
                 raise ValueError(f"{name} needs --eval-data: there is nothing to measure on.")
-    for name, least in {
-        "calibration_samples": 1,
-        "eval_samples": 1,
-        "max_length": 1,
-        "threads": 1,
-        "latency_rounds": 0,
-    }.items():
-        value = getattr(options, name)
+    for name in ("calibration_samples", "eval_samples", "max_length", "threads", "latency_rounds"):
+        value, least = getattr(options, name), int(name != "latency_rounds")
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}.")
     if options.tolerance is not None and not 0 < options.tolerance < math.inf:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..version import __version__
 from . import card, demo, export
-from .words import in_options
+from .messages import as_options
 
 COMMANDS = {"demo": demo, "export": export, "card": card}
 
@@ -33,7 +33,7 @@ def run_command(name: str, options: argparse.Namespace) -> int:
         sys.stderr.write(f"\nhfkdq {name}: interrupted. {COMMANDS[name].LEFT}\n")
         return 130
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        sys.stderr.write(f"hfkdq {name}: {in_options(str(error))}\n")
+        sys.stderr.write(f"hfkdq {name}: {as_options(str(error))}\n")
         return 1
     return 0
 

@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export came to, in a few lines for the terminal, from its `report.json`."""
+"""The summary of an export for the terminal, from its record."""
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, TextIO
 
 import datasets
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
-from ..report.table import megabytes, three_digits
-from .words import in_options
-
-_NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
+from ..export.precisions import recorded_precision
+from ..export.record import read_export
+from ..export.selection import Candidate, render
+from ..facts import three_digits
+from ..report.table import megabytes
+from .messages import as_options
 
 
 @contextmanager
@@ -43,13 +41,8 @@ def quietly() -> Iterator[None]:
 
 
 def print_summary(folder: Path, stream: TextIO) -> None:
-    """Prints what was written into `folder` and measured; the folder is the last line.
-
-    Args:
-        folder (`Path`): what `export_onnx` returned.
-        stream (`TextIO`): where to.
-    """
-    facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    """Prints what `export_onnx` wrote into `folder` and measured; the folder is the last line."""
+    facts = read_export(folder)
     width = Console(file=stream).width
     lines = []
     if "choice" in facts:
@@ -61,19 +54,11 @@ def print_summary(folder: Path, stream: TextIO) -> None:
 
 
 def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str, str]]:
-    """Names and values of the lines below one another.
-
-    Args:
-        facts (`dict`): a report.
-        float_bytes (`int`): size of the float32 weights, 0 if unknown.
-
-    Returns:
-        `list[tuple[str, str]]`: what the line is about, and what it says.
-    """
+    """The lines of a summary: a topic each, and its text. `float_bytes` of the float32 weights are 0 if unknown."""
     size = f"{megabytes(facts['bytes'])} MB"
     if float_bytes:
         size += f", {facts['bytes'] / float_bytes:.2f} of the float32 weights ({megabytes(float_bytes)} MB)"
-    lines = [("file", f"{_kind(facts)}, {facts['task']}, opset {facts['opset']}"), ("size", size)]
+    lines = [("file", f"{_precision(facts)}, {facts['task']}, opset {facts['opset']}"), ("size", size)]
     share = facts["max_abs_diff"] / facts["max_abs_logit"] if facts["max_abs_logit"] else 0.0
     difference = f"at most {facts['max_abs_diff']:.2g} from PyTorch, {share:.2g} of the largest output; "
     difference += f"allowed {facts['tolerance']:g} ({facts['samples']} examples)"
@@ -84,15 +69,16 @@ def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str,
         lines += _metric_lines(facts["metrics"])
     lines.append(("latency", _latency(facts["latency"])))
     if not facts.get("accepted", True):
-        lines.append(("not accepted", in_options(facts["reason"])))
+        lines.append(("not accepted", as_options(facts["reason"])))
     return lines
 
 
 def _layers(facts: Mapping[str, Any]) -> str:
-    """How many layers compute in integers, and how many linear layers in floating point."""
+    """The numbers of layers that compute in integers and in floating point."""
     quantized, fused, floats = (facts[f"{name}_linears"] for name in ("quantized", "fused", "float"))
     text = f"{quantized} with integer weights"
-    if facts["kind"] == "int8":
+    precision = recorded_precision(facts)
+    if precision is not None and precision.multiplies_integers:
         text += f", {'all' if fused == quantized else fused} of them in an integer kernel"
     return f"{text}; {floats} linear {'layer' if floats == 1 else 'layers'} in floating point"
 
@@ -113,7 +99,8 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _latency(latency: Mapping[str, Any]) -> str:
     if "left_out" in latency:
         return f"not measured: {latency['left_out']}"
-    shape = "; ".join(f"{name} {' x '.join(map(str, sizes))}" for name, sizes in _first(latency["inputs"]).items())
+    name, sizes = next(iter(latency["inputs"].items()))  # the others are as long
+    shape = f"{name} {' x '.join(map(str, sizes))}"
     tokens = sum(part["times"] for name, part in latency.get("parts", {}).items() if name != "encoder")
     unit = "a call" if not tokens else "for a token" if tokens == 1 else f"for {tokens} tokens"
     text = f"{three_digits(latency['onnx']['median_ms'])} ms {unit}"
@@ -124,44 +111,24 @@ def _latency(latency: Mapping[str, Any]) -> str:
     return f"{text}; {shape}, {latency['threads']} {'thread' if latency['threads'] == 1 else 'threads'}"
 
 
-def _first(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first input; the others are as long."""
-    return dict(list(inputs.items())[:1])
-
-
-def _kind(facts: Mapping[str, Any]) -> str:
-    spec = facts.get("spec")
-    chosen = facts.get("choice", {}).get("chosen")
-    name = {"float": "float32", "weights": "weights in integers"}.get(facts["kind"], facts["kind"])
-    if spec is not None:
-        name = f"int{spec['weight_bits']}" + (" weights" if spec["activation_bits"] is None else "")
-    return f"{chosen} ({name})" if chosen is not None and chosen != name else name
+def _precision(facts: Mapping[str, Any]) -> str:
+    """The name of the precision, after that of the candidate if it was chosen under another."""
+    precision, chosen = recorded_precision(facts), facts.get("choice", {}).get("chosen")
+    name = facts["kind"] if precision is None else precision.name
+    return f"{chosen} ({name})" if chosen not in (None, name) else str(name)
 
 
 def _candidates(rows: list[dict[str, Any]], chosen: str, width: int) -> list[str]:
     """The table that a choice was made from and what was wrong with some, in lines."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("candidate", no_wrap=True)
-    for name in ("MB", "drop", "median ms", "min ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    notes = []
-    for row in rows:
-        numbers = [row["drop"], row["median_ms"], row["min_ms"]]
-        texts = [_NONE if number is None else f"{number:.3g}" for number in numbers]
-        size = _NONE if row["bytes"] is None else megabytes(row["bytes"])
-        table.add_row(row["name"], size, *texts, "chosen" if row["name"] == chosen else _verdict(row))
-        if row["error"]:
-            notes += wrap(in_options(f"{row['name']}: {row['error'].splitlines()[0]}"), width, subsequent_indent="  ")
-    page = StringIO()
-    Console(file=page, width=width).print(table)
-    return [*(line.rstrip() for line in page.getvalue().splitlines()), *notes]
 
+    def verdict(row: Mapping[str, Any]) -> str:
+        if row["bytes"] is None:
+            return "not written"
+        return "chosen" if row["name"] == chosen else "accepted" if row["accepted"] else "refused"
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    if row["bytes"] is None:
-        return "not written"
-    return "accepted" if row["accepted"] else "refused"
+    table = render([Candidate(**{**row, "accepted": False, "error": verdict(row)}) for row in rows])
+    errors = [as_options(f"{row['name']}: {row['error'].splitlines()[0]}") for row in rows if row["error"]]
+    return [*table.splitlines(), *(line for error in errors for line in wrap(error, width, subsequent_indent="  "))]
 
 
 def _float_bytes(folder: Path) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..files import check_new, staged
@@ -21,18 +20,18 @@ from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task
-from .choosing import AUTO, MAX_DROP, write_best
-from .kinds import Kind, kind_of
-from .proof import BATCH_SIZE, FLOAT, Quality, Timing, one_example
+from .job import ExportJob, plain_copy
+from .precisions import AUTO, FLOAT, Precision, precision_of
+from .protocol import Backend
+from .record import EXPORT_FACTS
+from .selection import MAX_DROP, write_best
+from .validation import BATCH_SIZE, Quality, Timing
 from .verify import COMPARE_BATCH_SIZE, Collator, sample_batches
-from .writing import Source, plain_copy
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..specs import QuantizationSpec
-
-REPORT = "report.json"
 
 
 def export_onnx(
@@ -59,21 +58,22 @@ def export_onnx(
     """Writes a model as ONNX files that were run, compared with it and timed, next to its checkpoint.
 
     The new folder has `model.onnx` (a model that generates may have several files), the checkpoint (`config.json` and
-    `model.safetensors`, float weights under their ordinary names), the files of `processing_class`, and `report.json`
-    with what was written and measured. It loads with Optimum's `ORTModelFor...` and with plain Transformers. The model
+    `model.safetensors`, float weights under their ordinary names), the files of `processing_class`, and
+    `export_facts.json` with what was written and measured. It loads with Optimum's `ORTModelFor...` and with plain Transformers. The model
     is not changed. When anything fails, nothing is left behind.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model, on any device, in any floating-point precision; exported in
             float32. LoRA adapters are merged first, see [`merge_adapters`].
         folder (`str` or `Path`): where to; must not exist yet.
-        quantization (`QuantizationSpec` or `str`, *optional*): `None` or `"float32"` writes float32. `"float16"`
-            stores and computes in half precision. `"dynamic"` quantizes the float weights to int8; ranges of
-            activations are then found at each call. A [`QuantizationSpec`] writes the integers and the ranges of a
-            model trained with it, or with `calibration` quantizes a model that was not; `"int8"`, `"int8_weights"` and
-            `"int4_weights"` stand for usual ones. `"auto"` writes and measures all of them (instead of `"int8"` the
-            spec that the model was trained with, if it was) and keeps the fastest file whose metric drops by at most
-            `max_drop`, the smallest of those that are as fast within 5 %; it needs `eval_dataset`.
+        quantization (`QuantizationSpec` or `str`, *optional*): by default the integers that the model was trained with,
+            or else float32. `"float32"` writes the float weights of any model, `"float16"` stores them in half precision.
+            `"dynamic"` quantizes them to int8; ranges of activations are then found at each call. A
+            [`QuantizationSpec`] writes the integers and the ranges of a model trained with it, or with `calibration`
+            quantizes a model that was not; `"int8"`, `"int8_weights"` and `"int4_weights"` stand for usual ones. `"auto"`
+            writes and measures all of them (instead of `"int8"` the spec that the model was trained with, if it was) and
+            keeps the fastest file whose metric drops by at most `max_drop`, the smallest of those that are as fast
+            within 5 %; it needs `eval_dataset`.
         processing_class (tokenizer or processor, *optional*): saved beside the model, and pads the data.
         calibration (`datasets.Dataset` or iterable of `dict`, *optional*): examples, or batches of tensors, as the
             model takes them. The file is compared on the first 8 batches; random inputs of two sizes serve by default.
@@ -129,42 +129,44 @@ def export_onnx(
         ```
     """
     folder, is_auto = Path(folder), isinstance(quantization, str) and quantization == AUTO
-    kind = None if is_auto else kind_of(quantization)
     check_arguments(model, tolerance, target, weight_type)
+    trained = quantized_spec(model)
+    default = FLOAT if trained is None else trained
+    precision = None if is_auto else precision_of(default if quantization is None else quantization)
     check_new(folder)
-    asked = quantized_spec(model) if kind is None else kind.spec
-    if asked is not None:
-        check_spec(model, asked, calibration)
+    wanted = trained if precision is None else precision.spec
+    if wanted is not None:
+        check_spec(model, wanted, calibration)
     _check_metric_arguments(eval_dataset, compute_metrics, metric, max_drop, allow_drop, is_auto)
     timing, quality = Timing(latency_rounds, threads), None
     with ExitStack() as stack:
         staging = stack.enter_context(staged(folder))
         if compute_metrics is not None:
-            trainer_folder = stack.enter_context(tempfile.TemporaryDirectory())
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
             evaluation = Evaluation(
-                eval_dataset, compute_metrics, processing_class, data_collator, BATCH_SIZE, trainer_folder
-            )  # fmt: skip
-            quality = Quality(
-                evaluation, metric, greater_is_better, MAX_DROP if is_auto and max_drop is None else max_drop
+                eval_dataset, compute_metrics, processing_class, data_collator, BATCH_SIZE, scratch
             )
+            bound = MAX_DROP if is_auto and max_drop is None else max_drop
+            quality = Quality(evaluation, metric, greater_is_better, bound)
         backend = load_backend()
         if base_of(model) is not model:
-            model, kind = _merged(model, kind)
+            model = merge_adapters(model)
+            if precision is not None and precision.has_integers and trained is not None:
+                # Merging names the layers that bitsandbytes had quantized in the spec.
+                precision = precision_of(quantized_spec(model) or trained)
         task = resolve_task(backend, model, task)
         batches, rest = _batches(backend, model, task, calibration, processing_class, data_collator)
-        given = plain_copy(model)
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files)))
-        source = Source(
-            given, backend, task, target, tolerance, processing_class, batches, rest, quality, scratch, weight_type
-        )
+        job = ExportJob(
+            plain_copy(model), backend, task, target, tolerance, processing_class, batches, rest, quality,
+            Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type,
+        )  # fmt: skip
         if quality is not None:
-            quality.begin(source.model, source.float_model)
-        if quality is not None and kind is None:
-            calibrated = calibration is not None
-            facts = write_best(source, quality, timing, staging.files, _inputs(source), calibrated, allow_drop)
-        else:
-            facts = _write_one(source, kind or kind_of(None), timing, staging.files, allow_drop)
-        (staging.files / REPORT).write_text(json.dumps(facts, indent=2) + "\n")
+            quality.begin(job.model, job.float_model)
+        if precision is not None:
+            facts = _write_one(job, precision, timing, staging.files, allow_drop)
+        elif quality is not None:
+            facts = write_best(job, quality, timing, staging.files, calibration is not None, allow_drop)
+        (staging.files / EXPORT_FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     return staging.folder
 
 
@@ -177,32 +179,26 @@ def _check_metric_arguments(
     is_auto: bool,
 ) -> None:
     """Refuses arguments that lack another."""
-    if (eval_dataset is None) != (compute_metrics is None):
-        have, lack = (
-            ("eval_dataset", "compute_metrics") if compute_metrics is None else ("compute_metrics", "eval_dataset")
-        )
-        raise ValueError(f"{have}= was given without {lack}=; a metric needs both. Pass what the Trainer has.")
+    given = {"eval_dataset=": eval_dataset is not None, "compute_metrics=": compute_metrics is not None}
+    if len(set(given.values())) > 1:
+        have, lack = sorted(given, key=lambda name: not given[name])
+        raise ValueError(f"{have} was given without {lack}; a metric needs both. Pass what the Trainer has.")
     if eval_dataset is None:
         needy = {'quantization="auto"': is_auto, "max_drop=": max_drop is not None, "metric=": metric is not None}
-        for name, is_given in needy.items():
-            if is_given:
-                raise ValueError(f"{name} needs eval_dataset= and compute_metrics=: there is nothing to measure on.")
+        for name in (name for name, is_given in needy.items() if is_given):
+            raise ValueError(f"{name} needs eval_dataset= and compute_metrics=: there is nothing to measure on.")
     if allow_drop and max_drop is None and not is_auto:
         raise ValueError("allow_drop=True needs max_drop=: without a bound every drop is allowed.")
 
 
-def _merged(model: PreTrainedModel, kind: Kind | None) -> tuple[PreTrainedModel, Kind | None]:
-    """The model without its adapters, and the kind with the spec that it has then."""
-    trained = quantized_spec(model)
-    model = merge_adapters(model)
-    # Merging names the layers that bitsandbytes had quantized in the spec.
-    is_same = kind is not None and kind.spec is not None and trained is not None
-    return model, kind_of(quantized_spec(model)) if is_same else kind
-
-
 def _batches(
-    backend: Any, model: PreTrainedModel, task: str, calibration: Any, processing_class: Any, collator: Collator | None
-) -> tuple[list[Batch], Iterator[Batch]]:
+    backend: Backend,
+    model: PreTrainedModel,
+    task: str,
+    calibration: Any,
+    processing_class: Any,
+    collator: Collator | None,
+) -> tuple[Sequence[Batch], Iterator[Batch]]:
     """The batches that files are compared on, and those that come after them."""
     if calibration is None:
         return backend.dummy_batches(model, task), iter(())
@@ -210,29 +206,20 @@ def _batches(
     return sample_batches(rest, model), rest
 
 
-def _inputs(source: Source) -> dict[str, np.ndarray[Any, Any]]:
-    """One example to time with: the first of the evaluation, if there is one."""
-    if source.quality is not None:
-        return source.quality.evaluation.first_example(source.model)
-    return one_example(source.batches[0])
-
-
-def _write_one(source: Source, kind: Kind, timing: Timing, staging: Path, allow_drop: bool) -> dict[str, Any]:
-    """Writes and measures the files of one kind; their facts."""
-    facts = source.write(kind, staging)
-    reason = None if source.quality is None else source.quality.objection(facts["metrics"])
+def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Path, allow_drop: bool) -> dict[str, Any]:
+    """Writes and measures the files of one precision; their facts."""
+    facts = job.write(precision, folder)
+    reason = None if job.quality is None else job.quality.rejection_reason(facts["metrics"])
     if reason is not None and not allow_drop:
         raise RuntimeError(
             f"{reason} Nothing was written. Pass a larger max_drop=, or allow_drop=True to keep the file all the same."
         )
-    plain = kind_of(FLOAT)
-    obstacle = "it is the float32 file itself" if kind == plain else timing.obstacle
-    if obstacle:
-        latency: dict[str, Any] = {"left_out": obstacle}
-    else:
-        beside, inputs = source.scratch / FLOAT, _inputs(source)
+    skip_reason = "it is the float32 file itself" if precision.name == FLOAT else timing.skip_reason
+    latency: dict[str, Any] = {"left_out": skip_reason}
+    if skip_reason is None:
+        beside, inputs = job.scratch / FLOAT, job.example()
         beside.mkdir()
-        source.write_files(plain, beside)
-        found = timing.time({kind.name: staging, FLOAT: beside}, source.task, inputs)
-        latency = timing.facts(kind.name, found, inputs)
+        job.write_files(precision_of(FLOAT), beside)
+        found = timing.time({precision.name: folder, FLOAT: beside}, job.task, inputs)
+        latency = timing.facts(precision.name, found, inputs)
     return {**facts, "latency": latency, "accepted": reason is None, "reason": reason}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export refuses before it starts."""
+"""Checks before an export."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ from ..facts import read_facts
 from ..modeling.forwards import base_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
+from .protocol import PAST, Backend
 
 TARGETS = ("onnxruntime", "standard")
 WEIGHT_TYPES = ("auto", "int8", "uint8")
-PAST = "-with-past"
 
 
 def check_arguments(model: Any, tolerance: float | None, target: str, weight_type: str) -> None:
-    """Refuses what is no model in floating point, and numbers and names that mean nothing.
-
-    Raises:
-        TypeError: `model` is no Transformers model.
-        ValueError: it holds integer weights, or `tolerance`, `target` or `weight_type` is not one.
-    """
+    """Refuses other objects than models in floating point (`TypeError`, `ValueError`) and impossible settings."""
     if not isinstance(base_of(model), PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
@@ -44,11 +39,7 @@ def check_arguments(model: Any, tolerance: float | None, target: str, weight_typ
 
 
 def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any) -> None:
-    """Refuses a spec that the model has no ranges for.
-
-    Raises:
-        ValueError: it was trained with another spec or with none, or its quantizers have seen no data.
-    """
+    """Refuses a spec that the model has no ranges for: trained with another or with none, or on no data yet."""
     trained = quantized_spec(model)
     if trained is None and calibration is None and spec.activation_bits is not None:
         raise ValueError(
@@ -61,17 +52,14 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
         )
     if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
         raise ValueError(
-            "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model."
+            "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model, or "
+            'export its float weights with quantization="float32".'
         )
 
 
 @contextmanager
-def every_range_known(model: PreTrainedModel) -> Iterator[None]:
-    """Refuses, when what runs the model inside is done, quantized activations that it has met and that have no range.
-
-    Raises:
-        ValueError: naming them.
-    """
+def require_ranges(model: PreTrainedModel) -> Iterator[None]:
+    """Refuses, on leaving, activations without a range that a forward pass inside has reached (`ValueError`)."""
     unknown = {name: q for name, q in activation_quantizers(model).items() if not q.initialized}
     met: list[str] = []
     handles = [q.register_forward_pre_hook(lambda *_, name=name: met.append(name)) for name, q in unknown.items()]
@@ -88,13 +76,9 @@ def every_range_known(model: PreTrainedModel) -> Iterator[None]:
         )
 
 
-def resolve_task(backend: Any, model: PreTrainedModel, task: str | None) -> str:
-    """The task as the backend resolves it, without a cache where heads were pruned layer by layer.
-
-    Raises:
-        ValueError: the backend's, or such a model was asked for with a cache.
-    """
-    resolved: str = backend.resolve_task(model, task)
+def resolve_task(backend: Backend, model: PreTrainedModel, task: str | None) -> str:
+    """The task as the backend resolves it, without a cache where heads were pruned layer by layer."""
+    resolved = backend.resolve_task(model, task)
     shapes = read_facts(model).get("shapes", {}).get("tensors", {})
     if not resolved.endswith(PAST) or not any("attn" in name or "attention" in name.lower() for name in shapes):
         return resolved

@@ -14,33 +14,23 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
-from .checks import PAST
 from .exporters_generation import Part, generation_parts, part_axes
 from .exporters_tasks import dummy_batches, output_names, resolve_task
 from .exporters_tracing import METADATA, OPSET, trace_file
+from .protocol import PAST
 from .runner import SINGLE
 
 __all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
-PACKAGES = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime")
+PACKAGES: tuple[str, ...] = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime")
 _TEXT = {0: "batch_size", 1: "sequence_length"}
 _CHOICES = {0: "batch_size", 1: "num_choices", 2: "sequence_length"}
 
 
 def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
-    """Writes `model` as ONNX files.
+    """Writes `model` as ONNX files, see [`Backend`]. Its attention becomes the eager one.
 
-    Args:
-        model (`PreTrainedModel`): a float32 model on the CPU, in eval mode. Its attention becomes the eager one.
-        folder (`Path`): an existing folder.
-        task (`str`): as `resolve_task` gave it.
-        fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
-
-    Returns:
-        `list[Path]`: the files.
-
-    Raises:
-        RuntimeError: the tracer fixed an axis that has to vary.
+    `RuntimeError` if the tracer fixed an axis that has to vary.
     """
     model.set_attn_implementation("eager")
     if hasattr(model.config, "use_cache"):
@@ -48,21 +38,11 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
     batch = dummy_batches(model, task)[0]
     files = []
     for part in _parts(model, batch, task):
-        axes = (
-            partial(part_axes, part=part.name)
-            if _generates(model, task)
-            else partial(_axes, task=task, any_size=_takes_any_size(model, task))
-        )
-        files.append(
-            trace_file(
-                part.model,
-                part.inputs,
-                folder / f"{part.name}.onnx",
-                axes=axes,
-                forward=part.forward,
-                fold_constants=fold_constants,
-            )
-        )
+        axes = partial(_axes, task=task, any_size=_takes_any_size(model, task))
+        if _generates(model, task):
+            axes = partial(part_axes, part=part.name)
+        path = folder / f"{part.name}.onnx"
+        files.append(trace_file(part, path, axes=axes, fold_constants=fold_constants))
     return files
 
 
@@ -73,7 +53,7 @@ def _generates(model: PreTrainedModel, task: str) -> bool:
 
 
 def _parts(model: PreTrainedModel, batch: dict[str, Tensor], task: str) -> list[Part]:
-    """What is traced, file by file."""
+    """The parts to trace, a file each."""
     if _generates(model, task):
         return generation_parts(model, batch, task)
     call, fields = model.forward, output_names(task)
@@ -102,13 +82,7 @@ def _takes_any_size(model: PreTrainedModel, task: str) -> bool:
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Writes the manifest with which `transformers.exporters.ExportedModel.from_pretrained` loads the folder.
-
-    Args:
-        folder (`Path`): holds the files that `trace` wrote, whatever was done to them since.
-        config (`PretrainedConfig`): of the model.
-        task (`str`): as `resolve_task` gave it.
-    """
+    """Writes the manifest with which `transformers.exporters.ExportedModel.from_pretrained` loads the folder."""
     components = {}
     for path in sorted(folder.glob("*.onnx")):
         metadata = json.loads(ir.load(path).metadata_props[METADATA])

@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .checks import PAST
+from .protocol import PAST
 from .runner import DECODER, DECODER_WITH_PAST, ENCODER, SINGLE
 
 # Of the traced inputs: several tokens after several others, so that neither number is taken for a constant.
@@ -24,14 +24,7 @@ Entry = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One file: what to trace, and with which inputs.
-
-    Args:
-        name (`str`): of the file, without its ending.
-        model (`nn.Module`): holds the weights.
-        forward (`Callable`): what is traced.
-        inputs (`dict[str, Any]`): its inputs.
-    """
+    """One file: its name without ending, the owner of its weights, the function that is traced, and its inputs."""
 
     name: str
     model: nn.Module
@@ -41,16 +34,7 @@ class Part:
 
 @torch.no_grad()
 def generation_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], task: str) -> list[Part]:
-    """A decoder that takes and returns its cache; or an encoder, and its decoder without and with a cache.
-
-    Args:
-        model (`PreTrainedModel`): the model.
-        batch (`Mapping[str, Tensor]`): inputs of the whole model.
-        task (`str`): a task that generates.
-
-    Returns:
-        `list[Part]`: the files.
-    """
+    """The files of a task that generates: a decoder with its cache, or an encoder and its decoder without and with one."""
     if not model.config.is_encoder_decoder:
         return [_decoder(model, batch)]
     encoder = model.get_encoder()

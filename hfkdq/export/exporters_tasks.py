@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from ..modeling.tasks import TASKS, is_bare, tasks_of
-from .checks import PAST
+from .protocol import PAST
 
 # In the others an encoder-decoder shifts the inputs itself.
 _DECODED = ("text2text-generation", "automatic-speech-recognition", "feature-extraction")

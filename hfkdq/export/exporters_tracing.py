@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
 
-from .graph import fix_shapes, noted_shapes, saving
-from .quiet import quiet_and_seeded
+from .exporters_generation import Part
+from .graph import fix_shapes, noted_shapes, save_graph
+from .silence import silent_and_seeded
 
 # The first opset with everything the exported models need as single operators; the same as on the other line.
 OPSET = 18
@@ -27,34 +28,16 @@ METADATA = "hfkdq.exporters"
 _NARROW = {"INT8", "UINT8", "INT4", "UINT4", "FLOAT16", "BFLOAT16"}
 
 
-def trace_file(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    path: Path,
-    *,
-    axes: Callable[[str], Mapping[int, str]],
-    forward: Callable[..., Any],
-    fold_constants: bool,
-) -> Path:
-    """Writes a model as one ONNX file.
+def trace_file(part: Part, path: Path, *, axes: Callable[[str], Mapping[int, str]], fold_constants: bool) -> Path:
+    """Writes a part, in eval mode on the CPU and with eager attention, as one ONNX file.
 
-    Args:
-        model (`nn.Module`): in eval mode on the CPU; its attention must be the eager one.
-        inputs (`Mapping[str, Any]`): what its forward takes: tensors, or lists and dictionaries of tensors.
-        path (`Path`): the file.
-        axes (`Callable`): for the name of an input or output, the names of its axes that vary.
-        forward (`Callable`): what is traced, in place of the model's own forward.
-        fold_constants (`bool`): whether what depends on weights alone is computed now.
-
-    Returns:
-        `Path`: `path`.
-
-    Raises:
-        RuntimeError: an axis that should vary came out fixed.
+    `axes` gives, for the name of an input or output, the names of its axes that vary. `fold_constants`: compute now what
+    depends on weights alone. `RuntimeError` if such an axis came out fixed.
     """
-    with quiet_and_seeded(), _plain_masks(), _folding(fold_constants), _calling(model, forward):
+    inputs = part.inputs
+    with silent_and_seeded(), _plain_masks(), _folding(fold_constants), _calling(part.model, part.forward):
         config = OnnxConfig(dynamic_shapes=_dynamic_shapes(inputs, axes), opset_version=OPSET, optimize=True)
-        exported = OnnxExporter().export(model, dict(inputs), config)
+        exported = OnnxExporter().export(part.model, dict(inputs), config)
     program: ir.Model = exported.program
     _order_gelu(program.graph)
     _check_axes(program.graph, axes)
@@ -66,10 +49,7 @@ def trace_file(
     metadata = asdict(exported.components["model"].metadata)
     metadata["export_config"].pop("dynamic_shapes", None)
     program.metadata_props[METADATA] = json.dumps(metadata)
-    size = sum(
-        value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value is not None
-    )
-    ir.save(program, path, external_data=f"{path.name}.data" if size > saving.MAX_BYTES else None)
+    save_graph(program, path, suffix=".data")
     return path
 
 
@@ -146,7 +126,7 @@ def _visible(
     use_vmap: bool = False,
     **_: Any,
 ) -> Tensor | None:
-    """Which keys each query sees, (1 or batch, 1, 1 or query, key), or `None` for masks of a kind not known here."""
+    """The keys that each query sees, (1 or batch, 1, 1 or query, key), or `None` for masks of a kind not known here."""
     padding: Tensor | None = None if attention_mask is None else attention_mask[:, None, None, :]
     if use_vmap or not (isinstance(kv_offset, int) and kv_offset == 0):
         return None

@@ -26,18 +26,10 @@ class _Operator(torch.autograd.Function):
 def onnx_op(
     name: str, *inputs: Tensor, compute: Callable[..., Tensor], opset: int, **attributes: int | float
 ) -> Tensor:
-    """Calls `compute` in torch, and is one operator of one output in an exported graph.
+    """Calls `compute(*inputs)` in torch, and is one operator of one output in an exported graph.
 
-    Args:
-        name (`str`): the operator, with its domain unless that is ONNX's own: `"com.microsoft::MatMulNBits"`.
-        inputs (`torch.Tensor`): its inputs, in order.
-        compute (`Callable`): the same computation in torch. Gives the output of a call that is not traced, and the shape
-            and type of one that is.
-        opset (`int`): version of the operator's domain.
-        attributes (`int` or `float`): its attributes.
-
-    Returns:
-        `torch.Tensor`: what `compute` returns.
+    `name` has its domain unless that is ONNX's own (`"com.microsoft::MatMulNBits"`), `opset` is the version of the domain.
+    `compute` gives the output, or in tracing its shape and type.
     """
     if torch.compiler.is_exporting():
         like = compute(*inputs)

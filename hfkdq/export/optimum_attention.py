@@ -37,22 +37,10 @@ def plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`softmax(query @ key.T * scale + mask) @ value`, as `torch.nn.functional.scaled_dot_product_attention` has it.
+    """`softmax(query @ key.T * scale + mask) @ value`, with the arguments of `F.scaled_dot_product_attention`.
 
-    A query that may attend to nothing gets the mean of the values, as with eager attention, instead of zeros.
-
-    Args:
-        query (`torch.Tensor` of shape `(..., heads, length, size)`): the queries.
-        key (`torch.Tensor` of shape `(..., key_heads, positions, size)`): the keys; `key_heads` divides `heads`.
-        value (`torch.Tensor` of shape `(..., key_heads, positions, value_size)`): the values.
-        attn_mask (`torch.Tensor`, *optional*): what may be attended to (bool), or what is added to the scores.
-        dropout_p (`float`, *optional*, defaults to 0.0): ignored; what is exported does not drop.
-        is_causal (`bool`, *optional*, defaults to `False`): whether a query sees no key after it.
-        scale (`float`, *optional*): by default the inverse square root of `size`.
-        enable_gqa (`bool`, *optional*, defaults to `False`): ignored; heads that differ in number are shared.
-
-    Returns:
-        `torch.Tensor` of shape `(..., heads, length, value_size)`.
+    A query that may attend to nothing gets the mean of the values, as with eager attention, instead of zeros. Nothing is
+    dropped; keys and values with fewer heads than the queries are shared.
     """
     groups = int(query.shape[-3]) // int(key.shape[-3])
     if groups > 1:

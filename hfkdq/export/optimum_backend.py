@@ -18,39 +18,26 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from . import runner
-from .checks import PAST
 from .optimum_attention import PlainAttention
-from .quiet import quiet_and_seeded
+from .protocol import PAST
+from .silence import silent_and_seeded
 
-__all__ = [
-    "OPSET",
-    "PACKAGES",
-    "dummy_batches",
-    "finish",
-    "resolve_task",
-    "trace",
-]
+__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
 # Decoders whose `head_dim` its `ORTModelForCausalLM` reads.
 _OWN_WIDTH = ("gemma", "gemma3_text", "gemma3", "gpt_oss", "nemotron", "deepseek_v3")
-PACKAGES = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
+PACKAGES: tuple[str, ...] = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
     f"{name}.onnx" for name in (runner.ENCODER, runner.DECODER, runner.DECODER_WITH_PAST, runner.MERGED)
 )
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
-    """The name that Optimum gives to what `model` does.
+    """Optimum's name of the task; by default that of the model's class, with a cache (`-with-past`) if it generates.
 
-    Args:
-        model (`PreTrainedModel`): the model.
-        task (`str`, *optional*): the answer, in any spelling that Optimum knows. By default what the class of the model
-            does, with a cache (`-with-past`) if it generates.
-
-    Raises:
-        ValueError: Optimum cannot export such a model, or not for this task.
+    `ValueError` if Optimum cannot export such a model, or not for this task.
     """
     supported = _supported_tasks(model)
     if task is None:
@@ -76,7 +63,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
 
 
 def _supported_tasks(model: PreTrainedModel) -> list[str]:
-    """What Optimum exports this architecture for and something of its own loads again."""
+    """The tasks that Optimum exports this architecture for and loads again."""
     model_type = model.config.model_type
     try:
         tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
@@ -97,7 +84,7 @@ def _model_types(task: str) -> list[str]:
 
 
 def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
-    """What the first class that Transformers knows, of those that `model` inherits from, is the model for."""
+    """The task of the first class in the inheritance of `model` that Transformers has in a table."""
     for cls in type(model).__mro__:
         # Optimum's own inference takes the first entry, which for BART is fill-mask, and stops at DeiT's two classes.
         known: dict[str, dict[str, Any]] = TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS
@@ -112,7 +99,7 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
 
 def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
     """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
-    with quiet_and_seeded():
+    with silent_and_seeded():
         constructor = TasksManager.get_exporter_config_constructor(
             "onnx", model=model, task=task.removesuffix(PAST), library_name="transformers"
         )
@@ -125,23 +112,16 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
 
 
 def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
-    """Writes `model` as `folder/model.onnx`, or an encoder-decoder that generates as one file for each part.
+    """Writes `model` as `model.onnx`, or as one file for each part of an encoder-decoder that generates.
 
-    Args:
-        model (`PreTrainedModel`): a float32 model on the CPU. Optimum changes its configuration.
-        folder (`Path`): an existing folder.
-        task (`str`): as `resolve_task` gave it.
-        fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
-
-    Returns:
-        `list[Path]`: the files: `model.onnx`, or `encoder_model.onnx`, `decoder_model.onnx` and with a cache
-        `decoder_with_past_model.onnx`, which `finish` merges.
+    These are `encoder_model.onnx`, `decoder_model.onnx` and, with a cache, `decoder_with_past_model.onnx`, which `finish`
+    merges. See [`Backend`].
     """
     # Some models ask this rather than the configuration, and would make a mask for every query.
     for module in model.modules():
         if hasattr(module, "attn_implementation"):
             module.attn_implementation = "eager"
-    with quiet_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
+    with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
         # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
         model.config._name_or_path = work
         with PlainAttention():
@@ -171,13 +151,7 @@ def _tie_weights(model: PreTrainedModel, path: Path) -> None:
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if there are two that can be merged.
-
-    Args:
-        folder (`Path`): where they are.
-        config (`PretrainedConfig`): of the model.
-        task (`str`): as `resolve_task` gave it.
-    """
+    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if they can be merged."""
     decoders = [folder / DECODER, folder / DECODER_WITH_PAST]
     if not all(path.is_file() for path in decoders) or not _can_be_merged(config):
         return
@@ -185,7 +159,7 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
     if any(path.is_file() for path in beside):
         # Optimum writes weights beside a file only where there is such a file.
         (folder / f"{MERGED}_data").touch()
-    with quiet_and_seeded():
+    with silent_and_seeded():
         merge_decoders(*decoders, save_path=folder / MERGED, strict=False)
     for path in (*decoders, *beside):
         path.unlink(missing_ok=True)

@@ -12,26 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import PAST
+from .protocol import PAST
 from .runtime import Array, OnnxSession
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # A decoder without and with a cache in one file, and a model that is one file.
 MERGED, SINGLE = "decoder_model_merged", "model"
-# What a text is timed by: so many tokens are generated.
+# A model that generates is timed for so many tokens.
 TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Call:
-    """A file, and what it is fed.
-
-    Args:
-        part (`str`): what it does: `"model"`, `"encoder"`, `"prompt"`, `"next token"`.
-        path (`Path`): the file.
-        inputs (`dict[str, np.ndarray]`): its inputs.
-        times (`int`): how often it is called in the whole.
-    """
+    """A file, its role (`"model"`, `"encoder"`, `"prompt"`, `"next token"`), its inputs, and how often it is called."""
 
     part: str
     path: Path
@@ -40,15 +33,7 @@ class Call:
 
 
 class SingleFile:
-    """A model that is one file.
-
-    Args:
-        path (`Path`): the file.
-
-    Attributes:
-        input_names (`list[str]`): what it takes.
-        output_names (`list[str]`): what it gives.
-    """
+    """A model that is one file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._session = path, OnnxSession(path)
@@ -60,22 +45,12 @@ class SingleFile:
         return {name: torch.from_numpy(value) for name, value in outputs.items()}
 
     def calls(self, example: Mapping[str, Array]) -> list[Call]:
-        """What is timed: the file on the example."""
+        """The timed call: the file on the example."""
         return [Call(SINGLE, self._path, example)]
 
 
 class GeneratingFiles:
-    """The file of a decoder, or those of an encoder and its decoder.
-
-    Args:
-        folder (`Path`): the folder.
-        task (`str`): as `resolve_task` gave it.
-
-    Attributes:
-        input_names (`list[str]`): what a call takes.
-        output_names (`list[str]`): what a call returns.
-        has_cache (`bool`): whether what comes later can be added token by token.
-    """
+    """The file of a decoder, or those of an encoder and its decoder; `has_cache` if tokens can be added one by one."""
 
     def __init__(self, folder: Path, task: str) -> None:
         names = [
@@ -93,17 +68,10 @@ class GeneratingFiles:
         """The logits that `model(**batch)` has; inputs that the files do not take are ignored."""
         return self._logits(batch, None)
 
-    def step_by_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The same logits, made as generation makes them: what comes later is added to the cache token by token.
+    def incremental_decode(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The same logits as a call, decoded as generation does it: later tokens join the cache one by one.
 
-        Args:
-            batch (`Mapping[str, torch.Tensor]`): as for a call, texts padded on the right.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `logits`, at every position.
-
-        Raises:
-            ValueError: the files have no cache.
+        Texts are padded on the right. `ValueError` if the files have no cache.
         """
         if not self.has_cache:
             raise ValueError("These files have no cache to decode with. Export with a task that ends in -with-past.")
@@ -111,12 +79,7 @@ class GeneratingFiles:
         return self._logits(batch, 1 if self._encodes else max(1, np.shape(batch["input_ids"])[1] // 2))
 
     def calls(self, example: Mapping[str, Array]) -> list[Call]:
-        """What is timed: generating `TOKENS` tokens, or, without a cache, one.
-
-        Args:
-            example (`Mapping[str, np.ndarray]`): a batch of one. Where there is an encoder, what the decoder is fed
-                does not matter.
-        """
+        """The timed calls: generating `TOKENS` tokens, or, without a cache, one; `example` is a batch of one."""
         ids = np.zeros((1, 2), np.int64) if self._encodes else np.pad(example["input_ids"], [(0, 0), (0, 1)])
         longer = () if self._encodes else ("attention_mask", "position_ids")
         given = {name: value for name, value in example.items() if name not in longer}
@@ -166,7 +129,7 @@ class GeneratingFiles:
         return MERGED if MERGED in self._sessions else DECODER_WITH_PAST if start else DECODER
 
     def _encoded(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """What the decoder gets from the encoder."""
+        """The inputs of the decoder that come from the encoder."""
         states = self._sessions[ENCODER](arrays)["last_hidden_state"]
         mask = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
@@ -180,16 +143,7 @@ class GeneratingFiles:
 
 
 def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
-    """What runs an exported folder.
-
-    Args:
-        folder (`Path`): the folder.
-        task (`str`): as `resolve_task` gave it.
-
-    Returns:
-        [`SingleFile`] or [`GeneratingFiles`]: takes a batch as `model(**batch)` does and returns the tensors that it
-        returns.
-    """
+    """Opens an exported folder as what takes a batch as `model(**batch)` does and returns the same tensors."""
     generates = _file(folder, ENCODER).is_file() or task.startswith("text-generation")
     return GeneratingFiles(folder, task) if generates else SingleFile(_file(folder, SINGLE))
 

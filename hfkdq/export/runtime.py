@@ -86,6 +86,6 @@ class OnnxSession:
 
 
 def onnx_call(path: str, inputs: Mapping[str, Array], threads: int) -> Callable[[], Any]:
-    """What runs a file once on `inputs`, for the process that times it."""
+    """A call that runs a file once on `inputs`, for the process that times it."""
     session = OnnxSession(path, threads=threads)
     return lambda: session(inputs)

@@ -29,14 +29,8 @@ COMPARE_BATCH_SIZE = 8
 class Parity:
     """How far an ONNX file is from the torch model, over all outputs and all positions that are not padding.
 
-    Args:
-        samples (`int`): examples compared.
-        max_abs_diff (`float`): largest absolute difference of any output value.
-        mean_abs_diff (`float`): mean absolute difference.
-        max_abs_logit (`float`): largest absolute output value of the torch model.
-        top1_agreement (`float`, *optional*): share of the positions where both have the largest logit at the same
-            place, in [0, 1]; `None` where there are no classes.
-        batches (`list[dict]`): of each batch the shapes of its inputs by name, and its largest difference.
+    `top1_agreement` is the share of positions where both have the largest logit at the same place, `None` without classes;
+    `batches` has for each batch the shapes of its inputs and its largest difference.
     """
 
     samples: int
@@ -50,9 +44,7 @@ class Parity:
 def sample_batches(batches: Iterator[Batch], model: PreTrainedModel) -> list[Batch]:
     """The first batches of an iterator, as many as a comparison needs.
 
-    Raises:
-        TypeError: one of them is no batch.
-        ValueError: there is none, or it has nothing for the model.
+    `TypeError` if one of them is no batch, `ValueError` if there is none, or it has nothing for the model.
     """
     samples = list(islice(batches, MAX_BATCHES))
     if not samples:
@@ -85,15 +77,7 @@ def beginning(batch: Batch) -> Batch:
 
 @torch.no_grad()
 def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
-    """The outputs of a model on each batch, labels left out.
-
-    Args:
-        model (`PreTrainedModel`): the reference, in eval mode on the CPU.
-        batches (iterable of `dict`): inputs by name.
-
-    Returns:
-        `list[dict[str, Tensor]]`: output tensors by name.
-    """
+    """The outputs of a model, in eval mode on the CPU, on each batch by name; labels are left out."""
     accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
     results = []
     for batch in batches:
@@ -103,19 +87,9 @@ def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str
 
 
 def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping[str, Tensor]]) -> Parity:
-    """Runs the exported files on batches and measures how far they are from what torch gave.
+    """Runs the exported files on batches and measures, in float64, how far they are from what `run_torch` gave.
 
-    Args:
-        runner (`Callable`): the files: outputs by name for a batch.
-        batches (iterable of `dict`): inputs by name; what the files do not take is left out.
-        expected (iterable of `dict`): what `run_torch` gave for them.
-
-    Returns:
-        [`Parity`]: the differences, in float64.
-
-    Raises:
-        RuntimeError: one of them gives NaN or infinity, or the file has an output that torch has not, or of another
-            shape.
+    `RuntimeError` if one of them gives NaN or infinity, or the file has an output that torch has not, or of another shape.
     """
     samples, peak, total, count, agree, places = 0, 0.0, 0.0, 0, 0, 0
     rows: list[dict[str, Any]] = []

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import EvalPrediction, PreTrainedModel
+from transformers.utils import logging
 
 from ..files import replacing
 from ..measuring.latency import Latency
 from ..schema import build, read_file, read_json
-from .card import check_renderable, render_card
+from .card import render_card
+from .data import DatasetInfo, Engine, ReportData, check_renderable
 from .environment import hide_secrets
-from .files import check_engine
+from .files import check_engine, fields_of_export
 from .plots import draw_plot
-from .schema import FileFacts
 from .table import render_markdown, render_table
 
 if TYPE_CHECKING:
@@ -26,54 +27,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """What the metrics were measured on, for people and for the Hub.
+__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency"]
 
-    Args:
-        name (`str`): name to read, such as `"Rotten Tomatoes"`.
-        id (`str`, *optional*): id on the Hub, such as `"cornell-movie-review-data/rotten_tomatoes"`.
-        config (`str`, *optional*): the configuration given to `load_dataset`.
-        split (`str`, *optional*): the split, such as `"test"`.
-        revision (`str`, *optional*): commit of the data set.
-    """
-
-    name: str
-    id: str | None = None
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """One row of the report: a model in PyTorch or a file in ONNX Runtime.
-
-    Args:
-        name (`str`): name of the row.
-        kind (`str`): `"torch"` or `"onnx"`.
-        metrics (`dict[str, float]`): what `compute_metrics` gave.
-        size (`int`): bytes on disk: `model.safetensors`, or `model.onnx` with its external data.
-        parameters (`int`, *optional*): parameters in the checkpoint; for PyTorch.
-        sparsity (`float`, *optional*): share of zeros in the weights of linear layers; for PyTorch.
-        latency ([`Latency`], *optional*): if it was timed.
-        parity (`dict`, *optional*): what the export recorded about the file's difference from the model; for ONNX.
-        files (`dict`): size (`bytes`) and `sha256` of every file with weights in the folder, by name; for ONNX.
-    """
-
-    name: str
-    kind: str
-    metrics: dict[str, float]
-    size: int
-    parameters: int | None = None
-    sparsity: float | None = None
-    latency: Latency | None = None
-    parity: dict[str, Any] | None = None
-    files: dict[str, FileFacts] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressionReport:
+class CompressionReport(ReportData):
     """Measured facts about a compressed model; [`~CompressionReport.measure`] makes one.
 
     Args:
@@ -90,19 +50,6 @@ class CompressionReport:
         license (`str`, *optional*): license of the student, in the Hub's spelling.
         language (`str` or `list[str]`, *optional*): language of the data, as an ISO 639 code.
     """
-
-    engines: tuple[Engine, ...]
-    architecture: str
-    samples: int
-    task: str | None = None
-    processor: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    timing: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-    dataset: DatasetInfo | None = None
-    base_model: str | None = None
-    license: str | None = None
-    language: str | list[str] | None = None
 
     @classmethod
     def measure(
@@ -159,28 +106,30 @@ class CompressionReport:
             TypeError: an argument of the wrong type.
             RuntimeError: a process that timed an engine died, or this is one of several distributed processes.
         """
-        from .measure import measure_report
+        from .measure import hub_id, measure
 
-        return measure_report(
-            student=student, onnx=onnx, eval_dataset=eval_dataset, compute_metrics=compute_metrics, teacher=teacher,
-            processing_class=processing_class, data_collator=data_collator, batch_size=batch_size,
-            latency_rounds=latency_rounds, threads=threads, dataset=dataset, base_model=base_model, license=license,
-            language=language,
+        if dataset is not None and not isinstance(dataset, DatasetInfo):
+            raise TypeError(f"dataset must be a DatasetInfo, got {dataset!r}. For a dict: DatasetInfo(**dataset).")
+        measured = measure(
+            {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}, onnx,
+            eval_dataset, compute_metrics, processing_class, data_collator, batch_size, latency_rounds, threads,
         )  # fmt: skip
+        report = cls(
+            **measured, dataset=dataset, base_model=base_model or hub_id(student), license=license, language=language
+        )
+        if report.is_noisy:
+            logger.warning("Latencies are rough: a median is more than twice the fastest call. Is the machine busy?")
+        return report
 
-    def size_ratio(self, engine: Engine) -> float:
-        """Bytes of `engine` as a share of those of the first row."""
-        return engine.size / self.engines[0].size
+    @classmethod
+    def from_export(cls, folder: str | Path) -> CompressionReport:
+        """The report of what `export_onnx` recorded in its folder; nothing is measured, and what is not recorded is left out.
 
-    def speedup(self, engine: Engine) -> float | None:
-        """How many times faster than the first row `engine` is, by median latency; `None` if that is unknown."""
-        first = self.engines[0].latency
-        return None if first is None or engine.latency is None else first.median_ms / engine.latency.median_ms
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether a median is more than twice the fastest call: the machine did other work while latency was timed."""
-        return any(e.latency is not None and e.latency.median_ms > 2 * e.latency.min_ms for e in self.engines)
+        Raises:
+            OSError: there is no such record.
+            ValueError: it is damaged or of an early release; one line names it and says why.
+        """
+        return cls(**fields_of_export(Path(folder)))
 
     def to_json(self) -> str:
         """The report as JSON; `from_json` gives the equal report back."""

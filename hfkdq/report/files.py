@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..export.record import EXPORT_AGAIN, export_file, read_export
+from ..facts import Facts
+from ..measuring.latency import Latency
 from ..provenance import describe_model, find_difference, weight_files
-from ..schema import check, read_file
-from .schema import Export
-
-if TYPE_CHECKING:
-    from .compression import CompressionReport, Engine
+from ..schema import build, check, read_file
+from .data import Engine, ReportData, row_name
+from .environment import publishable
 
 logger = logging.get_logger(__name__)
 
-EXPORT_REPORT = "report.json"
-_AGAIN = "Export the model again with export_onnx"
 _DIFFERENCES = {
     "architecture": "is of the class",
     "model_type": "is of the family",
@@ -29,36 +29,19 @@ _DIFFERENCES = {
 }
 
 
-def read_export(folder: Path) -> dict[str, Any]:
-    """What the export into `folder` recorded.
-
-    Raises:
-        ValueError: its `report.json` is damaged; one line names it.
-    """
-    path = folder / EXPORT_REPORT
-    facts = read_file(path)
-    try:
-        check(facts, Export, "it")
-    except ValueError as error:
-        raise ValueError(f"{path} is not what export_onnx writes: {error}. {_AGAIN}.") from None
-    return facts
-
-
 def check_measured(folder: Path, student: PreTrainedModel) -> dict[str, Any]:
-    """What the export into `folder` recorded, if its files are still those and `student` is the model.
-
-    Raises:
-        ValueError: they are not, or nothing of the kind was recorded.
-    """
-    facts, path = read_export(folder), folder / EXPORT_REPORT
+    """The record of the export into `folder`, if its files are still those and `student` is the model."""
+    facts, path = read_export(folder), export_file(folder)
     if "files" not in facts or "model" not in facts:
         raise ValueError(
             f"{path} does not say which files and which model it is about; a version of hfkdq before that wrote it. "
-            f"{_AGAIN} to measure it."
+            f"{EXPORT_AGAIN} to measure it."
         )
     difference = find_difference(folder, facts["files"])
     if difference is not None:
-        raise ValueError(f"{folder} does not hold what was exported: {difference}. {_AGAIN}, or undo the change.")
+        raise ValueError(
+            f"{folder} does not hold what was exported: {difference}. {EXPORT_AGAIN}, or undo the change."
+        )
     own = describe_model(student)
     for name, words in _DIFFERENCES.items():
         if own[name] != facts["model"][name]:
@@ -70,32 +53,28 @@ def check_measured(folder: Path, student: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_export(folder: Path) -> None:
-    """Refuses a folder whose files are not those that its `report.json` records; one that records none is let be."""
-    facts = read_file(folder / EXPORT_REPORT)
-    if "engines" in facts:
-        return  # a report of a measurement that was saved under this name
+    """Refuses a folder whose files are not those that its export recorded; one that records none is let be."""
+    path = export_file(folder)
+    if "engines" in read_file(path):
+        return  # a report of a measurement that was saved under the former name
     facts = read_export(folder)
     if "files" not in facts:
-        logger.warning(f"{folder / EXPORT_REPORT} does not say which files it is about, so that was not checked.")
+        logger.warning(f"{path} does not say which files it is about, so that was not checked.")
         return
     difference = find_difference(folder, facts["files"])
     if difference is not None:
         raise ValueError(
-            f"{folder} does not hold what its {EXPORT_REPORT} is about: {difference}. {_AGAIN}, or undo the change."
+            f"{folder} does not hold what its {path.name} is about: {difference}. {EXPORT_AGAIN}, or undo the change."
         )
 
 
-def last_file(report: CompressionReport) -> Engine | None:
+def last_file(report: ReportData) -> Engine | None:
     """The row that the card is about: the last one of an ONNX file."""
     return next((engine for engine in reversed(report.engines) if engine.kind == "onnx"), None)
 
 
-def check_engine(report: CompressionReport, folder: Path) -> None:
-    """Refuses a folder that does not hold the files of the report's last ONNX row.
-
-    Raises:
-        ValueError: it does not.
-    """
+def check_engine(report: ReportData, folder: Path) -> None:
+    """Refuses a folder that does not hold the files of the report's last ONNX row (`ValueError`)."""
     engine = last_file(report)
     if engine is None:
         return
@@ -112,12 +91,8 @@ def check_engine(report: CompressionReport, folder: Path) -> None:
         )
 
 
-def check_beside(report: CompressionReport, path: Path) -> None:
-    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded.
-
-    Raises:
-        ValueError: there are such files, and none are those of the report.
-    """
+def check_beside(report: ReportData, path: Path) -> None:
+    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded."""
     engine = last_file(report)
     if engine is None or not engine.files:
         return
@@ -130,3 +105,52 @@ def check_beside(report: CompressionReport, path: Path) -> None:
             f"{path} is about other files than those beside it: in {places[0]}, {differences[0]}. Measure again, or "
             "name the folder that was measured."
         )
+
+
+def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an export without private values and without what a report has elsewhere."""
+    others = ("metrics", "latency", "choice", "batches", "incremental_decode", "step_by_step", "files", "model")
+    return dict(publishable({name: value for name, value in facts.items() if name not in others}))
+
+
+def public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a model without private values and without the numbers of its quantizers."""
+    public = dict(facts)
+    if isinstance(public.get("quantization"), dict):
+        numbers = ("ranges", "weights", "weight_bits")
+        public["quantization"] = {name: value for name, value in public["quantization"].items() if name not in numbers}
+    return dict(publishable(public))
+
+
+def fields_of_export(folder: Path) -> dict[str, Any]:
+    """The fields of a report that the record of the export into `folder` and its configuration have."""
+    facts, path = read_export(folder), export_file(folder)
+    missing = sorted({"kind", "bytes", "files", "model", "task"} - facts.keys())
+    if missing:
+        raise ValueError(
+            f"{path} is no record of an export that a card can be made of: it lacks {', '.join(missing)}. {EXPORT_AGAIN}, or "
+            "name the report.json that CompressionReport.save wrote."
+        )
+    config = folder / "config.json"
+    recorded = read_file(config).get("hfkdq", {}) if config.is_file() else {}
+    check(recorded, Facts, f"hfkdq in {config}")
+    metrics, latency = facts.get("metrics", {}), facts.get("latency", {})
+    is_timed = {"threads", "rounds", "inputs", "onnx"} <= latency.keys()
+    size = sum(entry["bytes"] for name, entry in facts["files"].items() if name.endswith(".safetensors"))
+    student = Engine(
+        name="student", kind="torch", metrics=metrics.get("torch", {}), size=size, parameters=facts["model"]["parameters"]
+    )  # fmt: skip
+    file = Engine(
+        name=row_name(facts), kind="onnx", metrics=metrics.get("onnx", {}), size=facts["bytes"],
+        latency=build(Latency, latency["onnx"], "latency.onnx") if is_timed else None,
+        parity=public_parity(facts), files=facts["files"],
+    )  # fmt: skip
+    return {
+        "engines": (student, file) if size else (file,),
+        "architecture": facts["model"]["architecture"],
+        "samples": metrics.get("examples", 0),
+        "task": facts["task"].removesuffix("-with-past"),
+        "facts": public_facts(recorded),
+        "timing": {key: latency[key] for key in ("device", "threads", "rounds", "inputs")} if is_timed else {},
+        "environment": dict(facts.get("versions", {})),
+    }

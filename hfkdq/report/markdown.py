@@ -19,31 +19,31 @@ class Markdown(str):
     """A text that is Markdown already."""
 
 
-class _Told:
+class _Escaping:
     """A value from elsewhere that any formatting escapes."""
 
     def __format__(self, spec: str) -> str:
-        return escape(plain(self))
+        return escape(unwrapped(self))
 
     def __str__(self) -> str:
-        return escape(plain(self))
+        return escape(unwrapped(self))
 
 
-class _ToldText(_Told, str):
+class _EscapingText(_Escaping, str):
     pass
 
 
-class _ToldList(_Told, list[Any]):
+class _EscapingList(_Escaping, list[Any]):
     pass
 
 
-class _ToldObject(_Told, dict[Any, Any]):
+class _EscapingObject(_Escaping, dict[Any, Any]):
     pass
 
 
 def one_line(value: Any) -> str:
     """A text in one line, without control characters and signs that turn its direction round."""
-    return _SPACE.sub(" ", str(plain(value))).strip()
+    return _SPACE.sub(" ", str(unwrapped(value))).strip()
 
 
 def escape(value: Any) -> Markdown:
@@ -61,23 +61,23 @@ def code(value: Any) -> Markdown:
     return escape(text) if not text or _UNSAFE.search(text) else Markdown(f"`{text}`")
 
 
-def told(value: Any) -> Any:
+def escaping(value: Any) -> Any:
     """Data from elsewhere, to be compared as it is and escaped wherever it is formatted."""
     if isinstance(value, dict):
-        return _ToldObject({key: told(item) for key, item in value.items()})
+        return _EscapingObject({key: escaping(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
-        return _ToldList(told(item) for item in value)
-    return _ToldText(value) if isinstance(value, str) else value
+        return _EscapingList(escaping(item) for item in value)
+    return _EscapingText(value) if isinstance(value, str) else value
 
 
 def _escaped_beginning(text: str) -> str:
     return f"{text}\\" if text[-1].isdigit() else f"\\{text}"
 
 
-def plain(value: Any) -> Any:
-    """A value without the wrapping of `told`."""
+def unwrapped(value: Any) -> Any:
+    """A value without the wrapping of `escaping`."""
     if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {unwrapped(key): unwrapped(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [unwrapped(item) for item in value]
     return str.__str__(value)[:] if isinstance(value, str) else value

@@ -23,25 +23,19 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..export.graph import multiplies_exactly
+from ..export.record import export_file, read_export
 from ..export.runner import SingleFile
 from ..export.runtime import onnx_call
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.latency import TimedEngine, check_counts, time_engines
 from ..measuring.torch_engine import torch_call
-from .compression import CompressionReport, DatasetInfo, Engine
-from .environment import describe_environment, publishable
-from .files import EXPORT_REPORT, check_measured, read_export
+from .data import Engine, row_name
+from .environment import describe_environment
+from .files import check_measured, public_facts, public_parity
 
 logger = logging.get_logger(__name__)
 
-_KINDS = {
-    "float": "ONNX float",
-    "float16": "ONNX float16",
-    "dynamic": "ONNX dynamic int8",
-    "int8": "ONNX int8",
-    "weights": "ONNX integer weights",
-}
 _TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -59,30 +53,22 @@ _PROCESSORS = {
 }
 
 
-def measure_report(
-    *,
-    student: PreTrainedModel,
+def measure(
+    models: Mapping[str, PreTrainedModel],
     onnx: str | Path | Mapping[str, str | Path],
     eval_dataset: Any,
     compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
-    teacher: PreTrainedModel | None,
     processing_class: Any,
     data_collator: Any,
     batch_size: int,
     latency_rounds: int,
     threads: int | None,
-    dataset: DatasetInfo | None,
-    base_model: str | None,
-    license: str | None,
-    language: str | list[str] | None,
-) -> CompressionReport:
-    """Does what `CompressionReport.measure` describes."""
+) -> dict[str, Any]:
+    """The measured fields of a report; `models` has the student last. `CompressionReport.measure` describes the rest."""
     threads = torch.get_num_threads() if threads is None else threads
     check_counts(batch_size=(batch_size, 1), latency_rounds=(latency_rounds, 0), threads=(threads, 1))
-    if dataset is not None and not isinstance(dataset, DatasetInfo):
-        raise TypeError(f"dataset must be a DatasetInfo, got {dataset!r}. For a dict: DatasetInfo(**dataset).")
-    models = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
     _check_models(models)
+    student = models["student"]
     folders = _onnx_folders(onnx, models)
     exported = {name: check_measured(folder, student) for name, folder in folders.items()}
     with tempfile.TemporaryDirectory() as temporary:
@@ -104,23 +90,16 @@ def measure_report(
             engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
     inputs = {name: list(array.shape) for name, array in timed[len(models) - 1].inputs.items()}
     timing = {"device": "cpu", "threads": threads, "rounds": latency_rounds, "inputs": inputs}
-    report = CompressionReport(
-        engines=tuple(engines),
-        architecture=type(student).__name__,
-        samples=len(eval_dataset),
-        task=_task(student),
-        processor=next((auto for cls, auto in _PROCESSORS.items() if isinstance(processing_class, cls)), None),
-        facts=_facts(student),
-        timing=timing if latency_rounds else {},
-        environment=describe_environment(),
-        dataset=dataset,
-        base_model=base_model or _hub_id(student),
-        license=license,
-        language=language,
-    )
-    if report.is_noisy:
-        logger.warning("Latencies are rough: a median is more than twice the fastest call. Is the machine busy?")
-    return report
+    return {
+        "engines": tuple(engines),
+        "architecture": type(student).__name__,
+        "samples": len(eval_dataset),
+        "task": _task(student),
+        "processor": next((auto for cls, auto in _PROCESSORS.items() if isinstance(processing_class, cls)), None),
+        "facts": public_facts(read_facts(student)),
+        "timing": timing if latency_rounds else {},
+        "environment": describe_environment(),
+    }
 
 
 def _measure_torch(
@@ -157,16 +136,10 @@ def _measure_onnx(
         kind="onnx",
         metrics=evaluation.metrics(name, student, SingleFile(file)),
         size=sum(part.stat().st_size for part in folder.glob("model.onnx*")),
-        parity=_parity(facts),
+        parity=public_parity(facts),
         files=facts["files"],
     )
     return engine, TimedEngine(name, onnx_call, file, evaluation.first_example(student))
-
-
-def _parity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What the export recorded of the file, without what is measured here again or told elsewhere."""
-    others = ("metrics", "latency", "choice", "batches", "step_by_step", "files", "model")
-    return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
 
 def _check_models(models: Mapping[str, Any]) -> None:
@@ -189,7 +162,7 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        missing = [file for file in ("model.onnx", EXPORT_REPORT) if not (folder / file).is_file()]
+        missing = [file.name for file in (folder / "model.onnx", export_file(folder)) if not file.is_file()]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")
         if name in taken:
@@ -197,8 +170,7 @@ def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[st
     if not named:
         raise ValueError("onnx names no folder. Pass one that `export_onnx` wrote, or a mapping of names to folders.")
     if list(named) == [""]:
-        kind = read_export(named[""]).get("kind", "")
-        return {_KINDS.get(kind, f"ONNX {kind}" if kind else "ONNX"): named[""]}
+        return {row_name(read_export(named[""])): named[""]}
     return named
 
 
@@ -210,15 +182,7 @@ def _task(model: PreTrainedModel) -> str | None:
     return None if is_text and model.main_input_name != "input_ids" else task
 
 
-def _facts(student: PreTrainedModel) -> dict[str, Any]:
-    facts = read_facts(student)
-    if isinstance(facts.get("quantization"), dict):
-        for numbers in ("ranges", "weights", "weight_bits"):
-            facts["quantization"].pop(numbers, None)
-    return dict(publishable(facts))
-
-
-def _hub_id(model: PreTrainedModel) -> str | None:
+def hub_id(model: PreTrainedModel) -> str | None:
     """The Hub id in the model's configuration, unless what stands there is a local folder."""
     name = str(getattr(model.config, "_name_or_path", ""))
     looks_like_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and "/checkpoint-" not in name

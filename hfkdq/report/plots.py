@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..facts import three_digits
 from ..secrets import redact
-from .card import check_renderable
+from .data import ReportData, check_renderable
 from .markdown import one_line
-from .table import is_share, megabytes, metric_names, three_digits
-
-if TYPE_CHECKING:
-    from .compression import CompressionReport
+from .table import is_share, megabytes, metric_names
 
 _COLORS = {"torch": "#9aa7b8", "onnx": "#3b7dc4"}
 _LAST = "#e0793a"
@@ -22,7 +20,7 @@ _FAINT = "#6b7280"
 _RULE = "#e5e7eb"
 
 
-def draw_plot(report: CompressionReport, path: Path) -> None:
+def draw_plot(report: ReportData, path: Path) -> None:
     """Writes the picture of the report to `path` as PNG: the first metric, size and latency, a row per engine."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +30,7 @@ def draw_plot(report: CompressionReport, path: Path) -> None:
         raise ImportError('The plot needs matplotlib: pip install "hfkdq[plots]".') from error
     check_renderable(report)
     timed = all(engine.latency is not None for engine in report.engines)
-    panels: list[Callable[[Any, CompressionReport], None]] = []
+    panels: list[Callable[[Any, ReportData], None]] = []
     panels += [_draw_metric] if metric_names(report) else []
     panels += [_draw_size]
     panels += [_draw_latency] if timed else []
@@ -52,7 +50,7 @@ def draw_plot(report: CompressionReport, path: Path) -> None:
     figure.savefig(path, format="png", facecolor="white")
 
 
-def _title(report: CompressionReport) -> str:
+def _title(report: ReportData) -> str:
     where = "" if report.dataset is None else f" on {report.dataset.name}"
     return _text(f"{report.architecture}{where}, {report.samples:,} examples")
 
@@ -62,7 +60,7 @@ def _text(value: str) -> str:
     return one_line(redact(value)).replace("$", r"\$")
 
 
-def _timing(report: CompressionReport) -> str:
+def _timing(report: ReportData) -> str:
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report.timing["inputs"].items())
     return _text(f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call.")
 
@@ -75,7 +73,7 @@ def _prepare(axis: Any, rows: int) -> None:
     axis.set_ylim(rows - 0.4, -0.6)
 
 
-def _colors(report: CompressionReport) -> list[str]:
+def _colors(report: ReportData) -> list[str]:
     return [*(_COLORS[engine.kind] for engine in report.engines[:-1]), _LAST]
 
 
@@ -83,7 +81,7 @@ def _name_panel(axis: Any, title: str) -> None:
     axis.set_title(title, loc="left", fontsize=9, color=_FAINT, pad=6)
 
 
-def _draw_metric(axis: Any, report: CompressionReport) -> None:
+def _draw_metric(axis: Any, report: ReportData) -> None:
     """Dots of the first metric on an axis around its values: bars from zero would hide the differences."""
     metric = metric_names(report)[0]
     share = is_share(report, metric)
@@ -105,14 +103,14 @@ def _draw_metric(axis: Any, report: CompressionReport) -> None:
     _name_panel(axis, f"{_text(metric).replace('_', ' ')} (axis does not start at 0)")
 
 
-def _draw_size(axis: Any, report: CompressionReport) -> None:
+def _draw_size(axis: Any, report: ReportData) -> None:
     sizes = [float(engine.size) for engine in report.engines]
     ratios = [f"{megabytes(engine.size)} MB  ({report.size_ratio(engine):.2f}x)" for engine in report.engines]
     _draw_bars(axis, sizes, ratios, _colors(report))
     _name_panel(axis, "size on disk")
 
 
-def _draw_latency(axis: Any, report: CompressionReport) -> None:
+def _draw_latency(axis: Any, report: ReportData) -> None:
     latencies = [engine.latency for engine in report.engines if engine.latency is not None]
     labels = [
         f"{three_digits(latency.median_ms)} ms  ({three_digits(report.speedup(engine) or 1.0)}x)"

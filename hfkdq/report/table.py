@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..facts import short_count, three_digits
+from .data import Engine, ReportData
 from .markdown import Markdown, escape, one_line
-
-if TYPE_CHECKING:
-    from .compression import CompressionReport, Engine
 
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "auc")
 _NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
 
 
-def metric_names(report: CompressionReport) -> list[str]:
+def metric_names(report: ReportData) -> list[str]:
     """All metrics of the report, in the order in which they first occur."""
     return list(dict.fromkeys(name for engine in report.engines for name in engine.metrics))
 
 
-def is_share(report: CompressionReport, metric: str) -> bool:
+def is_share(report: ReportData, metric: str) -> bool:
     """Whether a metric reads best in percent: one of the known shares, and in [0, 1] in every row."""
     values = [engine.metrics[metric] for engine in report.engines if metric in engine.metrics]
     return any(part in metric for part in SHARES) and all(0.0 <= value <= 1.0 for value in values)
@@ -34,20 +31,7 @@ def megabytes(size: int) -> str:
     return three_digits(size / 1e6)
 
 
-def three_digits(value: float) -> str:
-    """A positive number with three digits, or all of them before the point."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
-
-
-def count(value: int) -> str:
-    """A number of parameters, such as `22.7M`."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{three_digits(value / unit)}{name}"
-    return str(value)
-
-
-def cells(report: CompressionReport) -> tuple[list[str], list[list[str]]]:
+def cells(report: ReportData) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text; columns that no row has a value for are left out."""
     metrics = metric_names(report)
     header = [
@@ -70,7 +54,7 @@ def cells(report: CompressionReport) -> tuple[list[str], list[list[str]]]:
     return [header[index] for index in used], [[row[index] for index in used] for row in rows]
 
 
-def _metrics(report: CompressionReport, engine: Engine, names: list[str]) -> list[str]:
+def _metrics(report: ReportData, engine: Engine, names: list[str]) -> list[str]:
     def text(name: str) -> str:
         if name not in engine.metrics:
             return _NONE
@@ -80,10 +64,10 @@ def _metrics(report: CompressionReport, engine: Engine, names: list[str]) -> lis
     return [text(name) for name in names]
 
 
-def _numbers(report: CompressionReport, engine: Engine) -> list[str]:
+def _numbers(report: ReportData, engine: Engine) -> list[str]:
     latency, speedup = engine.latency, report.speedup(engine)
     return [
-        _NONE if engine.parameters is None else count(engine.parameters),
+        _NONE if engine.parameters is None else short_count(engine.parameters),
         _NONE if engine.sparsity is None else f"{100 * engine.sparsity:.1f}",
         megabytes(engine.size),
         f"{report.size_ratio(engine):.2f}",
@@ -93,7 +77,7 @@ def _numbers(report: CompressionReport, engine: Engine) -> list[str]:
     ]
 
 
-def render_table(report: CompressionReport) -> Table:
+def render_table(report: ReportData) -> Table:
     """The rows for the terminal; latency is the median, the fastest call beside it in dim print."""
     header, rows = cells(report)
     title = Text(one_line(f"{report.architecture}, {report.samples:,} examples"))
@@ -110,7 +94,7 @@ def render_table(report: CompressionReport) -> Table:
     return table
 
 
-def render_markdown(report: CompressionReport) -> str:
+def render_markdown(report: ReportData) -> str:
     """The rows as a table in Markdown, without a line break at the end."""
     return markdown_table(*cells(report))
 

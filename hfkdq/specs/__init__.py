@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user asks for: frozen, validated descriptions of quantization and pruning."""
+"""Frozen, validated descriptions of quantization and pruning."""
 
 from .base import ModulePatterns, module_matches, unmatched
 from .pruning import PruningSpec

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all specs share: the grammar of module names, and their dictionaries."""
+"""The common base of specs: the grammar of module names, and their dictionaries."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ModulePatterns = str | Sequence[str] | None
+
+
+def as_text(*parts: Any) -> str:
+    """The parts side by side: how descriptions write code where nothing else is asked for."""
+    return "".join(map(str, parts))
+
+
 _Spec = TypeVar("_Spec", bound="Serializable")
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -70,6 +77,15 @@ class Serializable:
                 f"{cls.__name__} has no field {', '.join(unknown)}. Its fields are: {', '.join(sorted(known))}."
             )
         return cls(**data)
+
+    @classmethod
+    def describe_rest(cls, settings: Mapping[str, Any], covered: Collection[str], code: Callable[..., str]) -> str:
+        """The recorded settings that are not in `covered` and not as by default, as the end of a sentence."""
+        defaults = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+        rest = [
+            name for name, value in settings.items() if name not in covered and value != defaults.get(name, MISSING)
+        ]
+        return f"; {', '.join(code(name, '=', settings[name]) for name in rest)}" if rest else ""
 
 
 def freeze_patterns(spec: Any) -> None:

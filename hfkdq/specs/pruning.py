@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes from a model, how much, by which measure, and when."""
+"""`PruningSpec`: the structures to remove, how many, by which criterion, and when."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from .base import ModulePatterns, Serializable, check_fields, freeze_patterns
+from .base import ModulePatterns, Serializable, as_text, check_fields, freeze_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,18 @@ class PruningSpec(Serializable):
         ```
     """
 
-    STRUCTURES: ClassVar[tuple[str, ...]] = (
-        "weight", "n:m", "block", "neuron", "head", "layer", "hidden", "vocab", "channel",
-    )  # fmt: skip
+    # Each with how a model card goes on after the share.
+    STRUCTURES: ClassVar[dict[str, str]] = {
+        "weight": "of the weights of the pruned layers are zero; their shapes are unchanged",
+        "n:m": "of the weights of the pruned layers are zero, {pattern}; their shapes are unchanged",
+        "block": "of the weights of the pruned layers are zero, in blocks of {pattern}; shapes are unchanged",
+        "neuron": "of the feed-forward neurons of every layer are removed, so the layers are smaller",
+        "head": "of the attention heads are removed",
+        "layer": "of the layers are removed",
+        "hidden": "of the hidden width is removed, in all layers",
+        "vocab": "of the vocabulary, which a corpus did not use, is removed",
+        "channel": "of the inner channels of convolutional blocks are removed",
+    }
     CRITERIA: ClassVar[tuple[str, ...]] = (
         "magnitude", "random", "activation", "taylor", "fisher", "movement", "teacher",
     )  # fmt: skip
@@ -179,6 +189,24 @@ class PruningSpec(Serializable):
             raise ValueError(f"{where} has one ranking only: leave ranking='local'.")
         if self.structure == "vocab" and (self.criterion, self.cut) != ("magnitude", "remove"):
             raise ValueError(f"{where} removes the rarest tokens of a corpus; leave criterion and cut out.")
+
+    @classmethod
+    def describe(cls, settings: Mapping[str, Any], code: Callable[..., str] = as_text) -> str:
+        """A recorded spec in words that follow a share: `"of the attention heads are removed; chosen by taylor"`.
+
+        Args:
+            settings (`dict`): what [`~PruningSpec.to_dict`] gave, of this or another release.
+            code (`Callable`, *optional*): writes values, given side by side, as code.
+        """
+        structure, cut = settings.get("structure"), settings.get("cut", "remove")
+        words = cls.STRUCTURES.get(structure or "", "of the units are pruned")
+        covered = {"sparsity", "pattern", "criterion"} | ({"structure"} if structure in cls.STRUCTURES else set())
+        if cut == "mask" and " are removed" in words:
+            words = words.split(" are removed")[0] + " are zero; shapes are unchanged"
+        text = words.format(pattern=settings.get("pattern"))
+        if "criterion" in settings and structure != "vocab":
+            text += f"; chosen by {settings['criterion']}"
+        return text + cls.describe_rest(settings, covered | ({"cut"} if cut == "mask" else set()), code)
 
     @property
     def block(self) -> tuple[int, int]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers become integers, and in which modules."""
+"""`QuantizationSpec`: how numbers become integers, and in which modules."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from .base import ModulePatterns, Serializable, check_fields, freeze_patterns, module_matches
+from .base import ModulePatterns, Serializable, as_text, check_fields, freeze_patterns, module_matches
 
 RECURRENT = (nn.LSTM, nn.GRU)
 QUANTIZABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, *RECURRENT)
@@ -107,7 +108,7 @@ class QuantizationScheme(Serializable):
         self._check_together()
 
     def _check_together(self) -> None:
-        """What is fine alone and has no meaning together."""
+        """Refuses settings that exclude one another."""
         if self.group_size is not None and not self.per_channel:
             raise ValueError(
                 f"group_size={self.group_size} divides channels; it has no meaning with per_channel=False."
@@ -234,6 +235,31 @@ class QuantizationSpec(QuantizationScheme):
             except ValueError as error:
                 raise ValueError(f"overrides[{pattern!r}]: {error}") from error
 
+    @classmethod
+    def describe(cls, settings: Mapping[str, Any], code: Callable[..., str] = as_text) -> str:
+        """A recorded spec in words: `"8-bit weights (symmetric, scales per output channel), 8-bit activations (...)"`.
+
+        Args:
+            settings (`dict`): what [`~QuantizationSpec.to_dict`] gave, of this or another release.
+            code (`Callable`, *optional*): writes values, given side by side, as code.
+        """
+        text, covered = _describe_weights(settings), {"weight_bits", "activation_bits", *_COVERED}
+        if settings.get("activation_bits"):
+            ranges = f"{settings.get('range_estimator', '')}".replace("_", " ")
+            kind = "symmetric" if settings.get("activation_symmetric") else "affine"
+            kind += _describe_mapping(settings.get("activation_mapping"))
+            where = ", inside attention too" if settings.get("attention") else ""
+            text += f", {settings['activation_bits']}-bit activations{where} ({kind}, per tensor{f', ranges: {ranges}' if ranges else ''})"
+        own = len(settings.get("overrides") or {})
+        if own:
+            text += f"; {own:,} {'setting' if own == 1 else 'settings'} for single modules"
+        names = settings.get("exclude_modules")
+        if names:
+            text += f"; in floating point: {', '.join(map(code, [names] if isinstance(names, str) else names))}"
+        if settings.get("weight_bits") == 16:
+            covered.add("storage_dtype")
+        return text + cls.describe_rest(settings, covered, code)
+
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether this spec quantizes `module`, found under `name` in the model."""
         if not isinstance(module, QUANTIZABLE) or module_matches(name, self.exclude_modules):
@@ -271,6 +297,34 @@ class QuantizationSpec(QuantizationScheme):
 
     def _changed(self, changes: dict[str, Any]) -> QuantizationScheme:
         return replace(QuantizationScheme(**{name: getattr(self, name) for name in _SCHEME_FIELDS}), **changes)
+
+
+# Settings that `describe` has words for, besides widths.
+_COVERED = (
+    "per_channel", "group_size", "symmetric", "activation_symmetric", "weight_mapping", "activation_mapping",
+    "range_estimator", "attention", "overrides", "exclude_modules", "embedding_bits", "head_bits",
+)  # fmt: skip
+_MAPPINGS = {"power_law": "power law", "power_of_two": "powers of two", "kmeans": "k-means codebook"}
+
+
+def _describe_mapping(mapping: str | None) -> str:
+    return "" if mapping in (None, "linear") else f", {_MAPPINGS.get(mapping, mapping)}"
+
+
+def _describe_weights(settings: Mapping[str, Any]) -> str:
+    bits, group = settings.get("weight_bits", 8), settings.get("group_size")
+    if bits == 16:
+        return f"{settings.get('storage_dtype', '16-bit')} weights"
+    scale = "per tensor" if settings.get("per_channel") is False else "per output channel"
+    scale = f"per {group} inputs" if group else scale
+    kind = "affine" if settings.get("symmetric") is False else "symmetric"
+    text = f"{bits}-bit weights ({'ternary, ' if bits == 2 and kind == 'symmetric' else ''}{kind}"
+    text += f"{_describe_mapping(settings.get('weight_mapping'))}, scales {scale})"
+    for name, key in (("embeddings", "embedding_bits"), ("head", "head_bits")):
+        own = settings.get(key)
+        own = max(8, bits) if own is None else own
+        text += f", {name} {own}-bit" if own != bits else ""
+    return text
 
 
 def override_matches(pattern: str, name: str, module: nn.Module) -> bool:

@@ -21,10 +21,10 @@ from transformers import (
     pipeline,
 )
 
-from hfkdq import QATCallback, QuantizationSpec
+from hfkdq import QATCallback, QuantizationSpec, quantize
 from hfkdq import export_onnx as export_and_time
+from hfkdq.export.job import ExportJob
 from hfkdq.export.runner import open_files
-from hfkdq.export.writing import Source
 from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec, strip_quantizers_
 from tests import tiny
 
@@ -45,7 +45,7 @@ def batches(model, count=3):
 
 
 def facts(folder):
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "export_facts.json").read_text())
 
 
 def trained(make, spec, training_arguments, **kwargs):
@@ -95,11 +95,11 @@ def test_float(make, task, tmp_path):
     folder = export_onnx(model, tmp_path / "new" / "onnx", calibration=batches(model))
     assert folder == tmp_path / "new" / "onnx"
     assert {file.name for file in folder.iterdir()} <= {
-        "model.onnx", "model.safetensors", "config.json", "generation_config.json", "report.json",
+        "model.onnx", "model.safetensors", "config.json", "generation_config.json", "export_facts.json",
         "model.onnx.data", "export.json",  # the second exporter's own
     }  # fmt: skip
     written = facts(folder)
-    assert (written["kind"], written["task"], written["opset"], written["samples"]) == ("float", task, 18, 24)
+    assert (written["kind"], written["task"], written["opset"], written["samples"]) == ("float32", task, 18, 24)
     assert written["max_abs_diff"] <= 1e-5 * written["max_abs_logit"]
     assert written["top1_agreement"] == 1.0
     assert written["bytes"] == (folder / "model.onnx").stat().st_size
@@ -130,7 +130,8 @@ def test_trained_int8(make, spec, tmp_path, training_arguments):
     state = copy.deepcopy(model.state_dict())
     folder = export_onnx(model, tmp_path / "onnx", quantization=spec, calibration=batches(model))
     written = facts(folder)
-    assert written["kind"] == ("int8" if spec.activation_bits else "weights")
+    bits, activations = spec.weight_bits, spec.activation_bits
+    assert written["kind"] == (f"int{bits}_weights" if activations is None else "int8" if bits == 8 else f"w{bits}a8")
     assert written["max_abs_diff"] <= 0.05 * written["max_abs_logit"]
     assert QuantizationSpec.from_dict(written["spec"]) == spec
     linears = {n: m for n, m in quantized_modules(model).items() if isinstance(m, torch.nn.Linear)}
@@ -202,13 +203,21 @@ def test_int8_file_is_a_quarter_of_the_float_file(tmp_path):
 
 def test_float_and_dynamic_of_a_trained_model_use_its_float_weights(tmp_path, training_arguments):
     model = trained(tiny.vit, INT8, training_arguments).eval()
-    folder = export_onnx(model, tmp_path / "float")
+    folder = export_onnx(model, tmp_path / "float", quantization="float32")
     batch = tiny.batch(model)
     with torch.no_grad():
         expected = strip_quantizers_(copy.deepcopy(model))(**batch).logits
     got = onnx_logits(folder, batch)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert quantized_spec(model) == INT8
+
+
+def test_the_trained_integers_are_the_default(tmp_path):
+    spec = QuantizationSpec(weight_bits=2)
+    model = quantize(tiny.bert(layers=1), spec, [tiny.batch(tiny.bert())])
+    written = facts(export_onnx(model, tmp_path / "onnx"))
+    assert written["kind"] == "w2a8"
+    assert QuantizationSpec.from_dict(written["spec"]) == spec
 
 
 def test_calibration_quantizes_a_copy_of_an_untrained_model(tmp_path):
@@ -373,10 +382,10 @@ FAULTS = {
     ),
     "a full disk at the graph": ("hfkdq.export.graph.save_graph", OSError(28, "No space left on device")),
     "a report that cannot be written": ("pathlib.Path.write_text", PermissionError("denied")),
-    "no memory": ("hfkdq.export.writing.run_torch", MemoryError()),
-    "an interruption": ("hfkdq.export.writing.compare", KeyboardInterrupt()),
-    "an end": ("hfkdq.export.writing.open_files", SystemExit(143)),
-    "a fault of the exporter": ("hfkdq.export.writing.Source.write_files", RuntimeError("of the exporter")),
+    "no memory": ("hfkdq.export.job.run_torch", MemoryError()),
+    "an interruption": ("hfkdq.export.job.compare", KeyboardInterrupt()),
+    "an end": ("hfkdq.export.job.open_files", SystemExit(143)),
+    "a fault of the exporter": ("hfkdq.export.job.ExportJob.write_files", RuntimeError("of the exporter")),
     "a fault of the runtime": ("onnxruntime.InferenceSession.__init__", RuntimeError("of the runtime")),
 }
 
@@ -402,7 +411,7 @@ def test_a_fault_leaves_nothing_and_the_next_export_is_fine(name, tmp_path, monk
 
 def test_two_exports_into_one_folder_lose_nothing(tmp_path, monkeypatch):
     """The second is told while the first is at work; what somebody makes meanwhile stays beside the finished work."""
-    model, write = tiny.bert(), Source.write
+    model, write = tiny.bert(), ExportJob.write
 
     def slow(source, kind, folder):
         with pytest.raises(FileExistsError, match="Another process is writing"):
@@ -411,7 +420,7 @@ def test_two_exports_into_one_folder_lose_nothing(tmp_path, monkeypatch):
         (tmp_path / "onnx" / "theirs").write_text("theirs")
         return write(source, kind, folder)
 
-    monkeypatch.setattr(Source, "write", slow)
+    monkeypatch.setattr(ExportJob, "write", slow)
     assert export_onnx(model, tmp_path / "onnx", latency_rounds=0) == tmp_path / "onnx-2"
     assert (tmp_path / "onnx-2" / "model.onnx").is_file()
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["theirs"]

@@ -22,6 +22,7 @@ from transformers.exporters import ExportedModel
 
 from hfkdq.export import exporters_backend as backend
 from hfkdq.export import exporters_tracing as tracing
+from hfkdq.export.exporters_generation import Part
 from hfkdq.export.graph import saving
 from hfkdq.export.operators import onnx_op
 from hfkdq.export.runner import open_files
@@ -198,7 +199,8 @@ class Integers(nn.Module):
 
 
 def trace_module(module, path, inputs, axes=lambda name: {0: "batch_size"}, fold_constants=True):
-    return tracing.trace_file(module, inputs, path, axes=axes, forward=module.forward, fold_constants=fold_constants)
+    part = Part("model", module, module.forward, inputs)
+    return tracing.trace_file(part, path, axes=axes, fold_constants=fold_constants)
 
 
 @pytest.mark.parametrize(("fold_constants", "kept"), [(False, {"codes", "other"}), (True, {"codes"})])
@@ -232,10 +234,8 @@ def test_weights_that_no_file_holds_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "MAX_BYTES", 100)
     layer, values = nn.Linear(64, 64), torch.randn(3, 64)
     call = layer.forward
-    path = tracing.trace_file(
-        layer, {"input": values}, tmp_path / "model.onnx", axes=lambda name: {0: "batch_size"},
-        forward=lambda input: {"result": call(input)}, fold_constants=True,
-    )  # fmt: skip
+    part = Part("model", layer, lambda input: {"result": call(input)}, {"input": values})
+    path = tracing.trace_file(part, tmp_path / "model.onnx", axes=lambda name: {0: "batch_size"}, fold_constants=True)
     assert (tmp_path / "model.onnx.data").stat().st_size >= 64 * 64 * 4 > path.stat().st_size
     backend.finish(tmp_path, None, "feature-extraction")
     got = ExportedModel.from_pretrained(tmp_path)(input=values)["result"]

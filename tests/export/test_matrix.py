@@ -57,7 +57,7 @@ def test_family_in_kind(family, kind, tmp_path):
     calibration = load_backend().dummy_batches(model, task)
     arguments = dict(quantization=kind, calibration=calibration, task=task, latency_rounds=0)
     arguments["tolerance"] = TOLERANCE.get(family, {}).get(kind)
-    facts = json.loads((export_onnx(model, tmp_path / "onnx", **arguments) / "report.json").read_text())
+    facts = json.loads((export_onnx(model, tmp_path / "onnx", **arguments) / "export_facts.json").read_text())
     assert facts["task"] == task
     assert facts["max_abs_diff"] <= facts["tolerance"] * facts["max_abs_logit"]
     if kind == "int8":

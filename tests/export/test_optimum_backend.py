@@ -195,7 +195,7 @@ def test_a_picture_is_described_in_words(tmp_path):
     exported(model, tmp_path, task)
     runner, batches = open_files(tmp_path, task), backend.dummy_batches(model, task)
     assert differences(model, runner, batches)["logits"] < 1e-4
-    assert differences(model, runner.step_by_step, batches)["logits"] < 1e-4
+    assert differences(model, runner.incremental_decode, batches)["logits"] < 1e-4
     ort_model = optimum.onnxruntime.ORTModelForVision2Seq.from_pretrained(tmp_path)
     inputs = {**FAMILIES["vit"].batch(), "max_new_tokens": 8, "decoder_start_token_id": 1, "pad_token_id": 0}
     assert torch.equal(ort_model.generate(**inputs), model.generate(**inputs))
@@ -223,7 +223,7 @@ def test_files_without_a_cache_say_so(tmp_path):
     exported(model, tmp_path, "text-generation")
     runner = open_files(tmp_path, "text-generation")
     with pytest.raises(ValueError, match="have no cache"):
-        runner.step_by_step(FAMILIES["gpt2"].batch())
+        runner.incremental_decode(FAMILIES["gpt2"].batch())
     with pytest.raises(ValueError, match=r"take input_ids, attention_mask; got pixel_values"):
         runner({"pixel_values": torch.zeros(1, 3, 8, 8)})
 
@@ -268,7 +268,7 @@ def test_trained_integers_survive_the_merge_of_the_decoders(family, tmp_path):
     allowed = 2 * moved_at_ties(model, batches) + 1e-4
     assert allowed < 0.3  # so that other weights would be seen
     assert differences(model, runner, batches)["logits"] < allowed
-    assert differences(model, runner.step_by_step, batches)["logits"] < allowed
+    assert differences(model, runner.incremental_decode, batches)["logits"] < allowed
 
 
 @torch.no_grad()

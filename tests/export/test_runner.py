@@ -57,7 +57,7 @@ def test_decoding_step_by_step_equals_the_full_forward(family, exported):
     assert runner.has_cache
     for batch in (*load_backend().dummy_batches(model, TASK[family]), FAMILIES[family].batch(5)):
         assert share(model, runner, batch) < 1e-5
-        assert share(model, runner.step_by_step, batch) < 1e-5
+        assert share(model, runner.incremental_decode, batch) < 1e-5
 
 
 def test_decoding_step_by_step_uses_the_cache(exported):
@@ -70,7 +70,7 @@ def test_decoding_step_by_step_uses_the_cache(exported):
     begun, take = [], runner._steps
     runner._steps = lambda arrays, begin: begun.append(begin) or take(arrays, begin)
     runner(arrays)
-    runner.step_by_step(arrays)
+    runner.incremental_decode(arrays)
     assert begun == [None, 5]
 
 

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from hfkdq import export_onnx
-from hfkdq.export import graph, writing
+from hfkdq.export import graph, job
 from hfkdq.export.graph import make_unsigned, multiplies_exactly
 from tests import tiny
 
@@ -74,7 +74,7 @@ def test_a_file_is_exact_on_this_processor_whatever_it_is(kind, target, tmp_path
             model, tmp_path / weight_type, quantization=kind, calibration=batches, target=target, latency_rounds=0,
             weight_type=weight_type,
         )  # fmt: skip
-        facts[weight_type] = json.loads((folder / "report.json").read_text())
+        facts[weight_type] = json.loads((folder / "export_facts.json").read_text())
     assert facts["uint8"]["weight_type"] == "uint8"
     assert facts["auto"]["weight_type"] == ("int8" if multiplies_exactly() else "uint8")
     # Both are exact, so they differ by the order of float sums alone; a saturated product is off by a fifth here.
@@ -85,7 +85,7 @@ def test_a_file_is_exact_on_this_processor_whatever_it_is(kind, target, tmp_path
 @pytest.mark.parametrize("exact", [True, False])
 def test_auto_goes_by_the_processor(exact, tmp_path, monkeypatch):
     monkeypatch.setattr(graph, "multiplies_exactly", lambda: exact)
-    monkeypatch.setattr(writing, "_check_parity", lambda *args: None)  # int8 may be wrong here
+    monkeypatch.setattr(job, "_check_parity", lambda *args: None)  # int8 may be wrong here
     model = tiny.bert()
     folder = export_onnx(
         model, tmp_path / "onnx", quantization="int8", calibration=[tiny.batch(model)], latency_rounds=0
@@ -93,7 +93,7 @@ def test_auto_goes_by_the_processor(exact, tmp_path, monkeypatch):
     kinds = {
         value.dtype for value in ir.load(folder / "model.onnx").graph.initializers.values() if len(value.shape) == 2
     }
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "export_facts.json").read_text())
     assert report["weight_type"] == ("int8" if exact else "uint8")
     assert (ir.DataType.UINT8 in kinds) != exact
 

@@ -50,7 +50,7 @@ LINEARS = sum(isinstance(module, nn.Linear) for module in tiny.bert(layers=1).mo
 @pytest.mark.parametrize("name", WIDTHS)
 def test_integer_weights_stay_integers_in_blocks(tmp_path, name):
     folder = export(tmp_path / "onnx", WIDTHS[name])
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["quantized_linears"] == LINEARS
     # The head has 8 bits and no groups: an integer kernel if its input is quantized, else a float one.
     assert operators(folder)["com.microsoft", "MatMulNBits"] == LINEARS - 1
@@ -64,7 +64,7 @@ def test_integer_weights_stay_integers_in_blocks(tmp_path, name):
 def test_what_no_operator_is_fast_for_becomes_floating_point_at_load(tmp_path, name):
     folder = export(tmp_path / "onnx", FOLDED[name])
     assert {domain for domain, _ in operators(folder)} == {""}
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["max_abs_diff"] <= 1e-5 * facts["max_abs_logit"]
     graph = ir.load(folder / "model.onnx").graph
     floats = [value.const_value.size for value in graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
@@ -76,7 +76,7 @@ def test_standard_operators_alone_compute_the_same(tmp_path, name):
     spec = {**WIDTHS, **FOLDED}[name]
     folder = export(tmp_path / "onnx", spec, target="standard")
     assert {domain for domain, _ in operators(folder)} == {""}
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / "export_facts.json").read_text())
     bound = 2e-2 if spec.get("activation_bits", 8) else 1e-5
     assert facts["max_abs_diff"] <= bound * facts["max_abs_logit"]
     assert facts["target"] == "standard"
@@ -96,7 +96,7 @@ def test_standard_operators_alone_compute_the_same(tmp_path, name):
 )
 def test_quantized_inputs_of_any_kind(tmp_path, spec):
     folder = export(tmp_path / "onnx", spec)
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["max_abs_diff"] <= 2e-2 * facts["max_abs_logit"]
 
 
@@ -104,7 +104,7 @@ def test_quantized_inputs_of_any_kind(tmp_path, spec):
 def test_inputs_that_no_block_divides(tmp_path, symmetric):
     model = tiny.bert(layers=1, hidden=36)
     spec = QuantizationSpec(weight_bits=4, symmetric=symmetric, activation_bits=None)
-    facts = json.loads((export_onnx(model, tmp_path / "onnx", quantization=spec) / "report.json").read_text())
+    facts = json.loads((export_onnx(model, tmp_path / "onnx", quantization=spec) / "export_facts.json").read_text())
     assert facts["max_abs_diff"] <= 1e-5 * facts["max_abs_logit"]
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hfkdq import CompressionReport
+from hfkdq.export.record import read_export
 from hfkdq.measuring.latency import Latency
 from hfkdq.report import DatasetInfo
 from hfkdq.report.compression import Engine
-from hfkdq.report.files import read_export
 from tests.fuzz.common import answers, bounded, mutated, mutations
 
 REPORT = CompressionReport(

@@ -529,7 +529,7 @@ def test_the_pruned_model_exports_to_onnx(name, structure, tmp_path):
     task = "image-classification" if name == "deit" else None  # which Optimum cannot tell
     folder = export_onnx(model, tmp_path / "onnx", task=task)  # raises if the file says something else
     left = sum(parameter.numel() for parameter in model.parameters())
-    written = json.loads((folder / "report.json").read_text())
+    written = json.loads((folder / "export_facts.json").read_text())
     assert written["max_abs_diff"] <= 1e-4 * written["max_abs_logit"]
     assert 4 * left * 0.9 < written["bytes"] < 4 * size + 500_000
     held = onnx_parameters(folder / "model.onnx")

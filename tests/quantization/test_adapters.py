@@ -335,7 +335,7 @@ def test_adapters_are_merged_on_export(training_arguments, tmp_path, calibrated)
     else:
         model = trained(training_arguments, spec).model
         folder = export_onnx(model, tmp_path / "onnx", quantization=spec, latency_rounds=0)
-    facts = json.loads((folder / "report.json").read_text())
+    facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["quantized_linears"] == 7
     assert facts["max_abs_diff"] < 0.05 * facts["max_abs_logit"]
     assert isinstance(model, peft.PeftModel)
@@ -409,7 +409,7 @@ def test_an_nf4_base_keeps_its_integers_and_becomes_floating_point_when_merged(t
         assert torch.equal(again(**inputs).logits, merged(**inputs).logits)
     if not ON_V5:
         folder = export_onnx(model, tmp_path / "onnx", quantization=spec, latency_rounds=0)
-        facts = json.loads(Path(folder, "report.json").read_text())
+        facts = json.loads(Path(folder, "export_facts.json").read_text())
         # Floats before the last layer, and of its 64 inputs two that round to the other side, each one step from where they were.
         codes = 2 * step * float(merged.lm_head.weight.abs().max())
         assert facts["max_abs_diff"] < 1e-5 * facts["max_abs_logit"] + codes

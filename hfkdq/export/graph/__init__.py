@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to an ONNX file after it was traced, the same for files of every exporter."""
+"""Rewriting of traced ONNX files, the same for every exporter."""
 
 from pathlib import Path
 
 from .attention import fuse_attention
+from .deduplicate import deduplicate
 from .linears import count_fused_linears, fuse_linears
-from .narrow import quantize_dynamically, to_float16
+from .precision import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
 from .shapes import fix_shapes, noted_shapes
-from .tidy import tidy_graph
 from .unsigned import make_unsigned, multiplies_exactly
 
 __all__ = [
     "count_fused_linears",
+    "deduplicate",
     "fix_shapes",
     "fuse_attention",
     "fuse_linears",
@@ -22,27 +23,23 @@ __all__ = [
     "noted_shapes",
     "quantize_dynamically",
     "save_graph",
-    "tidy_graph",
     "to_float16",
 ]
 
 
 def improve(path: Path, *, target: str, unsigned: bool = False) -> None:
-    """Rewrites a file by one that computes the same with fewer operators.
+    """Rewrites a file by one that computes the same with fewer operators; with ONNX's own for `target="standard"`.
 
-    Args:
-        path (`Path`): an ONNX file.
-        target (`str`): `"onnxruntime"` or `"standard"`, which keeps to ONNX's own operators.
-        unsigned (`bool`, defaults to `False`): write weights of integer products as uint8.
+    `unsigned` writes weights of integer products as uint8.
     """
     model = load_graph(path)
-    tidy_graph(model)
+    deduplicate(model)
     fix_shapes(model)
     if target == "onnxruntime":
         fuse_linears(model)
-        tidy_graph(model)
+        deduplicate(model)
         fuse_attention(model)
     if unsigned:
         make_unsigned(model)
-    tidy_graph(model)
+    deduplicate(model)
     save_graph(model, path)

@@ -47,21 +47,15 @@ class _Projection:
 
     @cached_property
     def constants(self) -> list[Array]:
-        """What `weight_names` are the names of."""
+        """The arrays of `weight_names`."""
         return [self.linear.graph.initializers[name].const_value.numpy() for name in self.weight_names]
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Replaces self-attention over one quantized input by `QAttention`, in place.
+    """Replaces self-attention over one quantized input by `QAttention`, in place, after [`fuse_linears`]; how many.
 
     The projections of query, key and value become one product with one weight. What is added to the scores must be
     nothing, or a mask that hides what `attention_mask` says is padding: it is computed for random ones, and compared.
-
-    Args:
-        model (`onnx_ir.Model`): changed in place; [`fuse_linears`] has run.
-
-    Returns:
-        `int`: how many were replaced.
     """
     graph, fused = model.graph, 0
     weights: dict[tuple[Any, ...], list[ir.Value]] = {}
@@ -181,7 +175,7 @@ def _projection(value: ir.Value | None) -> _Projection | None:
 
 
 def _own(value: ir.Value | None) -> ir.Node | None:
-    """What makes a value that nothing else uses."""
+    """The producer of a value that nothing else uses."""
     single = value is not None and len(value.uses()) == 1 and not value.is_graph_output()
     return value.producer() if value is not None and single else None
 

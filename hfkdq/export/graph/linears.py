@@ -21,15 +21,9 @@ FUSED_LINEARS = {
 
 
 def fuse_linears(model: ir.Model) -> int:
-    """Replaces `MatMul(DequantizeLinear(codes), DequantizeLinear(weight)) + bias` by `MatMulIntegerToFloat`, in place.
+    """Makes `MatMulIntegerToFloat` of `MatMul(DequantizeLinear, DequantizeLinear) + bias`, in place; of how many.
 
-    That is what ONNX Runtime makes of it when it loads the file, only that it leaves the bias outside.
-
-    Args:
-        model (`onnx_ir.Model`): changed in place.
-
-    Returns:
-        `int`: how many linear layers were replaced.
+    ONNX Runtime does the same when it loads the file, but leaves the bias outside.
     """
     graph, fused = model.graph, 0
     for node in list(graph):
@@ -69,7 +63,7 @@ def _quantized(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | 
 
 
 def _bias(node: ir.Node) -> ir.Value | None:
-    """What is added to the result of a MatMul and to nothing else, if it is a vector of constants."""
+    """The vector of constants that is added to the result of a MatMul, if nothing else uses that result."""
     result = node.outputs[0]
     consumers = list(result.consumers())
     if len(consumers) != 1 or consumers[0].op_type != "Add" or result.is_graph_output():

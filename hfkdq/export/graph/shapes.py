@@ -20,19 +20,11 @@ LARGE = 1024
 
 
 def fix_shapes(model: ir.Model, shapes: Mapping[str, Shape] | None = None) -> int:
-    """Makes constants of shapes that are known, and drops slices that keep everything.
+    """Makes constants of known shapes, and drops slices that keep everything; how many operators were changed.
 
     A tracer writes `x.view(batch, length, heads, -1)` as operators that read the shape of `x`, take it apart and put it
-    together; `Reshape` with `[0, 0, heads, d]` says the same. So it does where the shape names the size of an axis that
-    stays. A slice that keeps everything is what cuts a mask to the length that it has.
-
-    Args:
-        model (`onnx_ir.Model`): changed in place.
-        shapes (`Mapping[str, Shape]`, *optional*): of its values: numbers, and for sizes that vary strings, the same for
-            the same size. What ONNX Runtime can tell by default.
-
-    Returns:
-        `int`: how many operators were changed or dropped.
+    together; `Reshape` with `[0, 0, heads, d]` says the same. `shapes` has, for its values, numbers, and for sizes that
+    vary strings, the same for the same size; by default what ONNX Runtime can tell.
     """
     shapes, fixed = _symbolic_shapes(model) if shapes is None else shapes, 0
     for node in list(model.graph):

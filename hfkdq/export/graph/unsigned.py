@@ -35,11 +35,7 @@ def multiplies_exactly() -> bool:
 def make_unsigned(model: ir.Model) -> int:
     """Adds 128 to the int8 weights that are multiplied by uint8 codes, and to their zero points, in place.
 
-    Args:
-        model (`onnx_ir.Model`): changed in place.
-
-    Returns:
-        `int`: how many operators read such a weight now.
+    Returns how many operators read such a weight now.
     """
     changed = 0
     made: dict[tuple[str, str], tuple[ir.Value, ir.Value]] = {}

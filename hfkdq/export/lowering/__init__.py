@@ -16,8 +16,8 @@ from ...quantization import (
     QuantizedModule,
     quantized_modules,
 )
-from .activations import StoredRange
-from .layers import BlockLinear, FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, StoredEmbedding
+from .activations import ActivationQDQ
+from .layers import FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
 
 __all__ = ["check_lowerable", "lower_quantizers_"]
 
@@ -25,16 +25,13 @@ _LOWERABLE = (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d
 
 
 def check_lowerable(model: PreTrainedModel) -> None:
-    """Refuses what cannot be written as integers.
-
-    Raises:
-        ValueError: a recurrent module, or one from the middle of its training: off yet, or wider yet than its spec.
-    """
+    """Refuses recurrent modules, and fake quantizers that are off yet or wider yet than their spec."""
     for name, module in quantized_modules(model).items():
         if not isinstance(module, _LOWERABLE):
             raise ValueError(
                 f"{name} has recurrent weights ({type(module).__name__}), which this release does not write. "
-                f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point."
+                f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point, "
+                'and quantization="float32" exports the float weights of the whole model.'
             )
         if not module.fake_quantize_enabled:
             raise ValueError(
@@ -50,19 +47,10 @@ def check_lowerable(model: PreTrainedModel) -> None:
 
 
 def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") -> int:
-    """Replaces every fake-quantized layer by one that holds integer codes, in place.
+    """Replaces every fake-quantized layer of a model on the CPU by one that holds integer codes, in place.
 
-    What it computes stays the same; it can be traced but no longer trained.
-
-    Args:
-        model (`PreTrainedModel`): a model with fake quantizers, on the CPU.
-        target (`str`, defaults to `"onnxruntime"`): or `"standard"`, without the operators of ONNX Runtime.
-
-    Returns:
-        `int`: how many linear layers, and convolutions that are written as such, were replaced.
-
-    Raises:
-        ValueError: as `check_lowerable` does.
+    It computes the same and can be traced, but no longer trained. Returns how many linear layers, and convolutions that are
+    written as such, were replaced. Without `target="onnxruntime"` only ONNX's own operators are used.
     """
     check_lowerable(model)
     linears = 0
@@ -85,7 +73,7 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
             model.set_submodule(name, lowered)
     for attention in [module for module in model.modules() if isinstance(module, AttentionQuantizer)]:
         for operand, quantizer in attention.operands.items():
-            attention.operands[operand] = StoredRange(quantizer)  # type: ignore[arg-type]
+            attention.operands[operand] = ActivationQDQ(quantizer)  # type: ignore[arg-type]
     return linears
 
 
@@ -96,9 +84,9 @@ def _linear(module: QuantizedLinear | QuantizedConv1D, target: str) -> nn.Module
     if is_linear and scheme.group_size is None and _has_bytes(module):
         return IntegerLinear(module)
     # With 8 bits, MatMulNBits takes several times as long as a float layer does (`make bench-kernels`).
-    return BlockLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module)
+    return NBitLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module)
 
 
 def _has_bytes(module: QuantizedModule) -> bool:
     """Whether the input is uint8."""
-    return StoredRange(module.activation_quantizer).is_integer
+    return ActivationQDQ(module.activation_quantizer).is_integer

@@ -33,14 +33,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=1)
 
 
-class StoredRange(nn.Module):
-    """Puts its input on the grid of a trained quantizer.
+class ActivationQDQ(nn.Module):
+    """Puts its input on the grid of a trained quantizer; without one, or without a range, it does nothing.
 
     At 8 bits that is QuantizeLinear and DequantizeLinear. Other widths and mappings have no integer kernels, and are
     computed in floating point as in training.
-
-    Args:
-        quantizer (`ActivationQuantizer`, *optional*): without one, or with one that has no range, nothing is done.
     """
 
     scale: Tensor
@@ -61,7 +58,7 @@ class StoredRange(nn.Module):
             self.register_buffer("zero_point", zero_point.to(torch.uint8 if self.is_integer else torch.float32))
 
     def forward(self, values: Tensor) -> Tensor:
-        """What the codes of `values` stand for."""
+        """`values`, rounded to the grid."""
         if not self.is_on:
             return values
         if self.is_integer:

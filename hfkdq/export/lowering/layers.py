@@ -17,7 +17,7 @@ from ...quantization import (
     QuantizedModule,
 )
 from ..operators import onnx_op
-from .activations import StoredRange, dequantize, quantize
+from .activations import ActivationQDQ, dequantize, quantize
 from .weights import StoredWeight, unpack
 
 # Fewer channels of a convolution's input make windows too narrow for products of bytes to pay.
@@ -25,13 +25,13 @@ MIN_CHANNELS = 32
 
 
 class _Linear(nn.Module):
-    """What linear layers have in common: smoothing, the grid of the input, the bias."""
+    """Base of linear layers: smoothing, the grid of the input, the bias."""
 
     factors: Tensor | None
 
     def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
         super().__init__()
-        self.input = StoredRange(linear.activation_quantizer)
+        self.input = ActivationQDQ(linear.activation_quantizer)
         self.register_buffer("factors", linear.smoothing.factors)
         self.bias = cast("Tensor | None", linear.bias)
 
@@ -39,21 +39,17 @@ class _Linear(nn.Module):
         return self.input(values if self.factors is None else values / self.factors)  # type: ignore[no-any-return]
 
 
-class IntegerLinear(_Linear):
-    """A linear layer that multiplies int8 or uint8 codes of the weight with uint8 codes of the input.
-
-    Its codes are transposed, as MatMul wants them: (in_features, out_features), a byte each.
-    """
+class _Codes(nn.Module):
+    """Codes of a weight, a byte each, transposed as MatMul wants them: (inputs, out_channels)."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
-        super().__init__(linear)
-        codes, zero_point = linear.integer_weight(), linear.weight_zero_point()
-        self.register_buffer("codes", codes if isinstance(linear, QuantizedConv1D) else codes.t().contiguous())
-        self.register_buffer("scale", linear.weight_scale())
+    def _store(self, module: QuantizedModule, codes: Tensor) -> None:
+        zero_point = module.weight_zero_point()
+        self.register_buffer("codes", codes.contiguous())
+        self.register_buffer("scale", module.weight_scale())
         zeros = torch.zeros_like(self.scale) if zero_point is None else zero_point
         self.register_buffer("zero_point", zeros.to(codes.dtype))
 
@@ -61,6 +57,15 @@ class IntegerLinear(_Linear):
     def weight(self) -> Tensor:
         """The values of the codes; some models ask a layer for its precision."""
         return (self.codes.float() - self.zero_point.float()) * self.scale
+
+
+class IntegerLinear(_Linear, _Codes):
+    """A linear layer that multiplies int8 or uint8 codes of the weight with uint8 codes of the input."""
+
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+        super().__init__(linear)
+        codes = linear.integer_weight()
+        self._store(linear, codes if isinstance(linear, QuantizedConv1D) else codes.t())
 
     def forward(self, input: Tensor) -> Tensor:
         # ONNX Runtime makes a Gemm of what has two axes and has no fused integer kernel for it; with three it has.
@@ -72,7 +77,7 @@ class IntegerLinear(_Linear):
         return values.squeeze(0) if flat else values
 
 
-class BlockLinear(_Linear):
+class NBitLinear(_Linear):
     """A linear layer whose weight stays in blocks of integers in memory: one `MatMulNBits`."""
 
     packed: Tensor
@@ -115,32 +120,23 @@ class FoldedLinear(_Linear):
 
     def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
         super().__init__(linear)
-        is_wide = linear.weight_quantizer.bits == 16
-        self.weight = _wide(linear) if is_wide else StoredWeight(linear, isinstance(linear, QuantizedConv1D))
+        self.weight = _stored(linear)
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(self.quantized_input(input), self.weight.values(), self.bias)
 
 
-class IntegerConv1d(nn.Module):
+class IntegerConv1d(_Codes):
     """A convolution over a sequence that multiplies the codes of its windows with those of its weight.
 
     ONNX Runtime's integer convolution takes longer than its float one; its product of bytes is several times as fast.
     The codes of the weight are (kernel_size * in_channels, out_channels), in the order in which windows lie side by side.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
     def __init__(self, conv: QuantizedConv1d) -> None:
         super().__init__()
-        self.input = StoredRange(conv.activation_quantizer)
-        codes, zero_point = conv.integer_weight(), conv.weight_zero_point()
-        self.register_buffer("codes", codes.permute(2, 1, 0).flatten(0, 1).contiguous())
-        self.register_buffer("scale", conv.weight_scale())
-        zeros = torch.zeros_like(self.scale) if zero_point is None else zero_point
-        self.register_buffer("zero_point", zeros.to(codes.dtype))
+        self.input = ActivationQDQ(conv.activation_quantizer)
+        self._store(conv, conv.integer_weight().permute(2, 1, 0).flatten(0, 1))
         self.bias = conv.bias
         # Some models ask their convolution for them.
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
@@ -158,13 +154,8 @@ class IntegerConv1d(nn.Module):
             and scheme.weight_mapping == "linear"
             and scheme.weight_bits <= 8
             and scheme.group_size is None
-            and StoredRange(conv.activation_quantizer).is_integer
+            and ActivationQDQ(conv.activation_quantizer).is_integer
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """The values of the codes; some models ask their convolution for its precision."""
-        return (self.codes.float() - self.zero_point.float()) * self.scale
 
     def forward(self, input: Tensor) -> Tensor:
         codes = quantize(input, self.input.scale, self.input.zero_point).transpose(1, 2)
@@ -188,8 +179,8 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
         super().__init__()
-        self.input = StoredRange(conv.activation_quantizer)
-        self.stored = _wide(conv) if conv.weight_quantizer.bits == 16 else StoredWeight(conv)
+        self.input = ActivationQDQ(conv.activation_quantizer)
+        self.stored = _stored(conv)
         self.bias = conv.bias
         self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
         self.shape = tuple(conv.weight.shape)
@@ -214,13 +205,20 @@ class StoredEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         # Who takes it without a lookup has it in floating point in training too, as relative positions are.
         self.weight = embedding.weight
-        self.stored = _wide(embedding) if embedding.weight_quantizer.bits == 16 else StoredWeight(embedding)
+        self.stored = _stored(embedding)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.stored.rows(input)
 
 
-class _wide(nn.Module):
+def _stored(module: QuantizedModule) -> WideWeight | StoredWeight:
+    """The weight of a module in as few bits as it has."""
+    if module.weight_quantizer.bits == 16:
+        return WideWeight(module)
+    return StoredWeight(module, transposed=isinstance(module, QuantizedConv1D))
+
+
+class WideWeight(nn.Module):
     """A weight of 16 bits."""
 
     stored: Tensor

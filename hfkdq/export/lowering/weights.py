@@ -18,16 +18,9 @@ BLOCKS = (128, 64, 32, 16)
 class StoredWeight(nn.Module):
     """Codes of a weight, several to a byte where they are narrow, with scales, zero points and codebook.
 
-    Args:
-        module (`QuantizedModule`): the layer.
-        transposed (`bool`): whether output channels are the last axis of its weight.
-
-    Attributes:
-        packed (`torch.Tensor`): of shape (channels, bytes): int8 codes as they are; narrower or unsigned ones in uint8.
-        scale (`torch.Tensor`): of shape (channels or 1, groups).
-        zero_point (`torch.Tensor`, *optional*): in the shape of `scale`.
-        offset (`int`): what was added to make narrow codes unsigned.
-        bits (`int`): of one stored code: 2, 4 or 8.
+    `packed` is (channels, bytes): int8 codes as they are, narrower or unsigned ones in uint8; `scale` and `zero_point` are
+    (channels or 1, groups). `bits` of a stored code are 2, 4 or 8; `offset` was added to make narrow codes unsigned.
+    `transposed`: output channels are the last axis of the module's weight.
     """
 
     packed: Tensor
@@ -71,7 +64,7 @@ class StoredWeight(nn.Module):
         return self._on_grid(blocks, scale.unsqueeze(-1), zeros).flatten(-2)
 
     def _on_grid(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """What [`Grid.values`] gives, in operators that can be traced."""
+        """[`Grid.values`] in operators that can be traced."""
         if self.codebook is not None:
             return self.codebook[codes.long()] * scale
         if self.grid.mapping == "power_of_two":
@@ -80,7 +73,7 @@ class StoredWeight(nn.Module):
         return expand(values, self.grid.power) if self.grid.mapping == "power_law" else values
 
     def blocks(self) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        """What `MatMulNBits` takes: its block size, codes (channels, blocks, bytes), scales and packed zero points."""
+        """The inputs of `MatMulNBits`: its block size, codes (channels, blocks, bytes), scales and packed zero points."""
         groups = self.scale.shape[1]
         size = self.inputs // groups if groups > 1 else next((b for b in BLOCKS if self.inputs % b == 0), 32)
         count = -(-self.inputs // size)

@@ -15,7 +15,7 @@ import torch
 
 
 @contextmanager
-def quiet_and_seeded() -> Iterator[None]:
+def silent_and_seeded() -> Iterator[None]:
     """Hides the tracer's notes, fixes the random numbers, and puts both back."""
     disabled, python_state, numpy_state = logging.root.manager.disable, random.getstate(), np.random.get_state()
     silence = io.StringIO()

@@ -7,14 +7,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 
-def tidy_graph(model: ir.Model) -> None:
-    """Merges, in place, what is there several times, and drops what nothing uses.
+def deduplicate(model: ir.Model) -> None:
+    """Merges equal constants and operators, in place, and drops unused ones.
 
-    Equal constants become one, so that the quantizers of linear layers that share an input (query, key and value)
-    become one too.
-
-    Args:
-        model (`onnx_ir.Model`): changed in place.
+    So layers that share an input, as query, key and value do, share its quantizer.
     """
     passes = [common.LiftConstantsToInitializersPass(size_limit=0), common.DeduplicateInitializersPass()]
     if not any(node.op_type == "If" for node in model.graph):  # it breaks branches that hand on an outer value

@@ -13,7 +13,8 @@ import torch
 from transformers import DataCollatorForTokenClassification
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
-from hfkdq.export.proof import Quality, Timed, Timing
+from hfkdq.export.job import ExportJob
+from hfkdq.export.validation import Quality, Timed, Timing
 from hfkdq.export.verify import run_torch
 from hfkdq.measuring.evaluation import Evaluation
 from hfkdq.metrics import classification_metrics
@@ -27,7 +28,7 @@ ROWS = 20
 
 
 def facts(folder):
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "export_facts.json").read_text())
 
 
 def logits_of(model, data):
@@ -147,7 +148,7 @@ def test_a_drop_is_for_the_worse_whichever_way_the_metric_goes(evaluation, great
     before, after = (logits_of(model, data).argmax(-1) == labels).mean(), (labels == 1).mean()
     assert before != after
     assert found["drop"] == pytest.approx(sign * (before - after))
-    assert (quality.objection(found) is None) == (found["drop"] <= 0)
+    assert (quality.rejection_reason(found) is None) == (found["drop"] <= 0)
 
 
 def test_a_drop_as_large_as_the_bound_is_allowed(evaluation):
@@ -156,7 +157,7 @@ def test_a_drop_as_large_as_the_bound_is_allowed(evaluation):
     quality.begin(model, model)
     found = quality.of_file(model, quality.of_torch("torch", model), shifted(model, 0.0))
     assert found["drop"] == 0.01 < 0.9 - 0.89
-    assert quality.objection(found) is None
+    assert quality.rejection_reason(found) is None
 
 
 def test_top_classes_are_compared_where_there_is_a_label(evaluation):
@@ -211,12 +212,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_arguments_that_need_one_another_are_refused_before_any_export(case, tmp_path, monkeypatch):
-    from hfkdq.export import writing
 
     def write(*args):
         raise AssertionError("the export has begun")
 
-    monkeypatch.setattr(writing.Source, "write", write)
+    monkeypatch.setattr(ExportJob, "write", write)
     arguments, message = REFUSED[case]
     settings = {"processing_class": tiny.tokenizer(), "latency_rounds": 0, **arguments}
     with pytest.raises(ValueError, match=message):
@@ -276,7 +276,7 @@ def test_a_model_that_generates_is_timed_and_compared_token_by_token(family, tmp
         export_onnx(model, tmp_path / "onnx", quantization="int8_weights", latency_rounds=1, threads=1)
     )  # fmt: skip
     assert written["task"].endswith("-with-past")
-    steps = written["step_by_step"]
+    steps = written["incremental_decode"]
     assert 0 < steps["max_abs_diff"] <= 1e-4 * steps["max_abs_logit"]
     assert steps["samples"] == 2
     latency = written["latency"]
@@ -291,9 +291,9 @@ def test_a_model_that_generates_is_timed_and_compared_token_by_token(family, tmp
 def test_a_cache_that_goes_wrong_refuses_the_export(tmp_path, monkeypatch):
     from hfkdq.export.runner import GeneratingFiles
 
-    steps = GeneratingFiles.step_by_step
+    steps = GeneratingFiles.incremental_decode
     monkeypatch.setattr(
-        GeneratingFiles, "step_by_step", lambda self, batch: {"logits": 2 * steps(self, batch)["logits"]}
+        GeneratingFiles, "incremental_decode", lambda self, batch: {"logits": 2 * steps(self, batch)["logits"]}
     )
     with pytest.raises(RuntimeError, match=r"differs from the torch model where it adds token by token to its cache"):
         export_onnx(tiny.llama(layers=1), tmp_path / "onnx", latency_rounds=0)
@@ -301,11 +301,11 @@ def test_a_cache_that_goes_wrong_refuses_the_export(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_slower_is_told_of(monkeypatch):
-    from hfkdq.export import proof
+    from hfkdq.export import validation
     from hfkdq.measuring.latency import Latency
 
     said = []
-    monkeypatch.setattr(proof.logger, "warning", said.append)
+    monkeypatch.setattr(validation.logger, "warning", said.append)
     inputs = {"input_ids": np.zeros((1, 4), np.int64)}
     slow, fast = (Latency(median_ms=ms, min_ms=ms, calls=10) for ms in (2.0, 1.0))
     slow, fast = (Timed({"model": (latency, 1)}) for latency in (slow, fast))

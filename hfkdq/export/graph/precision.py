@@ -45,13 +45,9 @@ def quantize_dynamically(path: Path) -> None:
 
 
 def to_float16(path: Path) -> None:
-    """Replaces a float32 file by one that stores its weights in float16.
+    """Replaces a float32 file by one with weights in float16; `ValueError` if one does not fit.
 
-    They become float32 when the file is loaded: ONNX Runtime has few kernels for float16 on CPUs, and converts between
-    any two others.
-
-    Raises:
-        ValueError: a weight does not fit.
+    They become float32 when the file is loaded: ONNX Runtime has few kernels for float16 on CPUs.
     """
     model = load_graph(path)
     graph = model.graph

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a model in every kind that makes sense and keeps the fastest that is good enough."""
+"""Writes a model in every precision that makes sense and keeps the fastest that is good enough."""
 
 from __future__ import annotations
 
@@ -9,32 +9,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
 from ..quantization import quantized_spec
-from .kinds import Kind, kind_of
-from .proof import FLOAT, NOISE, Quality, Timed, Timing
-from .writing import Source
+from .job import ExportJob
+from .precisions import PRECISIONS, TRAINED, Precision, precision_of
+from .validation import NOISE, Quality, Timed, Timing
 
 logger = logging.get_logger(__name__)
-AUTO = "auto"
 MAX_DROP = 0.01
-TRAINED = "trained"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A row of the table that a choice is made from.
+    """A row of the table that a choice is made from; sizes in bytes, `drop` in the unit of the metric.
 
-    Args:
-        name (`str`): `"trained"`, or what `quantization=` of [`export_onnx`] would be.
-        bytes (`int`, *optional*): size of the ONNX files; `None` if there is none.
-        drop (`float`, *optional*): how much worse the metric is than that of the model in torch.
-        median_ms (`float`, *optional*): median latency; `None` if it was not timed.
-        min_ms (`float`, *optional*): the fastest call.
-        accepted (`bool`): whether the file is there and its drop allowed.
-        error (`str`, *optional*): why there is none, or why it is not accepted.
+    `name` is `"trained"`, or what `quantization=` of [`export_onnx`] would be; `error` says why there is no file, or why it
+    is not accepted.
     """
 
     name: str
@@ -47,36 +38,19 @@ class Candidate:
 
 
 def write_best(
-    source: Source,
-    quality: Quality,
-    timing: Timing,
-    folder: Path,
-    inputs: Mapping[str, np.ndarray[Any, Any]],
-    calibrated: bool,
-    allow_drop: bool,
+    job: ExportJob, quality: Quality, timing: Timing, folder: Path, calibrated: bool, allow_drop: bool
 ) -> dict[str, Any]:
-    """Writes all candidates below `folder`, and leaves the files of the best one in it.
+    """Writes all candidates below `folder`, leaves the files of the best one in it, and returns its facts.
 
-    Args:
-        source ([`Source`]): the model.
-        quality ([`Quality`]): the metric and its bound.
-        timing ([`Timing`]): how to time.
-        folder (`Path`): an existing folder.
-        inputs (`dict[str, np.ndarray]`): what to time with.
-        calibrated (`bool`): whether there are real data to find ranges on.
-        allow_drop (`bool`): whether to keep the best of those that drop too far if all do.
-
-    Returns:
-        `dict[str, Any]`: the facts of the chosen one, with its latency and how it was chosen.
-
-    Raises:
-        RuntimeError: no candidate could be written, or none is good enough.
+    `calibrated` says whether there are real data to find ranges on; `allow_drop` keeps the best of those that all drop too
+    far. `RuntimeError` if no candidate could be written, or none is good enough.
     """
-    kinds, left_out = _kinds(source, calibrated)
-    facts, rows = _write_all(source, quality, kinds, folder)
+    precisions, left_out = _candidates(job, calibrated)
+    facts, rows = _write_all(job, quality, precisions, folder)
     found: dict[str, Timed] = {}
-    if timing.obstacle is None:
-        found = timing.time({name: folder / name for name in facts}, source.task, inputs)
+    inputs = job.example()
+    if timing.skip_reason is None:
+        found = timing.time({name: folder / name for name in facts}, job.task, inputs)
         rows = [_timed(row, found.get(row.name)) for row in rows]
     table = [*rows, *left_out]
     chosen, reason = choose(rows, quality.metric or "", quality.max_drop or 0.0)
@@ -93,27 +67,16 @@ def write_best(
         else:
             shutil.rmtree(folder / name)
     logger.info(f"{render(table)}\n{reason}")
-    latency = {"left_out": timing.obstacle} if timing.obstacle else timing.facts(chosen.name, found, inputs)
+    latency = {"left_out": timing.skip_reason} if timing.skip_reason else timing.facts(chosen.name, found, inputs)
     choice = {"chosen": chosen.name, "reason": reason, "candidates": [asdict(row) for row in table]}
     verdict = {"accepted": chosen.accepted, "reason": chosen.error}
     return {**facts[chosen.name], "latency": latency, **verdict, "choice": choice}
 
 
 def choose(rows: Sequence[Candidate], metric: str, max_drop: float) -> tuple[Candidate | None, str]:
-    """The fastest of the accepted candidates, the smallest of those that are as fast, and why it is that one.
+    """The fastest of the accepted candidates, the smallest of those as fast within 5 %, and the reason in words.
 
-    Two medians are alike if they differ by at most 5 %. Without latencies it is the smallest.
-
-    Args:
-        rows (`list[Candidate]`): the candidates.
-        metric (`str`): its name.
-        max_drop (`float`): how far it may drop.
-
-    Returns:
-        `tuple[Candidate | None, str]`: the candidate, `None` if none is accepted; and the reason in words.
-
-    Raises:
-        RuntimeError: there is no file at all.
+    Without latencies it is the smallest; `None` if none is accepted. `RuntimeError` if there is no file at all.
     """
     if all(row.drop is None for row in rows):
         errors = "\n".join(f"{row.name}: {row.error}" for row in rows)
@@ -148,49 +111,43 @@ def render(table: Sequence[Candidate]) -> str:
     return "\n".join(lines)
 
 
-def _kinds(source: Source, calibrated: bool) -> tuple[dict[str, Kind], list[Candidate]]:
-    """What to write, by name, and what was left out."""
-    trained = quantized_spec(source.model)
+def _candidates(job: ExportJob, calibrated: bool) -> tuple[dict[str, Precision], list[Candidate]]:
+    """The precisions to write, by name, and rows for those that are left out."""
+    trained = quantized_spec(job.model)
     if trained is not None:
-        names = ["dynamic", "int8_weights", "int4_weights", "float16", FLOAT]
-        return {TRAINED: kind_of(trained), **{name: kind_of(name) for name in names}}, []
-    names = ["int8", "dynamic", "int8_weights", "int4_weights", "float16", FLOAT]
-    kinds = {name: kind_of(name) for name in names if calibrated or name != "int8"}
-    missing = Candidate(name="int8", error="left out: it needs calibration=")
-    return kinds, [] if calibrated else [missing]
+        return {TRAINED: precision_of(trained), **_named(calibrated=False)}, []
+    missing = [] if calibrated else sorted(PRECISIONS.keys() - _named(calibrated).keys())
+    return _named(calibrated), [Candidate(name=name, error="left out: it needs calibration=") for name in missing]
+
+
+def _named(calibrated: bool) -> dict[str, Precision]:
+    return {name: entry for name, entry in PRECISIONS.items() if calibrated or not entry.needs_calibration}
 
 
 def _write_all(
-    source: Source, quality: Quality, kinds: Mapping[str, Kind], folder: Path
+    job: ExportJob, quality: Quality, precisions: Mapping[str, Precision], folder: Path
 ) -> tuple[dict[str, dict[str, Any]], list[Candidate]]:
     """Facts of those that could be written, each below `folder`, and a row for every one."""
     facts: dict[str, dict[str, Any]] = {}
     rows = []
-    bar = logging.tqdm(kinds, desc="Candidates")
+    bar = logging.tqdm(precisions, desc="Candidates")
     for name in bar:
         bar.set_postfix_str(name)
         own = folder / name
         own.mkdir()
         try:
-            facts[name] = source.write(kinds[name], own)
+            facts[name] = job.write(precisions[name], own)
         except OSError:
             raise  # a disk that is full is so for all
-        except Exception as error:  # exporters and runtimes raise their own, and another kind may do
+        except Exception as error:  # exporters and runtimes raise their own, and another precision may do
             shutil.rmtree(own)
             # The report is published; the folder is nobody's business.
             rows.append(Candidate(name=name, error=f"{type(error).__name__}: {error}".replace(str(folder), "")))
             continue
         metrics = facts[name]["metrics"]
-        objection = quality.objection(metrics)
-        rows.append(
-            Candidate(
-                name=name,
-                bytes=facts[name]["bytes"],
-                drop=metrics["drop"],
-                accepted=objection is None,
-                error=objection,
-            )
-        )
+        reason = quality.rejection_reason(metrics)
+        size, drop = facts[name]["bytes"], metrics["drop"]
+        rows.append(Candidate(name=name, bytes=size, drop=drop, accepted=reason is None, error=reason))
     return facts, rows
 
 

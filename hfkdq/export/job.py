@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes one kind of a model's files into a folder and compares them with it."""
+"""An export job: one model, written in any precision and compared with it."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,12 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modeling.masks import Batch
 from ..provenance import describe_files, describe_model
-from ..quantization import means_the_same, quantize, quantized_spec, strip_quantizers_
+from ..quantization import layer_class, means_the_same, quantize, quantized_spec, strip_quantizers_
+from ..specs import QuantizationSpec
 from ..version import __version__
-from .checks import PAST, every_range_known
-from .kinds import Kind, fitted
+from .checks import require_ranges
 from .lowering import check_lowerable, lower_quantizers_
-from .proof import Quality
+from .precisions import Precision
+from .protocol import PAST, Backend
+from .validation import Quality
 from .verify import Parity, beginning, compare, run_torch
 
 
@@ -37,30 +41,30 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @dataclass
-class Source:
-    """What is exported, and what its files are compared on.
+class ExportJob:
+    """A model to export, and the data that its files are compared on.
 
     Args:
         model (`PreTrainedModel`): the model, as [`plain_copy`] made it.
-        backend (module): the exporter.
+        backend ([`Backend`]): the exporter.
         task (`str`): as the backend resolved it.
         target (`str`): `"onnxruntime"` or `"standard"`.
-        tolerance (`float`, *optional*): largest difference from torch; that of the kind by default.
+        tolerance (`float`, *optional*): largest difference from torch; that of the precision by default.
         processing_class (*optional*): saved beside the model.
         batches (`list[dict]`): what files are compared on.
         rest (`Iterator[dict]`): more batches, to find ranges on; read once.
-        quality ([`Quality`], *optional*): measures a metric, if there is one.
-        scratch (`Path`): an existing folder for what several kinds are made from.
-        weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, which is what is exact on this processor.
+        quality ([`Quality`], *optional*): measures a metric.
+        scratch (`Path`): an existing folder for intermediate files.
+        weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, the one that is exact on this processor.
     """
 
     model: PreTrainedModel
-    backend: Any
+    backend: Backend
     task: str
     target: str
     tolerance: float | None
     processing_class: Any
-    batches: list[Batch]
+    batches: Sequence[Batch]
     rest: Iterator[Batch]
     quality: Quality | None
     scratch: Path
@@ -73,41 +77,45 @@ class Source:
             return self.model
         return strip_quantizers_(copy.deepcopy(self.model))
 
-    def write(self, kind: Kind, folder: Path) -> dict[str, Any]:
-        """Writes checkpoint, processor and ONNX files of a kind into an existing folder.
+    def example(self) -> dict[str, np.ndarray[Any, Any]]:
+        """A batch of one to time with, without labels: of the evaluation, if there is one."""
+        if self.quality is not None:
+            return self.quality.evaluation.first_example(self.model)
+        tensors = {
+            name: torch.as_tensor(value).cpu()[:1] for name, value in self.batches[0].items() if name != "labels"
+        }
+        return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}
 
-        Returns:
-            `dict[str, Any]`: facts for the report.
+    def write(self, precision: Precision, folder: Path) -> dict[str, Any]:
+        """Writes checkpoint, processor and ONNX files into an existing folder, compares them, and returns the facts.
 
-        Raises:
-            ValueError: the model cannot be written so.
-            RuntimeError: the files differ from the model by more than the tolerance, or give NaN.
+        `ValueError` if the model cannot be written so; `RuntimeError` if the files differ by more than the tolerance.
         """
         from .runner import GeneratingFiles, open_files
 
-        reference = self._reference(kind)
+        reference = self._reference(precision)
         check_lowerable(reference)
         start = beginning(self.batches[0])
         # Before there is a session: its waiting threads slow torch down many times over.
-        with every_range_known(reference):
+        with require_ranges(reference):
             expected = run_torch(reference, self.batches)
             expected_start = run_torch(reference, [start]) if self.task.endswith(PAST) else []
-        scores = None if self.quality is None else self.quality.of_torch(kind.name, reference)
+        scores = None if self.quality is None else self.quality.of_torch(precision.name, reference)
         reference.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        written = self.write_files(kind, folder, reference)
+        written = self.write_files(precision, folder, reference)
         runner = open_files(folder, self.task)
         parity = compare(runner, self.batches, expected)
-        tolerance = kind.tolerance if self.tolerance is None else self.tolerance
-        _check_parity(parity, tolerance, kind.name)
+        tolerance = precision.tolerance if self.tolerance is None else self.tolerance
+        _check_parity(parity, tolerance, precision.name)
         if isinstance(runner, GeneratingFiles) and runner.has_cache:
-            steps = compare(runner.step_by_step, [start], expected_start)
-            _check_parity(steps, tolerance, kind.name, " where it adds token by token to its cache")
-            written["step_by_step"] = asdict(steps)
+            steps = compare(runner.incremental_decode, [start], expected_start)
+            _check_parity(steps, tolerance, precision.name, " where it adds token by token to its cache")
+            written["incremental_decode"] = asdict(steps)
         spec = quantized_spec(reference)
         facts = {
-            "kind": kind.name,
+            "kind": precision.name,
             "task": self.task,
             "target": self.target,
             "opset": self.backend.OPSET,
@@ -126,14 +134,18 @@ class Source:
             facts["metrics"] = self.quality.of_file(reference, scores, runner)
         return facts
 
-    def write_files(self, kind: Kind, folder: Path, reference: PreTrainedModel | None = None) -> dict[str, Any]:
+    def write_files(
+        self, precision: Precision, folder: Path, reference: PreTrainedModel | None = None
+    ) -> dict[str, Any]:
         """Writes the ONNX files alone; counts the linear layers with and without integer weights, and those fused."""
-        from .graph import count_fused_linears, improve, multiplies_exactly, quantize_dynamically, to_float16
+        from .graph import count_fused_linears, improve, multiplies_exactly
 
-        reference = self._reference(kind) if reference is None else reference
+        reference = self._reference(precision) if reference is None else reference
         unsigned = self.weight_type == "uint8" or (self.weight_type == "auto" and not multiplies_exactly())
-        facts: dict[str, Any] = {"weight_type": "uint8" if unsigned else "int8"} if kind.multiplies_integers else {}
-        if kind.has_integers:
+        facts: dict[str, Any] = (
+            {"weight_type": "uint8" if unsigned else "int8"} if precision.multiplies_integers else {}
+        )
+        if precision.has_integers:
             traced = copy.deepcopy(reference)
             quantized = lower_quantizers_(traced, target=self.target)
             floats = sum(isinstance(module, (nn.Linear, Conv1D)) for module in traced.modules())
@@ -142,16 +154,16 @@ class Source:
             shutil.copytree(self._float_files, folder, dirs_exist_ok=True)
             files = [folder / file.name for file in sorted(self._float_files.glob("*.onnx"))]
         for file in files:
-            if kind.name == "dynamic":
-                quantize_dynamically(file)
+            if precision.before_fusion is not None:
+                precision.before_fusion(file)
             improve(file, target=self.target, unsigned=unsigned)
-            if kind.name == "float16":
-                to_float16(file)
-        if kind.has_integers:
+            if precision.after_fusion is not None:
+                precision.after_fusion(file)
+        if precision.has_integers:
             # A decoder with a past has the layers of the one without.
             fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         self.backend.finish(folder, reference.config, self.task)
-        if not kind.has_integers:
+        if not precision.has_integers:
             return facts
         return {**facts, "quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
 
@@ -163,22 +175,43 @@ class Source:
         self.backend.trace(copy.deepcopy(self.float_model), folder, self.task, fold_constants=True)
         return folder
 
-    def _reference(self, kind: Kind) -> PreTrainedModel:
-        """The model in torch that computes what files of a kind are to compute."""
-        if kind.spec is None:
+    def _reference(self, precision: Precision) -> PreTrainedModel:
+        """The model in torch that computes what files of a precision are to compute."""
+        spec = precision.spec
+        if spec is None:
             return self.float_model
-        if means_the_same(self.model, kind.spec):
+        if means_the_same(self.model, spec):
             return self.model
         data: Iterable[Batch] = chain(self.batches, self.rest)
-        spec = fitted(kind.spec, self.float_model) if kind.is_named else kind.spec
+        spec = _fitted(spec, self.float_model) if precision.is_fitted else spec
         return quantize(copy.deepcopy(self.float_model), spec, data).eval()
 
 
-def _check_parity(parity: Parity, tolerance: float, kind: str, where: str = "") -> None:
+def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
+    """The spec with one scale a channel where its groups do not divide the inputs, and 8 bits for convolutions.
+
+    Convolutions have few weights, and lose most at 4 bits.
+    """
+    if spec.group_size is None:
+        return spec
+    overrides = dict(spec.overrides)
+    for name, module in model.named_modules():
+        if not spec.selects(name, module):
+            continue
+        if layer_class(module) in (nn.Conv1d, nn.Conv2d):
+            overrides[name] = {"weight_bits": 8, "group_size": None}
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            inputs = len(module.weight) if isinstance(module, Conv1D) else module.in_features
+            if inputs % spec.group_size:
+                overrides[name] = {"group_size": None}
+    return replace(spec, overrides=overrides)
+
+
+def _check_parity(parity: Parity, tolerance: float, name: str, where: str = "") -> None:
     bound = tolerance * parity.max_abs_logit
     if not parity.max_abs_diff <= bound:
         raise RuntimeError(
-            f"The {kind} ONNX file differs from the torch model{where} by up to {parity.max_abs_diff:.4g} (mean "
+            f"The {name} ONNX file differs from the torch model{where} by up to {parity.max_abs_diff:.4g} (mean "
             f"{parity.mean_abs_diff:.4g}, {parity.samples} samples, largest logit {parity.max_abs_logit:.4g}); allowed is "
             f"{bound:.4g} ({tolerance:g} of the largest logit). Nothing was written. Pass calibration= with real data if "
             "this was measured on random inputs, or tolerance= if the difference is acceptable."

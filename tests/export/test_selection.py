@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
-from hfkdq.export import choosing, writing
-from hfkdq.export.choosing import Candidate, choose, render
+from hfkdq.export import selection
+from hfkdq.export.job import ExportJob
+from hfkdq.export.precisions import PRECISIONS
+from hfkdq.export.selection import Candidate, choose, render
 from hfkdq.metrics import classification_metrics
 
 from .. import tiny
@@ -77,19 +79,19 @@ def settings(model, **kwargs):
 
 
 def facts(folder):
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "export_facts.json").read_text())
 
 
 def test_candidates_are_written_measured_and_the_best_is_kept(tmp_path, caplog):
     model = tiny.bert(layers=1)
-    choosing.logger.setLevel(logging.INFO)
-    choosing.logger.addHandler(caplog.handler)
+    selection.logger.setLevel(logging.INFO)
+    selection.logger.addHandler(caplog.handler)
     try:
         # So tight that only what differs by rounding passes: a file that fails is no reason to stop.
         folder = export_onnx(model, tmp_path / "new" / "onnx", **settings(model, tolerance=1e-4, latency_rounds=1))
     finally:
-        choosing.logger.removeHandler(caplog.handler)
-        choosing.logger.setLevel(logging.NOTSET)
+        selection.logger.removeHandler(caplog.handler)
+        selection.logger.setLevel(logging.NOTSET)
     written = facts(folder)
     choice = written["choice"]
     rows = {row["name"]: row for row in choice["candidates"]}
@@ -136,7 +138,7 @@ def test_a_trained_model_is_tried_with_its_own_integers(tmp_path):
 def test_if_all_drop_too_far_nothing_is_written_or_the_nearest_is_kept(tmp_path, monkeypatch):
     # Two candidates are enough to see it.
     monkeypatch.setattr(
-        choosing, "_kinds", lambda *args: ({n: choosing.kind_of(n) for n in ("dynamic", "float16")}, [])
+        selection, "_candidates", lambda *args: ({n: PRECISIONS[n] for n in ("dynamic", "float16")}, [])
     )
     model = tiny.bert(layers=1)
     with pytest.raises(RuntimeError, match=r"no candidate whose distance drops by at most 0\. Nothing(.|\n)*float16 "):
@@ -160,10 +162,10 @@ def test_if_all_drop_too_far_nothing_is_written_or_the_nearest_is_kept(tmp_path,
     ],
 )
 def test_what_fails_for_all_tells_why_and_a_full_disk_ends_it(failure, message, tmp_path, monkeypatch):
-    def write(source, kind, folder):
+    def write(job, precision, folder):
         raise failure if isinstance(failure, OSError) else ValueError(failure.format(folder))
 
-    monkeypatch.setattr(writing.Source, "write", write)
+    monkeypatch.setattr(ExportJob, "write", write)
     model = tiny.bert(layers=1)
     with pytest.raises((RuntimeError, OSError), match=message):
         export_onnx(model, tmp_path / "new" / "onnx", **settings(model))
@@ -174,11 +176,11 @@ def test_calibration_adds_static_int8(tmp_path, monkeypatch):
     seen = []
     model = tiny.bert(layers=1)
 
-    def write_all(source, quality, kinds, folder):
-        seen.append(list(kinds))
+    def write_all(job, quality, precisions, folder):
+        seen.append(list(precisions))
         raise RuntimeError("that is enough")
 
-    monkeypatch.setattr(choosing, "_write_all", write_all)
+    monkeypatch.setattr(selection, "_write_all", write_all)
     with pytest.raises(RuntimeError, match="that is enough"):
         export_onnx(model, tmp_path / "onnx", **settings(model), calibration=[tiny.batch(model)])
     assert seen == [["int8", "dynamic", "int8_weights", "int4_weights", "float16", "float32"]]

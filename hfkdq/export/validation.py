@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves a file: its metric against that of the model in torch, its latency against that of the float file."""
+"""Validates a file: its metric against that of the model in torch, its latency against that of the float file."""
 
 from __future__ import annotations
 
@@ -17,27 +17,20 @@ from transformers.utils import logging
 
 from ..measuring.evaluation import Evaluation, Runner, Scores
 from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines
-from ..modeling.masks import Batch
+from .precisions import FLOAT
 from .verify import run_torch
 
 logger = logging.get_logger(__name__)
 # Two medians closer than this are alike; the machines that this runs on do other work too.
 NOISE = 0.05
 BATCH_SIZE = 32
-FLOAT = "float32"
 
 
 class Quality:
-    """Measures a metric in torch and on files, and bounds how far it may drop.
+    """Measures metrics in torch and on files, and bounds how far one of them may drop.
 
-    Args:
-        evaluation ([`Evaluation`]): the data and the metrics.
-        metric (`str`, *optional*): the one of the metrics that is bounded; needed where there are several.
-        greater_is_better (`bool`): whether a higher metric is better.
-        max_drop (`float`, *optional*): how much worse a file may be, in the unit of the metric.
-
-    Raises:
-        ValueError: `max_drop` is negative or no number.
+    `metric` names the bounded one where there are several; `max_drop`, in its unit, says how much worse a file may be;
+    `ValueError` if that is negative or no number.
     """
 
     def __init__(
@@ -56,8 +49,7 @@ class Quality:
     def begin(self, model: PreTrainedModel, plain: PreTrainedModel) -> None:
         """Measures the model as it was given and, if it has fake quantizers, what it is without them.
 
-        Raises:
-            ValueError: there is no such metric, or none was named and there are several to bound.
+        `ValueError` if there is no such metric, or none was named and there are several to bound.
         """
         metrics = self.of_torch("torch", model).metrics
         if self.metric is None and len(metrics) == 1:
@@ -104,7 +96,7 @@ class Quality:
             "top1_different_share": different / compared if compared else None,
         }
 
-    def objection(self, facts: Mapping[str, Any]) -> str | None:
+    def rejection_reason(self, facts: Mapping[str, Any]) -> str | None:
         """Why a file with these facts is not good enough; `None` if it is."""
         if self.max_drop is None or facts["drop"] <= self.max_drop:
             return None
@@ -137,12 +129,7 @@ def _torch_runner(model: PreTrainedModel) -> Runner:
 class Timing:
     """Times files in turn, each in a process of its own; a model that generates on a text of `runner.TOKENS` tokens.
 
-    Args:
-        rounds (`int`): how often each has its turn; 0 leaves timing out.
-        threads (`int`, *optional*): threads of each; as many as PyTorch uses by default.
-
-    Raises:
-        ValueError: one of them is too small.
+    `rounds` says how often each has its turn, 0 leaves timing out; `threads` are as many as PyTorch uses by default.
     """
 
     def __init__(self, rounds: int, threads: int | None) -> None:
@@ -150,20 +137,14 @@ class Timing:
         check_counts(latency_rounds=(rounds, 0), threads=(self.threads, 1))
 
     @property
-    def obstacle(self) -> str | None:
+    def skip_reason(self) -> str | None:
         """Why nothing is timed; `None` if it is."""
         return "latency_rounds is 0" if self.rounds == 0 else None
 
     def time(
         self, folders: Mapping[str, Path], task: str, inputs: Mapping[str, np.ndarray[Any, Any]]
     ) -> dict[str, Timed]:
-        """How long the files in each folder take, each file in a process of its own.
-
-        Args:
-            folders (`dict[str, Path]`): what is timed side by side.
-            task (`str`): as the backend resolved it.
-            inputs (`dict[str, np.ndarray]`): one example.
-        """
+        """The latencies of the files in each folder on one example, each file timed in a process of its own."""
         from .runner import open_files
         from .runtime import onnx_call
 
@@ -179,7 +160,7 @@ class Timing:
     def facts(
         self, name: str, found: Mapping[str, Timed], inputs: Mapping[str, np.ndarray[Any, Any]]
     ) -> dict[str, Any]:
-        """What the report says of the files `name`, which were timed beside the float32 files."""
+        """The facts about the latency of the files `name`, which were timed beside the float32 files."""
         ours, theirs = found[name].whole, found[FLOAT].whole if FLOAT in found else None
         facts = {
             "device": "cpu",
@@ -206,7 +187,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timed:
-    """How long a model takes: by part, the latency of a call and how many there are."""
+    """The latency of a model: by part, that of a call and the number of calls."""
 
     parts: Mapping[str, tuple[Latency, int]]
 
@@ -219,9 +200,3 @@ class Timed:
             min_ms=sum(latency.min_ms * times for latency, times in found),
             calls=min(latency.calls for latency, _ in found),
         )
-
-
-def one_example(batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
-    """The first example of a batch as a batch of one, without labels."""
-    tensors = {name: torch.as_tensor(value).cpu()[:1] for name, value in batch.items() if name != "labels"}
-    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in tensors.items()}

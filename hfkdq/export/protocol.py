@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of an exporter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+PAST = "-with-past"
+"""The end of the names of tasks with a cache."""
+
+
+class Backend(Protocol):
+    """An exporter: a module with these names."""
+
+    OPSET: int
+    """Of the files."""
+    PACKAGES: tuple[str, ...]
+    """Distributions whose versions are recorded."""
+
+    def resolve_task(self, model: PreTrainedModel, task: str | None) -> str:
+        """Optimum's name of the task, read off the class of the model by default; `ValueError` if it has none."""
+
+    def dummy_batches(self, model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
+        """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
+
+    def trace(self, model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
+        """Writes `model` into an existing folder; the files.
+
+        Args:
+            model (`PreTrainedModel`): a float32 model on the CPU, in eval mode. Its configuration may be changed.
+            folder (`Path`): where to.
+            task (`str`): as `resolve_task` gave it.
+            fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
+        """
+
+    def finish(self, folder: Path, config: PretrainedConfig, task: str) -> None:
+        """Completes a folder once the files that `trace` wrote have been rewritten."""

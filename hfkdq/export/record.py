@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`export_facts.json`: the record that an export leaves beside its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ..facts import QuantizationSettings
+from ..schema import FreeText, check, read_file
+
+EXPORT_FACTS = "export_facts.json"
+# Of earlier releases; reports of measurements have this name too.
+FORMER_NAME = "report.json"
+EXPORT_AGAIN = "Export the model again with export_onnx"
+
+
+class FileFacts(TypedDict):
+    """Size and hash of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class ModelFacts(TypedDict):
+    """The identity of a model."""
+
+    architecture: str
+    model_type: str
+    id2label: dict[FreeText, FreeText]
+    parameters: int
+    shapes: str
+
+
+class Milliseconds(TypedDict, total=False):
+    """The latency of a file."""
+
+    median_ms: float
+    min_ms: float
+    calls: int
+
+
+class Timing(TypedDict, total=False):
+    """The settings of a latency measurement."""
+
+    device: FreeText
+    threads: int
+    rounds: int
+    inputs: dict[FreeText, list[int]]
+
+
+class ExportLatency(Timing, total=False):
+    """The timing of the files."""
+
+    onnx: Milliseconds
+
+
+class ExportMetrics(TypedDict, total=False):
+    """The metrics of the model and of its files."""
+
+    examples: int
+    torch: dict[FreeText, float]
+    onnx: dict[FreeText, float]
+
+
+class Export(TypedDict, total=False):
+    """The fields of `export_facts.json` that are read."""
+
+    kind: FreeText
+    bytes: int
+    task: FreeText
+    opset: int
+    samples: int
+    max_abs_diff: float | None
+    mean_abs_diff: float | None
+    max_abs_logit: float | None
+    top1_agreement: float | None
+    tolerance: float | None
+    quantized_linears: int
+    fused_linears: int
+    weight_type: FreeText
+    spec: QuantizationSettings | None
+    files: dict[str, FileFacts]
+    model: ModelFacts
+    metrics: ExportMetrics
+    latency: ExportLatency
+    versions: dict[FreeText, FreeText]
+
+
+def export_file(folder: Path) -> Path:
+    """The file in `folder` with what its export recorded, which may not be there; of an earlier release if there is one."""
+    former = folder / FORMER_NAME
+    return former if former.is_file() and not (folder / EXPORT_FACTS).is_file() else folder / EXPORT_FACTS
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """The record of the export into `folder`; `ValueError`, in one line that names the file, if it is damaged."""
+    path = export_file(folder)
+    facts = read_file(path)
+    try:
+        check(facts, Export, "it")
+    except ValueError as error:
+        raise ValueError(f"{path} is not what export_onnx writes: {error}. {EXPORT_AGAIN}.") from None
+    return facts
