@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..export.precisions import DYNAMIC, recorded_precision
 from ..facts import describe_facts
+from ..modeling.tasks import task_of
 from ..secrets import redact
 from ..specs import QuantizationSpec
 from .data import Engine, ReportData, check_renderable, shortened
@@ -208,13 +209,13 @@ def _zeroed(report: ReportData) -> bool:
 
 def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
     """The names that the code in the card is made of."""
-    head = re.search(r"For[A-Z]\w*$", report.architecture)
-    known = head is not None and report.task is not None and re.fullmatch(r"[a-z0-9-]+", report.task)
+    task = task_of(report.architecture)
+    auto = task.auto if task is not None and task.name == report.task else None
     return {
         "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else "  # the folder of this file"),
-        "auto": f"AutoModel{head.group()}" if known and head else report.architecture,
-        "ort": f"ORTModel{head.group()}" if known and head else "",
+        "auto": auto or report.architecture,
+        "ort": (auto or "").replace("AutoModel", "ORTModel"),
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),

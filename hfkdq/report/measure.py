@@ -30,21 +30,13 @@ from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.latency import TimedEngine, check_counts, time_engines
 from ..measuring.torch_engine import torch_call
+from ..modeling.tasks import task_of
 from .data import Engine, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
 
 logger = logging.get_logger(__name__)
 
-_TASKS = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForCausalLM": "text-generation",
-    "ForImageClassification": "image-classification",
-    "ForAudioClassification": "audio-classification",
-}
 _PROCESSORS = {
     PreTrainedTokenizerBase: "AutoTokenizer",
     BaseImageProcessor: "AutoImageProcessor",
@@ -175,11 +167,9 @@ def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[st
 
 
 def _task(model: PreTrainedModel) -> str | None:
-    name = type(model).__name__
-    task = next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
-    # An audio model can be called ForSequenceClassification too.
-    is_text = task in ("text-classification", "token-classification", "question-answering", "fill-mask")
-    return None if is_text and model.main_input_name != "input_ids" else task
+    """The tag of the pipeline that runs such a model."""
+    task = task_of(type(model).__name__)
+    return task.name if task is not None and task.auto is not None else None
 
 
 def hub_id(model: PreTrainedModel) -> str | None:
