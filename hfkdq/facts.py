@@ -7,13 +7,15 @@ What is read is held against the types below first, as a checkpoint may come fro
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, TypedDict
+from collections.abc import Callable
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .schema import Count, FreeText, Name, check, check_depth
 
 _MOST_TEXT = 2**27
+_Recorder = TypeVar("_Recorder", bound=Callable[..., None])
 
 
 def _is_base64(value: Any, where: str) -> None:
@@ -167,11 +169,16 @@ def drop_fact(model: PreTrainedModel, topic: str) -> None:
             del model.config.hfkdq
 
 
-def refresh_facts(model: PreTrainedModel) -> None:
-    """Lets the modules of a model that has changed its shapes write anew what they have recorded of it.
+_REFRESHERS: list[Callable[[Any], None]] = []
 
-    A module that records something has a method `write_facts(model)`, which writes it for all of its kind.
-    """
-    kinds = {type(module).write_facts: module for module in model.modules() if hasattr(module, "write_facts")}
-    for module in kinds.values():
-        module.write_facts(model)
+
+def refreshes_facts(record: _Recorder) -> _Recorder:
+    """Decorates a function that records a topic of a model again; it does nothing for models without that topic."""
+    _REFRESHERS.append(record)
+    return record
+
+
+def refresh_facts(model: PreTrainedModel) -> None:
+    """Records anew what depends on the shapes of a model, after pruning has changed them."""
+    for record in _REFRESHERS:
+        record(model)

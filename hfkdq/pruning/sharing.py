@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import read_facts, record_fact
+from ..facts import drop_fact, read_facts, record_fact
 from ..modeling import find_layer_stacks
 
 logger = logging.get_logger(__name__)
@@ -141,11 +141,7 @@ def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
         if key not in copies:
             copies[key] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
         _set_(layers[index], name, copies[key])
-    facts = read_facts(model)
-    if facts.pop(FACT, None) is not None:
-        model.config.hfkdq = facts
-        if not facts:
-            del model.config.hfkdq
+    drop_fact(model, FACT)
     return model
 
 

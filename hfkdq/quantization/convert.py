@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import read_facts
+from ..facts import drop_fact
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
 from ..specs.quantization import QUANTIZABLE, RECURRENT
 from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
@@ -181,9 +181,5 @@ def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
             swap_out_(module)
     release_(model)
     swap_attention_out_(model)
-    facts = read_facts(model)
-    if facts.pop(FACT, None) is not None:
-        model.config.hfkdq = facts
-        if not facts:
-            del model.config.hfkdq
+    drop_fact(model, FACT)
     return model

@@ -95,12 +95,6 @@ class QuantizedModule(nn.Module):
         if scale is not None and self.quantization_scheme.per_channel:
             self.weight_quantizer.scale = nn.Parameter(scale.detach()[kept.to(scale.device)])
 
-    def write_facts(self, model: Any) -> None:
-        """Records the state of all quantizers of `model` anew, as pruning asks for when it has changed shapes."""
-        from .records import record_ranges
-
-        record_ranges(model)
-
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         """Makes the quantizers; the class has been changed already."""
         weight = self.adapted_weight()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..facts import read_facts, record_fact
+from ..facts import read_facts, record_fact, refreshes_facts
 from ..schema import brief
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
@@ -181,6 +181,7 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
     return tensor
 
 
+@refreshes_facts
 def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
     """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
 
