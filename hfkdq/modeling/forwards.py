@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..protocols import FakeQuantized
+
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
 
@@ -89,15 +91,12 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes.
-
-    They are the modules with a switch `fake_quantize_enabled` that is on.
-    """
-    modules = [module for module in model.modules() if getattr(module, "fake_quantize_enabled", False)]
+    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes."""
+    modules = [m for m in model.modules() if isinstance(m, FakeQuantized) and m.fake_quantize_enabled]
     for module in modules:
-        module.fake_quantize_enabled = False  # type: ignore[assignment]
+        module.fake_quantize_enabled = False
     try:
         yield
     finally:
         for module in modules:
-            module.fake_quantize_enabled = True  # type: ignore[assignment]
+            module.fake_quantize_enabled = True

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
+from ..protocols import Adaptive
 from ..schedules import Schedule, extremes, value_at
 from ..specs.base import check_fields
 from .outline import Outline, outline_of
@@ -216,7 +217,7 @@ class Objective:
         for f in fields(self):
             if not f.init:
                 vars(twin).pop(f.name, None)
-            elif isinstance(value := getattr(self, f.name), Objective) or hasattr(value, "adapt"):
+            elif isinstance(value := getattr(self, f.name), (Objective, Adaptive)):
                 twin._keep(**{f.name: value.copy()})
         return twin
 

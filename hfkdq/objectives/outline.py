@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..facts import read_facts
 from ..modeling import evenly_spaced_layers, find_layer_stack
 from ..modeling.forwards import as_output, base_of, return_dict_kwargs
+from ..protocols import Bypassable
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
@@ -235,13 +236,12 @@ def layers_of(student: PreTrainedModel) -> list[nn.Module]:
 def mean_over_active_layers(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
     """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are not bypassed.
 
-    Pruning passes layers by while it trains (they have `bypassed` set); what they hand on is the layer before them, which
-    has an entry of its own. Those left out keep a gradient of zero.
+    Pruning bypasses layers while it trains; their output is that of the layer before, which has an entry of its own.
+    Entries that are left out keep a gradient of zero.
     """
-    at_work = [
-        not (0 < number <= len(layers) and getattr(layers[number - 1], "bypassed", False)) for number in numbers
-    ]
-    if all(at_work):
+    bypassed = {i for i, layer in enumerate(layers, start=1) if isinstance(layer, Bypassable) and layer.bypassed}
+    active = [number not in bypassed for number in numbers]
+    if all(active):
         return values.mean(0)
-    weights = values.new_tensor(at_work, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
+    weights = values.new_tensor(active, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
     return (values * weights).sum(0) / weights.sum().clamp(min=1.0)

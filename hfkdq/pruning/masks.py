@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..protocols import FollowsPruning
 from ..specs import PruningSpec
 from .criteria import Evidence
 from .masked_norms import mask_norm_
@@ -41,10 +42,9 @@ def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
             )
         if isinstance(target, GroupTarget) and spec.removes and spec.ranking == "local":
             for entry in target.group.of_role("input"):
-                check = getattr(entry.module, "check_inputs", None)
                 try:
-                    if check is not None:
-                        check(kept * entry.positions.shape[1])
+                    if isinstance(entry.module, FollowsPruning):
+                        entry.module.check_inputs(kept * entry.positions.shape[1])
                 except ValueError as error:
                     raise ValueError(f"{entry.name}: {error}") from error
 

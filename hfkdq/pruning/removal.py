@@ -25,6 +25,7 @@ from ..modeling import (
     shapes_of,
     width_fields,
 )
+from ..protocols import FollowsPruning
 from ..specs import PruningSpec
 from .bypass import bypass_
 from .targets import GroupTarget, LayerTarget, PruningTarget
@@ -176,9 +177,8 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
                 model, values, nn.Parameter(cut, values.requires_grad) if isinstance(values, nn.Parameter) else cut
             )
             resize_(entry.module)
-            follow = getattr(entry.module, "keep_outputs_", None)
-            if follow is not None and entry.role == "output" and entry.tensor == "weight":
-                follow(kept)  # a module that knows more of its channels than weight and bias
+            if isinstance(entry.module, FollowsPruning) and entry.role == "output" and entry.tensor == "weight":
+                entry.module.keep_outputs_(kept)
         for _, module, attribute, per_unit in target.group.counts:
             setattr(module, attribute, int(left.sum()) * per_unit)
             if module in names:  # its layer may have gone, or have another number, since the targets were found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact, refreshes_facts
+from ..protocols import FakeQuantized
 from ..schema import brief
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
@@ -296,8 +297,8 @@ def set_weight_bits_(module: QuantizedModule, bits: int) -> None:
 def set_enabled_(model: nn.Module, enabled: bool) -> None:
     """Turns all fake quantizers of `model` on or off; off, it computes in floating point."""
     for module in model.modules():
-        if hasattr(type(module), "fake_quantize_enabled"):
-            module.fake_quantize_enabled = enabled  # type: ignore[assignment]
+        if isinstance(module, FakeQuantized):
+            module.fake_quantize_enabled = enabled
 
 
 def quantizer_states(model: nn.Module) -> dict[str, dict[str, float]]:

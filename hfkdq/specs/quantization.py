@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
+from ..protocols import SwappedLayer
 from .base import ModulePatterns, Serializable, check_fields, freeze_patterns, module_matches
 
 RECURRENT = (nn.LSTM, nn.GRU)
@@ -275,7 +276,7 @@ class QuantizationSpec(QuantizationScheme):
 
 def override_matches(pattern: str, name: str, module: nn.Module) -> bool:
     """Whether a key of `QuantizationSpec.overrides` means `module`, found under `name`."""
-    plain = getattr(module, "plain_class", None) or type_before_parametrizations(module)
+    plain = module.plain_class if isinstance(module, SwappedLayer) else type_before_parametrizations(module)
     if plain.__name__ == pattern or module_matches(name, [pattern]):
         return True
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...protocols import Adapted, FollowsPruning
 from .token_ids import renumbered_fields
 
 
@@ -127,7 +128,7 @@ class VocabularyRows:
                             "doesn't describe, so it would not follow. Its vocabulary cannot be pruned."
                         )
             own = {id(tensor) for tensor in module._parameters.values() if tensor is not None}
-            if own & cut and getattr(module, "adapter", None) is not None:
+            if own & cut and isinstance(module, Adapted) and module.adapter is not None:
                 raise ValueError("An adapter stands beside an embedding table or head. Merge the adapters first.")
 
     def _padded(self) -> Iterator[tuple[Any, bool]]:
@@ -225,6 +226,5 @@ def _replace_own_(module: nn.Module, replaced: dict[int, tuple[torch.Tensor, int
             for field in ("num_embeddings", "out_features") if dim == 0 else ("in_features",):
                 if field in vars(module):
                     setattr(module, field, len(kept))
-            follow = getattr(module, "keep_outputs_", None)
-            if follow is not None and dim == 0:
-                follow(kept)
+            if isinstance(module, FollowsPruning) and dim == 0:
+                module.keep_outputs_(kept)
