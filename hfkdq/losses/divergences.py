@@ -20,23 +20,23 @@ _RULED_OUT = -1e4
 
 
 def log_probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+    logits: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`log softmax(logits / T)` over the last axis, float32; classes outside of `support` get probability 0.
+    """`log softmax(logits / T)` over the last axis, float32; classes outside of `valid_classes` get probability 0.
 
     Args:
         logits (`torch.Tensor` of shape `(..., classes)`): logits.
         temperature (`float`, defaults to 1.0): `T`, larger than 0.
-        support (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
+        valid_classes (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
     """
     scaled = logits.float() / temperature
-    if support is not None:
-        scaled = scaled.masked_fill(~support, _RULED_OUT)
+    if valid_classes is not None:
+        scaled = scaled.masked_fill(~valid_classes, _RULED_OUT)
     return F.log_softmax(scaled, dim=-1)
 
 
 def forward_kl(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` per position.
 
@@ -47,13 +47,13 @@ def forward_kl(
         student (`torch.Tensor` of shape `(..., classes)`): logits of the student.
         teacher (`torch.Tensor` of shape `(..., classes)`): logits of the teacher.
         temperature (`float`, defaults to 1.0): `T`, larger than 0.
-        support (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
+        valid_classes (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
 
     Returns:
         `torch.Tensor` of shape `(...)`, float32, at least 0 up to rounding.
     """
-    log_student = log_probabilities(student, temperature, support)
-    log_teacher = log_probabilities(teacher, temperature, support)
+    log_student = log_probabilities(student, temperature, valid_classes)
+    log_teacher = log_probabilities(teacher, temperature, valid_classes)
     return _kl(log_teacher, log_student) * temperature**2
 
 
@@ -80,7 +80,7 @@ class Divergence:
         student: torch.Tensor,
         teacher: torch.Tensor,
         temperature: float = 1.0,
-        support: torch.Tensor | None = None,
+        valid_classes: torch.Tensor | None = None,
         target: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The divergence per position.
@@ -89,7 +89,7 @@ class Divergence:
             student (`torch.Tensor` of shape `(rows, classes)`): logits of the student.
             teacher (`torch.Tensor` of shape `(rows, classes)`): logits of the teacher.
             temperature (`float`, defaults to 1.0): `T`, larger than 0.
-            support (`torch.BoolTensor` of shape `(rows, classes)`, *optional*): the classes that are possible.
+            valid_classes (`torch.BoolTensor` of shape `(rows, classes)`, *optional*): the classes that are possible.
             target (`torch.LongTensor` of shape `(rows,)`, *optional*): the class on the label, where there are labels.
 
         Returns:
@@ -102,8 +102,8 @@ class Divergence:
 class ForwardKL(Divergence):
     """`T^2 * KL(teacher || student)`: the student covers all that the teacher finds likely. Hinton et al. (2015)."""
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        return forward_kl(student, teacher, temperature, support)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        return forward_kl(student, teacher, temperature, valid_classes)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class ReverseKL(Divergence):
     Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models" (2024).
     """
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        return forward_kl(teacher, student, temperature, support)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        return forward_kl(teacher, student, temperature, valid_classes)
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class JSD(Divergence):
                 "'reverse_kl'."
             )
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        log_q = log_probabilities(student, temperature, support)
-        log_p = log_probabilities(teacher, temperature, support)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        log_q = log_probabilities(student, temperature, valid_classes)
+        log_p = log_probabilities(teacher, temperature, valid_classes)
         weights = torch.tensor([self.beta, 1.0 - self.beta], device=log_p.device).log()
         log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
         return (self.beta * _kl(log_p, log_m) + (1.0 - self.beta) * _kl(log_q, log_m)) * temperature**2
@@ -157,9 +157,9 @@ class SoftCrossEntropy(Divergence):
     The forward KL divergence plus the entropy of the teacher, which is its smallest value. Hinton et al. (2015).
     """
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        log_q = log_probabilities(student, temperature, support)
-        p = log_probabilities(teacher, temperature, support).exp()
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        log_q = log_probabilities(student, temperature, valid_classes)
+        p = log_probabilities(teacher, temperature, valid_classes).exp()
         return -(p * log_q).sum(-1) * temperature**2
 
 
@@ -173,11 +173,11 @@ class MSE(Divergence):
 
     uses_temperature: ClassVar[bool] = False
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         squares = (student.float() - teacher.float()).square()
-        if support is None:
+        if valid_classes is None:
             return squares.mean(-1)
-        return squares.masked_fill(~support, 0.0).sum(-1) / support.sum(-1).clamp(min=1)
+        return squares.masked_fill(~valid_classes, 0.0).sum(-1) / valid_classes.sum(-1).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -206,14 +206,14 @@ class DKD(Divergence):
         if min(self.alpha, self.beta) < 0:
             raise ValueError(f"DKD: alpha and beta must not be negative, got {self.alpha!r} and {self.beta!r}.")
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         if target is None:
             target = teacher.argmax(-1)
         is_target = F.one_hot(target, teacher.shape[-1]).bool()
-        others = ~is_target if support is None else support & ~is_target
+        others = ~is_target if valid_classes is None else valid_classes & ~is_target
         pairs, rest = [], []
         for logits in (student, teacher):
-            log_p = log_probabilities(logits, temperature, support)
+            log_p = log_probabilities(logits, temperature, valid_classes)
             log_target = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
             log_others = torch.logsumexp(log_p.masked_fill(~others, _RULED_OUT), dim=-1)
             pairs.append(torch.stack([log_target, log_others], dim=-1))
@@ -247,9 +247,9 @@ class DIST(Divergence):
         if min(self.beta, self.gamma) < 0:
             raise ValueError(f"DIST: beta and gamma must not be negative, got {self.beta!r} and {self.gamma!r}.")
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        q = log_probabilities(student, temperature, support).exp()
-        p = log_probabilities(teacher, temperature, support).exp()
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        q = log_probabilities(student, temperature, valid_classes).exp()
+        p = log_probabilities(teacher, temperature, valid_classes).exp()
         inter = 1.0 - _pearson(q, p)  # (rows,)
         # Over a single row there is nothing to correlate.
         intra = (1.0 - _pearson(q.T, p.T)).mean() if len(q) > 1 else inter.new_zeros(())
@@ -272,17 +272,17 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 """The divergences by the names that `LogitKD` takes."""
 
 
-def standardized(logits: torch.Tensor, support: torch.Tensor | None = None) -> torch.Tensor:
+def standardized(logits: torch.Tensor, valid_classes: torch.Tensor | None = None) -> torch.Tensor:
     """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher.
 
     Sun et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9.
     """
     logits = logits.float()
-    if support is None:
+    if valid_classes is None:
         return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True, unbiased=False) + 1e-7)
-    count = support.sum(-1, keepdim=True).clamp(min=1)
-    mean = logits.masked_fill(~support, 0.0).sum(-1, keepdim=True) / count
-    variance = (logits - mean).square().masked_fill(~support, 0.0).sum(-1, keepdim=True) / count
+    count = valid_classes.sum(-1, keepdim=True).clamp(min=1)
+    mean = logits.masked_fill(~valid_classes, 0.0).sum(-1, keepdim=True) / count
+    variance = (logits - mean).square().masked_fill(~valid_classes, 0.0).sum(-1, keepdim=True) / count
     return (logits - mean) / (variance.sqrt() + 1e-7)
 
 

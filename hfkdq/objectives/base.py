@@ -21,7 +21,7 @@ from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_
 from ..protocols import Adaptive
 from ..schedules import Schedule, extremes, value_at
 from ..specs.base import check_fields
-from .outline import Outline, outline_of
+from .model_signature import ModelSignature, signature_of
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,13 @@ class Objective:
         """The name under which this term is logged: `"logit_kd"` for `LogitKD`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         """Checks that this objective fits the two models, and prepares them; raises `ValueError` where it does not.
 
-        Of a teacher whose outputs were cached there is an [`Outline`] alone.
+        Of a teacher whose outputs were cached there is an [`ModelSignature`] alone.
         """
         self._keep(
-            _shifts_labels=outline_of(student).model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            _shifts_labels=signature_of(student).model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
             _frames=frame_lengths(base_of(student)),
             _indices={},
         )

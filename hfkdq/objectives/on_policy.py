@@ -14,7 +14,7 @@ from ..modeling.masks import Batch, Positions, attended_mask, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
-from .outline import Outline
+from .model_signature import ModelSignature
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
@@ -85,7 +85,7 @@ class OnPolicyKD(Objective):
         if self.objective.weight != 1.0 or self.objective.teacher is not None:
             raise ValueError(f"Give weight and teacher to OnPolicyKD itself, not to its objective {self.objective!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         base = base_of(student)
         if not base.can_generate() or base.main_input_name != "input_ids":
@@ -93,7 +93,7 @@ class OnPolicyKD(Objective):
                 f"OnPolicyKD lets the student write texts in answer to texts, and {type(base).__name__} cannot. Use a "
                 "student such as AutoModelForCausalLM or AutoModelForSeq2SeqLM gives, or LogitKD, which needs no answers."
             )
-        if isinstance(teacher, Outline):
+        if isinstance(teacher, ModelSignature):
             raise ValueError(
                 "Cached outputs are of the texts of a dataset, and OnPolicyKD asks the teacher about texts that the student "
                 "writes. Give the teacher itself as teacher_model."

@@ -16,7 +16,7 @@ from ..modeling.forwards import TEACHER_PREFIX, base_of
 from ..modeling.masks import Batch, Positions
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
-from .outline import Outline
+from .model_signature import ModelSignature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ExtraForwardPasses(Objective):
         """What is compared."""
         return self.objective.needs
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         self.objective.attach(student, teacher)
 
@@ -106,7 +106,7 @@ class NoisyKD(ExtraForwardPasses):
         if self.kind == "tokens" and not 0 < self.probability <= 1:
             raise ValueError(f"NoisyKD: probability must be in (0, 1], got {self.probability!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         if self.kind == "tokens" and base_of(student).main_input_name != "input_ids":
             raise ValueError(
@@ -182,9 +182,9 @@ class AdversarialKD(ExtraForwardPasses):
                 f"{self.epsilon!r}, {self.step_size!r} and {self.steps!r}."
             )
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
-        if isinstance(teacher, Outline) or teacher is None:
+        if isinstance(teacher, ModelSignature) or teacher is None:
             raise ValueError(
                 "AdversarialKD asks the teacher about changed inputs, so it needs the teacher, not its cache."
             )

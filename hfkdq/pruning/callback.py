@@ -17,7 +17,7 @@ from ..facts import drop_fact
 from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
-from .gathering import gather_
+from .importance import collect_importance_
 from .one_shot import check_prunable, count_parameters, finish_
 from .progress import UNFINISHED, Progress
 from .targets import PruningTarget, find_targets
@@ -206,11 +206,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         due = self.spec.sparsity_at((state.global_step + 1) / state.max_steps)
         if due > progress.masks.sparsity and not progress.settled:
             if self._bounded and progress.last_good is None:
-                progress.remember()
+                progress.snapshot()
             if self.spec.criterion == "teacher":
-                progress.evidence.forget()
+                progress.importance.forget()
                 batches = make_batches(model, self._calibration, *self._how)
-                gather_(model, progress.evidence, batches, self._teacher)
+                collect_importance_(model, progress.importance, batches, self._teacher)
             if progress.grow_to(due) and due == self.spec.sparsity:
                 # Models before this step were denser; none of them may be loaded as the best one.
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -259,9 +259,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             f"Pruned to sparsity {progress.masks.sparsity:.3f}: {name} is {value:.4f}, {'kept' if kept else 'too far'}."
         )
         if kept:
-            progress.remember()
+            progress.snapshot()
         else:
-            progress.go_back()
+            progress.rollback()
             control.should_training_stop = True
             if not progress.masks.sparsity:
                 logger.warning(
@@ -300,7 +300,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
             if not progress.grow_to(final):
                 logger.warning(
-                    f"No gradients or activations of {', '.join(list(progress.evidence.missing().values())[:3])} were seen in this training, so "
+                    f"No gradients or activations of {', '.join(list(progress.importance.missing().values())[:3])} were seen in this training, so "
                     f"no more was pruned than {progress.masks.sparsity:.3f}."
                 )
         progress.end()

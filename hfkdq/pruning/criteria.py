@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each unit matters: from the weights themselves, or from evidence gathered while the model runs."""
+"""How much each unit matters: from the weights themselves, or from importance gathered while the model runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..specs import PruningSpec
 from .targets import GroupTarget, LayerTarget, Part, PruningTarget, WeightTarget
 
 FROM_GRADIENTS = ("taylor", "fisher", "movement", "teacher")
-"""Criteria whose evidence is gradients."""
+"""Criteria that read gradients."""
 
 DECAY = 0.99
-"""Share of the former evidence that stays in an optimizer step, so that it follows the weights as they change."""
+"""Share of the former importance that stays in an optimizer step, so that it follows the weights as they change."""
 
 
-class Evidence:
+class ImportanceStatistics:
     """What has been seen of every target: gradients times weights, norms and means of activations.
 
     Everything is kept in `tensors`, float32, by names that say which target it is of; so it can be saved and restored.
@@ -29,7 +29,7 @@ class Evidence:
     Args:
         targets (sequence of `PruningTarget`): what is pruned.
         spec (`PruningSpec`): the criterion, and whether means are needed (`cut="mean"`).
-        decay (`float`, *optional*): share of former evidence that stays when there is more; by default all counts alike.
+        decay (`float`, *optional*): share of former importance that stays when there is more; by default all counts alike.
         while_training (`bool`, defaults to `False`): look at activations of modules in training mode alone, so that an
             evaluation leaves no trace.
     """
@@ -189,7 +189,7 @@ class Evidence:
 
         return hook
 
-    def gathered(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is what the criterion, and means, need of every target."""
         return not self.missing()
 

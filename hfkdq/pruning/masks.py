@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..protocols import FollowsPruning
 from ..specs import PruningSpec
-from .criteria import Evidence
+from .criteria import ImportanceStatistics
 from .masked_norms import mask_norm_
 from .targets import GroupTarget, LayerTarget, PruningTarget, WeightTarget
 
@@ -59,13 +59,13 @@ class Masks:
     Args:
         targets (sequence of `PruningTarget`): what is pruned.
         spec (`PruningSpec`): how units are ranked, and what happens to those that are cut.
-        evidence (`Evidence`): their scores.
+        importance (`ImportanceStatistics`): their scores.
     """
 
-    def __init__(self, targets: Sequence[PruningTarget], spec: PruningSpec, evidence: Evidence) -> None:
+    def __init__(self, targets: Sequence[PruningTarget], spec: PruningSpec, importance: ImportanceStatistics) -> None:
         self.targets = list(targets)
         self.spec = spec
-        self.evidence = evidence
+        self.importance = importance
         self.pruned = [
             torch.zeros(target.units, dtype=torch.bool, device=target.parts[0].values.device)
             for target in self.targets
@@ -95,7 +95,7 @@ class Masks:
 
     def _ranked(self, i: int) -> Tensor:
         """Scores with pruned units below all others and protected ones above them."""
-        scores = self.evidence.scores(i).masked_fill(self.pruned[i], -torch.inf)
+        scores = self.importance.scores(i).masked_fill(self.pruned[i], -torch.inf)
         for place in _protected(self.targets[i]):
             scores[place] = torch.inf
         return scores
@@ -121,7 +121,7 @@ class Masks:
 
     def _grow_groups(self, i: int, share: float, n: int, m: int) -> None:
         """N:M: in the share `share` of the groups the `m - n` weights that matter least, cheapest groups first."""
-        scores, mask = self.evidence.scores(i).view(-1, m), self.pruned[i].view(-1, m)
+        scores, mask = self.importance.scores(i).view(-1, m), self.pruned[i].view(-1, m)
         done = mask.any(dim=1)
         lowest = scores.topk(m - n, dim=1, largest=False)
         cost = lowest.values.sum(dim=1).masked_fill(done, -torch.inf)
@@ -138,7 +138,7 @@ class Masks:
         if not isinstance(target, GroupTarget) or not bool(fresh.any()):
             return
         for entry in target.group.of_role("input"):
-            mean = self.evidence.mean_input(i, entry.name)
+            mean = self.importance.mean_input(i, entry.name)
             if mean is None:
                 continue
             gone = entry.entries(fresh)

@@ -87,9 +87,9 @@ def check_adapter(name: str, wrapper: nn.Module | None) -> None:
     """
     if wrapper is None or "modules_to_save" in wrapper._modules:
         return
-    from .lora import why_not
+    from .lora import unsupported_reason
 
-    reason = why_not(wrapper)
+    reason = unsupported_reason(wrapper)
     if reason:
         raise ValueError(
             f"The weight of {name} cannot be quantized together with its adapter: {reason}. Change that, leave {name} "
@@ -97,7 +97,7 @@ def check_adapter(name: str, wrapper: nn.Module | None) -> None:
         )
 
 
-def adopt_(model: nn.Module, modules: set[int]) -> None:
+def attach_lora_(model: nn.Module, modules: set[int]) -> None:
     """Lets the linear layers whose identities are in `modules` quantize their weights with the adapters around them."""
     if not has_adapters(model):
         return
@@ -111,8 +111,8 @@ def adopt_(model: nn.Module, modules: set[int]) -> None:
             vars(module)["adapter"] = wrapper
 
 
-def release_(model: nn.Module) -> None:
-    """Undoes `adopt_`."""
+def detach_lora_(model: nn.Module) -> None:
+    """Undoes `attach_lora_`."""
     for module in list(model.modules()):
         wrapper = vars(module).get("adapter")
         if getattr(wrapper, "base_layer", None) is module:  # modules of Wav2Vec2 have an attribute of that name too

@@ -118,7 +118,7 @@ class BitAllocation:
         return Path(path)
 
 
-def choose_widths(
+def choose_bits(
     sizes: Mapping[str, Mapping[int, int]],
     sensitivity: Mapping[str, Mapping[int, float]],
     budget: int,
@@ -146,9 +146,9 @@ def choose_widths(
 
     Example:
         ```python
-        >>> from hfkdq.quantization.allocation import choose_widths
+        >>> from hfkdq.quantization.allocation import choose_bits
         >>> sizes = {"a": {8: 80, 4: 40}, "b": {8: 80, 4: 40}}
-        >>> choose_widths(sizes, {"a": {8: 0.0, 4: 0.5}, "b": {8: 0.1, 4: 0.9}}, budget=120)
+        >>> choose_bits(sizes, {"a": {8: 0.0, 4: 0.5}, "b": {8: 0.1, 4: 0.9}}, budget=120)
         {'a': 4, 'b': 8}
 
         ```

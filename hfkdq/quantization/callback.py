@@ -15,7 +15,6 @@ from transformers.utils import CONFIG_NAME, logging
 from ..specs import QuantizationSpec
 from .batch_norm import fold_batch_norm_
 from .convert import prepare_qat_, strip_quantizers_
-from .phases import Phases, Widths
 from .ranges import UpdateScaling, learned_parameters
 from .records import (
     activation_quantizers,
@@ -28,6 +27,7 @@ from .records import (
     restore_record_,
     weight_states,
 )
+from .schedule import BitSchedule, QATSchedule
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,7 @@ class QATCallback(TrainerCallback, ExportableState):
         freeze_ranges: float | None = None,
         freeze_batch_norm: float | None = None,
         fold_batch_norm: bool = False,
-        lower_bits: Widths | None = None,
+        lower_bits: BitSchedule | None = None,
         quantized_share: float = 1.0,
         learning_rate_factor: float = 1.0,
     ) -> None:
@@ -100,7 +100,7 @@ class QATCallback(TrainerCallback, ExportableState):
             )
         self.spec = spec
         self.strict_resume = strict_resume
-        self.phases = Phases(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
+        self.schedule = QATSchedule(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
         self.fold_batch_norm = fold_batch_norm
         self.scaling = UpdateScaling(learning_rate_factor)
         self._model: PreTrainedModel | None = None
@@ -110,9 +110,9 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it: settings, and of the quantizers what they are when it is asked."""
-        phases = {**self.phases.to_dict(), "fold_batch_norm": self.fold_batch_norm}
+        schedule = {**self.schedule.to_dict(), "fold_batch_norm": self.fold_batch_norm}
         return {
-            "args": {"spec": self.spec.to_dict(), **phases, "learning_rate_factor": self.scaling.factor},
+            "args": {"spec": self.spec.to_dict(), **schedule, "learning_rate_factor": self.scaling.factor},
             "attributes": self._present() if self._states is None else self._states,
         }
 
@@ -129,7 +129,7 @@ class QATCallback(TrainerCallback, ExportableState):
         if self.fold_batch_norm and quantized_spec(model) is None:
             fold_batch_norm_(model)
         prepare_qat_(model, self.spec)
-        self.phases.at(0.0).apply_(model)
+        self.schedule.at(0.0).apply_(model)
 
     def on_train_begin(
         self,
@@ -148,7 +148,7 @@ class QATCallback(TrainerCallback, ExportableState):
                 "Give QATCallback to the constructor of the Trainer (callbacks=[...]) instead of add_callback; with "
                 "model_init, let it return prepare_qat_(model, spec)."
             )
-        self.phases.at(state.global_step / state.max_steps).apply_(model)
+        self.schedule.at(state.global_step / state.max_steps).apply_(model)
         if state.global_step > 0:
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
@@ -164,7 +164,7 @@ class QATCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        frozen = self.phases.at(state.global_step / state.max_steps).frozen
+        frozen = self.schedule.at(state.global_step / state.max_steps).frozen
         self.scaling.before_step(model, frozen)
 
     def on_optimizer_step(
@@ -178,8 +178,8 @@ class QATCallback(TrainerCallback, ExportableState):
         self.scaling.after_step_()
         # The step being taken is not counted in global_step yet.
         before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
-        self.phases.at(now).apply_(model)
-        if before < self.phases.settled <= now:
+        self.schedule.at(now).apply_(model)
+        if before < self.schedule.schedule_end <= now:
             # Models before this step were not quantized as the spec says; none of them may be loaded as the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         # Not at the end of the step, where a callback that runs before this one may save the model.
@@ -193,12 +193,12 @@ class QATCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
-        if state.global_step < self.phases.settled * state.max_steps:
+        if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
                 f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the widths "
                 "of the spec. They have them now, without the training that should have followed."
             )
-        self.phases.at(1.0).apply_(model)
+        self.schedule.at(1.0).apply_(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint)
             has_config = (path / CONFIG_NAME).is_file()

@@ -10,7 +10,15 @@ from transformers.utils import logging
 from ..facts import drop_fact
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
 from ..specs.quantization import QUANTIZABLE, RECURRENT
-from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
+from .adapters import (
+    attach_lora_,
+    check_adapter,
+    check_adapters,
+    detach_lora_,
+    has_adapters,
+    plain_modules,
+    wrapped_modules,
+)
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
 from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_
 from .naming import head_modules, means_the_same, quantized_modules
@@ -69,7 +77,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
         chosen = choose_modules(model, spec)
         attention = find_attention(model, spec) if spec.attention else {}
         try:
-            adopt_(model, {id(module) for module, _ in chosen.values()})
+            attach_lora_(model, {id(module) for module, _ in chosen.values()})
             for name, (module, scheme) in chosen.items():
                 swap_in_(module, name, scheme, spec)
             for module in attention.values():
@@ -79,7 +87,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
             raise
         record_ranges(model)
     elif has_adapters(model):  # they may have come after the fake quantizers, and PEFT freezes what it finds
-        adopt_(model, {id(module) for module in quantized_modules(model).values()})
+        attach_lora_(model, {id(module) for module in quantized_modules(model).values()})
         for quantizer in (*activation_quantizers(model).values(), *weight_quantizers(model).values()):
             quantizer.requires_grad_(True)
     return model
@@ -179,7 +187,7 @@ def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             swap_out_(module)
-    release_(model)
+    detach_lora_(model)
     swap_attention_out_(model)
     drop_fact(model, FACT)
     return model

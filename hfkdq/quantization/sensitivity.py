@@ -15,10 +15,10 @@ from transformers.utils import logging
 from ..modeling.batches import Batches, check_batch, make_batches
 from ..specs import QuantizationSpec
 from .adapters import has_adapters
-from .allocation import BitAllocation, choose_widths
+from .allocation import BitAllocation, choose_bits
+from .bit_choices import BitChoices
 from .output_change import OutputChange
 from .records import quantized_spec
-from .width_choices import WidthChoices
 
 
 def suggest_bits(
@@ -41,7 +41,7 @@ def suggest_bits(
     Framework", 2020); where the model gives no classes, the mean squared error of its output (`logits` of a regression,
     the first tensor of a model without a head) relative to the variance of that output. The widths \\(b_i\\) minimise
     the sum \\(\sum_i \Omega_i(b_i)\\) under \\(\sum_i bytes_i(b_i) \le budget\\), as in Yao et al., "HAWQ-V3: Dyadic
-    Neural Network Quantization" (2021): what one module does is taken to add to what the others do. See [`choose_widths`]
+    Neural Network Quantization" (2021): what one module does is taken to add to what the others do. See [`choose_bits`]
     for how.
 
     What counts into the budget are the weights of the modules that `spec` quantizes, as stored: `bits / 8` bytes for each
@@ -86,7 +86,7 @@ def suggest_bits(
     spec = QuantizationSpec() if spec is None else spec
     _check(model, bits, max_batches)
     modes = {module: module.training for module in model.modules()}
-    choices = WidthChoices.of(model, spec, bits)
+    choices = BitChoices.of(model, spec, bits)
     limit = choices.limit(budget)
     sample = _sample(make_batches(model, data, batch_size, data_collator, processing_class), max_batches)
     model.eval()
@@ -96,7 +96,7 @@ def suggest_bits(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    chosen = choose_widths(choices.sizes, sensitivity, limit)
+    chosen = choose_bits(choices.sizes, sensitivity, limit)
     widths = {name: chosen[first] for first, names in choices.groups.items() for name in names}
     return BitAllocation(
         bits=widths, sensitivity=sensitivity, sizes=choices.sizes, budget=limit, float_bytes=choices.float_bytes,
@@ -134,7 +134,7 @@ def _sample(batches: Batches, count: int | None) -> list[Mapping[str, Any]]:
     return sample
 
 
-def _scan(choices: WidthChoices, change: OutputChange) -> dict[str, dict[int, float]]:
+def _scan(choices: BitChoices, change: OutputChange) -> dict[str, dict[int, float]]:
     """How far the outputs move for every group of modules and width."""
     found: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
     jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]

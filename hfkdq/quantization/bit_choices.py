@@ -21,7 +21,7 @@ from .naming import head_modules
 
 
 @dataclass(frozen=True)
-class WidthChoices:
+class BitChoices:
     """The modules that a spec quantizes, and the widths that each could have.
 
     Attributes:
@@ -45,7 +45,7 @@ class WidthChoices:
     float_bytes: int = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> WidthChoices:
+    def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> BitChoices:
         """The choices that `spec` and `bits` leave.
 
         Raises:
@@ -76,7 +76,7 @@ class WidthChoices:
                     schemes[name][width] = found_scheme
         return found._measured()
 
-    def _measured(self) -> WidthChoices:
+    def _measured(self) -> BitChoices:
         sizes: dict[str, dict[int, int]] = {name: {} for name in self.groups}
         weights = dict.fromkeys(self.groups, 0)
         for name in self.groups:

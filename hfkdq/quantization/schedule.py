@@ -15,11 +15,11 @@ from .layers import weight_quantizers_of
 from .naming import quantized_modules
 from .records import activation_quantizers, set_enabled_, set_weight_bits_
 
-Widths = Mapping[float, int] | Sequence[Sequence[float]]
+BitSchedule = Mapping[float, int] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Phase:
+class QATState:
     """What is in force: `bits` is the least width of weights, 0 for that of the spec."""
 
     enabled: bool
@@ -42,7 +42,7 @@ class Phase:
             freeze_batch_norm_(model)
 
 
-class Phases:
+class QATSchedule:
     """The order of quantization-aware training; see `QATCallback` for the arguments.
 
     Raises:
@@ -55,7 +55,7 @@ class Phases:
         begin: float,
         freeze_ranges: float | None,
         freeze_batch_norm: float | None,
-        lower_bits: Widths | None,
+        lower_bits: BitSchedule | None,
         quantized_share: float,
     ) -> None:
         steps = lower_bits.items() if isinstance(lower_bits, Mapping) else lower_bits or ()
@@ -74,9 +74,9 @@ class Phases:
             raise ValueError(f"freeze_ranges={freeze_ranges} must come after begin={begin}: ranges are found between.")
         if not 0.0 < quantized_share <= 1.0:
             raise ValueError(f"quantized_share must be in (0, 1], got {quantized_share!r}.")
-        self._check_widths(spec)
+        self._check_bits(spec)
 
-    def _check_widths(self, spec: QuantizationSpec) -> None:
+    def _check_bits(self, spec: QuantizationSpec) -> None:
         widths = [bits for _, bits in self.lower_bits]
         unknown = [bits for bits in widths if bits not in spec.WEIGHT_BITS[1:]]
         if unknown or widths != sorted(widths, reverse=True) or len(set(widths)) < len(widths):
@@ -90,16 +90,16 @@ class Phases:
             )
 
     @property
-    def settled(self) -> float:
+    def schedule_end(self) -> float:
         """The progress from which weights have the widths of the spec."""
         return max([self.begin, *(at for at, _ in self.lower_bits)])
 
-    def at(self, progress: float) -> Phase:
+    def at(self, progress: float) -> QATState:
         """The phase at `progress` in [0, 1]."""
         due = [bits for at, bits in self.lower_bits if at <= progress]
         # Before the first entry its width holds too.
         bits = due[-1] if due else self.lower_bits[0][1] if self.lower_bits else 0
-        return Phase(
+        return QATState(
             enabled=progress >= self.begin,
             frozen=self.freeze_ranges is not None and progress >= self.freeze_ranges,
             batch_norm_frozen=self.freeze_batch_norm is not None and progress >= self.freeze_batch_norm,
@@ -108,7 +108,7 @@ class Phases:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that make equal phases, JSON-ready."""
+        """The arguments that make an equal schedule, JSON-ready."""
         return {
             "begin": self.begin,
             "freeze_ranges": self.freeze_ranges,

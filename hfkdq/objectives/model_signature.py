@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model really returns, found by trying it on one small example.
+"""Names and shapes of the outputs of a model, found by running it on one small example.
 
-Signatures do not tell: Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention
+Its Python signature does not tell: Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention
 implementations silently return nothing.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..facts import read_facts
-from ..modeling import evenly_spaced_layers, find_layer_stack
 from ..modeling.forwards import as_output, base_of, return_dict_kwargs
-from ..protocols import Bypassable
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
@@ -67,7 +63,7 @@ def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     raise ValueError(f"{type(model).__name__} takes {name!r}; this release distils models of text, images and audio.")
 
 
-class Outline:
+class ModelSignature:
     """Class, configuration and shapes of the outputs of a model, without the model where they were written down.
 
     Args:
@@ -76,8 +72,7 @@ class Outline:
         shapes (`dict`, *optional*): by the name of an output, its shape for one example, or for `"hidden_states"` and
             `"attentions"` a list of them.
         model (`PreTrainedModel`, *optional*): the model, which is run once for every output that is asked of.
-        temperature (`float`, *optional*): of the outputs that were cached as their likeliest classes, at which they
-            were.
+        temperature (`float`, *optional*): the temperature of outputs that were cached as their likeliest classes.
     """
 
     def __init__(
@@ -145,12 +140,12 @@ class Outline:
         return {"model_class": self.model_class, "config": self.config.to_dict(), "shapes": self._shapes}
 
 
-def outline_of(model: Any) -> Outline:
-    """The outline of a model, or `model` itself where it is one."""
-    if isinstance(model, Outline):
+def signature_of(model: Any) -> ModelSignature:
+    """The signature of a model, or `model` itself where it is one."""
+    if isinstance(model, ModelSignature):
         return model
     base = base_of(model)
-    return Outline(type(base).__name__, base.config, model=model)
+    return ModelSignature(type(base).__name__, base.config, model=model)
 
 
 def _attention_maps(model: PreTrainedModel) -> tuple[torch.Tensor, ...] | None:
@@ -169,79 +164,3 @@ def _no_attentions(model: PreTrainedModel) -> str:
         'probabilities. Load it with attn_implementation="eager" if it has that, or leave AttentionKD out. Of '
         "encoder-decoders this release distils the logits alone: LogitKD()."
     )
-
-
-def layer_map(
-    layers: Mapping[int, int] | str | None, student: PreTrainedModel, student_layers: int, teacher_layers: int
-) -> dict[int, int]:
-    """Resolves what a user said of layers into `{student layer: teacher layer}`, numbered from 1.
-
-    Args:
-        layers (`dict` or `str`, *optional*): the map itself; for layer `i` of `S` to one of `T`, `"uniform"` for
-            `round(i * T / S)`, `"last"` for `T - S + i` and `"skip"` for `i * (T // S)`; `None` for the layers the student
-            was copied from, or uniform where that is not recorded.
-        student (`PreTrainedModel`): the student, whose configuration may say where its layers came from.
-        student_layers (`int`): number of layers of the student.
-        teacher_layers (`int`): number of layers of the teacher.
-
-    Raises:
-        ValueError: an unknown strategy, an empty map, or a layer out of range (0 stands for the embeddings); or a
-            student that drops layers at random while it is trained.
-    """
-    dropped = getattr(student.config, "layerdrop", 0.0)
-    if dropped:
-        raise ValueError(
-            f"The student drops layers at random in training (config.layerdrop={dropped}), so its layers cannot be "
-            "compared with the teacher's one by one. Set student.config.layerdrop = 0."
-        )
-    if layers is None:
-        origin = read_facts(student).get("student", {})
-        kept = origin.get("layers", [])
-        if len(kept) == student_layers and origin.get("teacher_layers") == teacher_layers:
-            return dict(enumerate(kept, start=1))
-        layers = "uniform"
-    if layers == "uniform":
-        return dict(enumerate(evenly_spaced_layers(student_layers, teacher_layers), start=1))
-    if layers in ("last", "skip") and student_layers > teacher_layers:
-        raise ValueError(
-            f"layers={layers!r} needs a teacher with as many layers as the student or more; they have {teacher_layers} "
-            f"and {student_layers}. Use 'uniform' or a dict."
-        )
-    if layers == "last":
-        return {i: teacher_layers - student_layers + i for i in range(1, student_layers + 1)}
-    if layers == "skip":
-        return {i: i * (teacher_layers // student_layers) for i in range(1, student_layers + 1)}
-    if isinstance(layers, str):
-        raise ValueError(
-            f"layers={layers!r} is no strategy. Use 'uniform', 'last', 'skip' or a dict such as {{1: 2, 2: 4}}; "
-            "HiddenStateKD also takes 'dynamic'."
-        )
-    bad = {s: t for s, t in layers.items() if not (0 <= s <= student_layers and 0 <= t <= teacher_layers)}
-    if bad or not layers:
-        raise ValueError(
-            f"layers={layers!r} must map student layers 0 to {student_layers} to teacher layers 0 to {teacher_layers} "
-            f"(0 is the embeddings){'; out of range: ' + repr(bad) if bad else ', but is empty'}."
-        )
-    return dict(layers)
-
-
-def layers_of(student: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the student, or none where it is no single stack of them."""
-    try:
-        return list(find_layer_stack(base_of(student)).layers)
-    except ValueError:
-        return []
-
-
-def mean_over_active_layers(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
-    """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are not bypassed.
-
-    Pruning bypasses layers while it trains; their output is that of the layer before, which has an entry of its own.
-    Entries that are left out keep a gradient of zero.
-    """
-    bypassed = {i for i, layer in enumerate(layers, start=1) if isinstance(layer, Bypassable) and layer.bypassed}
-    active = [number not in bypassed for number in numbers]
-    if all(active):
-        return values.mean(0)
-    weights = values.new_tensor(active, dtype=values.dtype).view(-1, *[1] * (values.dim() - 1))
-    return (values * weights).sum(0) / weights.sum().clamp(min=1.0)
