@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from ..specs.base import check_fields
+from ..fields import check_fields
 
 # What stands for minus infinity where a class is ruled out: its probability is exactly 0, and 0 times it is 0.
 _RULED_OUT = -1e4

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..specs.base import check_fields
+from ..fields import check_fields
 from .base import TrainingStep
 from .logits import LogitKD
 

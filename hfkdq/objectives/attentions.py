@@ -29,6 +29,8 @@ class AttentionKD(LayerObjective):
     the mean of each one's heads, others head by head. Both models are switched to eager attention; [`RelationKD`] needs
     no such switch.
 
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
+
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
             or `"skip"`. By default the layers that `make_student` copied, or uniform.

@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..fields import check_fields
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
 from ..protocols import Adaptive
 from ..schedules import Schedule, extremes, value_at
-from ..specs.base import check_fields
 from .model_signature import ModelSignature, signature_of
 
 

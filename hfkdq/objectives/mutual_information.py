@@ -52,6 +52,8 @@ class CRD(SampleObjective):
     Contrastive Predictive Coding", 2018): the other examples of the micro batch are the negatives, without a memory
     of earlier ones. So batches should be large, and a batch of 1 teaches nothing.
 
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
+
     Args:
         temperature (`float`, defaults to 0.07): `T`, larger than 0.
         exclude_same_class (`bool`, defaults to `True`): where labels are one class per example, examples of the same
@@ -131,6 +133,8 @@ class VID(LayerObjective):
     positions attended to; `W_s` and one variance `v_c` per channel are learned. Ahn et al., "Variational Information
     Distillation for Knowledge Transfer" (2019). Its negative is, up to the entropy of the teacher, a lower bound of
     the mutual information. The value can become negative.
+
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or

@@ -37,6 +37,8 @@ class RelationKD(LayerObjective):
     those that attention itself could look at: not to padding, and where either model is causal not to later ones.
     Needs memory for `H` matrices of `seq * seq` in float32 per example, kind and model.
 
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
+
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
             or `"skip"`. By default the last layers of both; of large teachers the paper takes an upper middle one.

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import ModulePatterns, Serializable, check_fields, freeze_patterns
+from ..fields import check_fields
+from ..schedules import Cubic, Exponential, Linear
+from .base import ModulePatterns, Serializable, freeze_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +211,8 @@ class PruningSpec(Serializable):
         if rounds is not None:
             # Round r of R goes from (r - 1) / R to r / R of the way, and has from its first step what is due at its end.
             done = math.ceil(done * rounds - 1e-9) / rounds
-        done = min(max(done, 0.0), 1.0)
-        if done == 1.0:
+        if done >= 1.0:
             return final
-        if self.schedule == "cubic":
-            return final * (1.0 - (1.0 - done) ** 3)
         if self.schedule == "exponential":
-            return 1.0 - float((1.0 - final) ** done)
-        return final * done
+            return 1.0 - Exponential(1.0, 1.0 - final)(done)
+        return {"cubic": Cubic, "linear": Linear}[self.schedule](0.0, final)(done)

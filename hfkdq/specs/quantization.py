@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
+from ..fields import check_fields
 from ..protocols import SwappedLayer
-from .base import ModulePatterns, Serializable, check_fields, freeze_patterns, module_matches
+from .base import ModulePatterns, Serializable, freeze_patterns, module_matches
 
 RECURRENT = (nn.LSTM, nn.GRU)
 QUANTIZABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, *RECURRENT)
