@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from ..fields import check_fields
+from .reduction import masked_mean
 
-# What stands for minus infinity where a class is ruled out: its probability is exactly 0, and 0 times it is 0.
-_RULED_OUT = -1e4
+RULED_OUT = -1e4
+"""Logit of a class that is ruled out: its probability is exactly 0, and unlike minus infinity 0 times it is 0."""
 
 
 def log_probabilities(
@@ -31,7 +32,7 @@ def log_probabilities(
     """
     scaled = logits.float() / temperature
     if valid_classes is not None:
-        scaled = scaled.masked_fill(~valid_classes, _RULED_OUT)
+        scaled = scaled.masked_fill(~valid_classes, RULED_OUT)
     return F.log_softmax(scaled, dim=-1)
 
 
@@ -52,12 +53,12 @@ def forward_kl(
     Returns:
         `torch.Tensor` of shape `(...)`, float32, at least 0 up to rounding.
     """
-    log_student = log_probabilities(student, temperature, valid_classes)
-    log_teacher = log_probabilities(teacher, temperature, valid_classes)
-    return _kl(log_teacher, log_student) * temperature**2
+    log_q, log_p = (log_probabilities(logits, temperature, valid_classes) for logits in (student, teacher))
+    return kl(log_p, log_q) * temperature**2
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`KL(p || q)` over the last axis, of log probabilities."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
@@ -143,11 +144,10 @@ class JSD(Divergence):
             )
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
-        log_q = log_probabilities(student, temperature, valid_classes)
-        log_p = log_probabilities(teacher, temperature, valid_classes)
+        log_q, log_p = (log_probabilities(logits, temperature, valid_classes) for logits in (student, teacher))
         weights = torch.tensor([self.beta, 1.0 - self.beta], device=log_p.device).log()
         log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
-        return (self.beta * _kl(log_p, log_m) + (1.0 - self.beta) * _kl(log_q, log_m)) * temperature**2
+        return (self.beta * kl(log_p, log_m) + (1.0 - self.beta) * kl(log_q, log_m)) * temperature**2
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,7 @@ class MSE(Divergence):
     uses_temperature: ClassVar[bool] = False
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
-        squares = (student.float() - teacher.float()).square()
-        if valid_classes is None:
-            return squares.mean(-1)
-        return squares.masked_fill(~valid_classes, 0.0).sum(-1) / valid_classes.sum(-1).clamp(min=1)
+        return masked_mean((student.float() - teacher.float()).square(), valid_classes, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -215,10 +212,10 @@ class DKD(Divergence):
         for logits in (student, teacher):
             log_p = log_probabilities(logits, temperature, valid_classes)
             log_target = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-            log_others = torch.logsumexp(log_p.masked_fill(~others, _RULED_OUT), dim=-1)
+            log_others = torch.logsumexp(log_p.masked_fill(~others, RULED_OUT), dim=-1)
             pairs.append(torch.stack([log_target, log_others], dim=-1))
             rest.append(log_probabilities(logits, temperature, others))
-        return (self.alpha * _kl(pairs[1], pairs[0]) + self.beta * _kl(rest[1], rest[0])) * temperature**2
+        return (self.alpha * kl(pairs[1], pairs[0]) + self.beta * kl(rest[1], rest[0])) * temperature**2
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from .reduction import masked_mean
+
 
 def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean over the last axis of `(student - teacher)^2`.
@@ -72,15 +74,12 @@ def mean_state(states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     states = states.float()
     if states.dim() != 3:
         return states.flatten(2).mean(-1) if states.dim() > 3 else states
-    if mask is None:
-        return states.mean(1)
-    if mask.shape != states.shape[:2]:
+    if mask is not None and mask.shape != states.shape[:2]:
         raise ValueError(
             f"States over {states.shape[1]} positions do not fit a mask of shape {tuple(mask.shape)}. Virtual tokens, "
             "for example of prompt tuning, add positions; a teacher that is fed other texts needs a mask of its own."
         )
-    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return masked_mean(states, None if mask is None else mask.unsqueeze(-1).expand_as(states), dim=1)
 
 
 def attention_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -118,9 +117,7 @@ def attention_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tens
     """
     student, teacher = _paired_heads(student, teacher)
     squares = (student - teacher).square().mean(1)  # (batch, queries, keys)
-    if mask is None:
-        return squares.mean(-1)
-    return squares.masked_fill(~mask.unsqueeze(1), 0.0).sum(-1) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return masked_mean(squares, None if mask is None else mask.unsqueeze(1).expand_as(squares), dim=-1)
 
 
 def _paired_heads(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

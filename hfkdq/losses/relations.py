@@ -11,6 +11,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from .divergences import kl
+
 
 def relation_kl(
     student: torch.Tensor,
@@ -42,7 +44,7 @@ def relation_kl(
     if mask is not None:
         related = related & mask[:, None, None, :]
     log_student, log_teacher = (_log_relations(x, heads, related) for x in (student, teacher))
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1).mean(1)
+    return kl(log_teacher, log_student).mean(1)
 
 
 def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..fields import check_fields
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
+from ..modeling.masks import Batch, Positions, batch_size, frame_lengths, position_mask
 from ..protocols import Adaptive
 from ..schedules import Schedule, extremes, value_at
 from .model_signature import ModelSignature, signature_of
@@ -185,7 +185,7 @@ class Objective:
 
     def state_mask(self, batch: Batch) -> torch.Tensor | None:
         """Which positions of hidden states count, `(batch, seq)`: those attended to; of sound, the frames of it."""
-        return attended_mask(batch) if self._frames is None else frame_mask(batch, self._frames)
+        return position_mask(batch, self._frames)
 
     def positions(self, batch: Batch) -> Positions:
         """Number of positions in `batch` that the term is a mean over; examples by default."""

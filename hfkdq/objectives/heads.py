@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from ..losses.divergences import binary_logits
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, frame_mask, token_mask, valid_count
+from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, position_mask, token_mask, valid_count
 from .matching import matched_queries
 from .model_signature import ModelSignature, signature_of
 
@@ -159,7 +159,7 @@ class FrameHead(Head):
         return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch))]
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
-        return attended_mask(batch) if self.lengths is None else frame_mask(batch, self.lengths)
+        return position_mask(batch, self.lengths)
 
 
 class DetectionHead(Head):

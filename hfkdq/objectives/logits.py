@@ -150,9 +150,7 @@ class LogitKD(Objective):
     def reduced(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The mean that `per` asks for, of one value per position."""
         if self.per == "sample" and values.dim() > 1:
-            counts = torch.ones_like(values) if mask is None else mask.to(values)
-            sums = values if mask is None else values.masked_fill(~mask, 0.0)
-            return (sums.sum(1) / counts.sum(1).clamp(min=1)).mean()
+            return masked_mean(values, mask, dim=1).mean()
         return masked_mean(values, mask)
 
     def _values(self, p: Prediction, temperature: float) -> torch.Tensor:

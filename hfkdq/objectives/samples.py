@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..losses.features import mean_state
 from ..losses.relations import relational_angle, relational_distance, similarity_distance
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, frame_lengths, frame_mask
+from ..modeling.masks import Batch, frame_lengths, position_mask
 from .base import Objective, TrainingStep
 from .layers import LayerObjective, Shape
 from .model_signature import ModelSignature
@@ -70,7 +70,7 @@ class SampleObjective(LayerObjective):
         own = batch.get("teacher_attention_mask")
         if isinstance(own, torch.Tensor):
             return own.ne(0)
-        return self.state_mask(batch) if self._teacher_frames is None else frame_mask(batch, self._teacher_frames)
+        return position_mask(batch, self._teacher_frames) if self._teacher_frames else self.state_mask(batch)
 
 
 @dataclass(frozen=True, kw_only=True)

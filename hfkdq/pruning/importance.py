@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..losses import masked_mean
 from ..modeling.batches import Batches, on_device
+from ..modeling.masks import output_mask
 from .criteria import ImportanceStatistics
 
 logger = logging.get_logger(__name__)
@@ -132,7 +133,7 @@ def _sampled_label_loss(
             )
         said, target = said.float(), target.detach().float()
         losses = _losses_to_sampled(model, name, said, target, generator)
-        total = masked_mean(losses, _mask(model, batch, losses)) + (0.0 if total is None else total)
+        total = masked_mean(losses, output_mask(model, batch, losses.shape)) + (0.0 if total is None else total)
     if total is None:
         raise ValueError(
             f"{type(model).__name__} gives none of {', '.join(_PREDICTIONS)} that criterion='teacher' could compare. "
@@ -162,16 +163,3 @@ def _losses_to_sampled(
     shares = target.softmax(dim=-1).flatten(0, -2).cpu()
     sampled = torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(said.device)
     return functional.cross_entropy(said.flatten(0, -2), sampled, reduction="none").view(said.shape[:-1])
-
-
-def _mask(model: PreTrainedModel, batch: dict[str, Any], losses: Tensor) -> Tensor | None:
-    """The positions of the predictions that are no padding, where this is known."""
-    mask: Tensor | None = batch.get("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):  # where that mask is of what the encoder reads
-        labels = batch.get("labels")
-        mask = batch.get("decoder_attention_mask")
-        mask = labels.ne(-100) if mask is None and torch.is_tensor(labels) else mask
-    elif mask is not None and losses.dim() == 2 and mask.shape != losses.shape:  # of samples, where frames come out
-        frames = getattr(model, "_get_feature_vector_attention_mask", None)
-        mask = None if frames is None else frames(losses.shape[1], mask)
-    return mask if mask is not None and mask.shape == losses.shape else None

@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..losses.divergences import binary_logits, in_chunks
+from ..losses.divergences import RULED_OUT, binary_logits, in_chunks, kl
 from ..modeling.forwards import as_output, return_dict_kwargs
-
-# Stands for minus infinity where a position cannot be chosen, as in losses.divergences.
-_RULED_OUT = -1e4
+from ..modeling.masks import output_mask
 
 
 class OutputChange:
@@ -81,7 +78,7 @@ def _parts(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> lis
         mask = batch.get("attention_mask")
         spans = torch.cat([output["start_logits"], output["end_logits"]])  # (2 * batch, seq)
         if mask is not None:
-            spans = spans.masked_fill(mask.eq(0).repeat(2, 1), _RULED_OUT)
+            spans = spans.masked_fill(mask.eq(0).repeat(2, 1), RULED_OUT)
         return [(True, spans)]
     logits = output.get("logits")
     if logits is None:
@@ -113,28 +110,14 @@ def _class_logits(model: PreTrainedModel, logits: Tensor, detects: bool) -> Tens
 
 def _rows(model: PreTrainedModel, values: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """`values` as rows, one for each position that is no padding; the last axis stays."""
-    mask = _mask(model, values, batch) if values.dim() == 3 else None
-    return values.flatten(0, -2) if mask is None or mask.shape != values.shape[:2] else values[mask.ne(0)]
-
-
-def _mask(model: PreTrainedModel, values: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
-    mask: Tensor | None = batch.get("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):  # where that mask is of what the encoder reads
-        labels = batch.get("labels")
-        mask = batch.get("decoder_attention_mask")
-        return labels.ne(-100) if mask is None and torch.is_tensor(labels) else mask
-    if mask is not None and mask.shape[1] != values.shape[1]:  # of samples, where the output has frames of sound
-        frames = getattr(model, "_get_feature_vector_attention_mask", None)
-        mask = None if frames is None else frames(values.shape[1], mask)
-    return mask
+    mask = output_mask(model, batch, values.shape[:2]) if values.dim() == 3 else None
+    return values.flatten(0, -2) if mask is None else values[mask]
 
 
 def _kl(rows: Tensor, kept: Tensor) -> Tensor:
     """`KL(softmax(kept) || softmax(rows))` of each row."""
     # In float64: between a float model and its 8 bits float32 leaves little but rounding.
-    log_p = F.log_softmax(kept.to(rows.device).double(), dim=-1)
-    log_q = F.log_softmax(rows.double(), dim=-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return kl(kept.to(rows.device).double().log_softmax(-1), rows.double().log_softmax(-1))
 
 
 def _squares(rows: Tensor, kept: Tensor) -> Tensor:
