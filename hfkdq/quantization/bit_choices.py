@@ -14,9 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
-from ..specs.quantization import RECURRENT
 from .convert import choose_modules
-from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_quantizers_of
+from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_of, weight_quantizers_of
 from .naming import head_modules
 
 
@@ -58,7 +57,7 @@ class BitChoices:
         )
         groups: dict[Any, list[str]] = {}
         for name, (module, scheme) in chosen.items():
-            weight: Any = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
+            weight = weight_of(module)
             # A weight that is computed is a new tensor each time.
             shared = weight.data_ptr() if isinstance(weight, nn.Parameter) else id(module)
             groups.setdefault((shared, weight.shape, scheme, name in free), []).append(name)

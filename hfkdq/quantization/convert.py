@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..facts import drop_fact
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
-from ..specs.quantization import QUANTIZABLE, RECURRENT
+from ..specs.quantization import QUANTIZABLE
 from .adapters import (
     attach_lora_,
     check_adapter,
@@ -20,7 +20,7 @@ from .adapters import (
     wrapped_modules,
 )
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
-from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_
+from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_of
 from .naming import head_modules, means_the_same, quantized_modules
 from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
@@ -106,7 +106,7 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
         scheme = spec.scheme(name, module, is_head=id(module) in heads)
         if scheme is None:
             continue
-        weight = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
+        weight = weight_of(module)
         if not isinstance(weight, Tensor):
             continue
         if adapted and not weight.is_floating_point():

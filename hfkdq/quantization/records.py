@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges, learned scales and codebooks of a model: reading them, setting them, and writing them into its configuration."""
+"""Ranges, learned scales and codebooks of a model, and their record in its configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import copy
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,8 @@ def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
         RuntimeError: a range is not finite, because an activation was not.
     """
     seen = {name: q.qparams() for name, q in activation_quantizers(model).items() if q.initialized}
-    # One transfer for all of them, because this runs after every step.
-    values = (
-        torch.stack([torch.stack([scale, zero.float()]) for scale, zero in seen.values()]).tolist() if seen else []
-    )
-    ranges = {
-        name: {"scale": scale, "zero_point": int(zero)} for name, (scale, zero) in zip(seen, values, strict=True)
-    }
+    values = _numbers([value for pair in seen.values() for value in pair])
+    ranges = {name: {"scale": next(values), "zero_point": int(next(values))} for name in seen}
     broken = [name for name, entry in ranges.items() if not math.isfinite(entry["scale"])]
     if broken:
         raise RuntimeError(
@@ -80,6 +76,11 @@ def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
             "there is no range to quantize them with. Look for a learning rate that is too high or bad input."
         )
     return ranges
+
+
+def _numbers(scalars: list[Tensor]) -> Iterator[float]:
+    """Tensors without axes as numbers, in one transfer from the device."""
+    return iter(torch.stack([scalar.float() for scalar in scalars]).tolist() if scalars else [])
 
 
 def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, Any]]) -> PreTrainedModel:
@@ -123,11 +124,15 @@ def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
     Returns:
         `dict`: `{parameter name: {kind: {"shape": list, "float32": base64 of the little-endian values}}}`.
     """
-    found = {}
-    for name, tensors in _weight_tensors(model).items():
-        present = {key: _encode(tensor.detach()) for key, tensor in tensors.items() if tensor is not None}
-        if present:
-            found[name] = present
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in quantized_modules(model).items():
+        tensors = {f"{name}.{key}": quantizer for key, (quantizer, _) in weight_quantizers_of(module).items()}
+        for key, quantizer in tensors.items():
+            kinds = {kind: getattr(quantizer, kind, None) for kind in ("scale", "codebook")}
+            if isinstance(module, SmoothedModule):
+                kinds["smoothing"] = module.smoothing.factors
+            present = {kind: _encode(tensor.detach()) for kind, tensor in kinds.items() if tensor is not None}
+            found.update({key: present} if present else {})
     return found
 
 
@@ -154,16 +159,6 @@ def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> 
                 )
             with torch.no_grad():
                 target.copy_(values)
-
-
-def _weight_tensors(model: nn.Module) -> dict[str, dict[str, Tensor | None]]:
-    found: dict[str, dict[str, Tensor | None]] = {}
-    for name, module in quantized_modules(model).items():
-        for key, (quantizer, _) in weight_quantizers_of(module).items():
-            found[f"{name}.{key}"] = {kind: getattr(quantizer, kind, None) for kind in ("scale", "codebook")}
-        if isinstance(module, SmoothedModule):
-            found[f"{name}.weight"]["smoothing"] = module.smoothing.factors
-    return found
 
 
 def _encode(values: Tensor) -> dict[str, Any]:
@@ -304,8 +299,7 @@ def set_enabled_(model: nn.Module, enabled: bool) -> None:
 def quantizer_states(model: nn.Module) -> dict[str, dict[str, float]]:
     """What every quantized input that has seen data needs to continue exactly, JSON-ready, by module name."""
     seen = {name: quantizer for name, quantizer in activation_quantizers(model).items() if quantizer.initialized}
-    tensors = [tensor.float() for quantizer in seen.values() for tensor in quantizer.state_tensors()]
-    values = iter(torch.stack(tensors).tolist() if tensors else [])  # one transfer from the device for all
+    values = _numbers([tensor for quantizer in seen.values() for tensor in quantizer.state_tensors()])
     return {name: {key: next(values) for key in quantizer.state_names} for name, quantizer in seen.items()}
 
 
