@@ -134,12 +134,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         return self.at_least is not None or self.at_most is not None
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         check_prunable(model, self.spec, find_targets(model, self.spec))
         if self._bounded and args.load_best_model_at_end:
@@ -192,12 +187,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             progress.observe_gradients()
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         progress = self._progress
         if progress is None:
@@ -280,12 +270,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             state.log_history[-1]["sparsity"] = logs["sparsity"] = round(self._progress.masks.sparsity, 4)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         progress, self._progress = self._progress, None
         if progress is None:

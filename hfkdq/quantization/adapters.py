@@ -17,9 +17,6 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Layers within adapters are left out, and of modules that PEFT trains as a whole the copy in use takes the place of the
     original.
-
-    Args:
-        model (`nn.Module`): a model, with or without adapters.
     """
     if "peft" not in sys.modules:  # who has adapters has imported it
         yield from model.named_modules()
@@ -45,7 +42,7 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
 
 
 def _within(module: nn.Module) -> Any:
-    """What takes the place of a layer of PEFT when adapters are merged; other modules themselves."""
+    """The module in the place of a layer of PEFT once adapters are merged; other modules themselves."""
     if not type(module).__module__.startswith(("peft.", __package__)):
         return module
     if "modules_to_save" in module._modules:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which widths each module of a model could have, what each takes in bytes, and the spec of those that are chosen."""
+"""The bits that each module of a model could have, their size in bytes, and the spec of a choice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .naming import head_modules
 
 @dataclass(frozen=True)
 class BitChoices:
-    """The modules that a spec quantizes, and the widths that each could have.
+    """The modules that a spec quantizes, and the bits that each could have.
 
     Attributes:
         spec (`QuantizationSpec`): the spec that the widths are for.

@@ -104,12 +104,11 @@ class QATCallback(TrainerCallback, ExportableState):
         self.fold_batch_norm = fold_batch_norm
         self.scaling = UpdateScaling(learning_rate_factor)
         self._model: PreTrainedModel | None = None
-        self._states: dict[str, Any] | None = (
-            None  # of the last optimizer step, where others would be read between two
-        )
+        # Of the last optimizer step, where others would be read between two.
+        self._states: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: settings, and of the quantizers what they are when it is asked."""
+        """The part of a checkpoint that is the callback's: its settings, and the state of the quantizers."""
         schedule = {**self.schedule.to_dict(), "fold_batch_norm": self.fold_batch_norm}
         return {
             "args": {"spec": self.spec.to_dict(), **schedule, "learning_rate_factor": self.scaling.factor},
@@ -117,12 +116,7 @@ class QATCallback(TrainerCallback, ExportableState):
         }
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if model is None:
             return
@@ -132,12 +126,7 @@ class QATCallback(TrainerCallback, ExportableState):
         self.schedule.at(0.0).apply_(model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         late = quantized_spec(model) is None
         prepare_qat_(model, self.spec)
@@ -157,23 +146,13 @@ class QATCallback(TrainerCallback, ExportableState):
         self._share(model, args)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         frozen = self.schedule.at(state.global_step / state.max_steps).frozen
         self.scaling.before_step(model, frozen)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         self.scaling.after_step_()
         # The step being taken is not counted in global_step yet.
@@ -186,12 +165,7 @@ class QATCallback(TrainerCallback, ExportableState):
         self._share(model, args)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
@@ -216,7 +190,7 @@ class QATCallback(TrainerCallback, ExportableState):
         record_ranges(model)
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
-        """What `state` of this callback is in the Trainer's state."""
+        """The `state` of this callback in the Trainer's state."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
         return found
@@ -254,8 +228,10 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def _present(self) -> dict[str, Any]:
         model = self._model
-        found = ({}, {}) if model is None else (quantizer_states(model), weight_states(model))
-        return dict(zip(("ranges", "weights"), found, strict=True))
+        return {
+            "ranges": {} if model is None else quantizer_states(model),
+            "weights": {} if model is None else weight_states(model),
+        }
 
     def _share(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""

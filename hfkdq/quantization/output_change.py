@@ -16,15 +16,10 @@ from ..modeling.masks import output_mask
 
 
 class OutputChange:
-    """The outputs of a model as it is, and how far it is from them later.
+    """How far the outputs of a model move from those that it has now.
 
-    Args:
-        model (`PreTrainedModel`): the model, in eval mode; it is run on every batch.
-        batches (sequence of `dict`): batches of model inputs, at least one.
-
-    Attributes:
-        measure (`str`): what `now` gives: `"KL divergence"` where the model classifies, `"relative squared error"`
-            where it gives numbers or states, `"KL divergence + relative squared error"` for detectors.
+    The model, in eval mode, is run on every batch. `measure` names what `now` gives: `"KL divergence"` where the model
+    classifies, `"relative squared error"` of numbers or states, `"KL divergence + relative squared error"` for detectors.
 
     Raises:
         ValueError: the model gives no number, or one that is not finite.
@@ -61,7 +56,7 @@ class OutputChange:
 
     @torch.no_grad()
     def _run(self, batch: Mapping[str, Any]) -> list[tuple[bool, Tensor]]:
-        """The parts of the output that count, a row for each position; whether they are logits."""
+        """Compared parts of the output, a row for each position, and whether they are logits."""
         # A decoder may read its labels; elsewhere they would only cost a loss.
         skipped = () if getattr(self.model.config, "is_encoder_decoder", False) else ("labels",)
         inputs = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The QAT schedule: what of a spec is in force at which point of training."""
+"""The QAT schedule: when fake quantizers begin, weights get fewer bits, and ranges freeze."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BitSchedule = Mapping[float, int] | Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class QATState:
-    """What is in force: `bits` is the least width of weights, 0 for that of the spec."""
+    """State of the quantizers at a point of training; weights have at least `bits` bits, 0 for those of the spec."""
 
     enabled: bool
     frozen: bool
@@ -29,7 +29,7 @@ class QATState:
     share: float
 
     def apply_(self, model: nn.Module) -> None:
-        """Brings the fake quantizers of `model` into this phase."""
+        """Brings the fake quantizers of `model` into this state."""
         set_enabled_(model, self.enabled)
         for quantizer in activation_quantizers(model).values():
             quantizer.frozen = self.frozen
@@ -43,7 +43,7 @@ class QATState:
 
 
 class QATSchedule:
-    """The order of quantization-aware training; see `QATCallback` for the arguments.
+    """The QAT schedule; see `QATCallback` for the arguments.
 
     Raises:
         ValueError: a point of training outside [0, 1], widths that do not fall, or end above the width of the spec.
@@ -95,7 +95,7 @@ class QATSchedule:
         return max([self.begin, *(at for at, _ in self.lower_bits)])
 
     def at(self, progress: float) -> QATState:
-        """The phase at `progress` in [0, 1]."""
+        """The state at `progress` in [0, 1]."""
         due = [bits for at, bits in self.lower_bits if at <= progress]
         # Before the first entry its width holds too.
         bits = due[-1] if due else self.lower_bits[0][1] if self.lower_bits else 0
