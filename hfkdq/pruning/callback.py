@@ -20,7 +20,7 @@ from .criteria import FROM_GRADIENTS, check_trained
 from .importance import collect_importance_
 from .one_shot import check_prunable, count_parameters, finish_
 from .progress import UNFINISHED, Progress
-from .targets import PruningTarget, find_targets
+from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget, find_targets
 
 logger = logging.get_logger(__name__)
 
@@ -98,10 +98,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if not isinstance(spec, PruningSpec):
             raise TypeError(f"PruningCallback takes a PruningSpec, got {type(spec).__name__}.")
         if spec.structure == "vocab":
-            raise ValueError(
-                "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
-                "processing_class=tokenizer), before the trainer is made."
-            )
+            raise ValueError(VOCABULARY_NEEDS_NO_TRAINING)
         if spec.criterion == "teacher" and calibration is None:
             raise ValueError(
                 "criterion='teacher' asks the teacher about data: PruningCallback(spec, calibration=dataset, "
@@ -125,8 +122,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._evaluates_first: bool | None = None
 
     def state(self) -> dict[str, Any]:
-        bounds = {"metric": self.metric, "at_least": self.at_least, "at_most": self.at_most}
-        bounds = bounds if self._bounded else {}
+        bounds = dict(metric=self.metric, at_least=self.at_least, at_most=self.at_most) if self._bounded else {}
         return {"args": {"spec": self.spec.to_dict(), **bounds}, "attributes": {}}
 
     @property

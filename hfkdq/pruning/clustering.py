@@ -15,8 +15,6 @@ from ..facts import read_facts, record_fact
 from ..specs import ModulePatterns, module_matches, unmatched
 
 FACT = "clustering"
-
-
 _BY_DEFAULT = (nn.Linear, Conv1D, nn.Embedding)
 _POSSIBLE = (*_BY_DEFAULT, nn.Conv1d, nn.Conv2d)
 # In one dimension each iteration is cheap, and nearly all weights settle long before.
@@ -102,12 +100,7 @@ def cluster_weights(
 def cluster_values(weight: Tensor, clusters: int) -> Tensor:
     """The tensor with every value replaced by the nearest centroid of k-means, as [`cluster_weights`] describes.
 
-    Args:
-        weight (`torch.Tensor`): finite floating-point values, any shape.
-        clusters (`int`): the most different values the result has.
-
-    Returns:
-        `torch.Tensor`: of the same shape, dtype and device.
+    `weight` is finite, of any shape; the result has the same shape, dtype and device, and at most `clusters` values.
     """
     # Sorted, each value once: of bfloat16 there are few, and the assignment to centroids becomes a cut in order.
     values, counts = torch.unique(weight.detach(), return_counts=True)

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,14 @@ def fit_sparsity(
         )
     if name in ("flops", "latency") and inputs is None:
         raise ValueError(f"{name} is that of a forward pass: give inputs, a batch of the model.")
-    measure = _measure(model, name, cost, inputs)
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in (inputs or {}).items()}
+    measures: dict[str, Any] = {
+        "parameters": count_parameters,
+        "flops": partial(_count_operations, batch=batch),
+        "latency": partial(_relative_time, model=model, batch=batch),
+        "cost": cost,
+    }
+    measure: Callable[[PreTrainedModel], float] = measures[name]
     whole = 1.0 if name == "latency" else measure(model)  # which is measured as a share of the model's own
     bound = target * whole if name in ("parameters", "flops", "latency") and target < 1 else target
     spec = dataclasses.replace(spec, sparsity=0.95 if spec.sparsity is None else spec.sparsity)
@@ -114,22 +122,6 @@ def _pruned(model: PreTrainedModel, spec: PruningSpec, sparsity: float) -> PreTr
         spec, sparsity=sparsity, criterion="random", cut="remove", ranking="local", plain_checkpoint=False
     )
     return prune(copy.deepcopy(model), chosen)
-
-
-def _measure(
-    model: PreTrainedModel,
-    name: str,
-    cost: Callable[[PreTrainedModel], float] | None,
-    inputs: Mapping[str, Any] | None,
-) -> Callable[[PreTrainedModel], float]:
-    if cost is not None:
-        return cost
-    if name == "parameters":
-        return count_parameters
-    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in (inputs or {}).items()}
-    if name == "flops":
-        return lambda pruned: _count_operations(pruned, batch)
-    return lambda pruned: _relative_time(pruned, model, batch)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a model over calibration data to see what matters in it: gradients of a loss, norms of activations."""
+"""Runs a model over calibration data to collect importance statistics: gradients of a loss, norms of activations."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ def collect_importance_(
     Activations and gradients that are not finite, as a model in float16 may have on single batches, are left out with a
     warning. Padding counts among the activations; among the predictions of the criterion `"teacher"` it does not.
 
-    Args:
-        model (`PreTrainedModel`): the model, in whatever mode; it runs in eval mode. Frozen parameters count too.
-        importance (`ImportanceStatistics`): collects them.
-        batches (iterable of `dict`): model inputs; with labels if the criterion is `"taylor"` or `"fisher"`.
-        teacher (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
+    Both models run in eval mode, and frozen parameters count too. The criteria `"taylor"` and `"fisher"` need batches with
+    labels; the teacher of `"teacher"` is by default the model itself.
 
     Raises:
         ValueError: no batch, one that is not finite, no loss where one is needed, modules that no batch reaches or that
@@ -76,7 +73,7 @@ def collect_importance_(
 
 
 def _gradients(loss: Tensor, parameters: list[Tensor]) -> Sequence[Tensor | None]:
-    """Of each parameter the gradient, or `None` where the loss does not depend on it; `.grad` is left alone."""
+    """The gradient of each parameter, or `None` where the loss does not depend on it; `.grad` is left alone."""
     return torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
 
 

@@ -54,13 +54,7 @@ def _protected(target: PruningTarget) -> tuple[int, ...]:
 
 
 class Masks:
-    """One mask per target, true where a unit is pruned.
-
-    Args:
-        targets (sequence of `PruningTarget`): what is pruned.
-        spec (`PruningSpec`): how units are ranked, and what happens to those that are cut.
-        importance (`ImportanceStatistics`): their scores.
-    """
+    """One mask per target, true where a unit is pruned; `importance` scores the units."""
 
     def __init__(self, targets: Sequence[PruningTarget], spec: PruningSpec, importance: ImportanceStatistics) -> None:
         self.targets = list(targets)
@@ -160,10 +154,8 @@ class Masks:
     def lift_(self) -> None:
         """Ends what is no zero in a tensor: layers work again and norms count all channels."""
         for target, pruned in zip(self.targets, self.pruned, strict=True):
-            if isinstance(target, LayerTarget) or (isinstance(target, GroupTarget) and target.norms):
-                kept = torch.zeros_like(pruned)
-                if isinstance(target, GroupTarget):
-                    for norm in target.norms:
-                        mask_norm_(norm, kept)
-                else:
-                    target.apply_(kept)
+            kept = torch.zeros_like(pruned)
+            for norm in target.norms if isinstance(target, GroupTarget) else ():
+                mask_norm_(norm, kept)
+            if isinstance(target, LayerTarget):
+                target.apply_(kept)

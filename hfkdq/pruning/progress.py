@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the pruning of a model has come in a training: masks, importance, and the last round worth keeping."""
+"""Progress of the pruning in a training: masks, importance statistics, and a snapshot of the last good round."""
 
 from __future__ import annotations
 
@@ -30,12 +30,6 @@ class Progress:
     """The state of one pruning in one training.
 
     It lies in the optimizer's state under a name of its own, which PyTorch saves and loads as it is.
-
-    Args:
-        model (`PreTrainedModel`): what is pruned.
-        targets (sequence of `PruningTarget`): where.
-        spec (`PruningSpec`): what goes, and by which measure.
-        parameters_before (`int`): the size of the model before.
     """
 
     def __init__(
@@ -155,7 +149,7 @@ class Progress:
             self._save()
 
     def snapshot(self) -> None:
-        """Keeps the model as it is, to come back to."""
+        """Keeps a copy of the model as it is, for `rollback`."""
         good = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         self.last_good = {f"model.{name}": tensor for name, tensor in good.items()}
         self.last_good.update({f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self.masks.pruned)})
@@ -163,7 +157,7 @@ class Progress:
         self._save()
 
     def rollback(self) -> None:
-        """Makes the model what it was when it was last remembered, for good."""
+        """Restores the last `snapshot`, for good."""
         good = self.last_good or {}
         weights = {name.removeprefix("model."): t for name, t in good.items() if name.startswith("model.")}
         self.masks.lift_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting units out of the tensors of a model, and saying in its configuration what is left."""
+"""Removes units from the tensors of a model, and describes the rest in its configuration."""
 
 from __future__ import annotations
 
@@ -37,14 +37,7 @@ _HEAD_FIELDS_OF_PARTS = ("encoder_attention_heads", "decoder_attention_heads")
 def described_config(
     model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]
 ) -> tuple[PretrainedConfig, str | None]:
-    """The configuration of the model without what is to go, and why it does not describe it, if it does not.
-
-    Args:
-        model (`PreTrainedModel`): the model as it is.
-        spec (`PruningSpec`): what goes.
-        targets (sequence of `PruningTarget`): where it goes.
-        kept (sequence of `int`): how many units of every target stay.
-    """
+    """The configuration of the model with `kept` units of each target, and why it cannot describe that, or `None`."""
     planned = _planned(model, targets, kept)
     candidates = _candidates(model, spec, targets, kept)
     for fields in candidates:
@@ -156,13 +149,8 @@ def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[Pruning
 def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> Numbers:
     """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale.
 
-    Args:
-        model (`PreTrainedModel`): the model that the targets are of.
-        targets (sequence of `PruningTarget`): where units go.
-        pruned (sequence of `torch.Tensor`): for each target a bool tensor of shape `(units,)`, true for those that go.
-
-    Returns:
-        `dict`: by name of a module the integers that it keeps of its shapes, as they are now.
+    `pruned` has a bool tensor of shape `(units,)` for each target, true for units to remove. Returns, by the name of a
+    module, the integers that it keeps of its shapes, as they are now.
     """
     counts: Numbers = {}
     names = {module: name for name, module in model.named_modules()}

@@ -93,11 +93,7 @@ def share_layers(
 def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
     """Shares the layers of a freshly loaded model again, as `model.config.hfkdq["sharing"]` says, in place.
 
-    Args:
-        model (`PreTrainedModel`): the model; one without this record is left as it is.
-
-    Returns:
-        `PreTrainedModel`: the same model.
+    A model without this record is left as it is. Returns the same model.
 
     Raises:
         ValueError: layers that the record calls shared are not equal. The model is then as it was.

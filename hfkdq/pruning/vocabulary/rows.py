@@ -21,8 +21,7 @@ class VocabularyRows:
     Which tensors those are is read off two empty models of its class that differ in `vocab_size` alone, so that what
     is cut is what `from_pretrained` will expect.
 
-    Args:
-        model (`PreTrainedModel`): a model of text. It is left alone until `keep_`.
+    The model is left alone until `keep_`.
 
     Raises:
         ValueError: no table of tokens, or one that the configuration doesn't describe.
@@ -102,11 +101,8 @@ class VocabularyRows:
             old = tensors[name]
             if id(old) not in replaced:
                 values = old.detach().index_select(dim, kept.to(old.device))
-                is_parameter = isinstance(old, nn.Parameter)
-                replaced[id(old)] = (
-                    nn.Parameter(values, requires_grad=old.requires_grad) if is_parameter else values,
-                    dim,
-                )
+                values = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
+                replaced[id(old)] = (values, dim)
         for module in self.model.modules():
             _replace_own_(module, replaced, kept)
             if vars(module).get("vocab_size") == self.rows:
