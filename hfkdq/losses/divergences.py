@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divergences between what a student and a teacher predict, one number per position.
 
-Pure functions of logits, computed in float32; they know no models, heads, weights or masks over positions.
+Pure functions of logits, computed in float32.
 """
 
 from __future__ import annotations
@@ -23,13 +23,7 @@ RULED_OUT = -1e4
 def log_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`log softmax(logits / T)` over the last axis, float32; classes outside of `valid_classes` get probability 0.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., classes)`): logits.
-        temperature (`float`, defaults to 1.0): `T`, larger than 0.
-        valid_classes (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
-    """
+    """`log softmax(logits / T)` over the last axis, float32; classes outside of `valid_classes` get probability 0."""
     scaled = logits.float() / temperature
     if valid_classes is not None:
         scaled = scaled.masked_fill(~valid_classes, RULED_OUT)
@@ -168,7 +162,8 @@ class MSE(Divergence):
     """`mean_c (z_student - z_teacher)^2` of the logits themselves; without a temperature.
 
     Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014); Kim et al., "Comparing Kullback-Leibler Divergence
-    and Mean Squared Error Loss in Knowledge Distillation" (2021).
+    and Mean Squared Error Loss in Knowledge Distillation" (2021). In the project's own comparison it helped nowhere:
+    docs/results/objectives.md.
     """
 
     uses_temperature: ClassVar[bool] = False
@@ -183,7 +178,8 @@ class DKD(Divergence):
 
     `b` is the pair (probability of the label's class, probability of all others), `n` the distribution over the other
     classes alone. Zhao et al., "Decoupled Knowledge Distillation" (2022). Without labels the teacher's top class stands
-    for the label. With two classes the second part is 0.
+    for the label. With two classes the second part is 0. In the project's own comparison it helped nowhere:
+    docs/results/objectives.md.
 
     Args:
         alpha (`float`, defaults to 1.0): weight of the label's class.
@@ -224,7 +220,8 @@ class DIST(Divergence):
 
     `r_inter` correlates student and teacher over the classes, per position; `r_intra` over the positions of the batch,
     per class, mean over the classes. So its second part depends on how the data are cut into micro batches. Huang et
-    al., "Knowledge Distillation from A Stronger Teacher" (2022).
+    al., "Knowledge Distillation from A Stronger Teacher" (2022). In the project's own comparison it helped nowhere:
+    docs/results/objectives.md.
 
     Args:
         beta (`float`, defaults to 1.0): weight of the relation between classes.
@@ -296,16 +293,7 @@ def log_tail(log_top: torch.Tensor) -> torch.Tensor:
 
 
 def coarse_log_probabilities(logits: torch.Tensor, indices: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log probabilities of the classes `indices`, and of all others together.
-
-    Args:
-        logits (`torch.Tensor` of shape `(rows, classes)`): logits.
-        indices (`torch.LongTensor` of shape `(rows, k)`): the classes to keep apart.
-        temperature (`float`, defaults to 1.0): `T`, larger than 0.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, k + 1)`, float32, the tail last.
-    """
+    """Log probabilities of the classes `indices`, `(rows, k)`, with that of all others last: `(rows, k + 1)`, float32."""
     scaled = logits.float() / temperature
     log_top = scaled.gather(-1, indices) - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return torch.cat([log_top, log_tail(log_top)], dim=-1)
@@ -313,12 +301,7 @@ def coarse_log_probabilities(logits: torch.Tensor, indices: torch.Tensor, temper
 
 @dataclass(frozen=True)
 class TopLogits:
-    """The likeliest classes of a teacher, and all others together.
-
-    Args:
-        log_probabilities (`torch.Tensor` of shape `(..., k + 1)`): of the `k` classes, and of the rest last.
-        indices (`torch.LongTensor` of shape `(..., k)`): which classes they are.
-    """
+    """The `k` likeliest classes of a teacher, `(..., k)`, and their log probabilities with that of the rest last."""
 
     log_probabilities: torch.Tensor
     indices: torch.Tensor

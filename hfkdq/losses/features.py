@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances between the hidden states and attentions of a student and a teacher, one number per position.
 
-Pure tensor functions, computed in float32; they know no models, batches or weights.
+Pure tensor functions, computed in float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances between how a student and a teacher relate positions, or the examples of a batch, to one another.
 
-Pure tensor functions, computed in float32; a relation lies within one model, so widths may differ. They know no models.
+Pure tensor functions, computed in float32; a relation lies within one model, so widths may differ.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of an objective, and the adapter that makes one of a plain callable."""
+"""The base class of objectives, and the adapter for plain callables."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Objective:
 
     weight: float | Schedule = 1.0
     teacher: str | None = None
-    # What `attach` found out about the pair: no settings, and no part of the identity.
+    # Results of `attach`: no settings, and no part of the identity.
     _shifts_labels: bool = field(default=False, init=False, repr=False, compare=False)
     _frames: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False, compare=False)
     # Of "hidden_states" and "attentions", which entries are read of student and teacher.
@@ -159,24 +159,24 @@ class Objective:
         )
 
     def _keep(self, **found: Any) -> None:
-        """Fills in fields that are no settings."""
+        """Sets fields that are no settings."""
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
     @property
     def runs_first(self) -> bool:
-        """Whether it runs the models itself, before they run on the batch as it is."""
+        """Whether it runs the models itself, before they run on the plain batch."""
         return type(self).run_forward is not Objective.run_forward
 
     def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
-        """Runs the models as this objective wants them; returns the step with what they gave.
+        """Runs the models on inputs of this objective's own; returns the step with their outputs.
 
-        What is then there of `student` and `teacher` is what `loss` reads; the rest comes of the batch as it is.
+        Outputs that are left `None` come from the plain batch.
         """
         return step
 
     def capture(self) -> AbstractContextManager[Any]:
-        """What lasts while teacher and student run on a batch, such as hooks; what it gives is the step's `seen`."""
+        """A context, such as hooks, around the passes of teacher and student; its value is the step's `seen`."""
         return contextlib.nullcontext()
 
     def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
@@ -184,7 +184,7 @@ class Objective:
         return self._indices.get(need)
 
     def state_mask(self, batch: Batch) -> torch.Tensor | None:
-        """Which positions of hidden states count, `(batch, seq)`: those attended to; of sound, the frames of it."""
+        """Which positions of hidden states count, `(batch, seq)`: those attended to, or the frames of sound."""
         return position_mask(batch, self._frames)
 
     def positions(self, batch: Batch) -> Positions:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model predicts, by its task: what is compared, at which positions, over which classes."""
+"""Heads of models by task: the predictions to compare, their positions and classes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Head:
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
-        """What is compared; the loss is the mean over the list."""
+        """The predictions to compare; the loss is the mean over the list."""
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and labels.is_floating_point():
             raise ValueError(
@@ -121,7 +121,7 @@ class TokenHead(Head):
 
 
 class DecoderHead(TokenHead):
-    """What an encoder-decoder writes; `attention_mask` is of the encoder's input."""
+    """A class per token of a decoder; `attention_mask` is of the encoder's input."""
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         return token_mask({**batch, "attention_mask": batch.get("decoder_attention_mask")}, shifts_labels=False)

@@ -67,13 +67,9 @@ def layer_map(
 ) -> dict[int, int]:
     """Resolves the argument `layers` of an objective to `{student layer: teacher layer}`, numbered from 1.
 
-    Args:
-        layers (`dict` or `str`, *optional*): the map itself; for layer `i` of `S` to one of `T`, `"uniform"` for
-            `round(i * T / S)`, `"last"` for `T - S + i` and `"skip"` for `i * (T // S)`; `None` for the layers the student
-            was copied from, or uniform where that is not recorded.
-        student (`PreTrainedModel`): the student, whose configuration may say where its layers came from.
-        student_layers (`int`): number of layers of the student.
-        teacher_layers (`int`): number of layers of the teacher.
+    Of `S` student layers and `T` of the teacher, layer `i` is paired with `round(i * T / S)` by `"uniform"`, `T - S + i` by
+    `"last"` and `i * (T // S)` by `"skip"`. `None` means the layers that the student was copied from, which its
+    configuration may record, or uniform.
 
     Raises:
         ValueError: an unknown strategy, an empty map, or a layer out of range (0 stands for the embeddings); or a

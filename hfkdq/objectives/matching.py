@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which object query of a student stands for which of its teacher."""
+"""Matches the object queries of a student with those of its teacher."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 
 def object_probabilities(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
-    """Probability that there is an object, per query: `(batch, queries)`.
-
-    With exclusive classes the last one is "no object"; otherwise the largest of the classes' sigmoids stands for it.
-    """
-    if exclusive:
-        return 1.0 - logits.float().softmax(-1)[..., -1]
-    return logits.float().sigmoid().amax(-1)
+    """Probability that there is an object, per query: `(batch, queries)`; exclusive classes have "no object" last."""
+    return 1.0 - logits.float().softmax(-1)[..., -1] if exclusive else logits.float().sigmoid().amax(-1)
 
 
 def corners(boxes: torch.Tensor) -> torch.Tensor:

@@ -18,19 +18,12 @@ from ..modeling.forwards import as_output, base_of, return_dict_kwargs
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
-    """The output of `model` in eval mode for one small made-up example.
+    """The output of `model` in eval mode for a made-up batch of 1; mode, gradients and random state stay as they are.
 
-    Args:
-        model (`PreTrainedModel`): a text model on `input_ids`, a vision model on `pixel_values`, or a speech model on
-            `input_values` or `input_features`; an encoder-decoder too. Its mode, its gradients and the random state
-            stay as they are.
-        request (`bool`): `output_hidden_states=True`, `output_attentions=True`.
-
-    Returns:
-        `ModelOutput` with a batch of 1.
+    `request` may be `output_hidden_states=True` or `output_attentions=True`.
 
     Raises:
-        ValueError: another kind of model.
+        ValueError: a model that reads neither text, images nor sound.
     """
     mode = model.training
     model.eval()

@@ -21,7 +21,7 @@ from .model_signature import ModelSignature
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraForwardPasses(Objective):
-    """Another objective, evaluated on outputs of passes of its own."""
+    """Another objective, evaluated on extra forward passes."""
 
     objective: Objective = field(default_factory=LogitKD)
 
@@ -39,7 +39,7 @@ class ExtraForwardPasses(Objective):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What is compared."""
+        """The outputs that are compared."""
         return self.objective.needs
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
@@ -261,7 +261,7 @@ def _within(delta: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 
 
 class _Change:
-    """Something added to what a model reads: to its input embeddings, or to its input where that is no token.
+    """A change that is added to the input embeddings of a model, or to its input where that is no token.
 
     An encoder-decoder may look up its embeddings twice in a pass, so there may be several additions.
     """

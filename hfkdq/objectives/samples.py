@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of how the examples of a batch lie to one another."""
+"""Distillation of relations between the examples of a batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ class SampleObjective(LayerObjective):
 
     The mean is taken over the positions attended to, the frames of sound, or the whole map. The
     models may differ in width, kind and tokenizer.
-
-    Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
     """
 
     positions = Objective.positions  # examples
@@ -51,11 +47,9 @@ class SampleObjective(LayerObjective):
     def represented(
         self, step: TrainingStep, places: Mapping[int, int] | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The vectors of the examples, `(batch, width)` each, of student and teacher, for every pair of layers.
+        """The vectors of the examples of student and teacher, `(batch, width)` each, for every pair of layers.
 
-        Args:
-            step (`TrainingStep`): batch, and what student and teacher returned.
-            places (`dict`, *optional*): index among the hidden states of the projection of a layer.
+        `places` has the index among the hidden states of the projection of a layer, where there is one.
         """
         mask, teacher_mask = self.state_mask(step.batch), self._teacher_mask(step.batch)
         for s, t in self._pairs:
