@@ -77,6 +77,19 @@ def accepts_num_items(model: Any) -> bool:
 
 
 @contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts models into eval mode while it lasts; every module then has its former mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
     """Lets every BatchNorm of a model use the batch while it lasts, in training mode, and keep its running statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

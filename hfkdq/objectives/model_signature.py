@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import as_output, base_of, return_dict_kwargs
+from ..modeling.forwards import as_output, base_of, evaluating, return_dict_kwargs
 
 
 def probe(model: PreTrainedModel, **request: bool) -> Any:
@@ -25,13 +25,8 @@ def probe(model: PreTrainedModel, **request: bool) -> Any:
     Raises:
         ValueError: a model that reads neither text, images nor sound.
     """
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return as_output(model(**_example(model), **return_dict_kwargs(model), **request))
-    finally:
-        model.train(mode)
+    with torch.no_grad(), evaluating(model):
+        return as_output(model(**_example(model), **return_dict_kwargs(model), **request))
 
 
 def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:

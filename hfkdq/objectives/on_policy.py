@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..modeling.forwards import base_of
+from ..modeling.forwards import base_of, evaluating
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, Passes, TrainingStep
@@ -147,15 +147,16 @@ class OnPolicyKD(Objective):
         self, model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts with what the student writes, and which of the new tokens are an answer: all up to its end."""
-        base, training = base_of(model), model.training
+        base = base_of(model)
         own, settings = base.generation_config, self._settings(base.generation_config, prompt_length)
-        model.eval()
         base.generation_config = settings  # what the model's own one says beyond the settings would be added to them
         try:
-            found: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+            with evaluating(model):
+                found: torch.Tensor = model.generate(
+                    input_ids=ids, attention_mask=mask.long(), generation_config=settings
+                )
         finally:
             base.generation_config = own
-            model.train(training)
             # Weights cast here have no gradient; older releases of PyTorch give them to the student's own pass too.
             torch.clear_autocast_cache()
         ends = torch.as_tensor([] if own.eos_token_id is None else own.eos_token_id, device=found.device)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
 from .one_shot import check_prunable, count_parameters, prune
 from .targets import find_targets
@@ -126,27 +127,22 @@ def _pruned(model: PreTrainedModel, spec: PruningSpec, sparsity: float) -> PreTr
 
 @torch.no_grad()
 def _count_operations(model: PreTrainedModel, batch: dict[str, Any]) -> float:
-    training = model.training
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(**batch)
-    model.train(training)
+    with FlopCounterMode(display=False) as counter, evaluating(model):
+        model(**batch)
     return float(counter.get_total_flops())
 
 
 @torch.no_grad()
 def _relative_time(pruned: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Any]) -> float:
     """Median over calls of the time of one model divided by that of the other, right after it."""
-    training = model.training
-    pruned.eval()
-    model.eval()
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for call in range(_CALLS + 2):
-        for place, each in enumerate((pruned, model)):
-            started = time.perf_counter()
-            each(**batch)
-            if batch and each.device.type == "cuda":
-                torch.cuda.synchronize(each.device)
-            if call >= 2:
-                times[place].append(time.perf_counter() - started)
-    model.train(training)
-    return statistics.median(times[0]) / statistics.median(times[1])
+    times: list[list[float]] = [[], []]
+    with evaluating(pruned, model):
+        for _ in range(_CALLS + 2):
+            for taken, each in zip(times, (pruned, model), strict=True):
+                started = time.perf_counter()
+                each(**batch)
+                if each.device.type == "cuda":
+                    torch.cuda.synchronize(each.device)
+                taken.append(time.perf_counter() - started)
+    own, whole = (statistics.median(taken[2:]) for taken in times)  # the first two calls warm up
+    return own / whole

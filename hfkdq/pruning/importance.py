@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..losses import masked_mean
 from ..modeling.batches import Batches, on_device
+from ..modeling.forwards import evaluating
 from ..modeling.masks import output_mask
 from .criteria import ImportanceStatistics
 
@@ -40,17 +41,14 @@ def collect_importance_(
     samples_labels = importance.spec.criterion == "teacher"
     generator = torch.Generator().manual_seed(importance.spec.seed)
     teacher = model if teacher is None else teacher
-    modes = {module: module.training for owner in (model, teacher) for module in owner.modules()}
     parameters = {id(part.values): part.values for target in importance.targets for part in target.parts}
     trained = {key: value for key, value in parameters.items() if isinstance(value, torch.nn.Parameter)}
     frozen = [value for value in trained.values() if importance.needs_gradients and not value.requires_grad]
     try:
-        teacher.eval()
-        model.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
         # A DataLoader draws a seed even where it does not shuffle.
-        with importance.watching(), torch.random.fork_rng(devices=[]):
+        with evaluating(model, teacher), importance.watching(), torch.random.fork_rng(devices=[]):
             for batch in on_device(model, batches, "Measuring what matters"):
                 if not importance.needs_gradients:
                     with torch.no_grad():
@@ -67,8 +65,6 @@ def collect_importance_(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, mode in modes.items():
-            module.training = mode
     _check_collected(importance)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
+from ..modeling.forwards import evaluating
+
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -107,11 +109,10 @@ def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tu
             handles.append(module.register_forward_hook(after))
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(before))
-    training = model.training
     try:
-        model.eval()(**(example if example is not None else _black_image(model)))
+        with evaluating(model):
+            model(**(example if example is not None else _black_image(model)))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     read = Counter(conv for conv, _ in pairs)

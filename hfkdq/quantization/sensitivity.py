@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.batches import Batches, check_batch, make_batches
+from ..modeling.forwards import evaluating
 from ..specs import QuantizationSpec
 from .adapters import has_adapters
 from .allocation import BitAllocation, choose_bits
@@ -85,17 +86,12 @@ def suggest_bits(
     """
     spec = QuantizationSpec() if spec is None else spec
     _check(model, bits, max_batches)
-    modes = {module: module.training for module in model.modules()}
     choices = BitChoices.of(model, spec, bits)
     limit = choices.limit(budget)
     sample = _sample(make_batches(model, data, batch_size, data_collator, processing_class), max_batches)
-    model.eval()
-    try:
+    with evaluating(model):
         change = OutputChange(model, sample)
         sensitivity = _scan(choices, change)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     chosen = choose_bits(choices.sizes, sensitivity, limit)
     widths = {name: chosen[first] for first, names in choices.groups.items() for name in names}
     return BitAllocation(
