@@ -39,7 +39,7 @@ class QATCallback(TrainerCallback, ExportableState):
     Trainer is made (see [`prepare_qat_`]) and stay in memory after training, so that `trainer.evaluate()` measures the
     quantized model. Saved files are those of an ordinary model; their `config.json` records spec and ranges, from
     which [`load_quantized`] rebuilds the quantized one. Training resumes exactly, and with `load_best_model_at_end`
-    the ranges come from the same checkpoint as the weights; the best is searched among those that have the widths of the
+    the ranges come from the same checkpoint as the weights; the best is searched among those that have the bits of the
     spec. In distributed training all processes use the ranges of the first one.
 
     Points of training are shares of its steps: 0.0 the start, 1.0 the end.
@@ -55,9 +55,9 @@ class QATCallback(TrainerCallback, ExportableState):
             statistics.
         fold_batch_norm (`bool`, defaults to `False`): before training, move every BatchNorm into the convolution it
             follows, as in [`fold_batch_norm_`].
-        lower_bits (`dict`, *optional*): widths of the weights on the way to that of the spec, as
+        lower_bits (`dict`, *optional*): the bit schedule: bits of the weights on the way to those of the spec, as
             `{0.0: 8, 0.3: 4, 0.6: 2}`; weights that the spec keeps wider stay wider.
-        quantized_share (`float`, defaults to 1.0): share of the channels that each training pass quantizes, drawn at
+        quantized_share (`float`, defaults to 1.0): Quant-Noise: share of the channels that each training pass quantizes, drawn at
             random, in (0, 1] (Fan et al., "Training with Quantization Noise for Extreme Model Compression", 2021).
         learning_rate_factor (`float`, defaults to 1.0): learning rate of learned ranges and scales, as a multiple of
             that of the Trainer.
@@ -66,7 +66,7 @@ class QATCallback(TrainerCallback, ExportableState):
         TypeError: `spec` is neither.
         RuntimeError: at the start of training, if scales are to be learned but the model got its fake quantizers after
             its optimizer.
-        ValueError: the spec matches no module, points of training or widths are not in order, or training resumes from
+        ValueError: the spec matches no module, points of training or bits are not in order, or training resumes from
             a checkpoint of another spec.
 
     Example:
@@ -169,7 +169,7 @@ class QATCallback(TrainerCallback, ExportableState):
     ) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
-                f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the widths "
+                f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the bits "
                 "of the spec. They have them now, without the training that should have followed."
             )
         self.schedule.at(1.0).apply_(model)

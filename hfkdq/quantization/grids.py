@@ -37,7 +37,7 @@ class Grid:
     - `"kmeans"`: q is the index of the nearest value of a sorted codebook, in units of s.
 
     Args:
-        bits (`int`): width.
+        bits (`int`): bits of a code.
         symmetric (`bool`): codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one.
         mapping (`str`): as in [`QuantizationScheme`].
         power (`float`): of the power law.

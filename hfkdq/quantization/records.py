@@ -182,7 +182,7 @@ def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
     """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
 
     `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
-    reached the spec yet, `weight_bits` has the widths that differ from it, and `enabled` is `False` while the fake
+    reached the spec yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake
     quantizers are off.
 
     Args:
@@ -283,7 +283,7 @@ def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
 
 
 def set_weight_bits_(module: QuantizedModule, bits: int) -> None:
-    """Lets a module go on with another width of its weights."""
+    """Changes the bits of the weights of a module."""
     for quantizer, weight in weight_quantizers_of(module).values():
         if quantizer.bits != bits:
             quantizer.set_bits(bits, weight)

@@ -46,7 +46,7 @@ class QATSchedule:
     """The QAT schedule; see `QATCallback` for the arguments.
 
     Raises:
-        ValueError: a point of training outside [0, 1], widths that do not fall, or end above the width of the spec.
+        ValueError: a point of training outside [0, 1], bits that do not fall, or end above those of the spec.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class QATSchedule:
         unknown = [bits for bits in widths if bits not in spec.WEIGHT_BITS[1:]]
         if unknown or widths != sorted(widths, reverse=True) or len(set(widths)) < len(widths):
             raise ValueError(
-                f"lower_bits must fall, through widths of {', '.join(map(str, spec.WEIGHT_BITS[1:]))}, as "
+                f"lower_bits must fall, through {', '.join(map(str, spec.WEIGHT_BITS[1:]))}, as "
                 f"{{0.0: 8, 0.3: 4, 0.6: 2}}; got {dict(self.lower_bits)}."
             )
         if widths and widths[-1] != spec.weight_bits:
@@ -91,13 +91,13 @@ class QATSchedule:
 
     @property
     def schedule_end(self) -> float:
-        """The progress from which weights have the widths of the spec."""
+        """The progress from which weights have the bits of the spec."""
         return max([self.begin, *(at for at, _ in self.lower_bits)])
 
     def at(self, progress: float) -> QATState:
         """The state at `progress` in [0, 1]."""
         due = [bits for at, bits in self.lower_bits if at <= progress]
-        # Before the first entry its width holds too.
+        # Before the first entry its bits hold too.
         bits = due[-1] if due else self.lower_bits[0][1] if self.lower_bits else 0
         return QATState(
             enabled=progress >= self.begin,

@@ -57,7 +57,7 @@ class WeightQuantizer(Stateless):
         name (`str`, defaults to `"the module"`): of the module, for errors.
 
     Attributes:
-        bits (`int`): the width now; `scheme.weight_bits` unless `set_bits` changed it.
+        bits (`int`): the present bits; `scheme.weight_bits` unless `set_bits` changed it.
         share (`float`): share of the output channels that a training pass quantizes, drawn at random (Fan et al.,
             "Training with Quantization Noise for Extreme Model Compression", 2021). 1.0 by default.
         frozen (`bool`): whether a codebook stays as it is in training.
@@ -109,7 +109,7 @@ class WeightQuantizer(Stateless):
 
     @torch.no_grad()
     def set_bits(self, bits: int, weight: Tensor) -> None:
-        """Goes on with another width; a learned scale keeps its range, a codebook starts anew."""
+        """Goes on with other bits; a learned scale keeps its range, a codebook starts anew."""
         before, self.bits = self.grid.high, bits
         if hasattr(self, "scale"):
             self.scale.mul_(before / self.grid.high)
@@ -194,7 +194,7 @@ class WeightQuantizer(Stateless):
         if self.bits == 16:
             raise ValueError(
                 f"Weights of 16 bits are {self.scheme.storage_dtype} numbers and have no integers. Take the weight itself, "
-                "or a width of 8 bits or less."
+                "or 8 bits or less."
             )
         scale, zero_point = self.qparams(weight)
         codes = self.grid.codes(self.blocks(weight.detach().float()), scale, zero_point, self._codebook())
