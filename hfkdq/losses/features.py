@@ -44,13 +44,7 @@ def gaussian_nll(mean: torch.Tensor, log_variance: torch.Tensor, target: torch.T
     `mean over channels c of 1/2 * (log v_c + (target_c - mean_c)^2 / v_c)`. It can be negative. Ahn et al.,
     "Variational Information Distillation for Knowledge Transfer" (2019), equation 5, as a mean over the channels.
 
-    Args:
-        mean (`torch.Tensor` of shape `(..., channels)`): what is predicted.
-        log_variance (`torch.Tensor` of shape `(..., channels)`): `log v`, how sure that is.
-        target (`torch.Tensor` of shape `(..., channels)`): states of the teacher.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, float32.
+    `mean`, `log_variance` (`log v`) and `target` are of shape `(..., channels)`, the result of shape `(...)`, float32.
     """
     log_variance = log_variance.float()
     return 0.5 * (log_variance + (target.float() - mean.float()).square() * (-log_variance).exp()).mean(-1)
@@ -105,15 +99,7 @@ def attention_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tens
 
     `1/(H K) * sum_h sum_k (student[h, q, k] - teacher[h, q, k])^2` per query `q`. Jiao et al., "TinyBERT" (2020),
     equation 7, which takes it of the scores before the softmax rather than of the probabilities after it.
-    Different numbers of heads are compared by the mean of each model's heads.
-
-    Args:
-        student (`torch.Tensor` of shape `(batch, heads, queries, keys)`): attention probabilities.
-        teacher (`torch.Tensor` of shape `(batch, teacher_heads, queries, keys)`): attention probabilities.
-        mask (`torch.BoolTensor` of shape `(batch, keys)`, *optional*): which keys count; all without it.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, queries)`, float32.
+    Arguments and result as of [`attention_kl`]; `mask`, of shape `(batch, keys)`, says which keys count.
     """
     student, teacher = _paired_heads(student, teacher)
     squares = (student - teacher).square().mean(1)  # (batch, queries, keys)

@@ -138,15 +138,8 @@ def info_nce(
     mutual information of both from below: `I >= log(batch) - value`. Van den Oord et al., "Representation Learning with
     Contrastive Predictive Coding" (2018).
 
-    Args:
-        student (`torch.Tensor` of shape `(batch, width)`): one vector per example.
-        teacher (`torch.Tensor` of shape `(batch, width)`): one vector per example.
-        temperature (`float`, defaults to 0.07): `T`, larger than 0.
-        excluded (`torch.BoolTensor` of shape `(batch, batch)`, *optional*): which `j` are left out of the sum for which
-            `i`; never `i` itself.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`, float32; 0 where there is nothing to tell it from.
+    Both models have vectors of shape `(batch, width)`; the result is `(batch,)`, float32, and 0 without other examples.
+    `excluded`, of shape `(batch, batch)`, says which `j` are left out of the sum for which `i`; never `i` itself.
     """
     scores = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).T / temperature
     if excluded is not None:

@@ -32,10 +32,8 @@ def matched_queries(
     as much as the teacher sees an object: weights of Carion et al., "End-to-End Object Detection with Transformers"
     (2020).
 
-    Args:
-        student_out, teacher_out (`ModelOutput`): with `logits` of shape `(batch, queries, classes)` and `pred_boxes` of
-            shape `(batch, queries, 4)`, centres and sizes in [0, 1]; numbers of queries may differ.
-        exclusive (`bool`): whether classes exclude one another, with "no object" last.
+    The outputs have `logits` of shape `(batch, queries, classes)` and `pred_boxes` of shape `(batch, queries, 4)`, centres
+    and sizes in [0, 1]; numbers of queries may differ. `exclusive` classes exclude one another, with "no object" last.
 
     Returns:
         Three tensors of shape `(batch, pairs)`: queries of the student, queries of the teacher, and the probability

@@ -7,6 +7,7 @@ implementations silently return nothing.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -114,13 +115,15 @@ class ModelSignature:
             )
         maps = _attention_maps(self._model)
         if maps is None:
-            try:
+            with contextlib.suppress(Exception):  # that it has no eager attention is said below
                 self._model.set_attn_implementation("eager")
-            except Exception as error:
-                raise ValueError(_no_attentions(self._model)) from error
             maps = _attention_maps(self._model)
         if maps is None:
-            raise ValueError(_no_attentions(self._model))
+            raise ValueError(
+                f"{self.model_class} with attn_implementation={self._model.config._attn_implementation!r} gives no attention "
+                'probabilities. Load it with attn_implementation="eager" if it has that, or leave AttentionKD out. Of '
+                "encoder-decoders this release distils the logits alone: LogitKD()."
+            )
         return tuple(tuple(m.shape) for m in maps)
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,11 +147,3 @@ def _attention_maps(model: PreTrainedModel) -> tuple[torch.Tensor, ...] | None:
     if not maps or any(m is None for m in maps) or (layers is not None and len(maps) != layers):
         return None
     return tuple(maps)
-
-
-def _no_attentions(model: PreTrainedModel) -> str:
-    return (
-        f"{type(model).__name__} with attn_implementation={model.config._attn_implementation!r} gives no attention "
-        'probabilities. Load it with attn_implementation="eager" if it has that, or leave AttentionKD out. Of '
-        "encoder-decoders this release distils the logits alone: LogitKD()."
-    )

@@ -124,11 +124,7 @@ def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
 def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
     """Gives every layer parameters of its own again, with the values they have, and drops the record, in place.
 
-    Args:
-        model (`PreTrainedModel`): a model with or without shared layers. Optimizers made before are stale.
-
-    Returns:
-        `PreTrainedModel`: the same model.
+    Optimizers made before are stale. Returns the same model.
     """
     layers = _only_stack(model)
     copies: dict[tuple[int, int], nn.Parameter] = {}  # by layer, so that ties within one stay

@@ -94,7 +94,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
 
 
 def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[nn.Module, QuantizationScheme]]:
-    """The modules to quantize and how, by name; everything that can be wrong with them is found here."""
+    """The modules to quantize and how, by name; refuses all that cannot be quantized before anything is changed."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = head_modules(model)
     chosen: dict[str, tuple[nn.Module, QuantizationScheme]] = {}
@@ -176,14 +176,7 @@ def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str,
 
 
 def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes [`prepare_qat_`], in place: a floating-point model with the weights as they are, and no record.
-
-    Args:
-        model (`PreTrainedModel`): a model with or without fake quantizers.
-
-    Returns:
-        `PreTrainedModel`: the same model.
-    """
+    """Undoes [`prepare_qat_`], in place: a floating-point model with the weights as they are, and no record."""
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             swap_out_(module)

@@ -55,13 +55,7 @@ def weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
 
 
 def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Scale and zero point of every quantized input that has seen data.
-
-    Args:
-        model (`nn.Module`): a model with fake quantizers.
-
-    Returns:
-        `dict`: `{module name: {"scale": float, "zero_point": int}}`.
+    """Ranges of all quantized inputs that have seen data: `{module name: {"scale": float, "zero_point": int}}`.
 
     Raises:
         RuntimeError: a range is not finite, because an activation was not.
@@ -84,14 +78,7 @@ def _numbers(scalars: list[Tensor]) -> Iterator[float]:
 
 
 def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, Any]]) -> PreTrainedModel:
-    """Gives the fake quantizers of `model` the ranges that [`activation_ranges`] reported, in place.
-
-    Args:
-        model (`PreTrainedModel`): a model with fake quantizers.
-        ranges (`dict`): `{module name: {"scale": float, "zero_point": int}}`; other modules keep theirs.
-
-    Returns:
-        `PreTrainedModel`: the same model.
+    """Sets ranges of fake quantizers, as [`activation_ranges`] gives them, in place; other modules keep theirs.
 
     Raises:
         ValueError: a name without a quantized input, or a range that is no range.
@@ -116,13 +103,10 @@ def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, A
 
 
 def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What weight quantizers know beyond the weights: learned scales, codebooks and smoothing factors, JSON-ready.
+    """Learned scales, codebooks and smoothing factors, JSON-ready.
 
-    Args:
-        model (`nn.Module`): a model with fake quantizers.
-
-    Returns:
-        `dict`: `{parameter name: {kind: {"shape": list, "float32": base64 of the little-endian values}}}`.
+    `{parameter name: {kind: {"shape": list, "float32": base64 of the little-endian values}}}`, where `kind` is `"scale"`,
+    `"codebook"` or `"smoothing"`.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in quantized_modules(model).items():
@@ -137,7 +121,7 @@ def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> None:
-    """Gives the weight quantizers of `model` what [`weight_states`] found, in place.
+    """Restores the state of weight quantizers from [`weight_states`], in place.
 
     Raises:
         ValueError: a name or a shape that the model has not.
@@ -183,11 +167,7 @@ def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
 
     `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
     reached the spec yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake
-    quantizers are off.
-
-    Args:
-        model (`PreTrainedModel`): the model; without fake quantizers nothing is written.
-        live (`bool`, defaults to `False`): what is read or saved later is the state of that moment, as in a training.
+    quantizers are off. A `live` record is that of the moment at which it is read or saved, as in a training.
     """
     spec = quantized_spec(model)
     if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
@@ -195,7 +175,7 @@ def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
 
 
 class _LiveRecord(dict[str, Any]):
-    """The record of a model that is being trained; whoever copies it, as a configuration that is saved does, gets it anew.
+    """A record that is made anew when it is copied, as saving a configuration does.
 
     So no step of a training has to write it, which moves every scale from the device.
     """
@@ -297,14 +277,14 @@ def set_enabled_(model: nn.Module, enabled: bool) -> None:
 
 
 def quantizer_states(model: nn.Module) -> dict[str, dict[str, float]]:
-    """What every quantized input that has seen data needs to continue exactly, JSON-ready, by module name."""
+    """Exact states of all quantized inputs that have seen data, JSON-ready, by module name."""
     seen = {name: quantizer for name, quantizer in activation_quantizers(model).items() if quantizer.initialized}
     values = _numbers([tensor for quantizer in seen.values() for tensor in quantizer.state_tensors()])
     return {name: {key: next(values) for key in quantizer.state_names} for name, quantizer in seen.items()}
 
 
 def load_quantizer_states_(model: nn.Module, states: dict[str, dict[str, float]]) -> None:
-    """Lets the fake quantizers of `model` continue where [`quantizer_states`] was taken; those not in it start anew."""
+    """Restores [`quantizer_states`]; fake quantizers that are not in it start anew."""
     for name, quantizer in activation_quantizers(model).items():
         quantizer.initialized = name in states
         if quantizer.initialized:
