@@ -58,7 +58,7 @@ def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a student's prediction is from a teacher's.
+    """A divergence of a student's predictions from a teacher's.
 
     Class attributes:
         uses_temperature (`bool`): whether it compares softened probabilities, rather than logits.

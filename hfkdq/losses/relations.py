@@ -57,7 +57,7 @@ def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> 
 
 
 def relational_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far the distances between examples differ, each divided by their mean in the batch.
+    """Difference of the distances between examples, each divided by their mean in the batch.
 
     `mean over j != i of huber(d_student[i, j], d_teacher[i, j])` per example `i`, where `d[i, j] = |x_i - x_j| / mu` and
     `mu` is the mean over all pairs that are apart. Park et al., "Relational Knowledge Distillation" (2019).
@@ -76,7 +76,7 @@ def relational_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
 
 def relational_angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far the angles between examples differ.
+    """Difference of the angles between examples.
 
     `mean over i, k of huber(cos_student[i, j, k], cos_teacher[i, j, k])` per example `j`, where `i`, `j` and `k` are three
     different examples and `cos[i, j, k]` is the cosine of the angle at `x_j` between `x_i` and `x_k`. Park et al.,
@@ -112,7 +112,7 @@ def _cosines(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def similarity_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far the similarities between examples differ.
+    """Difference of the similarities between examples.
 
     `1/b * |g_student[i] - g_teacher[i]|^2` per example `i` of `b`, where `g[i]` is row `i` of `X X^T`, scaled to length
     1. Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019). Arguments and result as of

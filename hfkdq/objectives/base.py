@@ -56,7 +56,7 @@ _RENAMED = {
 
 
 class Passes(Protocol):
-    """How an objective runs the models of the training by itself: as they are wrapped, and under their autocast."""
+    """Forward passes for an objective that runs the models itself: as they are wrapped, and under their autocast."""
 
     model: Any
     """The student without the wrappers of the training."""
@@ -180,11 +180,11 @@ class Objective:
         return contextlib.nullcontext()
 
     def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
-        """Which entries of `"hidden_states"` or `"attentions"` it reads, of student and teacher; `None` for all."""
+        """Indices of the entries of `"hidden_states"` or `"attentions"` that it reads, of both models; `None` for all."""
         return self._indices.get(need)
 
     def state_mask(self, batch: Batch) -> torch.Tensor | None:
-        """Which positions of hidden states count, `(batch, seq)`: those attended to, or the frames of sound."""
+        """Mask of the hidden states that count, `(batch, seq)`: positions attended to, or frames of sound."""
         return position_mask(batch, self._frames)
 
     def positions(self, batch: Batch) -> Positions:

@@ -103,7 +103,7 @@ class ULD(Objective):
         return values.sum() / max(len(values), 1)
 
     def _masks(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the tokens that are compared are predicted, `(batch, seq)` of student and teacher, as many per row."""
+        """Masks of the compared positions, `(batch, seq)` of student and teacher, as many per row."""
         own = self._answers(batch)
         theirs = self._answers(_of_teacher(batch)) if {"teacher_input_ids", "teacher_labels"} & batch.keys() else own
         shorter = torch.minimum(own.sum(1), theirs.sum(1)).unsqueeze(1)
@@ -130,7 +130,7 @@ def _kind(signature: ModelSignature) -> str | None:
 
 
 def _of_teacher(batch: Batch) -> Batch:
-    """What the teacher has of a batch, by the names that a student has for it."""
+    """The teacher's columns of a batch, under the names of the student's."""
     names = ("input_ids", "attention_mask", "labels")
     own = {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
     if "labels" in batch and "labels" not in own:

@@ -23,7 +23,7 @@ class EnsembleKD(Objective):
     """The divergences from several teachers, weighted position by position: `sum_k w_k * D(teacher_k, student)`.
 
     With `weighting="confidence"`, `w_k = (1 - exp(c_k) / sum_j exp(c_j)) / (K - 1)` for `K` teachers, where `c_k` is the
-    cross-entropy of teacher `k` with the label, so that who is nearer to the label counts more (Zhang et al.,
+    cross-entropy of teacher `k` with the label, so that a teacher nearer to the label counts more (Zhang et al.,
     "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022). Where there are no labels it is the entropy of the
     teacher's prediction. For weights or schedules per teacher, give each a `LogitKD(teacher=name, weight=...)` instead.
 
@@ -96,7 +96,7 @@ class EnsembleKD(Objective):
 
 @torch.no_grad()
 def _cost(predictions: list[Prediction]) -> torch.Tensor:
-    """How unsure a teacher is, per position: cross-entropy with the label, or else its entropy."""
+    """Uncertainty of a teacher per position: cross-entropy with the label, or else its entropy."""
     costs = []
     for p in predictions:
         log_p = log_probabilities(p.teacher, valid_classes=p.valid_classes)

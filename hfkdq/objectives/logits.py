@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of what a model predicts, whatever that is: one divergence over the head that both models have."""
+"""Distillation of predictions: one divergence over the head that both models have."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class LogitKD(Objective):
         return torch.stack([self._values(p, temperature) for p in predictions]).mean(0), predictions[0].mask
 
     def predictions(self, step: TrainingStep) -> list[Prediction]:
-        """What is compared, as the head of both models has it."""
+        """The predictions of both models, as their head has them."""
         return self._head.predictions(step.student, step.teacher, step.batch)
 
     def reduced(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

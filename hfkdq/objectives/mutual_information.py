@@ -103,7 +103,7 @@ class CRD(SampleObjective):
 
 
 def _same_class(batch: Batch) -> torch.Tensor | None:
-    """Which pairs of examples have the same label, `(batch, batch)`; `None` without one class per example."""
+    """Mask of pairs of examples with the same label, `(batch, batch)`; `None` without one class per example."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
         return None

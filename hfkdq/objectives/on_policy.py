@@ -135,7 +135,7 @@ class OnPolicyKD(Objective):
         return dict(zip(("input_ids", "labels", "attention_mask"), (x[:, :longest] for x in found), strict=True))
 
     def _translated(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-        """What an encoder reads and its decoder wrote."""
+        """Inputs of the encoder, and answers of the decoder."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         texts, kept = self._sampled(model, ids, mask, prompt_length=1)
@@ -181,7 +181,7 @@ class OnPolicyKD(Objective):
 
 
 def _prompts(batch: Batch) -> torch.Tensor:
-    """Which tokens the student is to go on from, `(batch, seq)`: at least one in every row."""
+    """Mask of the prompt tokens, `(batch, seq)`: at least one in every row."""
     labels, attended = batch.get("labels"), attended_mask(batch)
     if attended is None:
         attended = torch.ones_like(batch["input_ids"], dtype=torch.bool)

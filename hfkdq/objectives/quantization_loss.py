@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far fake quantization moves a student from itself, as a term of the loss."""
+"""Quantization loss: the distance between a student and its fake-quantized self."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class RelationKD(LayerObjective):
     def capture(self) -> Iterator[tuple[Seen, Seen]]:
         """While it lasts, the queries, keys and values of student and teacher are kept as they are computed."""
         seen: tuple[Seen, Seen] = {}, {}
-        # Of a student that is its own teacher, the teacher is who runs without gradient.
+        # Where a student is its own teacher, the pass without gradient is the teacher's.
         modes = (True, False) if self._itself else (None, None)
         with watching(self._sources[0], seen[0], modes[0]), watching(self._sources[1], seen[1], modes[1]):
             yield seen

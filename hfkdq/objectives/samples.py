@@ -60,7 +60,7 @@ class SampleObjective(LayerObjective):
             )
 
     def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
-        """Which positions of the teacher count: it may read another text, or make other frames of the sound."""
+        """The mask of the teacher's positions: it may read another text, or make other frames of the sound."""
         own = batch.get("teacher_attention_mask")
         if isinstance(own, torch.Tensor):
             return own.ne(0)

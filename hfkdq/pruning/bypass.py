@@ -14,7 +14,7 @@ _HOOK = "_bypass_hook"
 
 
 def bypass_(layer: nn.Module, on: bool) -> None:
-    """Passes a layer of a stack by, or lets it work again.
+    """Bypasses a layer of a stack, or activates it again.
 
     While it is trained its output still counts, times zero, so that its parameters have gradients of zero and every
     process of a data-parallel run has one for each.

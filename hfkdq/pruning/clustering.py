@@ -31,7 +31,7 @@ def cluster_weights(
     target_modules: ModulePatterns = None,
     exclude_modules: ModulePatterns = None,
 ) -> PreTrainedModel:
-    r"""Lets the weights of every chosen layer take at most `clusters` different values, in place, as the final step.
+    r"""Replaces the weights of every chosen layer by at most `clusters` different values, in place, as the final step.
 
     Every weight becomes the mean of its cluster, of those that k-means finds in one dimension over the weights \\(w\\)
     of a layer, from centroids \\(c\\) spread evenly from the smallest to the largest weight: the minimum of
@@ -149,7 +149,7 @@ def _lloyd(values: Tensor, counts: Tensor, clusters: int) -> Tensor:
 
 
 def _cut_worst(edges: Tensor, sums: Tensor, values: Tensor, clusters: int, zero: int | None) -> Tensor:
-    """Where to cut the clusters with the largest error, as many as are empty: at their mean."""
+    """The means of the clusters with the largest error, as many as are empty: where to split them."""
     size, total, squares = sums[:, edges].diff(dim=1)
     error = squares - total.square() / size.clamp(min=1)
     error[edges.diff() < 2] = 0.0  # of one value, or none

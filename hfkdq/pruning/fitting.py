@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sparsity a target of size, work or time needs: found by pruning copies of the model."""
+"""Finds the sparsity for a target of size, operations or time, by pruning copies of the model."""
 
 from __future__ import annotations
 

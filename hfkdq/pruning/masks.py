@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which units of the targets are pruned; the set only ever grows."""
+"""Masks of pruned units, which only ever grow."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Masks:
                 target.apply_(pruned)
 
     def lift_(self) -> None:
-        """Ends what is no zero in a tensor: layers work again and norms count all channels."""
+        """Undoes masks that are no zeros in a tensor: bypassed layers and masked norms."""
         for target, pruned in zip(self.targets, self.pruned, strict=True):
             kept = torch.zeros_like(pruned)
             for norm in target.norms if isinstance(target, GroupTarget) else ():

@@ -108,7 +108,7 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
         if isinstance(target, LayerTarget) and target.stack.beside:
             raise ValueError(
                 f"{', '.join(target.stack.beside)} of {type(model).__name__} has an entry for every place between two layers, so "
-                "no layer can be passed by. make_student(teacher, layers=[...]) copies some of the layers."
+                "no layer can be bypassed. make_student(teacher, layers=[...]) copies some of the layers."
             )
     if spec.removes and "sharing" in read_facts(model):
         raise ValueError(
@@ -128,7 +128,7 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
 
 
 def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
-    """Takes what the masks say out of the model, for good, and records it."""
+    """Removes the pruned units from the model, for good, and records it."""
     spec, targets = masks.spec, masks.targets
     units = sum(target.units for target in targets)
     masks.apply_()

@@ -20,7 +20,7 @@ from .masks import Masks
 from .targets import LayerTarget, PruningTarget
 
 UNFINISHED = "unfinished_pruning"
-"""Fact in checkpoints whose weights alone are another model: layers passed by and norms over some channels are no weights."""
+"""Fact in checkpoints whose weights alone are another model: bypassed layers and masked norms are no weights."""
 
 _LEFT = 0.01
 _SHARE = 0.1
@@ -73,14 +73,14 @@ class Progress:
         return gradient.masked_fill(self._entries[key], 0.0)
 
     def end(self) -> None:
-        """Lets go of the model's gradients and activations."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.importance.unwatch()
 
     def resume(self, optimizer: Optimizer | None, sparsity: float) -> None:
-        """Goes on from what the optimizer has loaded, or, where that is another spec's, from what is zero already."""
+        """Restores the state that the optimizer has loaded; without one of this spec, zeros count as pruned."""
         stored = None if optimizer is None else optimizer.state.get(self._key)  # type: ignore[call-overload]
         if stored is None:
             if sparsity > 0.0:

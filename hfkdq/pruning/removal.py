@@ -224,7 +224,7 @@ def _renumbered(name: str, kept_of: dict[str, list[int]]) -> str | None:
 
 
 def _record_origin(model: PreTrainedModel, total: int, kept: list[int]) -> None:
-    """Which layers of the teacher are left, so that layer maps follow them."""
+    """Records which layers of the teacher are left, so that layer maps follow them."""
     before = read_facts(model).get("student", {"teacher_layers": total, "layers": list(range(1, total + 1))})
     layers = [before["layers"][place] for place in kept]
     record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": layers})

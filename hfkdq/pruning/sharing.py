@@ -23,7 +23,7 @@ FACT = "sharing"
 def share_layers(
     model: PreTrainedModel, groups: int | Sequence[Sequence[int]] | None = None, *, init: str = "first"
 ) -> PreTrainedModel:
-    """Lets the layers of each group use the very same parameters, in place.
+    """Makes the layers of each group use the very same parameters, in place.
 
     Cross-layer parameter sharing as in Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language
     Representations" (2020). The layers stay modules of their own, with buffers and activation ranges of their own; their
@@ -262,7 +262,7 @@ def _refuse_differing(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Of values that differ the last would win, and values that are assigned would no longer be shared."""
+    """Refuses to load different values into shared layers: the last would win, or the sharing would end."""
     values: dict[int, str] = {}
     for index, layer in enumerate(layers.children()):
         for name, parameter in layer.named_parameters(remove_duplicate=False):

@@ -60,11 +60,11 @@ class PruningTarget(Protocol):
 
     @property
     def name(self) -> str:
-        """Where the units are."""
+        """Name of the module or stack that holds the units."""
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """Number of units."""
 
     @property
     def parts(self) -> list[Part]:

@@ -231,7 +231,7 @@ class PACTQuantizer(ActivationQuantizer):
         self.register_buffer("signed", signed, persistent=False)
 
     def _steps(self) -> Tensor:
-        """How many steps of the grid alpha is away from 0."""
+        """Steps of the grid between 0 and alpha."""
         return torch.where(self.signed > 0, float(self.middle - 1), float(self.maximum_code))
 
     def qparams(self) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def check_adapter(name: str, wrapper: nn.Module | None) -> None:
 
 
 def attach_lora_(model: nn.Module, modules: set[int]) -> None:
-    """Lets the linear layers whose identities are in `modules` quantize their weights with the adapters around them."""
+    """Attaches LoRA adapters to the linear layers in `modules` (by `id`), which then quantize the merged weight."""
     if not has_adapters(model):
         return
     from .lora import QuantizedLoraLinear

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes what enters the two matrix products of attention: queries and keys, probabilities and values."""
+"""Quantizes the operands of the two matrix products of attention: queries and keys, probabilities and values."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class AttentionQuantizer(Stateless):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """What `torch.nn.functional.scaled_dot_product_attention` computes, with its operands on their grids."""
+        """`torch.nn.functional.scaled_dot_product_attention` with fake-quantized operands."""
         query, key, value = (
             self.quantize(name, t) for name, t in zip(("query", "key", "value"), (query, key, value), strict=True)
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm in quantization-aware training: statistics that stay, and norms that move into the convolution before."""
+"""BatchNorm in quantization-aware training: frozen statistics, and folding into the convolution before."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NORMS = {nn.BatchNorm1d: FrozenBatchNorm1d, nn.BatchNorm2d: FrozenBatchNorm2d}
 
 
 def freeze_batch_norm_(model: nn.Module) -> None:
-    """Lets every BatchNorm of `model` use its running statistics from now on, in training too; in place."""
+    """Makes every BatchNorm of `model` use its running statistics from now on, in training too; in place."""
     for module in model.modules():
         if type(module) in _NORMS:
             module.__class__ = _NORMS[type(module)]

@@ -94,7 +94,7 @@ class Grid:
     def values(
         self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
     ) -> Tensor:
-        """What `codes` stand for, float32."""
+        """The values of `codes`, float32."""
         if self.mapping == "kmeans" and codebook is not None:
             return codebook[codes.long()] * scale
         if self.mapping == "power_of_two":
@@ -143,7 +143,7 @@ def fake_quantize(
 def _on_grid(
     values: Tensor, scale: Tensor, zero_point: Tensor | int, low: int, high: int, clips: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What the fused kernels compute, in float32, and where values are inside the range if they may be outside."""
+    """The result of the fused kernels, in float32, and a mask of values inside the range if they may be outside."""
     if scale.ndim and isinstance(zero_point, Tensor):
         shape = (-1, *[1] * (values.ndim - 1))
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)

@@ -21,7 +21,7 @@ from .weights import Stateless, WeightQuantizer
 
 
 class QuantizedModule(nn.Module):
-    """What all fake-quantized layers have in common.
+    """Base class of all fake-quantized layers.
 
     Attributes:
         quantization_spec (`QuantizationSpec`): the spec of the whole model.

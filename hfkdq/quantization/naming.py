@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A spec by the names of the modules it means in one model, as records keep it: without patterns."""
+"""Resolves the patterns of a spec to the names of modules in one model, as records keep it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def _changes(spec: QuantizationSpec, scheme: QuantizationScheme) -> dict[str, Any]:
-    """What makes `scheme` of the settings of a spec, and of those of its embeddings and head."""
+    """The override that makes `scheme` of the settings of a spec, and of those of its embeddings and head."""
     settings = asdict(scheme)
     is_one_for_all = spec.embedding_bits is None and spec.head_bits is None and spec.weight_bits == 8
     return {name: value for name, value in settings.items() if not is_one_for_all or value != getattr(spec, name)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the outputs of a model move on a sample of data when its weights change."""
+"""Distance between the outputs of a model before and after a change of its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..modeling.masks import output_mask
 
 
 class OutputChange:
-    """How far the outputs of a model move from those that it has now.
+    """Distance of the outputs of a model from those that it has now.
 
     The model, in eval mode, is run on every batch. `measure` names what `now` gives: `"KL divergence"` where the model
     classifies, `"relative squared error"` of numbers or states, `"KL divergence + relative squared error"` for detectors.
@@ -34,7 +34,7 @@ class OutputChange:
         self.measure = " + ".join(dict.fromkeys(kinds))
 
     def now(self) -> float:
-        """How far the outputs of the model are from those it had, 0 where they are the same."""
+        """The present distance, 0 where the outputs are the same."""
         totals = [0.0] * len(self._divisors)
         for batch, before in zip(self.batches, self._before, strict=True):
             for i, ((logits, rows), (_, kept)) in enumerate(zip(self._run(batch), before, strict=True)):
@@ -42,7 +42,7 @@ class OutputChange:
         return sum(max(total, 0.0) / divisor for total, divisor in zip(totals, self._divisors, strict=True))
 
     def _divisor(self, parts: Sequence[tuple[bool, Tensor]]) -> float:
-        """What a sum over all batches is divided by: the number of rows, or the variance times the number of values."""
+        """Divisor of the sum over all batches: the number of rows, or the variance times the number of values."""
         if not all(bool(rows.isfinite().all()) for _, rows in parts):
             raise ValueError(
                 f"{type(self.model).__name__} does not stay finite on the data, so there is nothing to compare with. "

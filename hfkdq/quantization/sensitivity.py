@@ -131,7 +131,7 @@ def _sample(batches: Batches, count: int | None) -> list[Mapping[str, Any]]:
 
 
 def _scan(choices: BitChoices, change: OutputChange) -> dict[str, dict[int, float]]:
-    """How far the outputs move for every group of modules and number of bits."""
+    """The sensitivity of every group of modules at every number of bits."""
     found: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
     jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]
     for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="choice"):

@@ -100,7 +100,7 @@ class WeightQuantizer(Stateless):
 
     @property
     def estimator(self) -> str:
-        """How scales are found now."""
+        """The estimator of scales in use now."""
         if self.scheme.weight_mapping == "kmeans":
             return "min_max"  # the codebook is in units of the largest weight
         if self.scheme.weight_estimator is not None:
@@ -109,7 +109,7 @@ class WeightQuantizer(Stateless):
 
     @torch.no_grad()
     def set_bits(self, bits: int, weight: Tensor) -> None:
-        """Goes on with other bits; a learned scale keeps its range, a codebook starts anew."""
+        """Changes the bits; a learned scale keeps its range, a codebook starts anew."""
         before, self.bits = self.grid.high, bits
         if hasattr(self, "scale"):
             self.scale.mul_(before / self.grid.high)

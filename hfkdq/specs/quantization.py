@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How numbers become integers, and in which modules."""
+"""The specification of a quantization."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class QuantizationScheme(Serializable):
         self._check_together()
 
     def _check_together(self) -> None:
-        """What is fine alone and has no meaning together."""
+        """Refuses settings that contradict one another."""
         if self.group_size is not None and not self.per_channel:
             raise ValueError(
                 f"group_size={self.group_size} divides channels; it has no meaning with per_channel=False."

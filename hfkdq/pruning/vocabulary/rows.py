@@ -170,7 +170,7 @@ def _table_rows(model: PreTrainedModel) -> int:
 
 
 def _end(model: PreTrainedModel, name: str) -> Any:
-    """What `get_input_embeddings` or `get_output_embeddings` gives, `None` where a model has none."""
+    """The result of `get_input_embeddings` or `get_output_embeddings`, `None` where a model has none."""
     try:
         return getattr(model, name)()
     except (AttributeError, NotImplementedError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fast tokenizer needs of its vocabulary, and the same tokenizer with fewer tokens."""
+"""The vocabulary of a fast tokenizer: required tokens, and the same tokenizer with fewer tokens."""
 
 from __future__ import annotations
 
