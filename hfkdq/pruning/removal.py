@@ -159,12 +159,8 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
             continue
         left = (~mask).cpu()
         for entry in target.group.slices:
-            kept, values = entry.positions[left].flatten().sort().values, entry.values
-            cut = values.detach().index_select(entry.dim, kept.to(values.device))
-            _replace_(
-                model, values, nn.Parameter(cut, values.requires_grad) if isinstance(values, nn.Parameter) else cut
-            )
-            resize_(entry.module)
+            kept = entry.positions[left].flatten().sort().values
+            slice_(model, entry.values, entry.dim, kept)
             if isinstance(entry.module, FollowsPruning) and entry.role == "output" and entry.tensor == "weight":
                 entry.module.keep_outputs_(kept)
         for _, module, attribute, per_unit in target.group.counts:
@@ -174,13 +170,20 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
     return counts
 
 
-def _replace_(model: PreTrainedModel, old: Tensor, new: Tensor) -> None:
-    """Puts `new` wherever the model has `old`."""
+@torch.no_grad()
+def slice_(model: nn.Module, old: Tensor, dim: int, kept: Tensor) -> list[nn.Module]:
+    """Keeps the entries `kept` of a tensor along an axis, wherever the model has it; the modules whose weight it is."""
+    new = old.detach().index_select(dim, kept.to(old.device))
+    new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    owners = []
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, value in store.items():
-                if value is old:
-                    store[name] = new
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in tensors:
+            store.update({name: new for name, value in store.items() if value is old})
+        if module._parameters.get("weight") is new:
+            resize_(module)
+            owners.append(module)
+    return owners
 
 
 def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...protocols import Adapted, FollowsPruning
+from ..removal import slice_
 from .token_ids import renumbered_fields
 
 
@@ -95,16 +96,12 @@ class VocabularyRows:
         """Leaves the rows `kept`, in this order, of the tensors in `dims`, and lets ids and sizes follow."""
         for module, _ in list(self._padded()):
             module.padding_idx = renumber(module.padding_idx)
-        tensors = dict(_named_tensors(self.model))
-        replaced = {}
-        for name, dim in dims.items():
-            old = tensors[name]
-            if id(old) not in replaced:
-                values = old.detach().index_select(dim, kept.to(old.device))
-                values = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
-                replaced[id(old)] = (values, dim)
+        tensors = {name: tensor for name, tensor in _named_tensors(self.model) if name in dims}
+        for old, dim in {id(tensor): (tensor, dims[name]) for name, tensor in tensors.items()}.values():  # ties once
+            for module in slice_(self.model, old, dim, kept):
+                if isinstance(module, FollowsPruning) and dim == 0:
+                    module.keep_outputs_(kept)
         for module in self.model.modules():
-            _replace_own_(module, replaced, kept)
             if vars(module).get("vocab_size") == self.rows:
                 module.vocab_size = len(kept)
         for holder in self._id_holders():
@@ -207,20 +204,3 @@ def _empty_shapes(model: PreTrainedModel, config: PretrainedConfig) -> dict[str,
             f"{type(model).__name__} cannot be built from its configuration with {config.vocab_size} tokens ({error}), "
             "so the pruned model could not be loaded. Prune the vocabulary of a model that from_pretrained gives."
         ) from error
-
-
-def _replace_own_(module: nn.Module, replaced: dict[int, tuple[torch.Tensor, int]], kept: torch.Tensor) -> None:
-    """Puts the new tensors in the place of the old ones in `module`, whose sizes follow."""
-    for store in (module._parameters, module._buffers):
-        for name, old in list(store.items()):
-            if old is None or id(old) not in replaced:
-                continue
-            new, dim = replaced[id(old)]
-            store[name] = new  # type: ignore[assignment]
-            if name != "weight":
-                continue
-            for field in ("num_embeddings", "out_features") if dim == 0 else ("in_features",):
-                if field in vars(module):
-                    setattr(module, field, len(kept))
-            if isinstance(module, FollowsPruning) and dim == 0:
-                module.keep_outputs_(kept)
