@@ -45,7 +45,7 @@ OBJECTIVES = {
     "samples": [RKD(weight=0.02), SimilarityPreservingKD(weight=10.0)],  # between the images of a batch
     "mutual_information": [CRD(weight=0.8), VID(weight=0.1)],
     "feature_maps": [FeatureMapKD(weight=5.0)],  # where stages are active, for convolutional models
-    "noise": [NoisyKD(objective=LogitKD(temperature=2.0), std=0.2), AdversarialKD(epsilon=0.5)],
+    "noise": [NoisyKD(objective=LogitKD(temperature=2.0), std=0.2), AdversarialKD()],
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,6 +17,7 @@ from .specs import PruningSpec, QuantizationSpec
 from .specs.base import as_text
 
 _MOST_TEXT = 2**27
+_Recorder = TypeVar("_Recorder", bound=Callable[..., None])
 
 
 def _is_base64(value: Any, where: str) -> None:
@@ -199,14 +200,7 @@ def drop_fact(model: PreTrainedModel, topic: str) -> None:
             del model.config.hfkdq
 
 
-def refresh_facts(model: PreTrainedModel) -> None:
-    """Lets the modules of a model that has changed its shapes write anew what they have recorded of it.
-
-    A module that records something has a method `write_facts(model)`, which writes it for all of its kind.
-    """
-    kinds = {type(module).write_facts: module for module in model.modules() if hasattr(module, "write_facts")}
-    for module in kinds.values():
-        module.write_facts(model)
+_REFRESHERS: list[Callable[[Any], None]] = []
 
 
 def three_digits(value: float) -> str:
@@ -350,3 +344,15 @@ _TOPICS: dict[str, tuple[Any, Callable[[Mapping[str, Any], Callable[..., str]], 
     "quantization": (Quantization, _describe_quantization),
     "shapes": (Shapes, _describe_shapes),
 }
+
+
+def refreshes_facts(record: _Recorder) -> _Recorder:
+    """Decorates a function that records a topic of a model again; it does nothing for models without that topic."""
+    _REFRESHERS.append(record)
+    return record
+
+
+def refresh_facts(model: PreTrainedModel) -> None:
+    """Records anew what depends on the shapes of a model, after pruning has changed them."""
+    for record in _REFRESHERS:
+        record(model)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .specs.base import check_fields
+from .fields import check_fields
 
 Schedule = Callable[[float], float]
 LayerSchedule = Callable[[float, int], Sequence[float]]
@@ -69,8 +69,10 @@ class _Ramp:
             raise ValueError(f"Need 0 <= begin < until <= 1, got begin={self.begin!r} and until={self.until!r}.")
 
     def __call__(self, progress: float) -> float:
-        done = (progress - self.begin) / (self.until - self.begin)
-        return self.start + (self.end - self.start) * self._shape(min(max(done, 0.0), 1.0))
+        return self._at(min(max((progress - self.begin) / (self.until - self.begin), 0.0), 1.0))
+
+    def _at(self, done: float) -> float:
+        return self.start + (self.end - self.start) * self._shape(done)
 
     def _shape(self, done: float) -> float:
         raise NotImplementedError
@@ -133,8 +135,7 @@ class Exponential(_Ramp):
                 f"Exponential multiplies, so start and end must be larger than 0, got {self.start!r} and {self.end!r}."
             )
 
-    def __call__(self, progress: float) -> float:
-        done = min(max((progress - self.begin) / (self.until - self.begin), 0.0), 1.0)
+    def _at(self, done: float) -> float:
         return float(self.start * (self.end / self.start) ** done)
 
 

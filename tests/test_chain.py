@@ -28,7 +28,7 @@ from hfkdq import (
     quantize,
 )
 from hfkdq.metrics import classification_metrics
-from hfkdq.pruning.criteria import Evidence
+from hfkdq.pruning.criteria import ImportanceStatistics
 from hfkdq.pruning.masks import Masks
 from hfkdq.pruning.targets import find_targets
 
@@ -126,7 +126,7 @@ def test_removing_zeroed_neurons_changes_nothing_of_a_quantized_model(spec):
     model, batch = tiny.bert(0), tiny.batch(tiny.bert(0))
     quantize(model, QuantizationSpec(**spec), [batch])
     targets = find_targets(model, NEURONS)
-    masks = Masks(targets, NEURONS, Evidence(targets, NEURONS))
+    masks = Masks(targets, NEURONS, ImportanceStatistics(targets, NEURONS))
     masks.grow_to(NEURONS.sparsity)
     masks.apply_()
     zeroed = model(**batch).logits

@@ -17,7 +17,7 @@ from hfkdq.objectives import (
     TrainingStep,
     as_objective,
 )
-from hfkdq.objectives.outline import layer_map
+from hfkdq.objectives.layers import layer_map
 from hfkdq.objectives.projections import Projections
 from hfkdq.schedules import Linear
 

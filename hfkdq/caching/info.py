@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..modeling.forwards import TEACHER_PREFIX
-from ..objectives.outline import Outline
+from ..objectives.model_signature import ModelSignature
 from ..schema import brief
 
 FORMAT_VERSION = 1
@@ -80,7 +80,7 @@ class CacheInfo:
         return tuple(int(number) for kind, _, number in names if kind == "hidden_state")
 
     @cached_property
-    def outline(self) -> Outline:
+    def outline(self) -> ModelSignature:
         """The teacher as objectives see it: class, configuration and shapes."""
         config = dict(self.teacher["config"])
         kind = config.get("model_type")
@@ -88,7 +88,7 @@ class CacheInfo:
         maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         # Only known where the outputs are the likeliest classes.
         temperature = self.key["temperature"]
-        return Outline(
+        return ModelSignature(
             self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=temperature
         )
 

@@ -13,7 +13,7 @@ import torch
 from ..losses.divergences import coarse_log_probabilities
 from ..modeling.masks import frame_lengths
 from ..objectives.heads import DecoderHead, FrameHead, Head, SpanHead, find_head
-from ..objectives.outline import Outline, outline_of
+from ..objectives.model_signature import ModelSignature, signature_of
 from .info import CachedOutput
 from .positions import name_in, own_positions
 
@@ -31,7 +31,7 @@ class Plan:
         layers (tuple of `int`): the hidden states among them.
         top_k (`int`, *optional*): how many of the likeliest classes are kept; `None` for all logits.
         temperature (`float`): at which their probabilities are.
-        outline (`Outline`): of the teacher.
+        outline (`ModelSignature`): of the teacher.
         decodes_labels (`bool`): whether it reads the labels in its decoder.
     """
 
@@ -39,7 +39,7 @@ class Plan:
     layers: tuple[int, ...]
     top_k: int | None
     temperature: float
-    outline: Outline
+    outline: ModelSignature
     decodes_labels: bool
 
     @property
@@ -119,7 +119,7 @@ def make_plan(
     Raises:
         ValueError: a head that is not known, a layer out of range, or a `top_k` that makes no sense for the head.
     """
-    outline, outputs = outline_of(teacher), []
+    outline, outputs = signature_of(teacher), []
     # A base model, without a head, has hidden states alone.
     predicts = any(outline.shape(name) is not None for name in ("logits", "start_logits"))
     if not predicts and not hidden_states:
@@ -156,7 +156,7 @@ def _positions(head: Head | None) -> Any:
     return "attended" if head is not None and (head.per_position or isinstance(head, SpanHead)) else None
 
 
-def _top_k(head: Head, outline: Outline, top_k: int | Literal["auto"] | None) -> int | None:
+def _top_k(head: Head, outline: ModelSignature, top_k: int | Literal["auto"] | None) -> int | None:
     classes = (outline.shape(head.outputs[0]) or (0,))[-1]
     if top_k == "auto":
         return _TOP if head.per_position and classes > LARGE else None

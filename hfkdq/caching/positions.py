@@ -13,7 +13,7 @@ from torch import nn
 
 from ..modeling.forwards import TEACHER_PREFIX
 from ..modeling.masks import Batch, frame_lengths, frame_mask, token_mask
-from ..objectives.outline import Outline
+from ..objectives.model_signature import ModelSignature
 
 MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")
 """Columns that tell which positions of a batch are a row's own."""
@@ -29,13 +29,13 @@ def _mask(batch: Batch, name: str) -> torch.Tensor | None:
     return mask.ne(0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
 
-def own_positions(batch: Batch, kind: str, outline: Outline) -> torch.Tensor | None:
+def own_positions(batch: Batch, kind: str, outline: ModelSignature) -> torch.Tensor | None:
     """The positions of a batch that are no padding, as `CachedOutput.positions` names them.
 
     Args:
         batch (`dict`): a collated batch.
         kind (`str`): `"attended"`, `"decoded"`, `"frames"` or `"adapted_frames"`.
-        outline (`Outline`): of the teacher, which tells how many frames it makes of samples.
+        outline (`ModelSignature`): of the teacher, which tells how many frames it makes of samples.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, positions)`; `None` where nothing tells what is padding.
@@ -52,7 +52,7 @@ def own_positions(batch: Batch, kind: str, outline: Outline) -> torch.Tensor | N
     return frame_mask({"input_values": batch[name_in(batch, "input_values")], "attention_mask": attended}, lengths)
 
 
-def shell_of(outline: Outline) -> Any:
+def shell_of(outline: ModelSignature) -> Any:
     """A model that has a class and a configuration alone, no weights: enough to ask it for lengths."""
     cls = getattr(transformers, outline.model_class)
     shell = cls.__new__(cls)

@@ -30,7 +30,7 @@ class CachedTeacher(Teacher):
         name (`str`): class of the teacher.
         fingerprint (`str`): that class and a hash of its weights.
         columns (set of `str`): the columns that batches must keep for it.
-        outline (`Outline`): the teacher as objectives see it when they are attached.
+        outline (`ModelSignature`): the teacher as objectives see it when they are attached.
         layers (tuple of `int`): the hidden states that are cached.
     """
 

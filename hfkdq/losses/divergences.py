@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divergences between what a student and a teacher predict, one number per position.
 
-Pure functions of logits, computed in float32; they know no models, heads, weights or masks over positions.
+Pure functions of logits, computed in float32.
 """
 
 from __future__ import annotations
@@ -13,30 +13,25 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from ..specs.base import check_fields
+from ..fields import check_fields
+from .reduction import masked_mean
 
-# What stands for minus infinity where a class is ruled out: its probability is exactly 0, and 0 times it is 0.
-_RULED_OUT = -1e4
+RULED_OUT = -1e4
+"""Logit of a class that is ruled out: its probability is exactly 0, and unlike minus infinity 0 times it is 0."""
 
 
 def log_probabilities(
-    logits: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+    logits: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`log softmax(logits / T)` over the last axis, float32; classes outside of `support` get probability 0.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., classes)`): logits.
-        temperature (`float`, defaults to 1.0): `T`, larger than 0.
-        support (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
-    """
+    """`log softmax(logits / T)` over the last axis, float32; classes outside of `valid_classes` get probability 0."""
     scaled = logits.float() / temperature
-    if support is not None:
-        scaled = scaled.masked_fill(~support, _RULED_OUT)
+    if valid_classes is not None:
+        scaled = scaled.masked_fill(~valid_classes, RULED_OUT)
     return F.log_softmax(scaled, dim=-1)
 
 
 def forward_kl(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`T^2 * KL(softmax(teacher / T) || softmax(student / T))` per position.
 
@@ -47,23 +42,23 @@ def forward_kl(
         student (`torch.Tensor` of shape `(..., classes)`): logits of the student.
         teacher (`torch.Tensor` of shape `(..., classes)`): logits of the teacher.
         temperature (`float`, defaults to 1.0): `T`, larger than 0.
-        support (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
+        valid_classes (`torch.BoolTensor` of shape `(..., classes)`, *optional*): the classes that are possible.
 
     Returns:
         `torch.Tensor` of shape `(...)`, float32, at least 0 up to rounding.
     """
-    log_student = log_probabilities(student, temperature, support)
-    log_teacher = log_probabilities(teacher, temperature, support)
-    return _kl(log_teacher, log_student) * temperature**2
+    log_q, log_p = (log_probabilities(logits, temperature, valid_classes) for logits in (student, teacher))
+    return kl(log_p, log_q) * temperature**2
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`KL(p || q)` over the last axis, of log probabilities."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a student's prediction is from a teacher's.
+    """A divergence of a student's predictions from a teacher's.
 
     Class attributes:
         uses_temperature (`bool`): whether it compares softened probabilities, rather than logits.
@@ -80,7 +75,7 @@ class Divergence:
         student: torch.Tensor,
         teacher: torch.Tensor,
         temperature: float = 1.0,
-        support: torch.Tensor | None = None,
+        valid_classes: torch.Tensor | None = None,
         target: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The divergence per position.
@@ -89,7 +84,7 @@ class Divergence:
             student (`torch.Tensor` of shape `(rows, classes)`): logits of the student.
             teacher (`torch.Tensor` of shape `(rows, classes)`): logits of the teacher.
             temperature (`float`, defaults to 1.0): `T`, larger than 0.
-            support (`torch.BoolTensor` of shape `(rows, classes)`, *optional*): the classes that are possible.
+            valid_classes (`torch.BoolTensor` of shape `(rows, classes)`, *optional*): the classes that are possible.
             target (`torch.LongTensor` of shape `(rows,)`, *optional*): the class on the label, where there are labels.
 
         Returns:
@@ -102,8 +97,8 @@ class Divergence:
 class ForwardKL(Divergence):
     """`T^2 * KL(teacher || student)`: the student covers all that the teacher finds likely. Hinton et al. (2015)."""
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        return forward_kl(student, teacher, temperature, support)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        return forward_kl(student, teacher, temperature, valid_classes)
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,8 @@ class ReverseKL(Divergence):
     Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models" (2024).
     """
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        return forward_kl(teacher, student, temperature, support)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        return forward_kl(teacher, student, temperature, valid_classes)
 
 
 @dataclass(frozen=True)
@@ -142,12 +137,11 @@ class JSD(Divergence):
                 "'reverse_kl'."
             )
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        log_q = log_probabilities(student, temperature, support)
-        log_p = log_probabilities(teacher, temperature, support)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        log_q, log_p = (log_probabilities(logits, temperature, valid_classes) for logits in (student, teacher))
         weights = torch.tensor([self.beta, 1.0 - self.beta], device=log_p.device).log()
         log_m = torch.logsumexp(torch.stack([log_p + weights[0], log_q + weights[1]]), dim=0)
-        return (self.beta * _kl(log_p, log_m) + (1.0 - self.beta) * _kl(log_q, log_m)) * temperature**2
+        return (self.beta * kl(log_p, log_m) + (1.0 - self.beta) * kl(log_q, log_m)) * temperature**2
 
 
 @dataclass(frozen=True)
@@ -157,9 +151,9 @@ class SoftCrossEntropy(Divergence):
     The forward KL divergence plus the entropy of the teacher, which is its smallest value. Hinton et al. (2015).
     """
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        log_q = log_probabilities(student, temperature, support)
-        p = log_probabilities(teacher, temperature, support).exp()
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        log_q = log_probabilities(student, temperature, valid_classes)
+        p = log_probabilities(teacher, temperature, valid_classes).exp()
         return -(p * log_q).sum(-1) * temperature**2
 
 
@@ -168,16 +162,14 @@ class MSE(Divergence):
     """`mean_c (z_student - z_teacher)^2` of the logits themselves; without a temperature.
 
     Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014); Kim et al., "Comparing Kullback-Leibler Divergence
-    and Mean Squared Error Loss in Knowledge Distillation" (2021).
+    and Mean Squared Error Loss in Knowledge Distillation" (2021). In the project's own comparison it helped nowhere:
+    docs/results/objectives.md.
     """
 
     uses_temperature: ClassVar[bool] = False
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        squares = (student.float() - teacher.float()).square()
-        if support is None:
-            return squares.mean(-1)
-        return squares.masked_fill(~support, 0.0).sum(-1) / support.sum(-1).clamp(min=1)
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        return masked_mean((student.float() - teacher.float()).square(), valid_classes, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,8 @@ class DKD(Divergence):
 
     `b` is the pair (probability of the label's class, probability of all others), `n` the distribution over the other
     classes alone. Zhao et al., "Decoupled Knowledge Distillation" (2022). Without labels the teacher's top class stands
-    for the label. With two classes the second part is 0.
+    for the label. With two classes the second part is 0. In the project's own comparison it helped nowhere:
+    docs/results/objectives.md.
 
     Args:
         alpha (`float`, defaults to 1.0): weight of the label's class.
@@ -206,19 +199,19 @@ class DKD(Divergence):
         if min(self.alpha, self.beta) < 0:
             raise ValueError(f"DKD: alpha and beta must not be negative, got {self.alpha!r} and {self.beta!r}.")
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         if target is None:
             target = teacher.argmax(-1)
         is_target = F.one_hot(target, teacher.shape[-1]).bool()
-        others = ~is_target if support is None else support & ~is_target
+        others = ~is_target if valid_classes is None else valid_classes & ~is_target
         pairs, rest = [], []
         for logits in (student, teacher):
-            log_p = log_probabilities(logits, temperature, support)
+            log_p = log_probabilities(logits, temperature, valid_classes)
             log_target = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-            log_others = torch.logsumexp(log_p.masked_fill(~others, _RULED_OUT), dim=-1)
+            log_others = torch.logsumexp(log_p.masked_fill(~others, RULED_OUT), dim=-1)
             pairs.append(torch.stack([log_target, log_others], dim=-1))
             rest.append(log_probabilities(logits, temperature, others))
-        return (self.alpha * _kl(pairs[1], pairs[0]) + self.beta * _kl(rest[1], rest[0])) * temperature**2
+        return (self.alpha * kl(pairs[1], pairs[0]) + self.beta * kl(rest[1], rest[0])) * temperature**2
 
 
 @dataclass(frozen=True)
@@ -227,7 +220,8 @@ class DIST(Divergence):
 
     `r_inter` correlates student and teacher over the classes, per position; `r_intra` over the positions of the batch,
     per class, mean over the classes. So its second part depends on how the data are cut into micro batches. Huang et
-    al., "Knowledge Distillation from A Stronger Teacher" (2022).
+    al., "Knowledge Distillation from A Stronger Teacher" (2022). In the project's own comparison it helped nowhere:
+    docs/results/objectives.md.
 
     Args:
         beta (`float`, defaults to 1.0): weight of the relation between classes.
@@ -247,9 +241,9 @@ class DIST(Divergence):
         if min(self.beta, self.gamma) < 0:
             raise ValueError(f"DIST: beta and gamma must not be negative, got {self.beta!r} and {self.gamma!r}.")
 
-    def __call__(self, student, teacher, temperature=1.0, support=None, target=None):  # type: ignore[no-untyped-def]
-        q = log_probabilities(student, temperature, support).exp()
-        p = log_probabilities(teacher, temperature, support).exp()
+    def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
+        q = log_probabilities(student, temperature, valid_classes).exp()
+        p = log_probabilities(teacher, temperature, valid_classes).exp()
         inter = 1.0 - _pearson(q, p)  # (rows,)
         # Over a single row there is nothing to correlate.
         intra = (1.0 - _pearson(q.T, p.T)).mean() if len(q) > 1 else inter.new_zeros(())
@@ -272,17 +266,17 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 """The divergences by the names that `LogitKD` takes."""
 
 
-def standardized(logits: torch.Tensor, support: torch.Tensor | None = None) -> torch.Tensor:
+def standardized(logits: torch.Tensor, valid_classes: torch.Tensor | None = None) -> torch.Tensor:
     """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher.
 
     Sun et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9.
     """
     logits = logits.float()
-    if support is None:
+    if valid_classes is None:
         return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True, unbiased=False) + 1e-7)
-    count = support.sum(-1, keepdim=True).clamp(min=1)
-    mean = logits.masked_fill(~support, 0.0).sum(-1, keepdim=True) / count
-    variance = (logits - mean).square().masked_fill(~support, 0.0).sum(-1, keepdim=True) / count
+    count = valid_classes.sum(-1, keepdim=True).clamp(min=1)
+    mean = logits.masked_fill(~valid_classes, 0.0).sum(-1, keepdim=True) / count
+    variance = (logits - mean).square().masked_fill(~valid_classes, 0.0).sum(-1, keepdim=True) / count
     return (logits - mean) / (variance.sqrt() + 1e-7)
 
 
@@ -299,16 +293,7 @@ def log_tail(log_top: torch.Tensor) -> torch.Tensor:
 
 
 def coarse_log_probabilities(logits: torch.Tensor, indices: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log probabilities of the classes `indices`, and of all others together.
-
-    Args:
-        logits (`torch.Tensor` of shape `(rows, classes)`): logits.
-        indices (`torch.LongTensor` of shape `(rows, k)`): the classes to keep apart.
-        temperature (`float`, defaults to 1.0): `T`, larger than 0.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, k + 1)`, float32, the tail last.
-    """
+    """Log probabilities of the classes `indices`, `(rows, k)`, with that of all others last: `(rows, k + 1)`, float32."""
     scaled = logits.float() / temperature
     log_top = scaled.gather(-1, indices) - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return torch.cat([log_top, log_tail(log_top)], dim=-1)
@@ -316,12 +301,7 @@ def coarse_log_probabilities(logits: torch.Tensor, indices: torch.Tensor, temper
 
 @dataclass(frozen=True)
 class TopLogits:
-    """The likeliest classes of a teacher, and all others together.
-
-    Args:
-        log_probabilities (`torch.Tensor` of shape `(..., k + 1)`): of the `k` classes, and of the rest last.
-        indices (`torch.LongTensor` of shape `(..., k)`): which classes they are.
-    """
+    """The `k` likeliest classes of a teacher, `(..., k)`, and their log probabilities with that of the rest last."""
 
     log_probabilities: torch.Tensor
     indices: torch.Tensor

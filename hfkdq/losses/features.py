@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances between the hidden states and attentions of a student and a teacher, one number per position.
 
-Pure tensor functions, computed in float32; they know no models, batches or weights.
+Pure tensor functions, computed in float32.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+from .reduction import masked_mean
 
 
 def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -42,13 +44,7 @@ def gaussian_nll(mean: torch.Tensor, log_variance: torch.Tensor, target: torch.T
     `mean over channels c of 1/2 * (log v_c + (target_c - mean_c)^2 / v_c)`. It can be negative. Ahn et al.,
     "Variational Information Distillation for Knowledge Transfer" (2019), equation 5, as a mean over the channels.
 
-    Args:
-        mean (`torch.Tensor` of shape `(..., channels)`): what is predicted.
-        log_variance (`torch.Tensor` of shape `(..., channels)`): `log v`, how sure that is.
-        target (`torch.Tensor` of shape `(..., channels)`): states of the teacher.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`, float32.
+    `mean`, `log_variance` (`log v`) and `target` are of shape `(..., channels)`, the result of shape `(...)`, float32.
     """
     log_variance = log_variance.float()
     return 0.5 * (log_variance + (target.float() - mean.float()).square() * (-log_variance).exp()).mean(-1)
@@ -72,15 +68,12 @@ def mean_state(states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     states = states.float()
     if states.dim() != 3:
         return states.flatten(2).mean(-1) if states.dim() > 3 else states
-    if mask is None:
-        return states.mean(1)
-    if mask.shape != states.shape[:2]:
+    if mask is not None and mask.shape != states.shape[:2]:
         raise ValueError(
             f"States over {states.shape[1]} positions do not fit a mask of shape {tuple(mask.shape)}. Virtual tokens, "
             "for example of prompt tuning, add positions; a teacher that is fed other texts needs a mask of its own."
         )
-    kept = states.masked_fill(~mask.unsqueeze(-1), 0.0)
-    return kept.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return masked_mean(states, None if mask is None else mask.unsqueeze(-1).expand_as(states), dim=1)
 
 
 def attention_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -106,21 +99,11 @@ def attention_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tens
 
     `1/(H K) * sum_h sum_k (student[h, q, k] - teacher[h, q, k])^2` per query `q`. Jiao et al., "TinyBERT" (2020),
     equation 7, which takes it of the scores before the softmax rather than of the probabilities after it.
-    Different numbers of heads are compared by the mean of each model's heads.
-
-    Args:
-        student (`torch.Tensor` of shape `(batch, heads, queries, keys)`): attention probabilities.
-        teacher (`torch.Tensor` of shape `(batch, teacher_heads, queries, keys)`): attention probabilities.
-        mask (`torch.BoolTensor` of shape `(batch, keys)`, *optional*): which keys count; all without it.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, queries)`, float32.
+    Arguments and result as of [`attention_kl`]; `mask`, of shape `(batch, keys)`, says which keys count.
     """
     student, teacher = _paired_heads(student, teacher)
     squares = (student - teacher).square().mean(1)  # (batch, queries, keys)
-    if mask is None:
-        return squares.mean(-1)
-    return squares.masked_fill(~mask.unsqueeze(1), 0.0).sum(-1) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return masked_mean(squares, None if mask is None else mask.unsqueeze(1).expand_as(squares), dim=-1)
 
 
 def _paired_heads(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

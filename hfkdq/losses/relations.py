@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distances between how a student and a teacher relate positions, or the examples of a batch, to one another.
 
-Pure tensor functions, computed in float32; a relation lies within one model, so widths may differ. They know no models.
+Pure tensor functions, computed in float32; a relation lies within one model, so widths may differ.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 
 import torch
 from torch.nn import functional as F
+
+from .divergences import kl
 
 
 def relation_kl(
@@ -42,7 +44,7 @@ def relation_kl(
     if mask is not None:
         related = related & mask[:, None, None, :]
     log_student, log_teacher = (_log_relations(x, heads, related) for x in (student, teacher))
-    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1).mean(1)
+    return kl(log_teacher, log_student).mean(1)
 
 
 def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> torch.Tensor:
@@ -55,7 +57,7 @@ def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> 
 
 
 def relational_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far the distances between examples differ, each divided by their mean in the batch.
+    """Difference of the distances between examples, each divided by their mean in the batch.
 
     `mean over j != i of huber(d_student[i, j], d_teacher[i, j])` per example `i`, where `d[i, j] = |x_i - x_j| / mu` and
     `mu` is the mean over all pairs that are apart. Park et al., "Relational Knowledge Distillation" (2019).
@@ -74,7 +76,7 @@ def relational_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
 
 def relational_angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far the angles between examples differ.
+    """Difference of the angles between examples.
 
     `mean over i, k of huber(cos_student[i, j, k], cos_teacher[i, j, k])` per example `j`, where `i`, `j` and `k` are three
     different examples and `cos[i, j, k]` is the cosine of the angle at `x_j` between `x_i` and `x_k`. Park et al.,
@@ -110,7 +112,7 @@ def _cosines(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def similarity_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """How far the similarities between examples differ.
+    """Difference of the similarities between examples.
 
     `1/b * |g_student[i] - g_teacher[i]|^2` per example `i` of `b`, where `g[i]` is row `i` of `X X^T`, scaled to length
     1. Tung and Mori, "Similarity-Preserving Knowledge Distillation" (2019). Arguments and result as of
@@ -136,15 +138,8 @@ def info_nce(
     mutual information of both from below: `I >= log(batch) - value`. Van den Oord et al., "Representation Learning with
     Contrastive Predictive Coding" (2018).
 
-    Args:
-        student (`torch.Tensor` of shape `(batch, width)`): one vector per example.
-        teacher (`torch.Tensor` of shape `(batch, width)`): one vector per example.
-        temperature (`float`, defaults to 0.07): `T`, larger than 0.
-        excluded (`torch.BoolTensor` of shape `(batch, batch)`, *optional*): which `j` are left out of the sum for which
-            `i`; never `i` itself.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`, float32; 0 where there is nothing to tell it from.
+    Both models have vectors of shape `(batch, width)`; the result is `(batch,)`, float32, and 0 without other examples.
+    `excluded`, of shape `(batch, batch)`, says which `j` are left out of the sum for which `i`; never `i` itself.
     """
     scores = F.normalize(student.float(), dim=-1) @ F.normalize(teacher.float(), dim=-1).T / temperature
     if excluded is not None:

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..protocols import FakeQuantized
+
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
 
@@ -75,6 +77,19 @@ def accepts_num_items(model: Any) -> bool:
 
 
 @contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts models into eval mode while it lasts; every module then has its former mode again."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
     """Lets every BatchNorm of a model use the batch while it lasts, in training mode, and keep its running statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -89,15 +104,12 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes.
-
-    They are the modules with a switch `fake_quantize_enabled` that is on.
-    """
-    modules = [module for module in model.modules() if getattr(module, "fake_quantize_enabled", False)]
+    """Turns the fake quantizers of a model off while it lasts; their ranges do not follow what passes."""
+    modules = [m for m in model.modules() if isinstance(m, FakeQuantized) and m.fake_quantize_enabled]
     for module in modules:
-        module.fake_quantize_enabled = False  # type: ignore[assignment]
+        module.fake_quantize_enabled = False
     try:
         yield
     finally:
         for module in modules:
-            module.fake_quantize_enabled = True  # type: ignore[assignment]
+            module.fake_quantize_enabled = True

@@ -75,3 +75,21 @@ def frame_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor]) ->
 def valid_count(batch: Batch, mask: torch.Tensor | None) -> Positions:
     """Number of positions that a mask lets count; without one, of examples."""
     return batch_size(batch) if mask is None else mask.sum()
+
+
+def position_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor | None:
+    """Which positions of hidden states count: frames of sound where `lengths` gives their number, else as attended to."""
+    return attended_mask(batch) if lengths is None else frame_mask(batch, lengths)
+
+
+def output_mask(model: Any, batch: Batch, shape: torch.Size) -> torch.Tensor | None:
+    """Which positions of an output of shape `(batch, seq)` are no padding, where the batch tells."""
+    mask: torch.Tensor | None = batch.get("attention_mask")
+    if getattr(model.config, "is_encoder_decoder", False):  # where that mask is of the encoder's input
+        labels = batch.get("labels")
+        mask = batch.get("decoder_attention_mask")
+        mask = labels.ne(-100) if mask is None and isinstance(labels, torch.Tensor) else mask
+    elif mask is not None and len(shape) == 2 and mask.shape[1] != shape[1]:  # of samples, where the output has frames
+        frames = getattr(model, "_get_feature_vector_attention_mask", None)
+        mask = None if frames is None else frames(shape[1], mask)
+    return mask.ne(0) if mask is not None and mask.shape == shape else None

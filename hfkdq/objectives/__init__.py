@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a student is trained to do: one small object per term of the loss."""
+"""Objectives of distillation: one small object per term of the loss."""
 
 from .adaptive import ByAgreement, ByGradientNorm
 from .attentions import AttentionKD

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of objectives that follow the training itself rather than its progress."""
+"""Adaptive weights: weights of objectives that follow measurements rather than progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..specs.base import check_fields
+from ..fields import check_fields
 from .base import TrainingStep
 from .logits import LogitKD
 
@@ -19,15 +19,9 @@ _Weight = TypeVar("_Weight", bound="AdaptiveWeight")
 
 @dataclass(eq=True)
 class AdaptiveWeight:
-    """A weight that is measured in every optimizer step and used in the next.
+    """A weight that is measured in every optimizer step and used in the next, in the place of a schedule.
 
-    It takes the place of a schedule: `LogitKD(weight=ByAgreement())`. What it has learned is in the checkpoints.
-
-    Args:
-        momentum (`float`, defaults to 0.9): how much of what was known stays in a step, in [0, 1).
-
-    Raises:
-        ValueError: a momentum outside of [0, 1).
+    Its state is in the checkpoints. `momentum`, in [0, 1), is the share of the former measurements that stays in a step.
     """
 
     momentum: float = field(default=0.9, kw_only=True)
@@ -43,23 +37,20 @@ class AdaptiveWeight:
         raise NotImplementedError
 
     def adapt(self, sums: list[float]) -> None:
-        """Takes in what was measured in an optimizer step, summed over micro batches and processes."""
-        if self._known is None:
-            self._known = sums
-        else:
-            m = self.momentum
-            self._known = [m * old + (1.0 - m) * new for old, new in zip(self._known, sums, strict=True)]
+        """Averages the measurements of an optimizer step, summed over micro batches and processes."""
+        m = self.momentum
+        known = self._known
+        self._known = sums if known is None else [m * a + (1.0 - m) * b for a, b in zip(known, sums, strict=True)]
 
     def state(self) -> list[float] | None:
-        """What is known so far."""
+        """The averages so far, for `load_state`."""
         return self._known
 
     def load_state(self, known: list[float] | None) -> None:
-        """Goes on from what was known."""
         self._known = known
 
     def copy(self: _Weight) -> _Weight:
-        """The same weight, knowing nothing yet."""
+        """The same weight without measurements."""
         twin = copy.copy(self)
         twin._known = None
         return twin
@@ -75,7 +66,7 @@ class ByAgreement(AdaptiveWeight):
     Args:
         low (`float`, defaults to 0.0): the weight where they agree throughout.
         high (`float`, defaults to 1.0): the weight where they never do, and at the start.
-        momentum (`float`, defaults to 0.9): how much of what was known stays in a step, in [0, 1).
+        momentum (`float`, defaults to 0.9): share of the former average that stays in a step, in [0, 1).
 
     Raises:
         ValueError: a negative weight, or a momentum outside of [0, 1).
@@ -125,7 +116,7 @@ class ByGradientNorm(AdaptiveWeight):
         ratio (`float`, defaults to 1.0): pull of the term against that of the task.
         every (`int`, defaults to 20): optimizer steps from one measurement to the next.
         largest (`float`, defaults to 100.0): bound of the weight.
-        momentum (`float`, defaults to 0.9): how much of what was known stays with a measurement, in [0, 1).
+        momentum (`float`, defaults to 0.9): share of the former average that stays with a measurement, in [0, 1).
 
     Raises:
         ValueError: settings out of range.

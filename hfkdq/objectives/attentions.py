@@ -6,23 +6,21 @@ Needs eager attention, the only implementation that computes them; switches both
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..losses.features import attention_kl, attention_mse
 from ..losses.reduction import masked_mean
-from ..modeling.masks import Batch, Positions, valid_count
 from .base import Objective, TrainingStep
-from .outline import Outline, layer_map, layers_of, mean_over_active_layers, outline_of
+from .layers import LayerObjective, Shape
+from .model_signature import ModelSignature, signature_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionKD(Objective):
+class AttentionKD(LayerObjective):
     """Distance between attention distributions of matched layers.
 
     `mean over pairs (s, t) and heads h of D(A_teacher[t, h, q], A_student[s, h, q])`, mean over the queries `q` attended
@@ -30,6 +28,8 @@ class AttentionKD(Objective):
     squared difference, after Jiao et al., "TinyBERT" (2020). Models with different numbers of heads are compared by
     the mean of each one's heads, others head by head. Both models are switched to eager attention; [`RelationKD`] needs
     no such switch.
+
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
@@ -53,40 +53,32 @@ class AttentionKD(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"attentions"})
 
-    layers: Mapping[int, int] | str | None = None
     distance: Literal["kl", "mse"] = "kl"
-    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
-    _layers: Sequence[nn.Module] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.distance not in ("kl", "mse"):
             raise ValueError(f"AttentionKD: distance must be 'kl' or 'mse', got {self.distance!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
-        super().attach(student, teacher)
-        maps, targets = outline_of(student).maps(), outline_of(teacher).maps()
-        pairs = layer_map(self.layers, student, len(maps), len(targets))
-        for s, t in pairs.items():
-            if s == 0 or t == 0:
-                raise ValueError(f"layers={self.layers!r}: layer 0 is the embeddings, which attend to nothing.")
-            if maps[s - 1][2:] != targets[t - 1][2:]:
-                raise ValueError(
-                    f"AttentionKD compares position with position: layer {s} of the student gives attentions of shape "
-                    f"{maps[s - 1]} (batch, heads, queries, keys), layer {t} of the teacher {targets[t - 1]} for the same "
-                    "example. Use a student with as many positions, or objectives that compare examples: LogitKD, RKD."
-                )
-        read = frozenset(s - 1 for s in pairs), frozenset(t - 1 for t in pairs.values())
-        self._keep(_pairs=tuple(pairs.items()), _layers=layers_of(student), _indices={"attentions": read})
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
+        Objective.attach(self, student, teacher)
+        # Layer 0, the embeddings, has none.
+        self._attach_pairs(student, ((), *signature_of(student).maps()), ((), *signature_of(teacher).maps()))
+        read = frozenset(s - 1 for s, _ in self._pairs), frozenset(t - 1 for _, t in self._pairs)
+        self._keep(_indices={"attentions": read})
 
-    def positions(self, batch: Batch) -> Positions:
-        return valid_count(batch, self.state_mask(batch))
+    def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
+        if s == 0 or t == 0:
+            raise ValueError(f"layers={self.layers!r}: layer 0 is the embeddings, which attend to nothing.")
+        if state[2:] != target[2:]:
+            raise ValueError(
+                f"AttentionKD compares position with position: layer {s} of the student gives attentions of shape "
+                f"{state} (batch, heads, queries, keys), layer {t} of the teacher {target} for the same example. Use a "
+                "student with as many positions, or objectives that compare examples: LogitKD, RKD."
+            )
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         mask = self.state_mask(step.batch)
-        values = []
-        for s, t in self._pairs:
-            ours, theirs = step.student.attentions[s - 1], step.teacher.attentions[t - 1]
-            values.append(attention_kl(ours, theirs) if self.distance == "kl" else attention_mse(ours, theirs, mask))
-        mean = mean_over_active_layers(torch.stack(values), self._layers, [s for s, _ in self._pairs])
-        return masked_mean(mean, mask)
+        pairs = [(step.student.attentions[s - 1], step.teacher.attentions[t - 1]) for s, t in self._pairs]
+        values = [attention_kl(*pair) if self.distance == "kl" else attention_mse(*pair, mask) for pair in pairs]
+        return masked_mean(self._mean_over_pairs(values), mask)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of an objective, and the adapter that makes one of a plain callable."""
+"""The base class of objectives, and the adapter for plain callables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import check_fields
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, attended_mask, batch_size, frame_lengths, frame_mask
+from ..modeling.masks import Batch, Positions, batch_size, frame_lengths, position_mask
 from ..modeling.tasks import is_listed
+from ..protocols import Adaptive
 from ..schedules import Schedule, extremes, value_at
-from ..specs.base import check_fields
-from .outline import Outline, outline_of
+from .model_signature import ModelSignature, signature_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ _RENAMED = {
 
 
 class Passes(Protocol):
-    """How an objective runs the models of the training by itself: as they are wrapped, and under their autocast."""
+    """Forward passes for an objective that runs the models itself: as they are wrapped, and under their autocast."""
 
     model: Any
     """The student without the wrappers of the training."""
@@ -95,7 +96,7 @@ class Objective:
 
     weight: float | Schedule = 1.0
     teacher: str | None = None
-    # What `attach` found out about the pair: no settings, and no part of the identity.
+    # Results of `attach`: no settings, and no part of the identity.
     _shifts_labels: bool = field(default=False, init=False, repr=False, compare=False)
     _frames: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False, compare=False)
     # Of "hidden_states" and "attentions", which entries are read of student and teacher.
@@ -146,45 +147,45 @@ class Objective:
         """The name under which this term is logged: `"logit_kd"` for `LogitKD`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         """Checks that this objective fits the two models, and prepares them; raises `ValueError` where it does not.
 
-        Of a teacher whose outputs were cached there is an [`Outline`] alone.
+        Of a teacher whose outputs were cached there is an [`ModelSignature`] alone.
         """
         self._keep(
-            _shifts_labels=is_listed(outline_of(student).model_class, "CAUSAL_LM"),
+            _shifts_labels=is_listed(signature_of(student).model_class, "CAUSAL_LM"),
             _frames=frame_lengths(base_of(student)),
             _indices={},
         )
 
     def _keep(self, **found: Any) -> None:
-        """Fills in fields that are no settings."""
+        """Sets fields that are no settings."""
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
     @property
     def runs_first(self) -> bool:
-        """Whether it runs the models itself, before they run on the batch as it is."""
+        """Whether it runs the models itself, before they run on the plain batch."""
         return type(self).run_forward is not Objective.run_forward
 
     def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
-        """Runs the models as this objective wants them; returns the step with what they gave.
+        """Runs the models on inputs of this objective's own; returns the step with their outputs.
 
-        What is then there of `student` and `teacher` is what `loss` reads; the rest comes of the batch as it is.
+        Outputs that are left `None` come from the plain batch.
         """
         return step
 
     def capture(self) -> AbstractContextManager[Any]:
-        """What lasts while teacher and student run on a batch, such as hooks; what it gives is the step's `seen`."""
+        """A context, such as hooks, around the passes of teacher and student; its value is the step's `seen`."""
         return contextlib.nullcontext()
 
     def indices(self, need: str) -> tuple[frozenset[int], frozenset[int]] | None:
-        """Which entries of `"hidden_states"` or `"attentions"` it reads, of student and teacher; `None` for all."""
+        """Indices of the entries of `"hidden_states"` or `"attentions"` that it reads, of both models; `None` for all."""
         return self._indices.get(need)
 
     def state_mask(self, batch: Batch) -> torch.Tensor | None:
-        """Which positions of hidden states count, `(batch, seq)`: those attended to; of sound, the frames of it."""
-        return attended_mask(batch) if self._frames is None else frame_mask(batch, self._frames)
+        """Mask of the hidden states that count, `(batch, seq)`: positions attended to, or frames of sound."""
+        return position_mask(batch, self._frames)
 
     def positions(self, batch: Batch) -> Positions:
         """Number of positions in `batch` that the term is a mean over; examples by default."""
@@ -216,7 +217,7 @@ class Objective:
         for f in fields(self):
             if not f.init:
                 vars(twin).pop(f.name, None)
-            elif isinstance(value := getattr(self, f.name), Objective) or hasattr(value, "adapt"):
+            elif isinstance(value := getattr(self, f.name), (Objective, Adaptive)):
                 twin._keep(**{f.name: value.copy()})
         return twin
 

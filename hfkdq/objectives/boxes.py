@@ -12,7 +12,7 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 from .base import Objective, TrainingStep
 from .heads import DetectionHead, find_head
 from .matching import corners, matched_queries
-from .outline import Outline
+from .model_signature import ModelSignature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class BoxKD(Objective):
 
     _head: DetectionHead = field(init=False, repr=False, compare=False)
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         head = find_head(student, teacher)
         if not isinstance(head, DetectionHead):

@@ -15,7 +15,7 @@ from ..modeling.masks import Batch, Positions, token_mask
 from ..modeling.tasks import is_listed
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
-from .outline import Outline, outline_of
+from .model_signature import ModelSignature, signature_of
 
 _ROLES = ("student", "teacher")
 _CHUNK = 2**24  # logits of the larger vocabulary, 64 MiB of float32
@@ -62,22 +62,22 @@ class ULD(Objective):
         if not extremes(self.temperature)[0] > 0:
             raise ValueError(f"ULD: temperature must be larger than 0, got {self.temperature!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
-        outlines = outline_of(student), outline_of(teacher)
-        kinds = [_kind(outline) for outline in outlines]
+        signatures = signature_of(student), signature_of(teacher)
+        kinds = [_kind(signature) for signature in signatures]
         if None in kinds or kinds[0] != kinds[1]:
             raise ValueError(
                 "ULD compares what two language models write, both with an encoder or both without; "
-                + " and ".join(f"the {r} is {o.model_class}" for r, o in zip(_ROLES, outlines, strict=True))
+                + " and ".join(f"the {r} is {o.model_class}" for r, o in zip(_ROLES, signatures, strict=True))
                 + ". Of models with the same labels LogitKD compares the predictions, whatever their vocabularies."
             )
-        if any(outline.temperature is not None for outline in outlines):
+        if any(signature.temperature is not None for signature in signatures):
             raise ValueError(
                 "The likeliest tokens alone were cached of the teacher, and ULD sorts the whole vocabulary. Give the "
                 "teacher itself."
             )
-        places = [(outline.shape("logits") or (0, 0))[1] for outline in outlines]
+        places = [(signature.shape("logits") or (0, 0))[1] for signature in signatures]
         if places[0] != places[1]:
             raise ValueError(
                 f"Student and teacher give logits at {places[0]} and {places[1]} positions for as many tokens: one has "
@@ -100,7 +100,7 @@ class ULD(Objective):
         return values.sum() / max(len(values), 1)
 
     def _masks(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the tokens that are compared are predicted, `(batch, seq)` of student and teacher, as many per row."""
+        """Masks of the compared positions, `(batch, seq)` of student and teacher, as many per row."""
         own = self._answers(batch)
         theirs = self._answers(_of_teacher(batch)) if {"teacher_input_ids", "teacher_labels"} & batch.keys() else own
         shorter = torch.minimum(own.sum(1), theirs.sum(1)).unsqueeze(1)
@@ -118,14 +118,14 @@ class ULD(Objective):
         return mask  # type: ignore[return-value]
 
 
-def _kind(outline: Outline) -> str | None:
-    if is_listed(outline.model_class, "CAUSAL_LM"):
+def _kind(signature: ModelSignature) -> str | None:
+    if is_listed(signature.model_class, "CAUSAL_LM"):
         return "decoder"
-    return "encoder-decoder" if is_listed(outline.model_class, "SEQ_TO_SEQ_CAUSAL_LM") else None
+    return "encoder-decoder" if is_listed(signature.model_class, "SEQ_TO_SEQ_CAUSAL_LM") else None
 
 
 def _of_teacher(batch: Batch) -> Batch:
-    """What the teacher has of a batch, by the names that a student has for it."""
+    """The teacher's columns of a batch, under the names of the student's."""
     names = ("input_ids", "attention_mask", "labels")
     own = {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
     if "labels" in batch and "labels" not in own:

@@ -15,7 +15,7 @@ from ..modeling.masks import Batch, Positions
 from .base import Objective, TrainingStep
 from .heads import Prediction
 from .logits import LogitKD
-from .outline import Outline
+from .model_signature import ModelSignature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class EnsembleKD(Objective):
     """The divergences from several teachers, weighted position by position: `sum_k w_k * D(teacher_k, student)`.
 
     With `weighting="confidence"`, `w_k = (1 - exp(c_k) / sum_j exp(c_j)) / (K - 1)` for `K` teachers, where `c_k` is the
-    cross-entropy of teacher `k` with the label, so that who is nearer to the label counts more (Zhang et al.,
+    cross-entropy of teacher `k` with the label, so that a teacher nearer to the label counts more (Zhang et al.,
     "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022). Where there are no labels it is the entropy of the
     teacher's prediction. For weights or schedules per teacher, give each a `LogitKD(teacher=name, weight=...)` instead.
 
@@ -59,7 +59,7 @@ class EnsembleKD(Objective):
         if not isinstance(self.objective, LogitKD):
             raise ValueError(f"EnsembleKD weighs predictions: objective must be a LogitKD, got {self.objective!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: Mapping[str, PreTrainedModel | Outline] | Any) -> None:
+    def attach(self, student: PreTrainedModel, teacher: Mapping[str, PreTrainedModel | ModelSignature] | Any) -> None:
         """As `Objective.attach`, with all teachers by their names."""
         super().attach(student, None)
         chosen = {name: model for name, model in teacher.items() if self.teachers is None or name in self.teachers}
@@ -96,13 +96,13 @@ class EnsembleKD(Objective):
 
 @torch.no_grad()
 def _cost(predictions: list[Prediction]) -> torch.Tensor:
-    """How unsure a teacher is, per position: cross-entropy with the label, or else its entropy."""
+    """Uncertainty of a teacher per position: cross-entropy with the label, or else its entropy."""
     costs = []
     for p in predictions:
-        log_p = log_probabilities(p.teacher, support=p.support)
+        log_p = log_probabilities(p.teacher, valid_classes=p.valid_classes)
         if p.target is None:
             cost = -(log_p.exp() * log_p).sum(-1)
         else:
             cost = -log_p.gather(-1, p.target.unsqueeze(-1)).squeeze(-1)
-        costs.append(cost if p.shares is None else (cost * p.shares).flatten(1).sum(1))
+        costs.append(cost if p.position_weights is None else (cost * p.position_weights).flatten(1).sum(1))
     return torch.stack(costs).mean(0)

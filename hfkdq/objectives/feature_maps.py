@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from ..losses.features import activation_map_distance
 from .base import Objective, TrainingStep
-from .outline import Outline, layer_map, outline_of
+from .layers import LayerObjective, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMapKD(Objective):
+class FeatureMapKD(LayerObjective):
     """Attention transfer: distance between where matched stages of two convolutional models are active.
 
     `mean over pairs (s, t) of |q_s / |q_s| - q_t / |q_t||^2` with `q = vec(sum over channels c of |F_c|^p)`, mean over the
@@ -42,31 +40,24 @@ class FeatureMapKD(Objective):
         ```
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
-
-    layers: Mapping[int, int] | str | None = None
     power: float = 2.0
-    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    positions = Objective.positions  # examples
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.power >= 1:
             raise ValueError(f"FeatureMapKD: power must be at least 1, got {self.power!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
-        super().attach(student, teacher)
-        states, targets = outline_of(student).states(), outline_of(teacher).states()
-        layers = "uniform" if self.layers is None else self.layers
-        pairs = layer_map(layers, student, len(states) - 1, len(targets) - 1)
-        for s, t in pairs.items():
-            if len(states[s]) != 4 or len(targets[t]) != 4:
-                raise ValueError(
-                    f"FeatureMapKD compares feature maps (batch, channels, height, width); hidden state {s} of the student "
-                    f"has the shape {states[s]}, {t} of the teacher {targets[t]}. Use HiddenStateKD for Transformers, RKD "
-                    "between a Transformer and a convolutional model."
-                )
-        read = frozenset(pairs), frozenset(pairs.values())
-        self._keep(_pairs=tuple(pairs.items()), _indices={"hidden_states": read})
+    def _default_layers(self, student_layers: int, teacher_layers: int) -> str:
+        return "uniform"
+
+    def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
+        if len(state) != 4 or len(target) != 4:
+            raise ValueError(
+                f"FeatureMapKD compares feature maps (batch, channels, height, width); hidden state {s} of the student "
+                f"has the shape {state}, {t} of the teacher {target}. Use HiddenStateKD for Transformers, RKD "
+                "between a Transformer and a convolutional model."
+            )
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         values = [

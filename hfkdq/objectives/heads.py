@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model predicts, by its task: what is compared, at which positions, over which classes."""
+"""Heads of models by task: the predictions to compare, their positions and classes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from ..losses.divergences import binary_logits
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, frame_mask, token_mask, valid_count
+from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, position_mask, token_mask, valid_count
 from ..modeling.tasks import DECODED, is_listed
 from .matching import matched_queries
-from .outline import Outline, outline_of
+from .model_signature import ModelSignature, signature_of
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Prediction:
         student (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the student.
         teacher (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the teacher, or [`TopLogits`].
         mask (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): the positions that count.
-        support (`torch.BoolTensor`, *optional*): the classes that are possible, shaped as the logits.
+        valid_classes (`torch.BoolTensor`, *optional*): the classes that are possible, shaped as the logits.
         target (`torch.LongTensor` of shape `(batch, ...)`, *optional*): the class on the label.
-        shares (`torch.Tensor` of shape `(batch, ...)`, *optional*): how much each position of an example counts.
+        position_weights (`torch.Tensor` of shape `(batch, ...)`, *optional*): how much each position of an example counts.
     """
 
     student: torch.Tensor
     teacher: Any
     mask: torch.Tensor | None = None
-    support: torch.Tensor | None = None
+    valid_classes: torch.Tensor | None = None
     target: torch.Tensor | None = None
-    shares: torch.Tensor | None = None
+    position_weights: torch.Tensor | None = None
 
 
 class Head:
@@ -56,7 +56,7 @@ class Head:
     outputs: ClassVar[tuple[str, ...]] = ("logits",)
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
-        """What is compared; the loss is the mean over the list."""
+        """The predictions to compare; the loss is the mean over the list."""
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and labels.is_floating_point():
             raise ValueError(
@@ -84,8 +84,8 @@ class MultiLabelHead(Head):
         # The class "yes" stands first.
         target = None if labels is None else (labels < 0.5).long()
         student, teacher = binary_logits(student_out.logits), binary_logits(teacher_out.logits)
-        shares = student.new_full(student.shape[:-1], 1.0 / student.shape[1])
-        return [Prediction(student, teacher, target=target, shares=shares)]
+        position_weights = student.new_full(student.shape[:-1], 1.0 / student.shape[1])
+        return [Prediction(student, teacher, target=target, position_weights=position_weights)]
 
 
 class RegressionHead(Head):
@@ -121,7 +121,7 @@ class TokenHead(Head):
 
 
 class DecoderHead(TokenHead):
-    """What an encoder-decoder writes; `attention_mask` is of the encoder's input."""
+    """A class per token of a decoder; `attention_mask` is of the encoder's input."""
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         return token_mask({**batch, "attention_mask": batch.get("decoder_attention_mask")}, shifts_labels=False)
@@ -135,13 +135,13 @@ class SpanHead(Head):
     outputs = ("start_logits", "end_logits")
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
-        support, found = attended_mask(batch), []
+        valid_classes, found = attended_mask(batch), []
         for part in ("start", "end"):
             student, teacher = student_out[f"{part}_logits"], teacher_out[f"{part}_logits"]  # (batch, seq)
             target = batch.get(f"{part}_positions")
             if target is not None:  # outside of the text where the answer was cut off
                 target = target.reshape(-1).clamp(0, student.shape[1] - 1)
-            found.append(Prediction(student, teacher, support=support, target=target))
+            found.append(Prediction(student, teacher, valid_classes=valid_classes, target=target))
         return found
 
 
@@ -159,7 +159,7 @@ class FrameHead(Head):
         return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch))]
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
-        return attended_mask(batch) if self.lengths is None else frame_mask(batch, self.lengths)
+        return position_mask(batch, self.lengths)
 
 
 class DetectionHead(Head):
@@ -185,12 +185,12 @@ class DetectionHead(Head):
         own, theirs, objects = matched_queries(student_out, teacher_out, self.exclusive)
         logits = logits.gather(1, own.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
         teacher = teacher.gather(1, theirs.unsqueeze(-1).expand(-1, -1, teacher.shape[-1]))
-        shares = self.BACKGROUND + (1.0 - self.BACKGROUND) * objects
-        shares = shares / shares.sum(-1, keepdim=True)
+        position_weights = self.BACKGROUND + (1.0 - self.BACKGROUND) * objects
+        position_weights = position_weights / position_weights.sum(-1, keepdim=True)
         if self.exclusive:
-            return [Prediction(logits, teacher, shares=shares)]
-        shares = (shares / logits.shape[-1]).unsqueeze(-1).expand_as(logits)
-        return [Prediction(binary_logits(logits), binary_logits(teacher), shares=shares)]
+            return [Prediction(logits, teacher, position_weights=position_weights)]
+        position_weights = (position_weights / logits.shape[-1]).unsqueeze(-1).expand_as(logits)
+        return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
 
 
 def find_head(student: Any, teacher: Any) -> Head:
@@ -199,16 +199,16 @@ def find_head(student: Any, teacher: Any) -> Head:
     Raises:
         ValueError: heads that differ, or none that is known.
     """
-    outlines = {"student": outline_of(student), "teacher": outline_of(teacher)}
-    kinds = {role: _kind(outline) for role, outline in outlines.items()}
+    signatures = {"student": signature_of(student), "teacher": signature_of(teacher)}
+    kinds = {role: _kind(signature) for role, signature in signatures.items()}
     if kinds["student"] != kinds["teacher"]:
         raise ValueError(
             "Student and teacher predict different things: "
-            + " and ".join(f"{o.model_class} gives {kinds[role]}" for role, o in outlines.items())
+            + " and ".join(f"{o.model_class} gives {kinds[role]}" for role, o in signatures.items())
             + ". LogitKD needs the same task in both; load the student as the teacher's class, or leave LogitKD out."
         )
     head = _make(kinds["student"], base_of(student))
-    shapes = {role: _shapes(role, outline, head) for role, outline in outlines.items()}
+    shapes = {role: _shapes(role, signature, head) for role, signature in signatures.items()}
     if head.per_position and shapes["student"][0][1] != shapes["teacher"][0][1]:
         raise ValueError(
             f"Student and teacher give logits at {shapes['student'][0][1]} and {shapes['teacher'][0][1]} positions for the "
@@ -222,7 +222,7 @@ def find_head(student: Any, teacher: Any) -> Head:
             f"{last['teacher'][0]}. LogitKD needs the same labels or vocabulary in both; load the student with the "
             "teacher's num_labels or tokenizer, or leave LogitKD out. For language models of two vocabularies there is ULD."
         )
-    _check_label_names(outlines["student"], outlines["teacher"])
+    _check_label_names(signatures["student"], signatures["teacher"])
     return head
 
 
@@ -237,15 +237,15 @@ _KINDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _kind(outline: Outline) -> str:
+def _kind(signature: ModelSignature) -> str:
     for kind, tasks in _KINDS.items():
-        if is_listed(outline.model_class, *tasks):
+        if is_listed(signature.model_class, *tasks):
             return kind
-    config = outline.config
+    config = signature.config
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return "several labels at once"
-    single = outline.model_class.endswith("Classification") and getattr(config, "num_labels", None) == 1
+    single = signature.model_class.endswith("Classification") and getattr(config, "num_labels", None) == 1
     return "numbers" if problem == "regression" or single else "a class per example"
 
 
@@ -256,7 +256,7 @@ def _make(kind: str, student: Any) -> Head:
         return FrameHead(frame_lengths(student, adapter=True))
     if kind == "objects":
         # Detectors trained with a focal loss have no class for the background.
-        return DetectionHead(outline_of(student).shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
+        return DetectionHead(signature_of(student).shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
     heads: dict[str, type[Head]] = {
         _DECODED: DecoderHead,
         "the span of an answer": SpanHead,
@@ -266,23 +266,23 @@ def _make(kind: str, student: Any) -> Head:
     return heads.get(kind, Head)()
 
 
-def _shapes(role: str, outline: Outline, head: Head) -> list[tuple[int, ...]]:
-    found = [outline.shape(name) for name in head.outputs]
+def _shapes(role: str, signature: ModelSignature, head: Head) -> list[tuple[int, ...]]:
+    found = [signature.shape(name) for name in head.outputs]
     axes = [head.axes] + [3 if name == "pred_boxes" else head.axes for name in head.outputs[1:]]
     if any(shape is None or len(shape) != count for shape, count in zip(found, axes, strict=True)):
         given = "no logits" if found[0] is None else f"{found[0]}"
         raise ValueError(
-            f"LogitKD looks for {' and '.join(head.outputs)} with {head.axes} axes; the {role} {outline.model_class} "
+            f"LogitKD looks for {' and '.join(head.outputs)} with {head.axes} axes; the {role} {signature.model_class} "
             f"gives {given} for one example. It knows class logits per example, per token and per frame, spans, numbers "
             "and object queries; for anything else write an objective of your own."
         )
     return [shape for shape in found if shape is not None]
 
 
-def _check_label_names(student: Outline, teacher: Outline) -> None:
+def _check_label_names(student: ModelSignature, teacher: ModelSignature) -> None:
     names = []
-    for outline in (student, teacher):
-        labels = getattr(outline.config, "id2label", None) or {}
+    for signature in (student, teacher):
+        labels = getattr(signature.config, "id2label", None) or {}
         # Read from JSON the keys are strings.
         names.append([str(labels[key]) for key in sorted(labels, key=int)])
     unnamed = any(all(name.startswith("LABEL_") for name in group) for group in names)

@@ -6,24 +6,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..losses import cosine_distance, masked_mean, mean_squared_error, normalized_squared_error
-from ..modeling.masks import Batch, Positions, valid_count
 from ..schedules import LayerSchedule
-from .base import Objective, TrainingStep
-from .outline import Outline, layer_map, layers_of, mean_over_active_layers, outline_of
+from .base import TrainingStep
+from .layers import LayerObjective, Shape, layer_map, layers_of
 from .projections import Projection, add_projection
 
 _DISTANCES = {"mse": mean_squared_error, "cosine": cosine_distance, "normalized_mse": normalized_squared_error}
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenStateKD(Objective):
+class HiddenStateKD(LayerObjective):
     """Distance between hidden states of matched layers.
 
     `mean over pairs (s, t) of d(W_s h_student[s], h_teacher[t])`, mean over the positions attended to. `W_s` is
@@ -57,46 +55,38 @@ class HiddenStateKD(Objective):
         ```
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
-
-    layers: Mapping[int, int] | str | None = None
     embeddings: bool = False
     distance: Literal["mse", "cosine", "normalized_mse"] = "mse"
     projection: bool | None = None
     active: LayerSchedule | None = None
-    _groups: tuple[tuple[int, tuple[int, ...]], ...] = field(init=False, repr=False, compare=False)
     _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
-    _layers: Sequence[nn.Module] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.distance not in _DISTANCES:
             raise ValueError(f"HiddenStateKD: distance={self.distance!r} is none of {', '.join(_DISTANCES)}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
-        super().attach(student, teacher)
-        states, targets = outline_of(student).states(), outline_of(teacher).states()
-        every = range(1, len(targets))
+    def _attach_pairs(self, student: PreTrainedModel, states: Sequence[Shape], targets: Sequence[Shape]) -> None:
         if self.layers == "dynamic":
-            groups = {s: tuple(every) for s in range(1, len(states))}
+            pairs = {s: tuple(range(1, len(targets))) for s in range(1, len(states))}
         else:
-            pairs = layer_map(self.layers, student, len(states) - 1, len(targets) - 1)
-            groups = {s: (t,) for s, t in pairs.items()}
+            mapped = layer_map(self.layers, student, len(states) - 1, len(targets) - 1)
+            pairs = {s: (t,) for s, t in mapped.items()}
         if self.embeddings:
-            groups = {0: (0,), **groups}
-        for s, ts in groups.items():
+            pairs = {0: (0,), **pairs}
+        for s, ts in pairs.items():
             for t in ts:
-                self._check(s, states[s], t, targets[t])
+                self._check_pair(student, s, states[s], t, targets[t])
         places = {}
-        for s, ts in groups.items():
+        for s, ts in pairs.items():
             width, teacher_width = states[s][-1], targets[ts[0]][-1]
             if self.projection or (self.projection is None and width != teacher_width):
                 places[s] = add_projection(student, s, partial(Projection, width, teacher_width), len(states))
-        read = frozenset(groups), frozenset(t for ts in groups.values() for t in ts)
-        self._keep(_groups=tuple(groups.items()), _places=places, _layers=layers_of(student))
+        read = frozenset(pairs), frozenset(t for ts in pairs.values() for t in ts)
+        self._keep(_pairs=tuple(pairs.items()), _places=places, _stack=layers_of(student))
         self._keep(_indices={"hidden_states": read})
 
-    def _check(self, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]) -> None:
+    def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
         if state[:-1] != target[:-1]:
             raise ValueError(
                 f"Hidden state {s} of the student and {t} of the teacher have the shapes {state} and {target} for the "
@@ -109,20 +99,17 @@ class HiddenStateKD(Objective):
                 f"{target[-1]}. Leave projection out, so that a map between them is learned."
             )
 
-    def positions(self, batch: Batch) -> Positions:
-        return valid_count(batch, self.state_mask(batch))
-
     def loss(self, step: TrainingStep) -> torch.Tensor:
         states, targets = step.student.hidden_states, step.teacher.hidden_states
         distance, mask = _DISTANCES[self.distance], self.state_mask(step.batch)
         terms = []
-        for s, ts in self._groups:
+        for s, ts in self._pairs:
             state = states[self._places.get(s, s)]
             candidates = [masked_mean(distance(state, targets[t]), mask) for t in ts]
             terms.append(torch.stack(candidates).min() if len(ts) > 1 else candidates[0])
-        values = torch.stack(terms)
         if self.active is None:
-            return mean_over_active_layers(values, self._layers, [s for s, _ in self._groups])
+            return self._mean_over_pairs(terms)
+        values = torch.stack(terms)
         # A pair that does not count keeps a gradient of 0, so that every projection has one in every process.
-        weights = values.new_tensor(self.active(step.progress, len(self._groups)))
+        weights = values.new_tensor(self.active(step.progress, len(self._pairs)))
         return (values * weights).sum() / weights.sum().clamp(min=1e-12)

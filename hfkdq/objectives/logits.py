@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of what a model predicts, whatever that is: one divergence over the head that both models have."""
+"""Distillation of predictions: one divergence over the head that both models have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..modeling.masks import Batch, Positions, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
 from .heads import Head, Prediction, find_head
-from .outline import Outline, outline_of
+from .model_signature import ModelSignature, signature_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +92,13 @@ class LogitKD(Objective):
     def _divergence(self) -> Divergence:
         return self.divergence if isinstance(self.divergence, Divergence) else DIVERGENCES[self.divergence]()
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         head = find_head(student, teacher)
-        self._check_divergence(head, outline_of(teacher))
+        self._check_divergence(head, signature_of(teacher))
         self._keep(_head=head)
 
-    def _check_divergence(self, head: Head, teacher: Outline) -> None:
+    def _check_divergence(self, head: Head, teacher: ModelSignature) -> None:
         given, name = self._divergence, teacher.model_class
         kinds = {kind: key for key, kind in DIVERGENCES.items()}
         own = kinds.get(type(given), type(given).__name__)
@@ -144,21 +144,19 @@ class LogitKD(Objective):
         return torch.stack([self._values(p, temperature) for p in predictions]).mean(0), predictions[0].mask
 
     def predictions(self, step: TrainingStep) -> list[Prediction]:
-        """What is compared, as the head of both models has it."""
+        """The predictions of both models, as their head has them."""
         return self._head.predictions(step.student, step.teacher, step.batch)
 
     def reduced(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The mean that `per` asks for, of one value per position."""
         if self.per == "sample" and values.dim() > 1:
-            counts = torch.ones_like(values) if mask is None else mask.to(values)
-            sums = values if mask is None else values.masked_fill(~mask, 0.0)
-            return (sums.sum(1) / counts.sum(1).clamp(min=1)).mean()
+            return masked_mean(values, mask, dim=1).mean()
         return masked_mean(values, mask)
 
     def _values(self, p: Prediction, temperature: float) -> torch.Tensor:
         of_rows, of_top = partial(self._of_rows, temperature), partial(self._of_top, temperature)
         shape = p.student.shape[:-1]
-        rows = [_rows(x, len(shape)) for x in (p.student, p.teacher, p.support, p.target)]
+        rows = [_rows(x, len(shape)) for x in (p.student, p.teacher, p.valid_classes, p.target)]
         if self._divergence.across_rows and p.mask is not None:  # only what counts may be correlated
             valid = p.mask.reshape(-1)
             found = of_rows(*(None if x is None else x[valid] for x in rows))
@@ -170,19 +168,19 @@ class LogitKD(Objective):
         else:
             values = in_chunks(of_rows, *rows)
         values = values.reshape(shape)
-        if p.shares is None:
+        if p.position_weights is None:
             return values
-        return (values * p.shares).flatten(1).sum(1)
+        return (values * p.position_weights).flatten(1).sum(1)
 
     def _of_rows(
-        self, temperature: float, student: Any, teacher: Any, support: Any = None, target: Any = None
+        self, temperature: float, student: Any, teacher: Any, valid_classes: Any = None, target: Any = None
     ) -> torch.Tensor:
         if self.top_k is not None:
             indices = teacher.topk(self.top_k, dim=-1).indices
             return self._of_top(temperature, student, coarse_log_probabilities(teacher, indices, temperature), indices)
         if self.standardize:
-            student, teacher = standardized(student, support), standardized(teacher, support)
-        return self._divergence(student, teacher, temperature, support, target)
+            student, teacher = standardized(student, valid_classes), standardized(teacher, valid_classes)
+        return self._divergence(student, teacher, temperature, valid_classes, target)
 
     def _of_top(self, temperature: float, student: Any, log_teacher: Any, indices: Any) -> torch.Tensor:
         # The log probabilities of a distribution are logits of it.

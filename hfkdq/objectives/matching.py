@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which object query of a student stands for which of its teacher."""
+"""Matches the object queries of a student with those of its teacher."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 
 def object_probabilities(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
-    """Probability that there is an object, per query: `(batch, queries)`.
-
-    With exclusive classes the last one is "no object"; otherwise the largest of the classes' sigmoids stands for it.
-    """
-    if exclusive:
-        return 1.0 - logits.float().softmax(-1)[..., -1]
-    return logits.float().sigmoid().amax(-1)
+    """Probability that there is an object, per query: `(batch, queries)`; exclusive classes have "no object" last."""
+    return 1.0 - logits.float().softmax(-1)[..., -1] if exclusive else logits.float().sigmoid().amax(-1)
 
 
 def corners(boxes: torch.Tensor) -> torch.Tensor:
@@ -37,10 +32,8 @@ def matched_queries(
     as much as the teacher sees an object: weights of Carion et al., "End-to-End Object Detection with Transformers"
     (2020).
 
-    Args:
-        student_out, teacher_out (`ModelOutput`): with `logits` of shape `(batch, queries, classes)` and `pred_boxes` of
-            shape `(batch, queries, 4)`, centres and sizes in [0, 1]; numbers of queries may differ.
-        exclusive (`bool`): whether classes exclude one another, with "no object" last.
+    The outputs have `logits` of shape `(batch, queries, classes)` and `pred_boxes` of shape `(batch, queries, 4)`, centres
+    and sizes in [0, 1]; numbers of queries may differ. `exclusive` classes exclude one another, with "no object" last.
 
     Returns:
         Three tensors of shape `(batch, pairs)`: queries of the student, queries of the teacher, and the probability

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,19 +16,30 @@ from transformers import PreTrainedModel
 from ..losses.features import gaussian_nll
 from ..losses.reduction import masked_mean
 from ..losses.relations import info_nce
-from ..modeling.masks import Batch, Positions, valid_count
-from .base import Objective, TrainingStep
-from .outline import Outline, layer_map, outline_of
+from ..modeling.masks import Batch
+from .base import TrainingStep
+from .layers import LayerObjective, Shape
 from .projections import Projection, add_projection
 from .samples import SampleObjective
 
 
-def _check_vectors(name: str, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]) -> None:
+def _check_vectors(name: str, s: int, state: Shape, t: int, target: Shape) -> None:
     if len(state) != 3 or len(target) != 3:
         raise ValueError(
             f"{name} compares hidden states (batch, positions, width); {s} of the student has the shape {state}, {t} of the "
             f"teacher {target}. For feature maps of convolutions use FeatureMapKD or RKD."
         )
+
+
+def _add_projections(
+    kind: type[Projection],
+    student: PreTrainedModel,
+    pairs: Sequence[tuple[int, int]],
+    states: Sequence[Shape],
+    targets: Sequence[Shape],
+) -> dict[int, int]:
+    """Index among the student's hidden states of a new projection of each paired layer, by the layer."""
+    return {s: add_projection(student, s, partial(kind, states[s][-1], targets[t][-1]), len(states)) for s, t in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,8 @@ class CRD(SampleObjective):
     Representation Distillation" (2020), in the form of InfoNCE (van den Oord et al., "Representation Learning with
     Contrastive Predictive Coding", 2018): the other examples of the micro batch are the negatives, without a memory
     of earlier ones. So batches should be large, and a batch of 1 teaches nothing.
+
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
         temperature (`float`, defaults to 0.07): `T`, larger than 0.
@@ -73,14 +85,14 @@ class CRD(SampleObjective):
         if not self.temperature > 0:
             raise ValueError(f"CRD: temperature must be larger than 0, got {self.temperature!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
-        super().attach(student, teacher)
-        states, targets = outline_of(student).states(), outline_of(teacher).states()
-        for s, t in self._pairs:
-            _check_vectors("CRD", s, states[s], t, targets[t])
+    def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
+        super()._check_pair(student, s, state, t, target)
+        _check_vectors("CRD", s, state, t, target)
+
+    def _attach_pairs(self, student: PreTrainedModel, states: Sequence[Shape], targets: Sequence[Shape]) -> None:
+        super()._attach_pairs(student, states, targets)
         # The mean over positions of a linear map is the map of the mean.
-        make = {s: partial(Projection, states[s][-1], targets[t][-1]) for s, t in self._pairs}
-        self._keep(_places={s: add_projection(student, s, made, len(states)) for s, made in make.items()})
+        self._keep(_places=_add_projections(Projection, student, self._pairs, states, targets))
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         excluded = _same_class(step.batch) if self.exclude_same_class else None
@@ -91,7 +103,7 @@ class CRD(SampleObjective):
 
 
 def _same_class(batch: Batch) -> torch.Tensor | None:
-    """Which pairs of examples have the same label, `(batch, batch)`; `None` without one class per example."""
+    """Mask of pairs of examples with the same label, `(batch, batch)`; `None` without one class per example."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
         return None
@@ -114,13 +126,15 @@ class GaussianProjection(Projection):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VID(Objective):
+class VID(LayerObjective):
     """Variational distillation: how likely the teacher's hidden states are, predicted from the student's.
 
     `mean over pairs (s, t) and channels c of 1/2 * (log v_c + (h_teacher[t] - W_s h_student[s])_c^2 / v_c)`, mean over the
     positions attended to; `W_s` and one variance `v_c` per channel are learned. Ahn et al., "Variational Information
     Distillation for Knowledge Transfer" (2019). Its negative is, up to the entropy of the teacher, a lower bound of
     the mutual information. The value can become negative.
+
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
@@ -141,30 +155,19 @@ class VID(Objective):
         ```
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
-
-    layers: Mapping[int, int] | str | None = None
-    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
-        super().attach(student, teacher)
-        states, targets = outline_of(student).states(), outline_of(teacher).states()
-        pairs = layer_map(self.layers, student, len(states) - 1, len(targets) - 1)
-        for s, t in pairs.items():
-            _check_vectors("VID", s, states[s], t, targets[t])
-            if states[s][1] != targets[t][1]:
-                raise ValueError(
-                    f"VID compares position with position: hidden state {s} of the student has the shape {states[s]}, {t} "
-                    f"of the teacher {targets[t]} for the same example. CRD compares examples instead."
-                )
-        make = {s: partial(GaussianProjection, states[s][-1], targets[t][-1]) for s, t in pairs.items()}
-        places = {s: add_projection(student, s, make[s], len(states)) for s in pairs}
-        read = frozenset(pairs), frozenset(pairs.values())
-        self._keep(_pairs=tuple(pairs.items()), _places=places, _indices={"hidden_states": read})
+    def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
+        _check_vectors("VID", s, state, t, target)
+        if state[1] != target[1]:
+            raise ValueError(
+                f"VID compares position with position: hidden state {s} of the student has the shape {state}, {t} "
+                f"of the teacher {target} for the same example. CRD compares examples instead."
+            )
 
-    def positions(self, batch: Batch) -> Positions:
-        return valid_count(batch, self.state_mask(batch))
+    def _attach_pairs(self, student: PreTrainedModel, states: Sequence[Shape], targets: Sequence[Shape]) -> None:
+        super()._attach_pairs(student, states, targets)
+        self._keep(_places=_add_projections(GaussianProjection, student, self._pairs, states, targets))
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         values = []

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..modeling.forwards import base_of
+from ..modeling.forwards import base_of, evaluating
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
-from .outline import Outline
+from .model_signature import ModelSignature
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
@@ -85,7 +85,7 @@ class OnPolicyKD(Objective):
         if self.objective.weight != 1.0 or self.objective.teacher is not None:
             raise ValueError(f"Give weight and teacher to OnPolicyKD itself, not to its objective {self.objective!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         base = base_of(student)
         if not base.can_generate() or base.main_input_name != "input_ids":
@@ -93,7 +93,7 @@ class OnPolicyKD(Objective):
                 f"OnPolicyKD lets the student write texts in answer to texts, and {type(base).__name__} cannot. Use a "
                 "student such as AutoModelForCausalLM or AutoModelForSeq2SeqLM gives, or LogitKD, which needs no answers."
             )
-        if isinstance(teacher, Outline):
+        if isinstance(teacher, ModelSignature):
             raise ValueError(
                 "Cached outputs are of the texts of a dataset, and OnPolicyKD asks the teacher about texts that the student "
                 "writes. Give the teacher itself as teacher_model."
@@ -135,7 +135,7 @@ class OnPolicyKD(Objective):
         return dict(zip(("input_ids", "labels", "attention_mask"), (x[:, :longest] for x in found), strict=True))
 
     def _translated(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-        """What an encoder reads and its decoder wrote."""
+        """Inputs of the encoder, and answers of the decoder."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         texts, kept = self._sampled(model, ids, mask, prompt_length=1)
@@ -147,15 +147,16 @@ class OnPolicyKD(Objective):
         self, model: Any, ids: torch.Tensor, mask: torch.Tensor, prompt_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts with what the student writes, and which of the new tokens are an answer: all up to its end."""
-        base, training = base_of(model), model.training
+        base = base_of(model)
         own, settings = base.generation_config, self._settings(base.generation_config, prompt_length)
-        model.eval()
         base.generation_config = settings  # what the model's own one says beyond the settings would be added to them
         try:
-            found: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
+            with evaluating(model):
+                found: torch.Tensor = model.generate(
+                    input_ids=ids, attention_mask=mask.long(), generation_config=settings
+                )
         finally:
             base.generation_config = own
-            model.train(training)
             # Weights cast here have no gradient; older releases of PyTorch give them to the student's own pass too.
             torch.clear_autocast_cache()
         ends = torch.as_tensor([] if own.eos_token_id is None else own.eos_token_id, device=found.device)
@@ -180,7 +181,7 @@ class OnPolicyKD(Objective):
 
 
 def _prompts(batch: Batch) -> torch.Tensor:
-    """Which tokens the student is to go on from, `(batch, seq)`: at least one in every row."""
+    """Mask of the prompt tokens, `(batch, seq)`: at least one in every row."""
     labels, attended = batch.get("labels"), attended_mask(batch)
     if attended is None:
         attended = torch.ones_like(batch["input_ids"], dtype=torch.bool)

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling.forwards import TEACHER_PREFIX, base_of
-from ..modeling.masks import Batch, Positions
+from ..modeling.masks import Batch, Positions, attended_mask
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
-from .outline import Outline
+from .model_signature import ModelSignature
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraForwardPasses(Objective):
-    """Another objective, evaluated on outputs of passes of its own."""
+    """Another objective, evaluated on extra forward passes."""
 
     objective: Objective = field(default_factory=LogitKD)
 
@@ -39,10 +39,10 @@ class ExtraForwardPasses(Objective):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What is compared."""
+        """The outputs that are compared."""
         return self.objective.needs
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         self.objective.attach(student, teacher)
 
@@ -106,7 +106,7 @@ class NoisyKD(ExtraForwardPasses):
         if self.kind == "tokens" and not 0 < self.probability <= 1:
             raise ValueError(f"NoisyKD: probability must be in (0, 1], got {self.probability!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         if self.kind == "tokens" and base_of(student).main_input_name != "input_ids":
             raise ValueError(
@@ -141,19 +141,26 @@ class NoisyKD(ExtraForwardPasses):
 class AdversarialKD(ExtraForwardPasses):
     """Another objective where it is worst: both models read an input that was changed to drive them apart.
 
-    `D(teacher(x + d), student(x + d))` with `d = argmax D` over `|d|_2 <= epsilon` per example, found by `steps` steps
-    of `d <- project(d + step_size * g / |g|_2)` along the gradient `g` with respect to the student's input embeddings
-    (pixels or samples where there are none). One step is FGM (Miyato et al., "Adversarial Training Methods for
-    Semi-Supervised Text Classification", 2017), several are PGD (Madry et al., "Towards Deep Learning Models Resistant
-    to Adversarial Attacks", 2018). Costs `steps + 1` passes of the student and 2 of the teacher more.
+    `D(teacher(x + d), student(x + d))` with `d = argmax D` over `|d|_2 <= epsilon * |x|_2` per example, found by `steps`
+    steps of `d <- project(d + step_size * |x|_2 * g / |g|_2)` along the gradient `g` with respect to `x`, the student's
+    input embeddings at the positions attended to (pixels or samples where there are none). Both lengths are over all
+    positions, so `epsilon` is the root-mean-square change of a position relative to that of its embeddings.
+
+    One step is FGM (Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", 2017), several
+    are PGD (Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018). Miyato et al. scale
+    embeddings to variance 1 first, as a bound means nothing without their length; their bound of 5.0 for texts of some 240
+    embeddings of width 256 is `5 / sqrt(240 * 256) = 0.02` here. Costs `steps + 1` passes of the student and 2 of the
+    teacher more.
+
+    In the project's own comparison it helped nowhere, at an absolute bound of 1.0: docs/results/objectives.md.
 
     Args:
         objective (`Objective`, defaults to `LogitKD()`): what is driven apart, and then learned.
-        epsilon (`float`, defaults to 1.0): largest Euclidean length of the change of an example, over all its positions, in
-            the units of its embeddings or pixels. It should be small beside their length: 1.0 cost a student of MiniLM 11
-            points (docs/results/objectives.md).
+        epsilon (`float`, defaults to 0.02): largest length of the change of an example, relative to the length of its
+            embeddings, pixels or samples.
         steps (`int`, defaults to 1): gradient steps.
-        step_size (`float`, *optional*): length of one; by default `epsilon` for one step, `1.5 * epsilon / steps` else.
+        step_size (`float`, *optional*): length of one, in the same unit; by default `epsilon` for one step,
+            `1.5 * epsilon / steps` else.
         weight (`float` or schedule, defaults to 1.0): factor of this term.
         teacher (`str`, *optional*): the name of the teacher, where there are several.
 
@@ -164,13 +171,13 @@ class AdversarialKD(ExtraForwardPasses):
     Example:
         ```python
         >>> from hfkdq import AdversarialKD
-        >>> AdversarialKD(epsilon=0.5, steps=3).name
+        >>> AdversarialKD(epsilon=0.01, steps=3).name
         'adversarial_kd'
 
         ```
     """
 
-    epsilon: float = 1.0
+    epsilon: float = 0.02
     steps: int = 1
     step_size: float | None = None
 
@@ -182,9 +189,9 @@ class AdversarialKD(ExtraForwardPasses):
                 f"{self.epsilon!r}, {self.step_size!r} and {self.steps!r}."
             )
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
-        if isinstance(teacher, Outline) or teacher is None:
+        if isinstance(teacher, ModelSignature) or teacher is None:
             raise ValueError(
                 "AdversarialKD asks the teacher about changed inputs, so it needs the teacher, not its cache."
             )
@@ -207,8 +214,15 @@ class AdversarialKD(ExtraForwardPasses):
                 "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
             )
         target = passes.teacher(batch, self.needs, self._read(1))
-        length = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
-        change = _Change(lambda values: torch.zeros_like(values), requires_grad=True)
+        step_size = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
+        lengths: list[torch.Tensor] = []
+
+        def nothing(values: torch.Tensor) -> torch.Tensor:
+            # The mask is of what is looked up first: the only text, or the encoder's.
+            lengths.append(_length(values, None if lengths else attended_mask(batch)))
+            return torch.zeros_like(values)
+
+        change = _Change(nothing, requires_grad=True)
         for _ in range(self.steps):
             with change.of(passes.model, batch) as changed, torch.enable_grad():
                 output = passes.student(changed, self.needs, self._read(0))
@@ -217,8 +231,8 @@ class AdversarialKD(ExtraForwardPasses):
             gradients = torch.autograd.grad(loss, change.deltas)
             change = _Change(
                 [
-                    _within(delta.detach() + length * _unit(gradient), self.epsilon)
-                    for delta, gradient in zip(change.deltas, gradients, strict=True)
+                    _within(delta.detach() + _unit(gradient) * (step_size * length).to(delta), self.epsilon * length)
+                    for delta, gradient, length in zip(change.deltas, gradients, lengths, strict=True)
                 ],
                 requires_grad=True,
             )
@@ -229,22 +243,25 @@ class AdversarialKD(ExtraForwardPasses):
             return replace(step, student=passes.student(changed, self.needs, self._read(0)), teacher=target)
 
 
-def _norm(values: torch.Tensor) -> torch.Tensor:
+def _length(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Euclidean length of each example, over the positions of `mask` where it fits; shape `(batch, 1, ...)`, float32."""
+    if mask is not None and mask.shape == values.shape[:2]:
+        values = values * mask.view(*mask.shape, *[1] * (values.dim() - 2))
     lengths: torch.Tensor = values.float().flatten(1).norm(dim=1)
     return lengths.view(-1, *[1] * (values.dim() - 1))
 
 
 def _unit(gradient: torch.Tensor) -> torch.Tensor:
-    return (gradient.float() / _norm(gradient).clamp(min=1e-12)).to(gradient)
+    return (gradient.float() / _length(gradient).clamp(min=1e-12)).to(gradient)
 
 
-def _within(delta: torch.Tensor, epsilon: float) -> torch.Tensor:
-    inside: torch.Tensor = (delta.float() * (epsilon / _norm(delta).clamp(min=1e-12)).clamp(max=1.0)).to(delta)
+def _within(delta: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    inside: torch.Tensor = (delta.float() * (bound / _length(delta).clamp(min=1e-12)).clamp(max=1.0)).to(delta)
     return inside
 
 
 class _Change:
-    """Something added to what a model reads: to its input embeddings, or to its input where that is no token.
+    """A change that is added to the input embeddings of a model, or to its input where that is no token.
 
     An encoder-decoder may look up its embeddings twice in a pass, so there may be several additions.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned maps between the hidden states of a student and a teacher.
+"""Learned projections of hidden states of a student.
 
-They ride in the student while it is trained, so that gradients, clipping, devices and processes are handled as for any
-weight; they never reach its files.
+They are auxiliary modules of the student while it is trained, so that gradients, clipping, devices and processes are
+handled as for any weight; they never reach its files.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class Projection(nn.Module):
 
 
 class Projections(nn.Module):
-    """Learned maps from hidden states of the student to what is compared with the teacher's, such as its width.
-
-    They are computed within the student's forward pass.
+    """The learned projections of a student, computed within its forward pass.
 
     Results are appended to the `hidden_states` that the student returns while training. The state dict of the
     student neither holds nor misses them; the trainer keeps them in a file of their own.
@@ -90,16 +88,10 @@ def _forget_missing(module: nn.Module, incompatible: Any) -> None:
 
 
 def add_projection(student: nn.Module, layer: int, make: Callable[[], nn.Module], states: int) -> int:
-    """Puts a learned map of hidden state `layer` into the student.
+    """Puts a projection of hidden state `layer` (0 for the embeddings) into the student.
 
-    Args:
-        student (`PreTrainedModel`): the student; [`Projections`] are installed in it if there are none yet.
-        layer (`int`): the hidden state, 0 for the embeddings.
-        make (callable): returns the module, which holds no `nn.Linear`.
-        states (`int`): number of hidden states that the student returns by itself.
-
-    Returns:
-        `int`: where in the student's `hidden_states` the result is found while it is trained.
+    `make` returns the module, which holds no `nn.Linear`; `states` is the number of hidden states of the student itself.
+    Returns the index of the result in the student's `hidden_states` while it is trained.
     """
     projections = getattr(student, Projections.NAME, None) or Projections()
     place = projections.add(layer, make, like=next(student.parameters()).device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far fake quantization moves a student from itself, as a term of the loss."""
+"""Quantization loss: the distance between a student and its fake-quantized self."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..modeling.forwards import base_of, full_precision
 from .base import Passes, TrainingStep
-from .outline import Outline
+from .model_signature import ModelSignature
 from .perturbed import ExtraForwardPasses
 
 
@@ -43,7 +43,7 @@ class QuantizationLoss(ExtraForwardPasses):
 
     uses_teacher: ClassVar[bool] = False
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, student)
 
     def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:

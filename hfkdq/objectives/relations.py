@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..losses.reduction import masked_mean
@@ -18,13 +17,13 @@ from ..losses.relations import relation_kl
 from ..modeling import find_layer_stack
 from ..modeling.attention import KINDS, Seen, Sources, find_sources, looks_back_only, watching
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, valid_count
 from .base import Objective, TrainingStep
-from .outline import Outline, layer_map, mean_over_active_layers, probe
+from .layers import LayerObjective, layer_map
+from .model_signature import ModelSignature, probe
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelationKD(Objective):
+class RelationKD(LayerObjective):
     """MiniLMv2: KL divergence between the self-attention relations of queries, keys and values of matched layers.
 
     The vectors `A` of a kind, side by side for all heads, are cut into `H` relation heads of width `d`, whatever the
@@ -37,6 +36,8 @@ class RelationKD(Objective):
     where they are computed, before rotary positions, so any attention implementation will do. Positions are related to
     those that attention itself could look at: not to padding, and where either model is causal not to later ones.
     Needs memory for `H` matrices of `seq * seq` in float32 per example, kind and model.
+
+    In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
@@ -62,14 +63,11 @@ class RelationKD(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    layers: Mapping[int, int] | str | None = None
     relation_heads: int | None = None
     relations: tuple[str, ...] | list[str] = KINDS
-    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     _sources: tuple[Sources, ...] = field(init=False, repr=False, compare=False)
     _head_count: int = field(init=False, repr=False, compare=False)
     _itself: bool = field(init=False, repr=False, compare=False)
-    _layers: Sequence[nn.Module] = field(init=False, repr=False, compare=False)
     _causal: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,9 +80,9 @@ class RelationKD(Objective):
         if self.relation_heads is not None and not (isinstance(self.relation_heads, int) and self.relation_heads > 0):
             raise ValueError(f"RelationKD: relation_heads must be a positive integer, got {self.relation_heads!r}.")
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
-        super().attach(student, teacher)
-        if isinstance(teacher, Outline):
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
+        Objective.attach(self, student, teacher)
+        if isinstance(teacher, ModelSignature):
             raise ValueError(
                 "Cached outputs hold no queries, keys or values. Give the teacher itself, or cache its hidden states and "
                 "use HiddenStateKD."
@@ -115,7 +113,7 @@ class RelationKD(Objective):
             _sources=tuple(sources),
             _head_count=heads,
             _itself=bases[0] is bases[1],
-            _layers=list(stacks[0].layers),
+            _stack=list(stacks[0].layers),
             _causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)),
         )
 
@@ -160,13 +158,10 @@ class RelationKD(Objective):
     def capture(self) -> Iterator[tuple[Seen, Seen]]:
         """While it lasts, the queries, keys and values of student and teacher are kept as they are computed."""
         seen: tuple[Seen, Seen] = {}, {}
-        # Of a student that is its own teacher, the teacher is who runs without gradient.
+        # Where a student is its own teacher, the pass without gradient is the teacher's.
         modes = (True, False) if self._itself else (None, None)
         with watching(self._sources[0], seen[0], modes[0]), watching(self._sources[1], seen[1], modes[1]):
             yield seen
-
-    def positions(self, batch: Batch) -> Positions:
-        return valid_count(batch, self.state_mask(batch))
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         seen: tuple[Seen, Seen] = step.seen or ({}, {})
@@ -178,8 +173,7 @@ class RelationKD(Objective):
             pairs = ((ours[s, kind], theirs[t, kind].detach().to(ours[s, kind].device)) for kind in self.relations)
             parts = [relation_kl(*pair, self._head_count, mask, self._causal) for pair in pairs]
             values.append(torch.stack(parts).sum(0))
-        mean = mean_over_active_layers(torch.stack(values), self._layers, [s for s, _ in self._pairs])
-        return masked_mean(mean, mask)
+        return masked_mean(self._mean_over_pairs(values), mask)
 
     def _check_seen(self, ours: Seen, theirs: Seen) -> None:
         expected = [set(sources) for sources in self._sources]

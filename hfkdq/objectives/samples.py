@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of how the examples of a batch lie to one another."""
+"""Distillation of relations between the examples of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -13,43 +12,31 @@ from transformers import PreTrainedModel
 from ..losses.features import mean_state
 from ..losses.relations import relational_angle, relational_distance, similarity_distance
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, frame_lengths, frame_mask
+from ..modeling.masks import Batch, frame_lengths, position_mask
 from .base import Objective, TrainingStep
-from .outline import Outline, layer_map, outline_of
+from .layers import LayerObjective, Shape
+from .model_signature import ModelSignature
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleObjective(Objective):
-    """What objectives share that take one vector per example from each model: the mean over its positions.
+class SampleObjective(LayerObjective):
+    """An objective on one vector per example from each model: the mean of its hidden states.
 
-    The mean is taken of the hidden states over the positions attended to, the frames of sound, or the whole map. The
+    The mean is taken over the positions attended to, the frames of sound, or the whole map. The
     models may differ in width, kind and tokenizer.
-
-    Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
-
-    layers: Mapping[int, int] | str | None = None
-    _pairs: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    positions = Objective.positions  # examples
     _teacher_frames: Callable[[torch.Tensor], torch.Tensor] | None = field(init=False, repr=False, compare=False)
 
-    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | Outline | None) -> None:
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
-        states, targets = outline_of(student).states(), outline_of(teacher).states()
-        ends = len(states) - 1, len(targets) - 1
-        pairs = layer_map({ends[0]: ends[1]} if self.layers is None else self.layers, student, *ends)
-        for s, t in pairs.items():
-            self._check_pair(student, s, states[s], t, targets[t])
-        read = frozenset(pairs), frozenset(pairs.values())
-        frames = None if isinstance(teacher, Outline) else frame_lengths(base_of(teacher))
-        self._keep(_pairs=tuple(pairs.items()), _indices={"hidden_states": read}, _teacher_frames=frames)
+        self._keep(_teacher_frames=None if isinstance(teacher, ModelSignature) else frame_lengths(base_of(teacher)))
 
-    def _check_pair(
-        self, student: PreTrainedModel, s: int, state: tuple[int, ...], t: int, target: tuple[int, ...]
-    ) -> None:
+    def _default_layers(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
+        return {student_layers: teacher_layers}
+
+    def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
         # Both were tried on texts of one length, which the mask of a batch will have too.
         if base_of(student).main_input_name == "input_ids" and state[1:-1] != target[1:-1]:
             raise ValueError(
@@ -60,11 +47,9 @@ class SampleObjective(Objective):
     def represented(
         self, step: TrainingStep, places: Mapping[int, int] | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The vectors of the examples, `(batch, width)` each, of student and teacher, for every pair of layers.
+        """The vectors of the examples of student and teacher, `(batch, width)` each, for every pair of layers.
 
-        Args:
-            step (`TrainingStep`): batch, and what student and teacher returned.
-            places (`dict`, *optional*): of layers that are mapped first, where among the states the result is.
+        `places` has the index among the hidden states of the projection of a layer, where there is one.
         """
         mask, teacher_mask = self.state_mask(step.batch), self._teacher_mask(step.batch)
         for s, t in self._pairs:
@@ -75,11 +60,11 @@ class SampleObjective(Objective):
             )
 
     def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
-        """Which positions of the teacher count: it may read another text, or make other frames of the sound."""
+        """The mask of the teacher's positions: it may read another text, or make other frames of the sound."""
         own = batch.get("teacher_attention_mask")
         if isinstance(own, torch.Tensor):
             return own.ne(0)
-        return self.state_mask(batch) if self._teacher_frames is None else frame_mask(batch, self._teacher_frames)
+        return position_mask(batch, self._teacher_frames) if self._teacher_frames else self.state_mask(batch)
 
 
 @dataclass(frozen=True, kw_only=True)

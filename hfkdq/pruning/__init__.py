@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning: what matters least is taken out of a model, at once or while it trains, and the model gets smaller."""
+"""Pruning: removes the least important units of a model, at once or while it trains."""
 
 from .callback import PruningCallback
 from .clustering import cluster_weights

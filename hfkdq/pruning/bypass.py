@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from ..protocols import Bypassable
 
 _HOOK = "_bypass_hook"
 
 
 def bypass_(layer: nn.Module, on: bool) -> None:
-    """Passes a layer of a stack by, or lets it work again.
+    """Bypasses a layer of a stack, or activates it again.
 
     While it is trained its output still counts, times zero, so that its parameters have gradients of zero and every
     process of a data-parallel run has one for each.
@@ -23,7 +25,7 @@ def bypass_(layer: nn.Module, on: bool) -> None:
     elif not on and handle is not None:
         handle.remove()
         del layer.__dict__[_HOOK]
-    layer.bypassed = on  # type: ignore[assignment]
+    cast(Bypassable, layer).bypassed = on
 
 
 def _hand_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

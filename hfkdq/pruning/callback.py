@@ -17,10 +17,10 @@ from ..facts import drop_fact
 from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
-from .gathering import gather_
+from .importance import collect_importance_
 from .one_shot import check_prunable, count_parameters, finish_
 from .progress import UNFINISHED, Progress
-from .targets import PruningTarget, find_targets
+from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget, find_targets
 
 logger = logging.get_logger(__name__)
 
@@ -98,10 +98,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if not isinstance(spec, PruningSpec):
             raise TypeError(f"PruningCallback takes a PruningSpec, got {type(spec).__name__}.")
         if spec.structure == "vocab":
-            raise ValueError(
-                "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
-                "processing_class=tokenizer), before the trainer is made."
-            )
+            raise ValueError(VOCABULARY_NEEDS_NO_TRAINING)
         if spec.criterion == "teacher" and calibration is None:
             raise ValueError(
                 "criterion='teacher' asks the teacher about data: PruningCallback(spec, calibration=dataset, "
@@ -125,8 +122,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self._evaluates_first: bool | None = None
 
     def state(self) -> dict[str, Any]:
-        bounds = {"metric": self.metric, "at_least": self.at_least, "at_most": self.at_most}
-        bounds = bounds if self._bounded else {}
+        bounds = dict(metric=self.metric, at_least=self.at_least, at_most=self.at_most) if self._bounded else {}
         return {"args": {"spec": self.spec.to_dict(), **bounds}, "attributes": {}}
 
     @property
@@ -134,12 +130,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         return self.at_least is not None or self.at_most is not None
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         check_prunable(model, self.spec, find_targets(model, self.spec))
         if self._bounded and args.load_best_model_at_end:
@@ -192,12 +183,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             progress.observe_gradients()
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         progress = self._progress
         if progress is None:
@@ -206,11 +192,11 @@ class PruningCallback(TrainerCallback, ExportableState):
         due = self.spec.sparsity_at((state.global_step + 1) / state.max_steps)
         if due > progress.masks.sparsity and not progress.settled:
             if self._bounded and progress.last_good is None:
-                progress.remember()
+                progress.snapshot()
             if self.spec.criterion == "teacher":
-                progress.evidence.forget()
+                progress.importance.forget()
                 batches = make_batches(model, self._calibration, *self._how)
-                gather_(model, progress.evidence, batches, self._teacher)
+                collect_importance_(model, progress.importance, batches, self._teacher)
             if progress.grow_to(due) and due == self.spec.sparsity:
                 # Models before this step were denser; none of them may be loaded as the best one.
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -259,9 +245,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             f"Pruned to sparsity {progress.masks.sparsity:.3f}: {name} is {value:.4f}, {'kept' if kept else 'too far'}."
         )
         if kept:
-            progress.remember()
+            progress.snapshot()
         else:
-            progress.go_back()
+            progress.rollback()
             control.should_training_stop = True
             if not progress.masks.sparsity:
                 logger.warning(
@@ -280,12 +266,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             state.log_history[-1]["sparsity"] = logs["sparsity"] = round(self._progress.masks.sparsity, 4)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         progress, self._progress = self._progress, None
         if progress is None:
@@ -300,7 +281,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
             if not progress.grow_to(final):
                 logger.warning(
-                    f"No gradients or activations of {', '.join(list(progress.evidence.missing().values())[:3])} were seen in this training, so "
+                    f"No gradients or activations of {', '.join(list(progress.importance.missing().values())[:3])} were seen in this training, so "
                     f"no more was pruned than {progress.masks.sparsity:.3f}."
                 )
         progress.end()

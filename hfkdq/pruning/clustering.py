@@ -15,8 +15,6 @@ from ..facts import read_facts, record_fact
 from ..specs import ModulePatterns, module_matches, unmatched
 
 FACT = "clustering"
-
-
 _BY_DEFAULT = (nn.Linear, Conv1D, nn.Embedding)
 _POSSIBLE = (*_BY_DEFAULT, nn.Conv1d, nn.Conv2d)
 # In one dimension each iteration is cheap, and nearly all weights settle long before.
@@ -33,7 +31,7 @@ def cluster_weights(
     target_modules: ModulePatterns = None,
     exclude_modules: ModulePatterns = None,
 ) -> PreTrainedModel:
-    r"""Lets the weights of every chosen layer take at most `clusters` different values, in place, as the final step.
+    r"""Replaces the weights of every chosen layer by at most `clusters` different values, in place, as the final step.
 
     Every weight becomes the mean of its cluster, of those that k-means finds in one dimension over the weights \\(w\\)
     of a layer, from centroids \\(c\\) spread evenly from the smallest to the largest weight: the minimum of
@@ -102,12 +100,7 @@ def cluster_weights(
 def cluster_values(weight: Tensor, clusters: int) -> Tensor:
     """The tensor with every value replaced by the nearest centroid of k-means, as [`cluster_weights`] describes.
 
-    Args:
-        weight (`torch.Tensor`): finite floating-point values, any shape.
-        clusters (`int`): the most different values the result has.
-
-    Returns:
-        `torch.Tensor`: of the same shape, dtype and device.
+    `weight` is finite, of any shape; the result has the same shape, dtype and device, and at most `clusters` values.
     """
     # Sorted, each value once: of bfloat16 there are few, and the assignment to centroids becomes a cut in order.
     values, counts = torch.unique(weight.detach(), return_counts=True)
@@ -156,7 +149,7 @@ def _lloyd(values: Tensor, counts: Tensor, clusters: int) -> Tensor:
 
 
 def _cut_worst(edges: Tensor, sums: Tensor, values: Tensor, clusters: int, zero: int | None) -> Tensor:
-    """Where to cut the clusters with the largest error, as many as are empty: at their mean."""
+    """The means of the clusters with the largest error, as many as are empty: where to split them."""
     size, total, squares = sums[:, edges].diff(dim=1)
     error = squares - total.square() / size.clamp(min=1)
     error[edges.diff() < 2] = 0.0  # of one value, or none

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each unit matters: from the weights themselves, or from evidence gathered while the model runs."""
+"""Importance of each unit: from the weights, or from statistics collected while the model runs."""
 
 from __future__ import annotations
 
@@ -14,24 +14,18 @@ from ..specs import PruningSpec
 from .targets import GroupTarget, LayerTarget, Part, PruningTarget, WeightTarget
 
 FROM_GRADIENTS = ("taylor", "fisher", "movement", "teacher")
-"""Criteria whose evidence is gradients."""
+"""Criteria that read gradients."""
 
 DECAY = 0.99
-"""Share of the former evidence that stays in an optimizer step, so that it follows the weights as they change."""
+"""Share of the statistics that stays in an optimizer step, so that they follow the weights as they change."""
 
 
-class Evidence:
-    """What has been seen of every target: gradients times weights, norms and means of activations.
+class ImportanceStatistics:
+    """Importance statistics of every target: gradients times weights, norms and means of activations.
 
-    Everything is kept in `tensors`, float32, by names that say which target it is of; so it can be saved and restored.
-    What is not finite is left out, and its name goes into `not_finite`. Every position counts, padding too.
-
-    Args:
-        targets (sequence of `PruningTarget`): what is pruned.
-        spec (`PruningSpec`): the criterion, and whether means are needed (`cut="mean"`).
-        decay (`float`, *optional*): share of former evidence that stays when there is more; by default all counts alike.
-        while_training (`bool`, defaults to `False`): look at activations of modules in training mode alone, so that an
-            evaluation leaves no trace.
+    `tensors` holds them in float32, by names that begin with the index of the target. Values that are not finite are left
+    out, and their name goes into `not_finite`. Every position counts, padding too. `decay` is the share of former values
+    that stays when new ones come (all count alike without it); `while_training` ignores activations in eval mode.
     """
 
     def __init__(
@@ -51,25 +45,21 @@ class Evidence:
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether `observe_gradients` must be called."""
         return self.spec.criterion in FROM_GRADIENTS
 
     @property
     def needs_activations(self) -> bool:
-        """Whether the model must run between `watch` and `unwatch`."""
         return self.spec.criterion == "activation" or self.spec.cut == "mean"
 
     def forget(self) -> None:
-        """Begins anew."""
         self.tensors.clear()
         self.not_finite.clear()
 
     def tensors_by_name(self) -> dict[str, Tensor]:
-        """What must be saved."""
         return {f"evidence.{name}": tensor for name, tensor in self.tensors.items()}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Takes what `tensors_by_name` gave, out of whatever else is saved with it."""
+        """Restores the tensors of `tensors_by_name`; other entries are ignored."""
         device = self.targets[0].parts[0].values.device
         for name, tensor in saved.items():
             if name.startswith("evidence."):
@@ -77,7 +67,7 @@ class Evidence:
                 self.tensors[name.removeprefix("evidence.")] = tensor.to(place)
 
     def share_between_processes(self) -> None:
-        """Adds up what the processes of a data-parallel run have seen of activations; gradients are shared already."""
+        """Averages statistics of activations over the processes of a data-parallel run; gradients are shared already."""
         if not (self.needs_activations and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         processes = torch.distributed.get_world_size()
@@ -106,30 +96,24 @@ class Evidence:
 
     @torch.no_grad()
     def observe_gradients(self, gradients: Mapping[int, Tensor | None] | None = None) -> None:
-        """Takes the gradients as they are: of a parameter with `id` i `gradients[i]`, or its `.grad`."""
+        """Adds the gradients of a step: `.grad`, or `gradients` by the `id` of a parameter."""
 
         def gradient_of(part: Part) -> Tensor | None:
             return part.values.grad if gradients is None else gradients.get(id(part.values))
 
-        def moved(part: Part) -> Tensor | None:
+        def product(part: Part) -> Tensor | None:
             gradient = gradient_of(part)
-            return None if gradient is None else part.values.float() * gradient.float()
-
-        def squared(part: Part) -> Tensor | None:
-            product = moved(part)
-            return None if product is None else product.square()
+            if gradient is None:
+                return None
+            value = part.values.float() * gradient.float()
+            return value.square() if self.spec.criterion == "fisher" else value
 
         for i, target in enumerate(self.targets):
             layers = target.layers if isinstance(target, LayerTarget) else [target.parts]
             if not all(any(gradient_of(part) is not None for part in parts) for parts in layers):
                 continue  # a layer without gradients would seem not to matter
-            if self.spec.criterion == "fisher":
-                value = target.reduce(squared)
-            elif self.spec.criterion == "movement":
-                value = -target.reduce(moved)
-            else:
-                value = target.reduce(moved).abs()
-            self._add(f"{i}.gradient", value)
+            value = target.reduce(product)
+            self._add(f"{i}.gradient", -value if self.spec.criterion == "movement" else value.abs())
 
     def watch(self) -> None:
         """Begins to look at activations, with hooks."""
@@ -189,12 +173,12 @@ class Evidence:
 
         return hook
 
-    def gathered(self) -> bool:
-        """Whether there is what the criterion, and means, need of every target."""
+    def is_complete(self) -> bool:
+        """Whether every target has the statistics that criterion and means need."""
         return not self.missing()
 
     def missing(self) -> dict[str, str]:
-        """Of what is needed and has not been seen the names in `tensors`, and of the modules."""
+        """Statistics that are needed and missing: the name of the module by the name in `tensors`."""
         return {key: where for key, where in self._needed() if key not in self.tensors}
 
     def _needed(self) -> Iterator[tuple[str, str]]:
@@ -211,16 +195,18 @@ class Evidence:
                     yield from ((f"{i}.{part.name}.{kind}", part.name) for kind in kinds)
 
     def mean_input(self, i: int, name: str) -> Tensor | None:
-        """Mean of what module `name` of target `i` has read, by feature; `None` if nothing has been seen."""
+        """Mean input of module `name` of target `i`, by feature; `None` before there is any."""
         return self._mean(f"{i}.{name}.mean") if f"{i}.{name}.mean" in self.tensors else None
 
     @torch.no_grad()
     def scores(self, i: int) -> Tensor:
-        """How much each unit of target `i` matters, float32 of shape `(units,)`; more is more."""
+        """Importance of each unit of target `i`, float32 of shape `(units,)`."""
         target, criterion = self.targets[i], self.spec.criterion
         if criterion == "magnitude":
-            squares = target.reduce(lambda part: part.values.detach().float().square() if _trained(part) else None)
-            return squares.sqrt()
+            # Statistics of a norm, which are buffers, do not count.
+            return target.reduce(
+                lambda part: part.values.detach().float().square() if isinstance(part.values, nn.Parameter) else None
+            ).sqrt()
         if criterion == "random":
             generator = torch.Generator().manual_seed(self.spec.seed * 100_003 + i)
             return torch.rand(target.units, generator=generator).to(target.parts[0].values.device)
@@ -240,11 +226,6 @@ class Evidence:
         groups = int(getattr(part.module, "groups", 1))  # outputs of a grouped convolution read their group's inputs
         read = norms.to(weight.device).view(groups, -1).repeat_interleave(len(weight) // groups, dim=0)
         return weight * read.view(*weight.shape[:2], *[1] * (weight.dim() - 2))  # (outputs, inputs, window)
-
-
-def _trained(part: Part) -> bool:
-    """Whether a tensor is a parameter: the statistics of a norm tell nothing of what matters."""
-    return isinstance(part.values, nn.Parameter)
 
 
 def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a model's files are after ordinary compression."""
+"""The size of a model's files after ordinary compression."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data")
 """Files of a model's weights; tokenizer and configuration are small and the same before and after."""
 
 METHODS = ("xz", "gzip", "bz2", "zip")
-"""What [`compressed_size`] can do, all of Python's standard library."""
+"""Methods of [`compressed_size`], all of Python's standard library."""
 
 _CHUNK = 1 << 20
 _MIB = 1 << 20
@@ -26,7 +26,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class CompressedSize:
-    """What [`compressed_size`] measured.
+    """Result of [`compressed_size`].
 
     Attributes:
         bytes (`int`): size after compression.
@@ -48,7 +48,7 @@ def compressed_size(
     files: Sequence[str] = WEIGHT_FILES,
     dictionary: int = 64 * _MIB,
 ) -> CompressedSize:
-    """How large a model's files are after ordinary compression with Python's standard library.
+    """The size of a model's files after ordinary compression with Python's standard library.
 
     Files are read piece by piece and nothing is written. Layers that share their weights ([`share_layers`]) lie in the
     file once each; a compressor finds the repetition only if it remembers as many bytes as lie between the two. `"gzip"`

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sparsity a target of size, work or time needs: found by pruning copies of the model."""
+"""Finds the sparsity for a target of size, operations or time, by pruning copies of the model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
 from .one_shot import check_prunable, count_parameters, prune
 from .targets import find_targets
@@ -84,7 +86,14 @@ def fit_sparsity(
         )
     if name in ("flops", "latency") and inputs is None:
         raise ValueError(f"{name} is that of a forward pass: give inputs, a batch of the model.")
-    measure = _measure(model, name, cost, inputs)
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in (inputs or {}).items()}
+    measures: dict[str, Any] = {
+        "parameters": count_parameters,
+        "flops": partial(_count_operations, batch=batch),
+        "latency": partial(_relative_time, model=model, batch=batch),
+        "cost": cost,
+    }
+    measure: Callable[[PreTrainedModel], float] = measures[name]
     whole = 1.0 if name == "latency" else measure(model)  # which is measured as a share of the model's own
     bound = target * whole if name in ("parameters", "flops", "latency") and target < 1 else target
     spec = dataclasses.replace(spec, sparsity=0.95 if spec.sparsity is None else spec.sparsity)
@@ -116,45 +125,24 @@ def _pruned(model: PreTrainedModel, spec: PruningSpec, sparsity: float) -> PreTr
     return prune(copy.deepcopy(model), chosen)
 
 
-def _measure(
-    model: PreTrainedModel,
-    name: str,
-    cost: Callable[[PreTrainedModel], float] | None,
-    inputs: Mapping[str, Any] | None,
-) -> Callable[[PreTrainedModel], float]:
-    if cost is not None:
-        return cost
-    if name == "parameters":
-        return count_parameters
-    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in (inputs or {}).items()}
-    if name == "flops":
-        return lambda pruned: _count_operations(pruned, batch)
-    return lambda pruned: _relative_time(pruned, model, batch)
-
-
 @torch.no_grad()
 def _count_operations(model: PreTrainedModel, batch: dict[str, Any]) -> float:
-    training = model.training
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(**batch)
-    model.train(training)
+    with FlopCounterMode(display=False) as counter, evaluating(model):
+        model(**batch)
     return float(counter.get_total_flops())
 
 
 @torch.no_grad()
 def _relative_time(pruned: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Any]) -> float:
     """Median over calls of the time of one model divided by that of the other, right after it."""
-    training = model.training
-    pruned.eval()
-    model.eval()
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for call in range(_CALLS + 2):
-        for place, each in enumerate((pruned, model)):
-            started = time.perf_counter()
-            each(**batch)
-            if batch and each.device.type == "cuda":
-                torch.cuda.synchronize(each.device)
-            if call >= 2:
-                times[place].append(time.perf_counter() - started)
-    model.train(training)
-    return statistics.median(times[0]) / statistics.median(times[1])
+    times: list[list[float]] = [[], []]
+    with evaluating(pruned, model):
+        for _ in range(_CALLS + 2):
+            for taken, each in zip(times, (pruned, model), strict=True):
+                started = time.perf_counter()
+                each(**batch)
+                if each.device.type == "cuda":
+                    torch.cuda.synchronize(each.device)
+                taken.append(time.perf_counter() - started)
+    own, whole = (statistics.median(taken[2:]) for taken in times)  # the first two calls warm up
+    return own / whole

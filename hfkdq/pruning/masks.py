@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which units of the targets are pruned; the set only ever grows."""
+"""Masks of pruned units, which only ever grow."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..protocols import FollowsPruning
 from ..specs import PruningSpec
-from .criteria import Evidence
+from .criteria import ImportanceStatistics
 from .masked_norms import mask_norm_
 from .targets import GroupTarget, LayerTarget, PruningTarget, WeightTarget
 
@@ -41,10 +42,9 @@ def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
             )
         if isinstance(target, GroupTarget) and spec.removes and spec.ranking == "local":
             for entry in target.group.of_role("input"):
-                check = getattr(entry.module, "check_inputs", None)
                 try:
-                    if check is not None:
-                        check(kept * entry.positions.shape[1])
+                    if isinstance(entry.module, FollowsPruning):
+                        entry.module.check_inputs(kept * entry.positions.shape[1])
                 except ValueError as error:
                     raise ValueError(f"{entry.name}: {error}") from error
 
@@ -54,18 +54,12 @@ def _protected(target: PruningTarget) -> tuple[int, ...]:
 
 
 class Masks:
-    """One mask per target, true where a unit is pruned.
+    """One mask per target, true where a unit is pruned; `importance` scores the units."""
 
-    Args:
-        targets (sequence of `PruningTarget`): what is pruned.
-        spec (`PruningSpec`): how units are ranked, and what happens to those that are cut.
-        evidence (`Evidence`): their scores.
-    """
-
-    def __init__(self, targets: Sequence[PruningTarget], spec: PruningSpec, evidence: Evidence) -> None:
+    def __init__(self, targets: Sequence[PruningTarget], spec: PruningSpec, importance: ImportanceStatistics) -> None:
         self.targets = list(targets)
         self.spec = spec
-        self.evidence = evidence
+        self.importance = importance
         self.pruned = [
             torch.zeros(target.units, dtype=torch.bool, device=target.parts[0].values.device)
             for target in self.targets
@@ -95,7 +89,7 @@ class Masks:
 
     def _ranked(self, i: int) -> Tensor:
         """Scores with pruned units below all others and protected ones above them."""
-        scores = self.evidence.scores(i).masked_fill(self.pruned[i], -torch.inf)
+        scores = self.importance.scores(i).masked_fill(self.pruned[i], -torch.inf)
         for place in _protected(self.targets[i]):
             scores[place] = torch.inf
         return scores
@@ -121,7 +115,7 @@ class Masks:
 
     def _grow_groups(self, i: int, share: float, n: int, m: int) -> None:
         """N:M: in the share `share` of the groups the `m - n` weights that matter least, cheapest groups first."""
-        scores, mask = self.evidence.scores(i).view(-1, m), self.pruned[i].view(-1, m)
+        scores, mask = self.importance.scores(i).view(-1, m), self.pruned[i].view(-1, m)
         done = mask.any(dim=1)
         lowest = scores.topk(m - n, dim=1, largest=False)
         cost = lowest.values.sum(dim=1).masked_fill(done, -torch.inf)
@@ -138,7 +132,7 @@ class Masks:
         if not isinstance(target, GroupTarget) or not bool(fresh.any()):
             return
         for entry in target.group.of_role("input"):
-            mean = self.evidence.mean_input(i, entry.name)
+            mean = self.importance.mean_input(i, entry.name)
             if mean is None:
                 continue
             gone = entry.entries(fresh)
@@ -158,12 +152,10 @@ class Masks:
                 target.apply_(pruned)
 
     def lift_(self) -> None:
-        """Ends what is no zero in a tensor: layers work again and norms count all channels."""
+        """Undoes masks that are no zeros in a tensor: bypassed layers and masked norms."""
         for target, pruned in zip(self.targets, self.pruned, strict=True):
-            if isinstance(target, LayerTarget) or (isinstance(target, GroupTarget) and target.norms):
-                kept = torch.zeros_like(pruned)
-                if isinstance(target, GroupTarget):
-                    for norm in target.norms:
-                        mask_norm_(norm, kept)
-                else:
-                    target.apply_(kept)
+            kept = torch.zeros_like(pruned)
+            for norm in target.norms if isinstance(target, GroupTarget) else ():
+                mask_norm_(norm, kept)
+            if isinstance(target, LayerTarget):
+                target.apply_(kept)

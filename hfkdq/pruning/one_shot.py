@@ -12,8 +12,8 @@ from ..facts import read_facts, record_fact, refresh_facts
 from ..modeling import record_shapes
 from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
-from .criteria import Evidence, check_criterion
-from .gathering import gather_
+from .criteria import ImportanceStatistics, check_criterion
+from .importance import collect_importance_
 from .masks import Masks, check_counts, units_kept
 from .removal import described_config, remove_layers_, remove_units_
 from .targets import LayerTarget, PruningTarget, WeightTarget, find_targets
@@ -74,9 +74,9 @@ def prune(
         return _prune_vocabulary(model, spec, calibration, processing_class)
     targets = find_targets(model, spec)
     check_prunable(model, spec, targets)
-    evidence = Evidence(targets, spec)
-    masks = Masks(targets, spec, evidence)
-    if evidence.needs_gradients or evidence.needs_activations:
+    importance = ImportanceStatistics(targets, spec)
+    masks = Masks(targets, spec, importance)
+    if importance.needs_gradients or importance.needs_activations:
         if spec.criterion == "movement":
             raise ValueError(
                 "criterion='movement' is learned while the model is trained: use PruningCallback. Without training "
@@ -88,7 +88,7 @@ def prune(
                 "a datasets.Dataset. criterion='magnitude' with cut='remove' needs none."
             )
         batches = make_batches(model, calibration, batch_size, data_collator, processing_class)
-        gather_(model, evidence, batches, teacher_model)
+        collect_importance_(model, importance, batches, teacher_model)
     before = count_parameters(model)
     masks.grow_to(spec.sparsity or 0.0)
     finish_(model, masks, before)
@@ -108,7 +108,7 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
         if isinstance(target, LayerTarget) and target.stack.beside:
             raise ValueError(
                 f"{', '.join(target.stack.beside)} of {type(model).__name__} has an entry for every place between two layers, so "
-                "no layer can be passed by. make_student(teacher, layers=[...]) copies some of the layers."
+                "no layer can be bypassed. make_student(teacher, layers=[...]) copies some of the layers."
             )
     if spec.removes and "sharing" in read_facts(model):
         raise ValueError(
@@ -128,7 +128,7 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
 
 
 def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
-    """Takes what the masks say out of the model, for good, and records it."""
+    """Removes the pruned units from the model, for good, and records it."""
     spec, targets = masks.spec, masks.targets
     units = sum(target.units for target in targets)
     masks.apply_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the pruning of a model has come in a training: masks, evidence, and the last round worth keeping."""
+"""Progress of the pruning in a training: masks, importance statistics, and a snapshot of the last good round."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from ..facts import record_fact
 from ..specs import PruningSpec
-from .criteria import DECAY, Evidence
+from .criteria import DECAY, ImportanceStatistics
 from .masks import Masks
 from .targets import LayerTarget, PruningTarget
 
 UNFINISHED = "unfinished_pruning"
-"""Fact in checkpoints whose weights alone are another model: layers passed by and norms over some channels are no weights."""
+"""Fact in checkpoints whose weights alone are another model: bypassed layers and masked norms are no weights."""
 
 _LEFT = 0.01
 _SHARE = 0.1
@@ -30,12 +30,6 @@ class Progress:
     """The state of one pruning in one training.
 
     It lies in the optimizer's state under a name of its own, which PyTorch saves and loads as it is.
-
-    Args:
-        model (`PreTrainedModel`): what is pruned.
-        targets (sequence of `PruningTarget`): where.
-        spec (`PruningSpec`): what goes, and by which measure.
-        parameters_before (`int`): the size of the model before.
     """
 
     def __init__(
@@ -44,8 +38,8 @@ class Progress:
         self.model = model
         self.spec = spec
         self.parameters_before = parameters_before
-        self.evidence = Evidence(targets, spec, decay=DECAY, while_training=True)
-        self.masks = Masks(targets, spec, self.evidence)
+        self.importance = ImportanceStatistics(targets, spec, decay=DECAY, while_training=True)
+        self.masks = Masks(targets, spec, self.importance)
         self.settled = False
         self.last_good: dict[str, Tensor] | None = None
         self._key = f"hfkdq.pruning {json.dumps(spec.to_dict(), sort_keys=True)}"
@@ -61,8 +55,8 @@ class Progress:
         for key, values in self._mask_entries().items():
             if values.requires_grad:
                 self._handles.append(values.register_hook(partial(self._without_pruned, key)))  # type: ignore[no-untyped-call]
-        if self.evidence.needs_activations:
-            self.evidence.watch()
+        if self.importance.needs_activations:
+            self.importance.watch()
         if self.spec.cut != "decay" and any(bool(mask.any()) for mask in self.masks.pruned):
             self.masks.apply_()
 
@@ -79,14 +73,14 @@ class Progress:
         return gradient.masked_fill(self._entries[key], 0.0)
 
     def end(self) -> None:
-        """Lets go of the model's gradients and activations."""
+        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.evidence.unwatch()
+        self.importance.unwatch()
 
     def resume(self, optimizer: Optimizer | None, sparsity: float) -> None:
-        """Goes on from what the optimizer has loaded, or, where that is another spec's, from what is zero already."""
+        """Restores the state that the optimizer has loaded; without one of this spec, zeros count as pruned."""
         stored = None if optimizer is None else optimizer.state.get(self._key)  # type: ignore[call-overload]
         if stored is None:
             if sparsity > 0.0:
@@ -94,7 +88,7 @@ class Progress:
             return
         for i, mask in enumerate(self.masks.pruned):
             mask.copy_(stored[f"mask.{i}"])
-        self.evidence.restore(stored)
+        self.importance.restore(stored)
         self.masks.sparsity = float(stored["sparsity"])
         self.settled = bool(stored["settled"])
         good = {name.removeprefix("good."): tensor for name, tensor in stored.items() if name.startswith("good.")}
@@ -109,7 +103,7 @@ class Progress:
         """Puts everything where a checkpoint finds it."""
         self._store.clear()
         self._store.update({f"mask.{i}": mask for i, mask in enumerate(self.masks.pruned)})
-        self._store.update(self.evidence.tensors_by_name())
+        self._store.update(self.importance.tensors_by_name())
         self._store["sparsity"] = torch.tensor(self.masks.sparsity, dtype=torch.float64)
         self._store["settled"] = torch.tensor(self.settled)
         self._store.update({f"good.{name}": tensor for name, tensor in (self.last_good or {}).items()})
@@ -126,13 +120,13 @@ class Progress:
     def observe_gradients(self) -> None:
         """Takes what the gradients of this step say, while there is still something to decide."""
         if self.masks.sparsity < (self.spec.sparsity or 0.0) and not self.settled:
-            self.evidence.observe_gradients()
+            self.importance.observe_gradients()
             self._save()
 
     def grow_to(self, sparsity: float) -> bool:
         """Prunes up to `sparsity`; `False` if nothing is known of some units yet."""
-        self.evidence.share_between_processes()
-        if not self.evidence.gathered():
+        self.importance.share_between_processes()
+        if not self.importance.is_complete():
             return False
         self.masks.grow_to(sparsity)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -151,19 +145,19 @@ class Progress:
         final = self.masks.sparsity >= (self.spec.sparsity or 0.0) or self.settled
         fading = self.spec.cut == "decay" and not final
         self.masks.apply_(fade=_LEFT ** (1.0 / max(1.0, _SHARE * steps)) if fading else 0.0)
-        if self.evidence.needs_activations:
+        if self.importance.needs_activations:
             self._save()
 
-    def remember(self) -> None:
-        """Keeps the model as it is, to come back to."""
+    def snapshot(self) -> None:
+        """Keeps a copy of the model as it is, for `rollback`."""
         good = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         self.last_good = {f"model.{name}": tensor for name, tensor in good.items()}
         self.last_good.update({f"mask.{i}": mask.cpu().clone() for i, mask in enumerate(self.masks.pruned)})
         self.last_good["sparsity"] = torch.tensor(self.masks.sparsity, dtype=torch.float64)
         self._save()
 
-    def go_back(self) -> None:
-        """Makes the model what it was when it was last remembered, for good."""
+    def rollback(self) -> None:
+        """Restores the last `snapshot`, for good."""
         good = self.last_good or {}
         weights = {name.removeprefix("model."): t for name, t in good.items() if name.startswith("model.")}
         self.masks.lift_()

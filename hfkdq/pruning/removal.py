@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting units out of the tensors of a model, and saying in its configuration what is left."""
+"""Removes units from the tensors of a model, and describes the rest in its configuration."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..modeling import (
     shapes_of,
     width_fields,
 )
+from ..protocols import FollowsPruning
 from ..specs import PruningSpec
 from .bypass import bypass_
 from .targets import GroupTarget, LayerTarget, PruningTarget
@@ -36,14 +37,7 @@ _HEAD_FIELDS_OF_PARTS = ("encoder_attention_heads", "decoder_attention_heads")
 def described_config(
     model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]
 ) -> tuple[PretrainedConfig, str | None]:
-    """The configuration of the model without what is to go, and why it does not describe it, if it does not.
-
-    Args:
-        model (`PreTrainedModel`): the model as it is.
-        spec (`PruningSpec`): what goes.
-        targets (sequence of `PruningTarget`): where it goes.
-        kept (sequence of `int`): how many units of every target stay.
-    """
+    """The configuration of the model with `kept` units of each target, and why it cannot describe that, or `None`."""
     planned = _planned(model, targets, kept)
     candidates = _candidates(model, spec, targets, kept)
     for fields in candidates:
@@ -155,13 +149,8 @@ def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[Pruning
 def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> Numbers:
     """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale.
 
-    Args:
-        model (`PreTrainedModel`): the model that the targets are of.
-        targets (sequence of `PruningTarget`): where units go.
-        pruned (sequence of `torch.Tensor`): for each target a bool tensor of shape `(units,)`, true for those that go.
-
-    Returns:
-        `dict`: by name of a module the integers that it keeps of its shapes, as they are now.
+    `pruned` has a bool tensor of shape `(units,)` for each target, true for units to remove. Returns, by the name of a
+    module, the integers that it keeps of its shapes, as they are now.
     """
     counts: Numbers = {}
     names = {module: name for name, module in model.named_modules()}
@@ -170,15 +159,10 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
             continue
         left = (~mask).cpu()
         for entry in target.group.slices:
-            kept, values = entry.positions[left].flatten().sort().values, entry.values
-            cut = values.detach().index_select(entry.dim, kept.to(values.device))
-            _replace_(
-                model, values, nn.Parameter(cut, values.requires_grad) if isinstance(values, nn.Parameter) else cut
-            )
-            resize_(entry.module)
-            follow = getattr(entry.module, "keep_outputs_", None)
-            if follow is not None and entry.role == "output" and entry.tensor == "weight":
-                follow(kept)  # a module that knows more of its channels than weight and bias
+            kept = entry.positions[left].flatten().sort().values
+            slice_(model, entry.values, entry.dim, kept)
+            if isinstance(entry.module, FollowsPruning) and entry.role == "output" and entry.tensor == "weight":
+                entry.module.keep_outputs_(kept)
         for _, module, attribute, per_unit in target.group.counts:
             setattr(module, attribute, int(left.sum()) * per_unit)
             if module in names:  # its layer may have gone, or have another number, since the targets were found
@@ -186,13 +170,20 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
     return counts
 
 
-def _replace_(model: PreTrainedModel, old: Tensor, new: Tensor) -> None:
-    """Puts `new` wherever the model has `old`."""
+@torch.no_grad()
+def slice_(model: nn.Module, old: Tensor, dim: int, kept: Tensor) -> list[nn.Module]:
+    """Keeps the entries `kept` of a tensor along an axis, wherever the model has it; the modules whose weight it is."""
+    new = old.detach().index_select(dim, kept.to(old.device))
+    new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    owners = []
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, value in store.items():
-                if value is old:
-                    store[name] = new
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in tensors:
+            store.update({name: new for name, value in store.items() if value is old})
+        if module._parameters.get("weight") is new:
+            resize_(module)
+            owners.append(module)
+    return owners
 
 
 def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> None:
@@ -236,7 +227,7 @@ def _renumbered(name: str, kept_of: dict[str, list[int]]) -> str | None:
 
 
 def _record_origin(model: PreTrainedModel, total: int, kept: list[int]) -> None:
-    """Which layers of the teacher are left, so that layer maps follow them."""
+    """Records which layers of the teacher are left, so that layer maps follow them."""
     before = read_facts(model).get("student", {"teacher_layers": total, "layers": list(range(1, total + 1))})
     layers = [before["layers"][place] for place in kept]
     record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": layers})

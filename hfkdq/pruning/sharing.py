@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import read_facts, record_fact
+from ..facts import drop_fact, read_facts, record_fact
 from ..modeling import find_layer_stacks
 
 logger = logging.get_logger(__name__)
@@ -23,7 +23,7 @@ FACT = "sharing"
 def share_layers(
     model: PreTrainedModel, groups: int | Sequence[Sequence[int]] | None = None, *, init: str = "first"
 ) -> PreTrainedModel:
-    """Lets the layers of each group use the very same parameters, in place.
+    """Makes the layers of each group use the very same parameters, in place.
 
     Cross-layer parameter sharing as in Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language
     Representations" (2020). The layers stay modules of their own, with buffers and activation ranges of their own; their
@@ -93,11 +93,7 @@ def share_layers(
 def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
     """Shares the layers of a freshly loaded model again, as `model.config.hfkdq["sharing"]` says, in place.
 
-    Args:
-        model (`PreTrainedModel`): the model; one without this record is left as it is.
-
-    Returns:
-        `PreTrainedModel`: the same model.
+    A model without this record is left as it is. Returns the same model.
 
     Raises:
         ValueError: layers that the record calls shared are not equal. The model is then as it was.
@@ -128,11 +124,7 @@ def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
 def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
     """Gives every layer parameters of its own again, with the values they have, and drops the record, in place.
 
-    Args:
-        model (`PreTrainedModel`): a model with or without shared layers. Optimizers made before are stale.
-
-    Returns:
-        `PreTrainedModel`: the same model.
+    Optimizers made before are stale. Returns the same model.
     """
     layers = _only_stack(model)
     copies: dict[tuple[int, int], nn.Parameter] = {}  # by layer, so that ties within one stay
@@ -141,11 +133,7 @@ def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
         if key not in copies:
             copies[key] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
         _set_(layers[index], name, copies[key])
-    facts = read_facts(model)
-    if facts.pop(FACT, None) is not None:
-        model.config.hfkdq = facts
-        if not facts:
-            del model.config.hfkdq
+    drop_fact(model, FACT)
     return model
 
 
@@ -274,7 +262,7 @@ def _refuse_differing(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Of values that differ the last would win, and values that are assigned would no longer be shared."""
+    """Refuses to load different values into shared layers: the last would win, or the sharing would end."""
     values: dict[int, str] = {}
     for index, layer in enumerate(layers.children()):
         for name, parameter in layer.named_parameters(remove_duplicate=False):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a spec prunes in a model: units that compete with one another, and what belongs to each."""
+"""Targets of pruning: units of a model that are ranked among themselves, and the tensors that belong to each."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ from .bypass import bypass_
 from .masked_norms import mask_norm_
 
 WEIGHTED = (nn.Linear, Conv1D, *CONVOLUTIONS)
+VOCABULARY_NEEDS_NO_TRAINING = (
+    "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
+    "processing_class=tokenizer), before the trainer is made."
+)
 _OF_WEIGHTS = ("weight", "n:m", "block")
 
 
@@ -56,11 +60,11 @@ class PruningTarget(Protocol):
 
     @property
     def name(self) -> str:
-        """Where the units are."""
+        """Name of the module or stack that holds the units."""
 
     @property
     def units(self) -> int:
-        """How many there are."""
+        """Number of units."""
 
     @property
     def parts(self) -> list[Part]:
@@ -85,21 +89,17 @@ class GroupTarget:
 
     @property
     def name(self) -> str:
-        """Where the units are."""
         return self.group.name
 
     @property
     def units(self) -> int:
-        """How many there are."""
         return self.group.units
 
     @property
     def parts(self) -> list[Part]:
-        """Everything that belongs to the units."""
         return [Part(s.name, s.module, s.tensor, s.role) for s in self.group.slices]
 
     def reduce(self, measure: Measure) -> Tensor:
-        """Sums over the slices of each unit."""
         total = torch.zeros(self.units, device=self.parts[0].values.device)
         for part, entry in zip(self.parts, self.group.slices, strict=True):
             values = measure(part)
@@ -108,12 +108,10 @@ class GroupTarget:
         return total
 
     def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """Masks along the dimension of each slice."""
         for part, entry in zip(self.parts, self.group.slices, strict=True):
             yield part, entry.entries(pruned)
 
     def apply_(self, pruned: Tensor) -> None:
-        """Zeroes the entries, and leaves their channels out of the norms."""
         zero_(self, pruned)
         for norm in self.norms:
             mask_norm_(norm, pruned)
@@ -135,19 +133,16 @@ class WeightTarget:
 
     @property
     def units(self) -> int:
-        """Number of blocks; those at the edges may be smaller."""
         return self.shape[0] * self.shape[1]
 
     @property
     def parts(self) -> list[Part]:
-        """The weight alone."""
         return [Part(self.name, self.module, "weight", "input")]
 
     def _matrix(self, values: Tensor) -> Tensor:
         return values.t() if isinstance(self.module, Conv1D) else values.flatten(1)
 
     def reduce(self, measure: Measure) -> Tensor:
-        """Sums over blocks, row after row of them."""
         values = measure(self.parts[0])
         matrix = self._matrix(torch.zeros_like(self.parts[0].values) if values is None else values.float())
         if self.block == (1, 1):
@@ -158,7 +153,6 @@ class WeightTarget:
         return blocks.sum(dim=(1, 3)).flatten()
 
     def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """The mask in the shape of the weight."""
         weight = self.parts[0].values
         matrix = self._matrix(weight)
         mask = pruned.view(self.shape)
@@ -169,45 +163,41 @@ class WeightTarget:
         yield self.parts[0], mask
 
     def apply_(self, pruned: Tensor) -> None:
-        """Zeroes weights."""
         zero_(self, pruned)
 
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """The layers of one stack. One that is pruned passes its input on."""
+    """The layers of one stack. One that is pruned returns its input unchanged."""
 
     stack: CountedStack
     protected: tuple[int, ...] = field(default=())
 
     @property
     def name(self) -> str:
-        """Name of the stack."""
         return self.stack.name
 
     @property
     def units(self) -> int:
-        """Number of layers."""
         return len(self.stack)
 
     @property
     def parts(self) -> list[Part]:
-        """All parameters of all layers."""
         return [part for layer in self.layers for part in layer]
 
     @property
     def layers(self) -> list[list[Part]]:
         """The parameters of every layer."""
-        return [self._of_layer(i) for i in range(self.units)]
-
-    def _of_layer(self, place: int) -> list[Part]:
-        parts = []
-        for name, module in self.stack.layers[place].named_modules(prefix=f"{self.name}.{place}"):
-            parts += [Part(name, module, tensor, "other") for tensor, _ in module.named_parameters(recurse=False)]
-        return parts
+        return [
+            [
+                Part(name, module, tensor, "other")
+                for name, module in layer.named_modules(prefix=f"{self.name}.{place}")
+                for tensor, _ in module.named_parameters(recurse=False)
+            ]
+            for place, layer in enumerate(self.stack.layers)
+        ]
 
     def reduce(self, measure: Measure) -> Tensor:
-        """Sums over all parameters of a layer."""
         total = torch.zeros(self.units, device=self.parts[0].values.device)
         for i, layer in enumerate(self.layers):
             for part in layer:
@@ -217,11 +207,9 @@ class LayerTarget:
         return total
 
     def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """None: the parameters of a layer stay while it is passed by."""
-        return iter(())
+        return iter(())  # the parameters of a bypassed layer stay
 
     def apply_(self, pruned: Tensor) -> None:
-        """Passes the pruned layers by."""
         for layer, gone in zip(self.stack.layers, pruned.tolist(), strict=True):
             bypass_(layer, gone)
 
@@ -234,14 +222,7 @@ def zero_(target: PruningTarget, pruned: Tensor) -> None:
 
 
 def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]:
-    """What `spec` prunes in `model`; looks only.
-
-    Args:
-        model (`PreTrainedModel`): the model to prune.
-        spec (`PruningSpec`): what to prune.
-
-    Returns:
-        `list[PruningTarget]`: never empty.
+    """The targets of `spec` in `model`, at least one; changes nothing.
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
@@ -255,10 +236,7 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         )
     targets: list[PruningTarget]
     if spec.structure == "vocab":
-        raise ValueError(
-            "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
-            "processing_class=tokenizer), before the trainer is made."
-        )
+        raise ValueError(VOCABULARY_NEEDS_NO_TRAINING)
     if read_facts(model).get("sharing") and (spec.criterion == "activation" or spec.structure not in _OF_WEIGHTS):
         raise ValueError(
             f"Layers of {type(model).__name__} share their weights, so structure={spec.structure!r} by criterion="

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization-aware training and post-training quantization, of every width from one spec."""
+"""Quantization-aware training and post-training quantization, of all bits from one spec."""
 
 from .activations import ActivationQuantizer
 from .allocation import BitAllocation

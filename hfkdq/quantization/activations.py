@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations as unsigned integers, simulated in floating point: quantizers that watch, and quantizers that learn."""
+"""Fake quantizers of activations, to unsigned integers: observed and learned ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .grids import (
     scale_gradient,
     straight_through,
 )
-from .scales import observed_bounds, smallest_and_largest
+from .scales import observed_bounds, scale_of, smallest_and_largest
 from .weights import Stateless, recomputing
 
 
@@ -89,14 +89,11 @@ class ActivationQuantizer(Stateless):
 
     def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the range [low, high], which includes 0."""
-        if self.scheme.activation_symmetric:
-            scale = torch.maximum(-low, high) / (self.middle - 1)
-            return scale.clamp(min=SMALLEST_SCALE), torch.full_like(scale, self.middle)
-        scale = ((high - low) / self.maximum_code).clamp(min=SMALLEST_SCALE)
-        return scale, (-low / scale).round().clamp(0, self.maximum_code)
+        scale, zero_point = scale_of(low, high, self.grid)
+        return scale, torch.full_like(scale, self.middle) if zero_point is None else zero_point
 
     def state_tensors(self) -> list[Tensor]:
-        """What `load_state` needs to continue exactly here, as scalars in the order of `state_names`."""
+        """The state for `load_state`, as scalars in the order of `state_names`."""
         return [getattr(self, name).detach() for name in self.state_names]
 
     def load_state(self, state: dict[str, float]) -> None:
@@ -116,10 +113,6 @@ class ObservedQuantizer(ActivationQuantizer):
     \\(s = (max - min) / (2^b - 1)\\) and \\(z = \mathrm{round}(-min / s)\\), where min and max include 0 and come from the
     first batch, then from each next one: for `"min_max"` the widest seen, else an exponential moving average of the
     batch's bounds, its minimum and maximum, its percentiles, or those of least squared error.
-
-    Args:
-        scheme (`QuantizationScheme`): how.
-        device (`torch.device`, *optional*): where the range lives.
     """
 
     state_names = ("minimum", "maximum", "scale", "zero_point")
@@ -169,10 +162,6 @@ class LearnedQuantizer(ActivationQuantizer):
 
     After Esser et al., "Learned Step Size Quantization" (2020), and Bhalgat et al., "LSQ+: Improving low-bit
     quantization through learnable offsets and better initialization" (2020).
-
-    Args:
-        scheme (`QuantizationScheme`): how.
-        device (`torch.device`, *optional*): where the parameters live.
     """
 
     state_names = ("scale", "offset")
@@ -230,10 +219,6 @@ class PACTQuantizer(ActivationQuantizer):
     Clipping Activation for Quantized Neural Networks" (2018). Where the first training batch has negative values, the
     range is \\([-\alpha - s, \alpha]\\) with \\(s = \alpha / (2^{b-1} - 1)\\), and the gradient below it that of
     its end. That batch also gives \\(\alpha\\), its largest size. The paper's decay of \\(\alpha\\) is the weight decay of the optimizer.
-
-    Args:
-        scheme (`QuantizationScheme`): how.
-        device (`torch.device`, *optional*): where the parameter lives.
     """
 
     state_names = ("alpha", "signed")
@@ -246,7 +231,7 @@ class PACTQuantizer(ActivationQuantizer):
         self.register_buffer("signed", signed, persistent=False)
 
     def _steps(self) -> Tensor:
-        """How many steps of the grid alpha is away from 0."""
+        """Steps of the grid between 0 and alpha."""
         return torch.where(self.signed > 0, float(self.middle - 1), float(self.maximum_code))
 
     def qparams(self) -> tuple[Tensor, Tensor]:

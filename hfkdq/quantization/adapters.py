@@ -17,9 +17,6 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Layers within adapters are left out, and of modules that PEFT trains as a whole the copy in use takes the place of the
     original.
-
-    Args:
-        model (`nn.Module`): a model, with or without adapters.
     """
     if "peft" not in sys.modules:  # who has adapters has imported it
         yield from model.named_modules()
@@ -45,7 +42,7 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
 
 
 def _within(module: nn.Module) -> Any:
-    """What takes the place of a layer of PEFT when adapters are merged; other modules themselves."""
+    """The module in the place of a layer of PEFT once adapters are merged; other modules themselves."""
     if not type(module).__module__.startswith(("peft.", __package__)):
         return module
     if "modules_to_save" in module._modules:
@@ -87,9 +84,9 @@ def check_adapter(name: str, wrapper: nn.Module | None) -> None:
     """
     if wrapper is None or "modules_to_save" in wrapper._modules:
         return
-    from .lora import why_not
+    from .lora import unsupported_reason
 
-    reason = why_not(wrapper)
+    reason = unsupported_reason(wrapper)
     if reason:
         raise ValueError(
             f"The weight of {name} cannot be quantized together with its adapter: {reason}. Change that, leave {name} "
@@ -97,8 +94,8 @@ def check_adapter(name: str, wrapper: nn.Module | None) -> None:
         )
 
 
-def adopt_(model: nn.Module, modules: set[int]) -> None:
-    """Lets the linear layers whose identities are in `modules` quantize their weights with the adapters around them."""
+def attach_lora_(model: nn.Module, modules: set[int]) -> None:
+    """Attaches LoRA adapters to the linear layers in `modules` (by `id`), which then quantize the merged weight."""
     if not has_adapters(model):
         return
     from .lora import QuantizedLoraLinear
@@ -111,8 +108,8 @@ def adopt_(model: nn.Module, modules: set[int]) -> None:
             vars(module)["adapter"] = wrapper
 
 
-def release_(model: nn.Module) -> None:
-    """Undoes `adopt_`."""
+def detach_lora_(model: nn.Module) -> None:
+    """Undoes `attach_lora_`."""
     for module in list(model.modules()):
         wrapper = vars(module).get("adapter")
         if getattr(wrapper, "base_layer", None) is module:  # modules of Wav2Vec2 have an attribute of that name too

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Widths for the modules of a model under a size: choosing them, and showing what was chosen."""
+"""Bits for the modules of a model under a size: the choice, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .allocation_plot import draw_allocation, short_names
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """Widths of weights that fit into a budget, and what they were chosen by.
+    """Bits of weights that fit into a budget, and the sensitivities they were chosen by.
 
     Made by [`suggest_bits`]. Of modules that share their weights, `sensitivity` and `sizes` have the first alone.
 
     Attributes:
-        bits (`dict`): width of the weights of every module, by name.
-        sensitivity (`dict`): how far the outputs move when this module alone has a width, by name and width.
-        sizes (`dict`): bytes of the weights with their scales, by name and width.
+        bits (`dict`): bits of the weights of every module, by name.
+        sensitivity (`dict`): how far the outputs move when this module alone is quantized, by name and bits.
+        sizes (`dict`): bytes of the weights with their scales, by name and bits.
         budget (`int`): the most bytes there could be.
         float_bytes (`int`): what the same weights take in float32.
-        spec (`QuantizationSpec`): the spec with these widths, for [`quantize`] and [`QATCallback`].
+        spec (`QuantizationSpec`): the spec with these bits, for [`quantize`] and [`QATCallback`].
         measure (`str`): what a sensitivity is: `"KL divergence"`, `"relative squared error"`, or their sum.
     """
 
@@ -42,24 +42,24 @@ class BitAllocation:
 
     @property
     def bytes(self) -> int:
-        """What the weights take with the chosen widths."""
+        """Bytes of the weights with the chosen bits."""
         return sum(sizes[self.bits[name]] for name, sizes in self.sizes.items())
 
     @property
     def predicted(self) -> float:
-        """The sum of the sensitivities at the chosen widths: to first order, how far the outputs move in all."""
+        """The sum of the sensitivities at the chosen bits: to first order, how far the outputs move in all."""
         return sum(found[self.bits[name]] for name, found in self.sensitivity.items())
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """All widths that were measured, the widest first."""
+        """All numbers of bits that were measured, the largest first."""
         return tuple(sorted({width for found in self.sizes.values() for width in found}, reverse=True))
 
     def uniform(self, bits: int) -> tuple[int, float]:
-        """Bytes and predicted change if all modules had one width, but those whose width the spec set.
+        """Bytes and predicted change if all modules but those that the spec sets had one number of bits.
 
         Raises:
-            ValueError: a width that was not measured.
+            ValueError: bits that were not measured.
         """
         if bits not in self.widths:
             raise ValueError(f"{bits} bits were not measured; there are {', '.join(map(str, self.widths))}.")
@@ -67,7 +67,7 @@ class BitAllocation:
         return sum(self.sizes[n][b] for n, b in at.items()), sum(self.sensitivity[n][b] for n, b in at.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready data; widths that are keys become strings, as JSON has them."""
+        """Everything as JSON-ready data; bits that are keys become strings."""
         return {
             "bits": dict(self.bits),
             "bytes": self.bytes,
@@ -81,9 +81,9 @@ class BitAllocation:
         }
 
     def table(self) -> Table:
-        """Sensitivities, width and size of every module, for the terminal: `rich.print(allocation.table())`.
+        """Sensitivities, bits and size of every module, for the terminal: `rich.print(allocation.table())`.
 
-        The last rows have what is predicted, and the bytes, for one width everywhere and for the chosen ones.
+        The last rows have the predicted change and the bytes, for the same bits everywhere and for the chosen ones.
         """
         widths = self.widths
         table = Table(box=box.SIMPLE_HEAD, title=f"Sensitivity: {self.measure}", title_style="bold", padding=0)
@@ -109,7 +109,7 @@ class BitAllocation:
         return table
 
     def plot(self, path: str | Path) -> Path:
-        """Draws sensitivity and size of every module, with the chosen widths marked, into a PNG file.
+        """Draws sensitivity and size of every module, with the chosen bits marked, into a PNG file.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -118,13 +118,13 @@ class BitAllocation:
         return Path(path)
 
 
-def choose_widths(
+def choose_bits(
     sizes: Mapping[str, Mapping[int, int]],
     sensitivity: Mapping[str, Mapping[int, float]],
     budget: int,
     states: int = 1 << 16,
 ) -> dict[str, int]:
-    """The widths of least summed sensitivity whose sizes fit into a budget, by dynamic programming.
+    """The bits of least summed sensitivity whose sizes fit into a budget, by dynamic programming.
 
     Module by module it keeps every total size at which no smaller one has as low a sum (Nemhauser and Ullmann, "Discrete
     Dynamic Programming and Capital Allocation", 1969). The result is exact while there are at most `states` of them, as
@@ -132,30 +132,24 @@ def choose_widths(
     lowest sum; then the sum is no higher than the best for a budget smaller by `modules / states` of it, and the sizes
     still fit.
 
-    Args:
-        sizes (`dict`): bytes by name and width.
-        sensitivity (`dict`): cost by name and width.
-        budget (`int`): the most bytes in all.
-        states (`int`, defaults to 65536): how many totals are kept.
-
-    Returns:
-        `dict`: width by name; of equal sums the one of the smallest size.
+    `sizes` and `sensitivity` are by name and bits, `budget` is the most bytes in all. Returns bits by name; of equal sums
+    those of the smallest size.
 
     Raises:
-        ValueError: the narrowest widths do not fit.
+        ValueError: the fewest bits do not fit.
 
     Example:
         ```python
-        >>> from hfkdq.quantization.allocation import choose_widths
+        >>> from hfkdq.quantization.allocation import choose_bits
         >>> sizes = {"a": {8: 80, 4: 40}, "b": {8: 80, 4: 40}}
-        >>> choose_widths(sizes, {"a": {8: 0.0, 4: 0.5}, "b": {8: 0.1, 4: 0.9}}, budget=120)
+        >>> choose_bits(sizes, {"a": {8: 0.0, 4: 0.5}, "b": {8: 0.1, 4: 0.9}}, budget=120)
         {'a': 4, 'b': 8}
 
         ```
     """
     still = np.cumsum([min(found.values()) for found in reversed(list(sizes.values()))])[::-1]
     if still[0] > budget:
-        raise ValueError(f"The narrowest widths take {still[0]:,} bytes, more than the budget of {budget:,}.")
+        raise ValueError(f"The fewest bits take {still[0]:,} bytes, more than the budget of {budget:,}.")
     total, cost = np.zeros(1, dtype=np.int64), np.zeros(1)
     trail = []
     for name, least in zip(sizes, [*still[1:], 0], strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws how sensitive each module is at each width, which width it got, and what it takes."""
+"""Draws sensitivity, chosen bits and size of each module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPAN = 1e7  # of the axis; some modules are many powers of ten below anything t
 
 
 def draw_allocation(allocation: BitAllocation, path: Path) -> None:
-    """Writes the picture of an allocation to `path` as PNG: sensitivities at all widths, and bytes at the chosen one."""
+    """Writes the picture of an allocation to `path` as PNG: sensitivities at all bits, and bytes at the chosen one."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def _prepare(axis: Any, rows: int) -> None:
 
 
 def _draw_sensitivities(axis: Any, allocation: BitAllocation) -> None:
-    """A dot for every width, the chosen one large; on a logarithmic axis, whose left end stands for all that is less."""
+    """A dot for every number of bits, the chosen one large; on a logarithmic axis, whose left end stands for all that is less."""
     found = list(allocation.sensitivity.values())
     positive = [value for row in found for value in row.values() if value > 0] or [1.0]
     floor = max(min(positive) / 2, max(positive) / _SPAN)
@@ -95,11 +95,11 @@ def _draw_sensitivities(axis: Any, allocation: BitAllocation) -> None:
 
 
 def _draw_sizes(axis: Any, allocation: BitAllocation) -> None:
-    """A bar for the bytes at the chosen width, from 0."""
+    """A bar for the bytes at the chosen bits, from 0."""
     widths = [allocation.bits[name] for name in allocation.sizes]
     sizes = [allocation.sizes[name][width] / 1e3 for name, width in zip(allocation.sizes, widths, strict=True)]
     axis.barh(range(len(sizes)), sizes, height=0.6, color=[_COLORS[width] for width in widths])
-    axis.set_title("size at that width (kB)", **_LABEL)
+    axis.set_title("size at these bits (kB)", **_LABEL)
 
 
 def _columns(points: list[tuple[float, int]]) -> tuple[list[float], list[int]]:

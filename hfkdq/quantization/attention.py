@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes what enters the two matrix products of attention: queries and keys, probabilities and values."""
+"""Quantizes the operands of the two matrix products of attention: queries and keys, probabilities and values."""
 
 from __future__ import annotations
 
@@ -23,14 +23,10 @@ _SDPA = F.scaled_dot_product_attention
 
 
 class AttentionQuantizer(Stateless):
-    """The fake quantizers of one attention module, and the watch that puts them before its matrix products.
+    """The fake quantizers of one attention module, and the mode that puts them before its matrix products.
 
     While the module runs, `scaled_dot_product_attention` is computed in its parts, and the operands of `matmul` are
     quantized: of the first product as query and key, of the second as probabilities and value.
-
-    Args:
-        scheme (`QuantizationScheme`): how activations are quantized.
-        device (`torch.device`, *optional*): where the ranges live.
     """
 
     fake_quantize_enabled = True
@@ -38,7 +34,7 @@ class AttentionQuantizer(Stateless):
     def __init__(self, scheme: QuantizationScheme, device: torch.device | None = None) -> None:
         super().__init__()
         self.operands = nn.ModuleDict({name: make_activation_quantizer(scheme, device) for name in OPERANDS})  # type: ignore[misc]
-        self._modes: list[_Watch | None] = []
+        self._modes: list[_QuantizedProducts | None] = []
         self.handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,14 +46,14 @@ class AttentionQuantizer(Stateless):
         return quantized
 
     def enter(self) -> None:
-        """Starts to watch; while the fake quantizers are off nothing is watched."""
-        mode = _Watch(self) if self.fake_quantize_enabled else None
+        """Starts to quantize products, unless the fake quantizers are off."""
+        mode = _QuantizedProducts(self) if self.fake_quantize_enabled else None
         self._modes.append(mode)
         if mode is not None:
             mode.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, failed: bool) -> None:
-        """Stops to watch.
+        """Stops to quantize products.
 
         Raises:
             ValueError: the module has multiplied in another way than attention does.
@@ -84,7 +80,7 @@ class AttentionQuantizer(Stateless):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """What `torch.nn.functional.scaled_dot_product_attention` computes, with its operands on their grids."""
+        """`torch.nn.functional.scaled_dot_product_attention` with fake-quantized operands."""
         query, key, value = (
             self.quantize(name, t) for name, t in zip(("query", "key", "value"), (query, key, value), strict=True)
         )
@@ -105,7 +101,7 @@ class AttentionQuantizer(Stateless):
         return self.quantize("probabilities", probabilities) @ value
 
 
-class _Watch(TorchFunctionMode):
+class _QuantizedProducts(TorchFunctionMode):
     """Sends the matrix products of one run of a module through its quantizers."""
 
     def __init__(self, quantizer: AttentionQuantizer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorm in quantization-aware training: statistics that stay, and norms that move into the convolution before."""
+"""BatchNorm in quantization-aware training: frozen statistics, and folding into the convolution before."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
+
+from ..modeling.forwards import evaluating
 
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -33,7 +35,7 @@ _NORMS = {nn.BatchNorm1d: FrozenBatchNorm1d, nn.BatchNorm2d: FrozenBatchNorm2d}
 
 
 def freeze_batch_norm_(model: nn.Module) -> None:
-    """Lets every BatchNorm of `model` use its running statistics from now on, in training too; in place."""
+    """Makes every BatchNorm of `model` use its running statistics from now on, in training too; in place."""
     for module in model.modules():
         if type(module) in _NORMS:
             module.__class__ = _NORMS[type(module)]
@@ -107,11 +109,10 @@ def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tu
             handles.append(module.register_forward_hook(after))
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(before))
-    training = model.training
     try:
-        model.eval()(**(example if example is not None else _black_image(model)))
+        with evaluating(model):
+            model(**(example if example is not None else _black_image(model)))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     read = Counter(conv for conv, _ in pairs)

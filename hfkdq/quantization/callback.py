@@ -15,7 +15,6 @@ from transformers.utils import CONFIG_NAME, logging
 from ..specs import QuantizationSpec
 from .batch_norm import fold_batch_norm_
 from .convert import prepare_qat_, strip_quantizers_
-from .phases import Phases, Widths
 from .ranges import UpdateScaling, learned_parameters
 from .records import (
     activation_quantizers,
@@ -28,6 +27,7 @@ from .records import (
     restore_record_,
     weight_states,
 )
+from .schedule import BitSchedule, QATSchedule
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +39,7 @@ class QATCallback(TrainerCallback, ExportableState):
     Trainer is made (see [`prepare_qat_`]) and stay in memory after training, so that `trainer.evaluate()` measures the
     quantized model. Saved files are those of an ordinary model; their `config.json` records spec and ranges, from
     which [`load_quantized`] rebuilds the quantized one. Training resumes exactly, and with `load_best_model_at_end`
-    the ranges come from the same checkpoint as the weights; the best is searched among those that have the widths of the
+    the ranges come from the same checkpoint as the weights; the best is searched among those that have the bits of the
     spec. In distributed training all processes use the ranges of the first one.
 
     Points of training are shares of its steps: 0.0 the start, 1.0 the end.
@@ -55,9 +55,9 @@ class QATCallback(TrainerCallback, ExportableState):
             statistics.
         fold_batch_norm (`bool`, defaults to `False`): before training, move every BatchNorm into the convolution it
             follows, as in [`fold_batch_norm_`].
-        lower_bits (`dict`, *optional*): widths of the weights on the way to that of the spec, as
+        lower_bits (`dict`, *optional*): the bit schedule: bits of the weights on the way to those of the spec, as
             `{0.0: 8, 0.3: 4, 0.6: 2}`; weights that the spec keeps wider stay wider.
-        quantized_share (`float`, defaults to 1.0): share of the channels that each training pass quantizes, drawn at
+        quantized_share (`float`, defaults to 1.0): Quant-Noise: share of the channels that each training pass quantizes, drawn at
             random, in (0, 1] (Fan et al., "Training with Quantization Noise for Extreme Model Compression", 2021).
         learning_rate_factor (`float`, defaults to 1.0): learning rate of learned ranges and scales, as a multiple of
             that of the Trainer.
@@ -66,7 +66,7 @@ class QATCallback(TrainerCallback, ExportableState):
         TypeError: `spec` is neither.
         RuntimeError: at the start of training, if scales are to be learned but the model got its fake quantizers after
             its optimizer.
-        ValueError: the spec matches no module, points of training or widths are not in order, or training resumes from
+        ValueError: the spec matches no module, points of training or bits are not in order, or training resumes from
             a checkpoint of another spec.
 
     Example:
@@ -88,7 +88,7 @@ class QATCallback(TrainerCallback, ExportableState):
         freeze_ranges: float | None = None,
         freeze_batch_norm: float | None = None,
         fold_batch_norm: bool = False,
-        lower_bits: Widths | None = None,
+        lower_bits: BitSchedule | None = None,
         quantized_share: float = 1.0,
         learning_rate_factor: float = 1.0,
     ) -> None:
@@ -100,44 +100,33 @@ class QATCallback(TrainerCallback, ExportableState):
             )
         self.spec = spec
         self.strict_resume = strict_resume
-        self.phases = Phases(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
+        self.schedule = QATSchedule(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
         self.fold_batch_norm = fold_batch_norm
         self.scaling = UpdateScaling(learning_rate_factor)
         self._model: PreTrainedModel | None = None
-        self._states: dict[str, Any] | None = (
-            None  # of the last optimizer step, where others would be read between two
-        )
+        # Of the last optimizer step, where others would be read between two.
+        self._states: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: settings, and of the quantizers what they are when it is asked."""
-        phases = {**self.phases.to_dict(), "fold_batch_norm": self.fold_batch_norm}
+        """The part of a checkpoint that is the callback's: its settings, and the state of the quantizers."""
+        schedule = {**self.schedule.to_dict(), "fold_batch_norm": self.fold_batch_norm}
         return {
-            "args": {"spec": self.spec.to_dict(), **phases, "learning_rate_factor": self.scaling.factor},
+            "args": {"spec": self.spec.to_dict(), **schedule, "learning_rate_factor": self.scaling.factor},
             "attributes": self._present() if self._states is None else self._states,
         }
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if model is None:
             return
         if self.fold_batch_norm and quantized_spec(model) is None:
             fold_batch_norm_(model)
         prepare_qat_(model, self.spec)
-        self.phases.at(0.0).apply_(model)
+        self.schedule.at(0.0).apply_(model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         late = quantized_spec(model) is None
         prepare_qat_(model, self.spec)
@@ -148,7 +137,7 @@ class QATCallback(TrainerCallback, ExportableState):
                 "Give QATCallback to the constructor of the Trainer (callbacks=[...]) instead of add_callback; with "
                 "model_init, let it return prepare_qat_(model, spec)."
             )
-        self.phases.at(state.global_step / state.max_steps).apply_(model)
+        self.schedule.at(state.global_step / state.max_steps).apply_(model)
         if state.global_step > 0:
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
@@ -157,48 +146,33 @@ class QATCallback(TrainerCallback, ExportableState):
         self._share(model, args)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        frozen = self.phases.at(state.global_step / state.max_steps).frozen
+        frozen = self.schedule.at(state.global_step / state.max_steps).frozen
         self.scaling.before_step(model, frozen)
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         self.scaling.after_step_()
         # The step being taken is not counted in global_step yet.
         before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
-        self.phases.at(now).apply_(model)
-        if before < self.phases.settled <= now:
+        self.schedule.at(now).apply_(model)
+        if before < self.schedule.schedule_end <= now:
             # Models before this step were not quantized as the spec says; none of them may be loaded as the best one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._share(model, args)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        if state.global_step < self.phases.settled * state.max_steps:
+        if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
-                f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the widths "
+                f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the bits "
                 "of the spec. They have them now, without the training that should have followed."
             )
-        self.phases.at(1.0).apply_(model)
+        self.schedule.at(1.0).apply_(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint)
             has_config = (path / CONFIG_NAME).is_file()
@@ -216,7 +190,7 @@ class QATCallback(TrainerCallback, ExportableState):
         record_ranges(model)
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
-        """What `state` of this callback is in the Trainer's state."""
+        """The `state` of this callback in the Trainer's state."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
         return found
@@ -254,8 +228,10 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def _present(self) -> dict[str, Any]:
         model = self._model
-        found = ({}, {}) if model is None else (quantizer_states(model), weight_states(model))
-        return dict(zip(("ranges", "weights"), found, strict=True))
+        return {
+            "ranges": {} if model is None else quantizer_states(model),
+            "weights": {} if model is None else weight_states(model),
+        }
 
     def _share(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""

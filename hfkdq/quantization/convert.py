@@ -7,12 +7,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import read_facts
+from ..facts import drop_fact
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
-from ..specs.quantization import QUANTIZABLE, RECURRENT
-from .adapters import adopt_, check_adapter, check_adapters, has_adapters, plain_modules, release_, wrapped_modules
+from ..specs.quantization import QUANTIZABLE
+from .adapters import (
+    attach_lora_,
+    check_adapter,
+    check_adapters,
+    detach_lora_,
+    has_adapters,
+    plain_modules,
+    wrapped_modules,
+)
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
-from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_
+from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_of
 from .naming import head_modules, means_the_same, quantized_modules
 from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
@@ -69,7 +77,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
         chosen = choose_modules(model, spec)
         attention = find_attention(model, spec) if spec.attention else {}
         try:
-            adopt_(model, {id(module) for module, _ in chosen.values()})
+            attach_lora_(model, {id(module) for module, _ in chosen.values()})
             for name, (module, scheme) in chosen.items():
                 swap_in_(module, name, scheme, spec)
             for module in attention.values():
@@ -79,14 +87,14 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
             raise
         record_ranges(model)
     elif has_adapters(model):  # they may have come after the fake quantizers, and PEFT freezes what it finds
-        adopt_(model, {id(module) for module in quantized_modules(model).values()})
+        attach_lora_(model, {id(module) for module in quantized_modules(model).values()})
         for quantizer in (*activation_quantizers(model).values(), *weight_quantizers(model).values()):
             quantizer.requires_grad_(True)
     return model
 
 
 def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[nn.Module, QuantizationScheme]]:
-    """The modules to quantize and how, by name; everything that can be wrong with them is found here."""
+    """The modules to quantize and how, by name; refuses all that cannot be quantized before anything is changed."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = head_modules(model)
     chosen: dict[str, tuple[nn.Module, QuantizationScheme]] = {}
@@ -98,7 +106,7 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
         scheme = spec.scheme(name, module, is_head=id(module) in heads)
         if scheme is None:
             continue
-        weight = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
+        weight = weight_of(module)
         if not isinstance(weight, Tensor):
             continue
         if adapted and not weight.is_floating_point():
@@ -168,22 +176,11 @@ def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str,
 
 
 def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes [`prepare_qat_`], in place: a floating-point model with the weights as they are, and no record.
-
-    Args:
-        model (`PreTrainedModel`): a model with or without fake quantizers.
-
-    Returns:
-        `PreTrainedModel`: the same model.
-    """
+    """Undoes [`prepare_qat_`], in place: a floating-point model with the weights as they are, and no record."""
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             swap_out_(module)
-    release_(model)
+    detach_lora_(model)
     swap_attention_out_(model)
-    facts = read_facts(model)
-    if facts.pop(FACT, None) is not None:
-        model.config.hfkdq = facts
-        if not facts:
-            del model.config.hfkdq
+    drop_fact(model, FACT)
     return model

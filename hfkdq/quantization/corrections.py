@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a model easier to quantize without training: smoothed inputs and corrected biases."""
+"""Corrections of post-training quantization: smoothed inputs and corrected biases."""
 
 from __future__ import annotations
 
@@ -39,13 +39,8 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
     Quantization for Large Language Models", 2023). Layers that share an input share the factors. The division stays with
     the layer; in the paper it is moved into a norm before it, which needs one that nothing else reads, as BERT has not.
 
-    Args:
-        model (`nn.Module`): a prepared model in eval mode.
-        run (`Callable`): runs it over the calibration data, a step for every batch.
-        strength (`float`): alpha, in [0, 1].
-
-    Returns:
-        `int`: how many layers were smoothed.
+    `model` is a prepared one in eval mode, `run` runs it over the calibration data, a step for every batch, and `strength`
+    is alpha, in [0, 1]. Returns the number of layers that were smoothed.
 
     Raises:
         ValueError: a scale of the weights that come out does not fit into `storage_dtype`.
@@ -71,7 +66,9 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
             done = True
             first.clear()
     for group in shared.values():
-        weights = torch.stack([_by_input(module).abs().amax(dim=0) for module in group]).amax(dim=0)
+        outputs = [1 if isinstance(module, QuantizedConv1D) else 0 for module in group]
+        sizes = [m.weight.detach().float().abs().amax(dim=dim) for m, dim in zip(group, outputs, strict=True)]
+        weights = torch.stack(sizes).amax(dim=0)
         inputs = torch.stack([largest[module] for module in group]).amax(dim=0)
         factors = inputs.pow(strength) / weights.pow(1.0 - strength)
         # A feature that is never used, or never weighted, has nothing to move.
@@ -83,12 +80,6 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
     return sum(map(len, shared.values()))
 
 
-def _by_input(module: _Smoothable) -> Tensor:
-    """The weight as (outputs, inputs), float32."""
-    weight = module.weight.detach().float()
-    return weight.t() if isinstance(module, QuantizedConv1D) else weight
-
-
 def correct_biases_(model: nn.Module, run: Run) -> int:
     r"""Adds to every bias what quantization takes from the mean output of its channel, in place.
 
@@ -96,12 +87,7 @@ def correct_biases_(model: nn.Module, run: Run) -> int:
     floating point, so that no layer corrects the error of another (Nagel et al., "Data-Free Quantization Through Weight
     Equalization and Bias Correction", 2019, with means that are measured). Layers without a bias are left alone.
 
-    Args:
-        model (`nn.Module`): a prepared model with ranges, in eval mode.
-        run (`Callable`): runs it over the calibration data, a step for every batch.
-
-    Returns:
-        `int`: how many biases were corrected.
+    `model` is a prepared one with ranges, in eval mode. Returns the number of biases that were corrected.
     """
     modules = [m for m in quantized_modules(model).values() if isinstance(getattr(m, "bias", None), Tensor)]
     missing: dict[QuantizedModule, Tensor] = {}

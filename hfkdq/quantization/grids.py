@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which values the integers of a quantized tensor stand for, and which integer a number becomes.
-
-Pure functions of tensors, all in float32; who finds the scales, and when, is decided elsewhere.
-"""
+"""Grids of integers, and fake quantization to them: pure functions of tensors, in float32."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Grid:
     - `"kmeans"`: q is the index of the nearest value of a sorted codebook, in units of s.
 
     Args:
-        bits (`int`): width.
+        bits (`int`): bits of a code.
         symmetric (`bool`): codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one.
         mapping (`str`): as in [`QuantizationScheme`].
         power (`float`): of the power law.
@@ -97,7 +94,7 @@ class Grid:
     def values(
         self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
     ) -> Tensor:
-        """What `codes` stand for, float32."""
+        """The values of `codes`, float32."""
         if self.mapping == "kmeans" and codebook is not None:
             return codebook[codes.long()] * scale
         if self.mapping == "power_of_two":
@@ -146,7 +143,7 @@ def fake_quantize(
 def _on_grid(
     values: Tensor, scale: Tensor, zero_point: Tensor | int, low: int, high: int, clips: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What the fused kernels compute, in float32, and where values are inside the range if they may be outside."""
+    """The result of the fused kernels, in float32, and a mask of values inside the range if they may be outside."""
     if scale.ndim and isinstance(zero_point, Tensor):
         shape = (-1, *[1] * (values.ndim - 1))
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
@@ -160,8 +157,6 @@ def _on_grid(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """`values` on a linear grid, with the straight-through gradient inside the range."""
-
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clips: bool
@@ -179,8 +174,6 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """`values` on an unsigned linear grid, with the gradients of LSQ+ for values, scale and offset."""
-
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, high: int) -> Tensor:
         floats = values.float()
@@ -205,21 +198,14 @@ def learned_fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, zero_po
     """Rounds `values` to an unsigned linear grid whose scale and offset have the gradients of LSQ+.
 
     Inside the range that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1.
-
-    Args:
-        values (`torch.Tensor`): the input.
-        scale (`torch.Tensor`): float32 scalar.
-        offset (`torch.Tensor`): float32 scalar, what the smallest code stands for; 0 without an offset that moves.
-        zero_point (`torch.Tensor`): the integer, as float32 scalar, that stands for 0.
-        high (`int`): the largest code.
+    Scale, offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is
+    the largest code.
     """
     result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)  # type: ignore[no-untyped-call]
     return result
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second tensor, with the gradient of the first, where the mask is set."""
-
     @staticmethod
     def forward(ctx: Any, values: Tensor, quantized: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
@@ -235,24 +221,6 @@ def straight_through(values: Tensor, quantized: Tensor, mask: Tensor | None = No
     """`quantized`, whose gradient goes to `values` unchanged, or only where `mask` is 1."""
     result: Tensor = _StraightThrough.apply(values, quantized, mask)  # type: ignore[no-untyped-call]
     return result
-
-
-class _RoundStraightThrough(torch.autograd.Function):
-    """Rounds to the nearest integer, ties to even; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values.round()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-def round_through(values: Tensor) -> Tensor:
-    """`values` rounded to the nearest integer, ties to even; the gradient passes unchanged."""
-    rounded: Tensor = _RoundStraightThrough.apply(values)  # type: ignore[no-untyped-call]
-    return rounded
 
 
 def scale_gradient(values: Tensor, factor: float) -> Tensor:

@@ -6,8 +6,7 @@ An existing layer becomes one by changing its class, so that its parameters, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -16,12 +15,13 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..specs import QuantizationScheme, QuantizationSpec
+from ..specs.quantization import RECURRENT
 from .activations import ActivationQuantizer, make_activation_quantizer
 from .weights import Stateless, WeightQuantizer
 
 
 class QuantizedModule(nn.Module):
-    """What all fake-quantized layers have in common.
+    """Base class of all fake-quantized layers.
 
     Attributes:
         quantization_spec (`QuantizationSpec`): the spec of the whole model.
@@ -67,7 +67,9 @@ class QuantizedModule(nn.Module):
         return found.squeeze(-1) if scheme.group_size is not None else found.reshape(-1)
 
     def input_and_weight(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The fake-quantized input and weight."""
+        """The fake-quantized input and weight; as they are while fake quantization is off."""
+        if not self.fake_quantize_enabled:
+            return input, self.weight
         if self.activation_quantizer is not None:
             input = self.activation_quantizer(input)
         return input, self.weight_quantizer(self.effective_weight())
@@ -94,12 +96,6 @@ class QuantizedModule(nn.Module):
         scale = getattr(self.weight_quantizer, "scale", None)
         if scale is not None and self.quantization_scheme.per_channel:
             self.weight_quantizer.scale = nn.Parameter(scale.detach()[kept.to(scale.device)])
-
-    def write_facts(self, model: Any) -> None:
-        """Records the state of all quantizers of `model` anew, as pruning asks for when it has changed shapes."""
-        from .records import record_ranges
-
-        record_ranges(model)
 
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         """Makes the quantizers; the class has been changed already."""
@@ -137,7 +133,7 @@ class SmoothedModule(QuantizedModule):
         return self.weight if self.adapter is None else self.adapter.merged_weight(self.weight)
 
     def input_and_weight(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        if self.smoothing.factors is not None:
+        if self.smoothing.factors is not None and self.fake_quantize_enabled:
             input = input / self.smoothing.factors.to(input.dtype)
         return super().input_and_weight(input)
 
@@ -156,8 +152,6 @@ class QuantizedLinear(SmoothedModule, nn.Linear):
     """An `nn.Linear` with fake-quantized weights and, if its scheme says so, inputs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.fake_quantize_enabled:
-            return super().forward(input)
         return F.linear(*self.input_and_weight(input), self.bias)
 
 
@@ -176,8 +170,6 @@ class QuantizedConv1d(QuantizedModule, nn.Conv1d):
     """An `nn.Conv1d`, also depthwise, with fake-quantized weights and inputs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.fake_quantize_enabled:
-            return super().forward(input)
         output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
         return output
 
@@ -186,8 +178,6 @@ class QuantizedConv2d(QuantizedModule, nn.Conv2d):
     """An `nn.Conv2d`, also depthwise, with fake-quantized weights and inputs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.fake_quantize_enabled:
-            return super().forward(input)
         output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
         return output
 
@@ -235,17 +225,15 @@ class _Recurrent(QuantizedModule):
     def _quantizer(self, key: str) -> WeightQuantizer:
         return self.weight_quantizers[key]  # type: ignore[return-value]
 
-    @contextmanager
-    def quantized_weights(self) -> Iterator[None]:
-        """While it lasts, the layer computes with fake-quantized weights."""
-        names = self._flat_weights_names
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         kept = self._flat_weights
-        self._flat_weights = [
-            self._quantizer(name)(getattr(self, name)) if name in self.weight_quantizers else weight
-            for name, weight in zip(names, kept, strict=True)
-        ]
+        if self.fake_quantize_enabled:
+            self._flat_weights = [
+                self._quantizer(name)(getattr(self, name)) if name in self.weight_quantizers else weight
+                for name, weight in zip(self._flat_weights_names, kept, strict=True)
+            ]
         try:
-            yield
+            return super().forward(*args, **kwargs)
         finally:
             self._flat_weights = kept
 
@@ -255,23 +243,11 @@ class QuantizedLSTM(_Recurrent, nn.LSTM):
 
     _gates = 4
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.fake_quantize_enabled:
-            return super().forward(*args, **kwargs)
-        with self.quantized_weights():
-            return super().forward(*args, **kwargs)
-
 
 class QuantizedGRU(_Recurrent, nn.GRU):
     """An `nn.GRU` with fake-quantized weights."""
 
     _gates = 3
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.fake_quantize_enabled:
-            return super().forward(*args, **kwargs)
-        with self.quantized_weights():
-            return super().forward(*args, **kwargs)
 
 
 CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
@@ -289,6 +265,11 @@ PLAIN: Mapping[type[QuantizedModule], type[nn.Module]] = {new: old for old, new 
 def layer_class(module: nn.Module) -> type[nn.Module]:
     """The class of a layer; weight norm and other parametrizations, which give it one of its own, do not count."""
     return parametrize.type_before_parametrizations(module)
+
+
+def weight_of(module: nn.Module) -> Any:
+    """The weight of a layer that decides how it is quantized: of a recurrent one that of its states."""
+    return getattr(module, "weight_hh_l0" if isinstance(module, RECURRENT) else "weight", None)
 
 
 def _set_layer_class(module: nn.Module, new: type[nn.Module]) -> None:

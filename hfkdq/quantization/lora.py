@@ -39,7 +39,7 @@ class QuantizedLoraLinear(LoraLinear):
         return weight
 
 
-def why_not(layer: Any) -> str:
+def unsupported_reason(layer: Any) -> str:
     """Why the fake quantizer cannot sit on the merged weight of a layer of PEFT; empty if it can."""
     if type(layer) not in (LoraLinear, QuantizedLoraLinear):
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} is no lora.Linear"

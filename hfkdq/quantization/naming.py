@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A spec by the names of the modules it means in one model, as records keep it: without patterns."""
+"""Resolves the patterns of a spec to the names of modules in one model, as records keep it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..modeling.forwards import base_of
 from ..schema import Name, brief, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
-from ..specs.quantization import QUANTIZABLE, RECURRENT
+from ..specs.quantization import QUANTIZABLE
 from .adapters import plain_modules
 from .attention import AttentionQuantizer, computes_attention
-from .layers import CLASSES, QuantizedModule, layer_class
+from .layers import CLASSES, QuantizedModule, layer_class, weight_of
 
 _NO_PATTERNS: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "overrides": {}}
 _named: WeakKeyDictionary[nn.Module, tuple[Any, QuantizationSpec]] = WeakKeyDictionary()
@@ -98,7 +98,8 @@ def means_the_same(model: nn.Module, spec: QuantizationSpec) -> bool:
     heads = head_modules(model)
     if any(_meant(spec, name, module, heads) != schemes.get(name) for name, module in _eligible(model).items()):
         return False
-    left_out = {name for name in _attention(model) if module_matches(name, spec.exclude_modules)}
+    attention = {name for name, module in plain_modules(model) if computes_attention(module)}
+    left_out = {name for name in attention if module_matches(name, spec.exclude_modules)}
     return not spec.attention or left_out == set(_unquantized_attention(model))
 
 
@@ -108,7 +109,7 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def _changes(spec: QuantizationSpec, scheme: QuantizationScheme) -> dict[str, Any]:
-    """What makes `scheme` of the settings of a spec, and of those of its embeddings and head."""
+    """The override that makes `scheme` of the settings of a spec, and of those of its embeddings and head."""
     settings = asdict(scheme)
     is_one_for_all = spec.embedding_bits is None and spec.head_bits is None and spec.weight_bits == 8
     return {name: value for name, value in settings.items() if not is_one_for_all or value != getattr(spec, name)}
@@ -122,32 +123,27 @@ def _eligible(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are quantized where a spec says so."""
     modules = {name: module for name, module in plain_modules(model) if isinstance(module, QUANTIZABLE)}
     tables = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
-    return {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, QuantizedModule) or (layer_class(module) in CLASSES and _is_free(module, tables))
-    }
 
+    def is_free(module: nn.Module) -> bool:
+        weight = weight_of(module)
+        is_tied = not isinstance(module, nn.Embedding) and id(weight) in tables
+        return (
+            layer_class(module) in CLASSES
+            and isinstance(weight, Tensor)
+            and weight.is_floating_point()
+            and not is_tied
+        )
 
-def _is_free(module: nn.Module, tables: set[int]) -> bool:
-    weight = getattr(module, "weight_hh_l0" if isinstance(module, RECURRENT) else "weight", None)
-    is_tied = not isinstance(module, nn.Embedding) and id(weight) in tables
-    return isinstance(weight, Tensor) and weight.is_floating_point() and not is_tied
+    return {name: module for name, module in modules.items() if isinstance(module, QuantizedModule) or is_free(module)}
 
 
 def _schemes(model: nn.Module) -> dict[str, QuantizationScheme]:
     return {name: module.quantization_scheme for name, module in quantized_modules(model).items()}
 
 
-def _attention(model: nn.Module) -> set[str]:
-    return {name for name, module in plain_modules(model) if computes_attention(module)}
-
-
 def _unquantized_attention(model: nn.Module) -> list[str]:
     """The modules of attention without quantizers for their products."""
+    attention = {name: module for name, module in plain_modules(model) if computes_attention(module)}
     return sorted(
-        name
-        for name, module in plain_modules(model)
-        if computes_attention(module)
-        and not isinstance(module._modules.get("attention_quantizer"), AttentionQuantizer)
+        n for n, m in attention.items() if not isinstance(m._modules.get("attention_quantizer"), AttentionQuantizer)
     )

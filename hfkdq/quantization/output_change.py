@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the outputs of a model move on a sample of data when its weights change."""
+"""Distance between the outputs of a model before and after a change of its weights."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..losses.divergences import binary_logits, in_chunks
+from ..losses.divergences import RULED_OUT, binary_logits, in_chunks, kl
 from ..modeling.forwards import as_output, return_dict_kwargs
-
-# Stands for minus infinity where a position cannot be chosen, as in losses.divergences.
-_RULED_OUT = -1e4
+from ..modeling.masks import output_mask
 
 
 class OutputChange:
-    """The outputs of a model as it is, and how far it is from them later.
+    """Distance of the outputs of a model from those that it has now.
 
-    Args:
-        model (`PreTrainedModel`): the model, in eval mode; it is run on every batch.
-        batches (sequence of `dict`): batches of model inputs, at least one.
-
-    Attributes:
-        measure (`str`): what `now` gives: `"KL divergence"` where the model classifies, `"relative squared error"`
-            where it gives numbers or states, `"KL divergence + relative squared error"` for detectors.
+    The model, in eval mode, is run on every batch. `measure` names what `now` gives: `"KL divergence"` where the model
+    classifies, `"relative squared error"` of numbers or states, `"KL divergence + relative squared error"` for detectors.
 
     Raises:
         ValueError: the model gives no number, or one that is not finite.
@@ -42,7 +34,7 @@ class OutputChange:
         self.measure = " + ".join(dict.fromkeys(kinds))
 
     def now(self) -> float:
-        """How far the outputs of the model are from those it had, 0 where they are the same."""
+        """The present distance, 0 where the outputs are the same."""
         totals = [0.0] * len(self._divisors)
         for batch, before in zip(self.batches, self._before, strict=True):
             for i, ((logits, rows), (_, kept)) in enumerate(zip(self._run(batch), before, strict=True)):
@@ -50,7 +42,7 @@ class OutputChange:
         return sum(max(total, 0.0) / divisor for total, divisor in zip(totals, self._divisors, strict=True))
 
     def _divisor(self, parts: Sequence[tuple[bool, Tensor]]) -> float:
-        """What a sum over all batches is divided by: the number of rows, or the variance times the number of values."""
+        """Divisor of the sum over all batches: the number of rows, or the variance times the number of values."""
         if not all(bool(rows.isfinite().all()) for _, rows in parts):
             raise ValueError(
                 f"{type(self.model).__name__} does not stay finite on the data, so there is nothing to compare with. "
@@ -64,7 +56,7 @@ class OutputChange:
 
     @torch.no_grad()
     def _run(self, batch: Mapping[str, Any]) -> list[tuple[bool, Tensor]]:
-        """The parts of the output that count, a row for each position; whether they are logits."""
+        """Compared parts of the output, a row for each position, and whether they are logits."""
         # A decoder may read its labels; elsewhere they would only cost a loss.
         skipped = () if getattr(self.model.config, "is_encoder_decoder", False) else ("labels",)
         inputs = {
@@ -81,7 +73,7 @@ def _parts(model: PreTrainedModel, output: Any, batch: Mapping[str, Any]) -> lis
         mask = batch.get("attention_mask")
         spans = torch.cat([output["start_logits"], output["end_logits"]])  # (2 * batch, seq)
         if mask is not None:
-            spans = spans.masked_fill(mask.eq(0).repeat(2, 1), _RULED_OUT)
+            spans = spans.masked_fill(mask.eq(0).repeat(2, 1), RULED_OUT)
         return [(True, spans)]
     logits = output.get("logits")
     if logits is None:
@@ -113,28 +105,14 @@ def _class_logits(model: PreTrainedModel, logits: Tensor, detects: bool) -> Tens
 
 def _rows(model: PreTrainedModel, values: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """`values` as rows, one for each position that is no padding; the last axis stays."""
-    mask = _mask(model, values, batch) if values.dim() == 3 else None
-    return values.flatten(0, -2) if mask is None or mask.shape != values.shape[:2] else values[mask.ne(0)]
-
-
-def _mask(model: PreTrainedModel, values: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
-    mask: Tensor | None = batch.get("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):  # where that mask is of what the encoder reads
-        labels = batch.get("labels")
-        mask = batch.get("decoder_attention_mask")
-        return labels.ne(-100) if mask is None and torch.is_tensor(labels) else mask
-    if mask is not None and mask.shape[1] != values.shape[1]:  # of samples, where the output has frames of sound
-        frames = getattr(model, "_get_feature_vector_attention_mask", None)
-        mask = None if frames is None else frames(values.shape[1], mask)
-    return mask
+    mask = output_mask(model, batch, values.shape[:2]) if values.dim() == 3 else None
+    return values.flatten(0, -2) if mask is None else values[mask]
 
 
 def _kl(rows: Tensor, kept: Tensor) -> Tensor:
     """`KL(softmax(kept) || softmax(rows))` of each row."""
     # In float64: between a float model and its 8 bits float32 leaves little but rounding.
-    log_p = F.log_softmax(kept.to(rows.device).double(), dim=-1)
-    log_q = F.log_softmax(rows.double(), dim=-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return kl(kept.to(rows.device).double().log_softmax(-1), rows.double().log_softmax(-1))
 
 
 def _squares(rows: Tensor, kept: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..modeling import load_checkpoint, load_config
 from ..modeling.batches import Batches, make_batches, on_device
+from ..modeling.forwards import evaluating
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
 from .corrections import correct_biases_, smooth_
@@ -99,9 +100,7 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
     batches = make_batches(model, calibration, *how)
     if not isinstance(calibration, Dataset) and (smoothing is not None or corrects):
         batches = list(batches)  # read several times
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if smoothing is not None:
             smooth_(model, lambda: _run(model, batches, "Smoothing"), smoothing)
         for quantizer in activation_quantizers(model).values():
@@ -113,8 +112,6 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
         _check_ranges(model)
         if corrects:
             correct_biases_(model, lambda: _run(model, batches, "Correcting biases"))
-    finally:
-        model.train(training)
 
 
 def _run(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[None]:

@@ -24,9 +24,6 @@ class UpdateScaling:
     group, which would say the same, cannot be added by a callback before the Trainer loads the state of the optimizer
     that it resumes.
 
-    Args:
-        factor (`float`): factor of each step, 0 or more.
-
     Raises:
         ValueError: the factor is negative or not finite.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges, learned scales and codebooks of a model: reading them, setting them, and writing them into its configuration."""
+"""Ranges, learned scales and codebooks of a model, and their record in its configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import copy
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..facts import read_facts, record_fact
+from ..facts import read_facts, record_fact, refreshes_facts
+from ..protocols import FakeQuantized
 from ..schema import brief
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
@@ -53,25 +55,14 @@ def weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
 
 
 def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Scale and zero point of every quantized input that has seen data.
-
-    Args:
-        model (`nn.Module`): a model with fake quantizers.
-
-    Returns:
-        `dict`: `{module name: {"scale": float, "zero_point": int}}`.
+    """Ranges of all quantized inputs that have seen data: `{module name: {"scale": float, "zero_point": int}}`.
 
     Raises:
         RuntimeError: a range is not finite, because an activation was not.
     """
     seen = {name: q.qparams() for name, q in activation_quantizers(model).items() if q.initialized}
-    # One transfer for all of them, because this runs after every step.
-    values = (
-        torch.stack([torch.stack([scale, zero.float()]) for scale, zero in seen.values()]).tolist() if seen else []
-    )
-    ranges = {
-        name: {"scale": scale, "zero_point": int(zero)} for name, (scale, zero) in zip(seen, values, strict=True)
-    }
+    values = _numbers([value for pair in seen.values() for value in pair])
+    ranges = {name: {"scale": next(values), "zero_point": int(next(values))} for name in seen}
     broken = [name for name, entry in ranges.items() if not math.isfinite(entry["scale"])]
     if broken:
         raise RuntimeError(
@@ -81,15 +72,13 @@ def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
     return ranges
 
 
+def _numbers(scalars: list[Tensor]) -> Iterator[float]:
+    """Tensors without axes as numbers, in one transfer from the device."""
+    return iter(torch.stack([scalar.float() for scalar in scalars]).tolist() if scalars else [])
+
+
 def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, Any]]) -> PreTrainedModel:
-    """Gives the fake quantizers of `model` the ranges that [`activation_ranges`] reported, in place.
-
-    Args:
-        model (`PreTrainedModel`): a model with fake quantizers.
-        ranges (`dict`): `{module name: {"scale": float, "zero_point": int}}`; other modules keep theirs.
-
-    Returns:
-        `PreTrainedModel`: the same model.
+    """Sets ranges of fake quantizers, as [`activation_ranges`] gives them, in place; other modules keep theirs.
 
     Raises:
         ValueError: a name without a quantized input, or a range that is no range.
@@ -114,24 +103,25 @@ def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, A
 
 
 def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What weight quantizers know beyond the weights: learned scales, codebooks and smoothing factors, JSON-ready.
+    """Learned scales, codebooks and smoothing factors, JSON-ready.
 
-    Args:
-        model (`nn.Module`): a model with fake quantizers.
-
-    Returns:
-        `dict`: `{parameter name: {kind: {"shape": list, "float32": base64 of the little-endian values}}}`.
+    `{parameter name: {kind: {"shape": list, "float32": base64 of the little-endian values}}}`, where `kind` is `"scale"`,
+    `"codebook"` or `"smoothing"`.
     """
-    found = {}
-    for name, tensors in _weight_tensors(model).items():
-        present = {key: _encode(tensor.detach()) for key, tensor in tensors.items() if tensor is not None}
-        if present:
-            found[name] = present
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in quantized_modules(model).items():
+        tensors = {f"{name}.{key}": quantizer for key, (quantizer, _) in weight_quantizers_of(module).items()}
+        for key, quantizer in tensors.items():
+            kinds = {kind: getattr(quantizer, kind, None) for kind in ("scale", "codebook")}
+            if isinstance(module, SmoothedModule):
+                kinds["smoothing"] = module.smoothing.factors
+            present = {kind: _encode(tensor.detach()) for kind, tensor in kinds.items() if tensor is not None}
+            found.update({key: present} if present else {})
     return found
 
 
 def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> None:
-    """Gives the weight quantizers of `model` what [`weight_states`] found, in place.
+    """Restores the state of weight quantizers from [`weight_states`], in place.
 
     Raises:
         ValueError: a name or a shape that the model has not.
@@ -155,16 +145,6 @@ def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> 
                 target.copy_(values)
 
 
-def _weight_tensors(model: nn.Module) -> dict[str, dict[str, Tensor | None]]:
-    found: dict[str, dict[str, Tensor | None]] = {}
-    for name, module in quantized_modules(model).items():
-        for key, (quantizer, _) in weight_quantizers_of(module).items():
-            found[f"{name}.{key}"] = {kind: getattr(quantizer, kind, None) for kind in ("scale", "codebook")}
-        if isinstance(module, SmoothedModule):
-            found[f"{name}.weight"]["smoothing"] = module.smoothing.factors
-    return found
-
-
 def _encode(values: Tensor) -> dict[str, Any]:
     data = values.float().cpu().numpy().astype("<f4").tobytes()
     return {"shape": list(values.shape), "float32": base64.b64encode(data).decode()}
@@ -181,16 +161,13 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
     return tensor
 
 
+@refreshes_facts
 def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
     """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
 
     `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
-    reached the spec yet, `weight_bits` has the widths that differ from it, and `enabled` is `False` while the fake
-    quantizers are off.
-
-    Args:
-        model (`PreTrainedModel`): the model; without fake quantizers nothing is written.
-        live (`bool`, defaults to `False`): what is read or saved later is the state of that moment, as in a training.
+    reached the spec yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake
+    quantizers are off. A `live` record is that of the moment at which it is read or saved, as in a training.
     """
     spec = quantized_spec(model)
     if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
@@ -198,7 +175,7 @@ def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
 
 
 class _LiveRecord(dict[str, Any]):
-    """The record of a model that is being trained; whoever copies it, as a configuration that is saved does, gets it anew.
+    """A record that is made anew when it is copied, as saving a configuration does.
 
     So no step of a training has to write it, which moves every scale from the device.
     """
@@ -286,7 +263,7 @@ def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
 
 
 def set_weight_bits_(module: QuantizedModule, bits: int) -> None:
-    """Lets a module go on with another width of its weights."""
+    """Changes the bits of the weights of a module."""
     for quantizer, weight in weight_quantizers_of(module).values():
         if quantizer.bits != bits:
             quantizer.set_bits(bits, weight)
@@ -295,20 +272,19 @@ def set_weight_bits_(module: QuantizedModule, bits: int) -> None:
 def set_enabled_(model: nn.Module, enabled: bool) -> None:
     """Turns all fake quantizers of `model` on or off; off, it computes in floating point."""
     for module in model.modules():
-        if hasattr(type(module), "fake_quantize_enabled"):
-            module.fake_quantize_enabled = enabled  # type: ignore[assignment]
+        if isinstance(module, FakeQuantized):
+            module.fake_quantize_enabled = enabled
 
 
 def quantizer_states(model: nn.Module) -> dict[str, dict[str, float]]:
-    """What every quantized input that has seen data needs to continue exactly, JSON-ready, by module name."""
+    """Exact states of all quantized inputs that have seen data, JSON-ready, by module name."""
     seen = {name: quantizer for name, quantizer in activation_quantizers(model).items() if quantizer.initialized}
-    tensors = [tensor.float() for quantizer in seen.values() for tensor in quantizer.state_tensors()]
-    values = iter(torch.stack(tensors).tolist() if tensors else [])  # one transfer from the device for all
+    values = _numbers([tensor for quantizer in seen.values() for tensor in quantizer.state_tensors()])
     return {name: {key: next(values) for key in quantizer.state_names} for name, quantizer in seen.items()}
 
 
 def load_quantizer_states_(model: nn.Module, states: dict[str, dict[str, float]]) -> None:
-    """Lets the fake quantizers of `model` continue where [`quantizer_states`] was taken; those not in it start anew."""
+    """Restores [`quantizer_states`]; fake quantizers that are not in it start anew."""
     for name, quantizer in activation_quantizers(model).items():
         quantizer.initialized = name in states
         if quantizer.initialized:

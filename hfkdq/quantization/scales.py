@@ -21,16 +21,9 @@ SAMPLE = 1 << 16
 
 
 def find_scale(blocks: Tensor, grid: Grid, estimator: str, percentile: float) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of every block of weights.
+    """Scale and zero point of blocks of weights, float32 of shape `(..., values)`, by an estimator of a scheme.
 
-    Args:
-        blocks (`torch.Tensor`): float32 of shape `(..., values)`.
-        grid (`Grid`): what they are quantized to.
-        estimator (`str`): `"min_max"`, `"percentile"`, `"mse"` or `"mean_abs"`, as in [`QuantizationScheme`].
-        percentile (`float`): for `"percentile"`.
-
-    Returns:
-        `tuple`: scale, float32 of shape `(..., 1)`, and zero point, of the same shape, `None` for symmetric grids.
+    Both are float32 of shape `(..., 1)`; the zero point is `None` for symmetric grids.
     """
     values = grid.domain(blocks)
     if estimator == "mean_abs":
@@ -101,31 +94,22 @@ def observed_bounds(values: Tensor, grid: Grid, estimator: str, percentile: floa
 
     `"percentile"` and `"mse"` look at 65,536 values at most, evenly spaced.
     """
-    if estimator in ("percentile", "mse"):
-        flat = values.reshape(-1)
-        values = flat[:: max(1, -(-flat.numel() // SAMPLE))]
-    mapped = grid.domain(values)
     if estimator not in ("percentile", "mse"):
-        low, high = smallest_and_largest(mapped)
+        low, high = smallest_and_largest(grid.domain(values))
         return low.clamp(max=0.0), high.clamp(min=0.0)
-    low, high = _bounds(mapped.reshape(1, -1), percentile if estimator == "percentile" else 100.0)
+    flat = values.reshape(-1)
+    values = flat[:: max(1, -(-flat.numel() // SAMPLE))]
+    low, high = _bounds(grid.domain(values).reshape(1, -1), percentile if estimator == "percentile" else 100.0)
     if estimator == "mse":
         low, high = search_bounds(values.reshape(1, -1), low, high, grid)
     return low.reshape(()), high.reshape(())
 
 
 def kmeans_codebook(normalised: Tensor, size: int, codebook: Tensor | None = None, steps: int = 1) -> Tensor:
-    """A sorted codebook of k-means in one dimension (Lloyd, "Least Squares Quantization in PCM", 1982).
+    """A codebook of k-means in one dimension (Lloyd, "Least Squares Quantization in PCM", 1982): `(size,)`, ascending.
 
-    Args:
-        normalised (`torch.Tensor`): values, any shape.
-        size (`int`): how many entries.
-        codebook (`torch.Tensor`, *optional*): where to start; evenly spaced from the smallest to the largest value by
-            default, as "Deep Compression" (2016) found best.
-        steps (`int`, defaults to 1): iterations of assigning and averaging. An entry that nothing is nearest to stays.
-
-    Returns:
-        `torch.Tensor`: float32 of shape `(size,)`, ascending.
+    It starts from `codebook`, or evenly spaced from the smallest to the largest value, as "Deep Compression" (2016) found
+    best, and takes `steps` iterations of assigning and averaging. An entry that nothing is nearest to stays.
     """
     values = normalised.reshape(-1)
     if codebook is None:

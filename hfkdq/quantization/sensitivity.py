@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what each width costs each module of a model, and suggests widths that fit into a size."""
+"""Measures the sensitivity of each module to quantization, and suggests bits that fit into a size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.batches import Batches, check_batch, make_batches
+from ..modeling.forwards import evaluating
 from ..specs import QuantizationSpec
 from .adapters import has_adapters
-from .allocation import BitAllocation, choose_widths
+from .allocation import BitAllocation, choose_bits
+from .bit_choices import BitChoices
 from .output_change import OutputChange
 from .records import quantized_spec
-from .width_choices import WidthChoices
 
 
 def suggest_bits(
@@ -33,15 +34,15 @@ def suggest_bits(
     processing_class: Any = None,
     max_batches: int | None = 8,
 ) -> BitAllocation:
-    r"""Gives every module the width of its weights, so that the outputs move least and all weights fit into a budget.
+    r"""Chooses the bits of every module's weights, so that the outputs move least and all weights fit into a budget.
 
-    The sensitivity of a module at a width is how far the outputs of the model move on `data` when the weights of that
+    The sensitivity of a module at a number of bits is how far the outputs of the model move on `data` when the weights of that
     module alone are quantized to it and everything else stays in floating point: the KL divergence between the
     predictions, mean over the positions that are no padding (Cai et al., "ZeroQ: A Novel Zero Shot Quantization
     Framework", 2020); where the model gives no classes, the mean squared error of its output (`logits` of a regression,
-    the first tensor of a model without a head) relative to the variance of that output. The widths \\(b_i\\) minimise
+    the first tensor of a model without a head) relative to the variance of that output. The bits \\(b_i\\) minimise
     the sum \\(\sum_i \Omega_i(b_i)\\) under \\(\sum_i bytes_i(b_i) \le budget\\), as in Yao et al., "HAWQ-V3: Dyadic
-    Neural Network Quantization" (2021): what one module does is taken to add to what the others do. See [`choose_widths`]
+    Neural Network Quantization" (2021): what one module does is taken to add to what the others do. See [`choose_bits`]
     for how.
 
     What counts into the budget are the weights of the modules that `spec` quantizes, as stored: `bits / 8` bytes for each
@@ -50,7 +51,7 @@ def suggest_bits(
     codebook. Weights that several modules share count once. Biases, norms, everything that `spec` leaves in floating
     point, and a head that shares the table of an embedding (it stays in floating point) do not count.
 
-    It takes a forward pass for every module, width and batch, in eval mode. The model comes back as it was.
+    It takes a forward pass for every module, number of bits and batch, in eval mode. The model comes back as it was.
 
     Args:
         model (`PreTrainedModel`): a trained model in floating point.
@@ -58,21 +59,21 @@ def suggest_bits(
             [`quantize`]; labels are not needed. The first `max_batches` are used, so shuffle sorted data.
         budget (`float` or `int`): a `float` in (0, 1] is a share of what the counted weights take in float32, an `int`
             is bytes.
-        spec (`QuantizationSpec`, *optional*): everything but the widths. Widths that its `overrides`, `embedding_bits` or
+        spec (`QuantizationSpec`, *optional*): everything but the bits. Bits that its `overrides`, `embedding_bits` or
             `head_bits` set stay as they are; its `weight_bits` does not matter otherwise. `QuantizationSpec()` by default.
-        bits (sequence of `int`, defaults to `(8, 4, 2)`): the widths to choose from.
+        bits (sequence of `int`, defaults to `(8, 4, 2)`): the numbers of bits to choose from.
         batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
         data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
         processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
         max_batches (`int`, *optional*, defaults to 8): batches to use; `None` for all.
 
     Returns:
-        [`BitAllocation`]: widths, sensitivities and bytes, and the spec for [`quantize`] and [`QATCallback`].
+        [`BitAllocation`]: bits, sensitivities and bytes, and the spec for [`quantize`] and [`QATCallback`].
 
     Raises:
         TypeError: `budget` is neither `float` nor `int`, or a batch is no dictionary.
         ValueError: no data, data or outputs that are not finite, a budget that is too small or larger than needed,
-            widths that do not exist or do not go with the spec, or a model that already has fake quantizers.
+            bits that do not exist or do not go with the spec, or a model that already has fake quantizers.
 
     Example:
         ```python
@@ -85,18 +86,13 @@ def suggest_bits(
     """
     spec = QuantizationSpec() if spec is None else spec
     _check(model, bits, max_batches)
-    modes = {module: module.training for module in model.modules()}
-    choices = WidthChoices.of(model, spec, bits)
+    choices = BitChoices.of(model, spec, bits)
     limit = choices.limit(budget)
     sample = _sample(make_batches(model, data, batch_size, data_collator, processing_class), max_batches)
-    model.eval()
-    try:
+    with evaluating(model):
         change = OutputChange(model, sample)
         sensitivity = _scan(choices, change)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    chosen = choose_widths(choices.sizes, sensitivity, limit)
+    chosen = choose_bits(choices.sizes, sensitivity, limit)
     widths = {name: chosen[first] for first, names in choices.groups.items() for name in names}
     return BitAllocation(
         bits=widths, sensitivity=sensitivity, sizes=choices.sizes, budget=limit, float_bytes=choices.float_bytes,
@@ -107,7 +103,7 @@ def suggest_bits(
 def _check(model: PreTrainedModel, bits: Sequence[int], max_batches: int | None) -> None:
     if quantized_spec(model) is not None:
         raise ValueError(
-            f"{type(model).__name__} already has fake quantizers, and widths are judged by its outputs in floating point. "
+            f"{type(model).__name__} already has fake quantizers, and sensitivities are judged by its outputs in floating point. "
             "Remove them first with strip_quantizers_(model)."
         )
     if has_adapters(model):
@@ -119,7 +115,7 @@ def _check(model: PreTrainedModel, bits: Sequence[int], max_batches: int | None)
     wrong = [width for width in bits if isinstance(width, bool) or width not in known]
     if wrong or len(set(bits)) != len(bits) or len(bits) < 2:
         raise ValueError(
-            f"bits must be at least two different widths out of {', '.join(map(str, known))}, got {tuple(bits)}."
+            f"bits must be at least two different numbers of bits out of {', '.join(map(str, known))}, got {tuple(bits)}."
         )
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches!r}.")
@@ -134,11 +130,11 @@ def _sample(batches: Batches, count: int | None) -> list[Mapping[str, Any]]:
     return sample
 
 
-def _scan(choices: WidthChoices, change: OutputChange) -> dict[str, dict[int, float]]:
-    """How far the outputs move for every group of modules and width."""
+def _scan(choices: BitChoices, change: OutputChange) -> dict[str, dict[int, float]]:
+    """The sensitivity of every group of modules at every number of bits."""
     found: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
     jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]
-    for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="width"):
+    for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="choice"):
         with choices.quantized(name, width):
             found[name][width] = change.now()
         if not math.isfinite(found[name][width]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..specs import QuantizationScheme
-from .grids import SMALLEST_SCALE, Grid, fake_quantize, round_through, scale_gradient, straight_through
+from .grids import SMALLEST_SCALE, Grid, fake_quantize, scale_gradient, straight_through
 from .scales import find_scale, kmeans_codebook
 
 # Lloyd's iterations at the start; while training goes on, one a step follows the weights.
@@ -41,7 +41,7 @@ class Stateless(nn.Module):
 
 
 class WeightQuantizer(Stateless):
-    r"""Simulates a weight tensor in integers: its forward pass gives the values that the integers stand for.
+    r"""Simulates a weight tensor in integers: its forward pass gives the values of the integers.
 
     Scales are a function of the weights, at every call, so that a checkpoint of the weights says all; but for
     `weight_estimator="learned"`, where they are parameters, and k-means, whose codebook follows the weights in training.
@@ -57,7 +57,7 @@ class WeightQuantizer(Stateless):
         name (`str`, defaults to `"the module"`): of the module, for errors.
 
     Attributes:
-        bits (`int`): the width now; `scheme.weight_bits` unless `set_bits` changed it.
+        bits (`int`): the present bits; `scheme.weight_bits` unless `set_bits` changed it.
         share (`float`): share of the output channels that a training pass quantizes, drawn at random (Fan et al.,
             "Training with Quantization Noise for Extreme Model Compression", 2021). 1.0 by default.
         frozen (`bool`): whether a codebook stays as it is in training.
@@ -88,7 +88,8 @@ class WeightQuantizer(Stateless):
                 f'one that does, or give this module its own: overrides={{"{name}": {{"group_size": None}}}}.'
             )
         if scheme.weight_estimator == "learned":
-            self.scale = nn.Parameter(self._learned_start(weight.detach()))
+            blocks = self.blocks(weight.detach().float())
+            self.scale = nn.Parameter(find_scale(blocks, self.grid, "mean_abs", 100.0)[0])
         self.start_codebook(weight)
         self.check_storage(weight, name)
 
@@ -99,7 +100,7 @@ class WeightQuantizer(Stateless):
 
     @property
     def estimator(self) -> str:
-        """How scales are found now."""
+        """The estimator of scales in use now."""
         if self.scheme.weight_mapping == "kmeans":
             return "min_max"  # the codebook is in units of the largest weight
         if self.scheme.weight_estimator is not None:
@@ -108,7 +109,7 @@ class WeightQuantizer(Stateless):
 
     @torch.no_grad()
     def set_bits(self, bits: int, weight: Tensor) -> None:
-        """Goes on with another width; a learned scale keeps its range, a codebook starts anew."""
+        """Changes the bits; a learned scale keeps its range, a codebook starts anew."""
         before, self.bits = self.grid.high, bits
         if hasattr(self, "scale"):
             self.scale.mul_(before / self.grid.high)
@@ -124,10 +125,6 @@ class WeightQuantizer(Stateless):
     def _normalised(self, weight: Tensor) -> Tensor:
         blocks = self.blocks(weight.detach().float())
         return blocks / self._scales(blocks)[0]
-
-    def _learned_start(self, weight: Tensor) -> Tensor:
-        blocks = self.blocks(weight.float())
-        return find_scale(blocks, self.grid, "mean_abs", 100.0)[0]
 
     def check_storage(self, weight: Tensor, name: str) -> None:
         """Refuses scales, and weights of 16 bits, that `storage_dtype` cannot hold.
@@ -197,7 +194,7 @@ class WeightQuantizer(Stateless):
         if self.bits == 16:
             raise ValueError(
                 f"Weights of 16 bits are {self.scheme.storage_dtype} numbers and have no integers. Take the weight itself, "
-                "or a width of 8 bits or less."
+                "or 8 bits or less."
             )
         scale, zero_point = self.qparams(weight)
         codes = self.grid.codes(self.blocks(weight.detach().float()), scale, zero_point, self._codebook())
@@ -206,10 +203,13 @@ class WeightQuantizer(Stateless):
     def _codebook(self) -> Tensor | None:
         return getattr(self, "codebook", None)
 
+    def _in_16_bits(self, values: Tensor) -> Tensor:
+        return straight_through(values, values.detach().to(getattr(torch, self.scheme.storage_dtype)))
+
     def forward(self, weight: Tensor) -> Tensor:
-        """What the integers of `weight` stand for, in its shape and precision."""
+        """The values of the integers of `weight`, in its shape and precision."""
         if self.bits == 16:
-            return straight_through(weight, weight.detach().to(getattr(torch, self.scheme.storage_dtype)))
+            return self._in_16_bits(weight)
         if hasattr(self, "scale"):
             return self._noisy(weight, self._learned(weight, self.scale))
         self._follow(weight)
@@ -245,38 +245,28 @@ class WeightQuantizer(Stateless):
             shared = blocks.shape[-1] if self.scheme.per_channel else count or blocks.numel()
             scale = scale_gradient(scale.clamp(min=SMALLEST_SCALE), 1.0 / math.sqrt(shared * self.grid.high))
             scale = straight_through(scale, self._stored(scale.detach()))
-            codes = round_through((blocks * (1.0 / scale)).clamp(self.grid.low, self.grid.high))
+            codes = (blocks * (1.0 / scale)).clamp(self.grid.low, self.grid.high)
+            codes = straight_through(codes, codes.detach().round())
             quantized = (codes * scale).to(values.dtype)
             return quantized if blocked else self.restore(quantized, values.shape)
 
     def rows(self, rows: Tensor, index: Tensor, table: Tensor) -> Tensor:
-        """`rows` of a table, looked up at `index`, on the grid of the whole table.
-
-        Args:
-            rows (`torch.Tensor`): `table[index]`, of shape `(*index.shape, width)`.
-            index (`torch.Tensor`): the row numbers.
-            table (`torch.Tensor`): the weight.
-        """
+        """`rows`, which are `table[index]` of shape `(*index.shape, width)`, on the grid of the whole table."""
         if self.bits == 16:
-            return straight_through(rows, rows.detach().to(getattr(torch, self.scheme.storage_dtype)))
+            return self._in_16_bits(rows)
         if not rows.numel():
             return rows
         flat = rows.reshape(-1, rows.shape[-1])
-        learned = hasattr(self, "scale")
-        if not learned:
+        if hasattr(self, "scale"):
+            scale = self.scale[index.reshape(-1)] if self.scheme.per_channel else self.scale
+            quantized = self._learned(flat.unsqueeze(1), scale, blocked=True, count=table.numel()).squeeze(1)
+        else:
             self._follow(table)
-        if not self.scheme.per_channel:
-            scales = (self.scale, None) if learned else self.qparams(table)
-        elif learned:
-            scales = (self.scale[index.reshape(-1)], None)
-        else:
-            # A row's scale depends on itself alone, so the rest of the table need not be looked at.
-            scales = self._scales(self.blocks(flat.detach().float()))
-        if learned:
-            quantized = self._learned(flat.unsqueeze(1), scales[0], blocked=True, count=table.numel()).squeeze(1)
-        else:
-            blocks = self.blocks(flat).flatten(0, 1) if self.scheme.per_channel else flat
-            quantized = self._quantized(blocks, *scales)
+            if self.scheme.per_channel:  # a row's scale depends on itself alone
+                blocks = self.blocks(flat)
+                quantized = self._quantized(blocks.flatten(0, 1), *self._scales(blocks.detach().float()))
+            else:
+                quantized = self._quantized(flat, *self.qparams(table))
         quantized = quantized.reshape(rows.shape)
         if not self._draws:
             return quantized

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .base import ModulePatterns, Serializable, as_text, check_fields, freeze_patterns
+from ..fields import check_fields
+from ..schedules import Cubic, Exponential, Linear
+from .base import ModulePatterns, Serializable, as_text, freeze_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSpec(Serializable):
-    """What goes from a model, how much, by which measure, and when.
+    """Says which units are pruned from a model, how many, by which criterion, and when.
 
-    | structure | what goes | the file and the clock |
+    | structure | units that are pruned | file and latency |
     |---|---|---|
     | `"weight"` | single weights | zeros; smaller after ordinary compression |
     | `"n:m"` | all but `n` of every `m` weights in a row | zeros, for hardware that skips them |
@@ -53,11 +55,11 @@ class PruningSpec(Serializable):
     Args:
         sparsity (`float`, *optional*): share of the units to remove, in [0, 1). For `"n:m"` the pattern says it; for
             `"vocab"` at most this share goes, all unused tokens by default.
-        structure (`str`, defaults to `"weight"`): what goes, from the table.
+        structure (`str`, defaults to `"weight"`): the units that are pruned, from the table.
         criterion (`str`, defaults to `"magnitude"`): what makes a unit matter, from the list.
         ranking (`str`, defaults to `"local"`): `"local"`: the same share goes from every module, or stack of layers;
             `"global"`: all units of the model compete, and each of those keeps one at least.
-        cut (`str`, defaults to `"remove"`): what happens to what is cut. `"remove"`: zero at once, and out of the shapes
+        cut (`str`, defaults to `"remove"`): the removal mode. `"remove"`: zero at once, and out of the shapes
             at the end; `"mask"`: zero, the shapes stay; `"decay"`: fades to zero while training goes on, then as
             `"remove"`; `"mean"`: replaced by its mean, which goes into the biases behind it, then as `"remove"`.
         schedule (`str`, defaults to `"cubic"`): how the sparsity grows.
@@ -237,11 +239,8 @@ class PruningSpec(Serializable):
         if rounds is not None:
             # Round r of R goes from (r - 1) / R to r / R of the way, and has from its first step what is due at its end.
             done = math.ceil(done * rounds - 1e-9) / rounds
-        done = min(max(done, 0.0), 1.0)
-        if done == 1.0:
+        if done >= 1.0:
             return final
-        if self.schedule == "cubic":
-            return final * (1.0 - (1.0 - done) ** 3)
         if self.schedule == "exponential":
-            return 1.0 - float((1.0 - final) ** done)
-        return final * done
+            return 1.0 - Exponential(1.0, 1.0 - final)(done)
+        return {"cubic": Cubic, "linear": Linear}[self.schedule](0.0, final)(done)

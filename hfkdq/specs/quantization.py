@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from .base import ModulePatterns, Serializable, as_text, check_fields, freeze_patterns, module_matches
+from ..fields import check_fields
+from ..protocols import SwappedLayer
+from .base import ModulePatterns, Serializable, as_text, freeze_patterns, module_matches
 
 RECURRENT = (nn.LSTM, nn.GRU)
 QUANTIZABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, *RECURRENT)
@@ -108,7 +110,7 @@ class QuantizationScheme(Serializable):
         self._check_together()
 
     def _check_together(self) -> None:
-        """Refuses settings that exclude one another."""
+        """Refuses settings that contradict one another."""
         if self.group_size is not None and not self.per_channel:
             raise ValueError(
                 f"group_size={self.group_size} divides channels; it has no meaning with per_channel=False."
@@ -329,7 +331,7 @@ def _describe_weights(settings: Mapping[str, Any]) -> str:
 
 def override_matches(pattern: str, name: str, module: nn.Module) -> bool:
     """Whether a key of `QuantizationSpec.overrides` means `module`, found under `name`."""
-    plain = getattr(module, "plain_class", None) or type_before_parametrizations(module)
+    plain = module.plain_class if isinstance(module, SwappedLayer) else type_before_parametrizations(module)
     if plain.__name__ == pattern or module_matches(name, [pattern]):
         return True
     try:

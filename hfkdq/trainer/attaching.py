@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..caching import CachedCollator, CachedTeacher, CacheInfo, cache_info
 from ..caching.keys import weights_fingerprint
 from ..modeling.forwards import TEACHER_PREFIX, base_of
-from ..objectives.outline import Outline
+from ..objectives.model_signature import ModelSignature
 from ..objectives.projections import Projections
 from ..teachers import (
     AveragedTeacher,
@@ -267,4 +267,4 @@ class AttachingMixin(KeepingMixin):
 
 
 def _is_cache(model: Any) -> bool:
-    return isinstance(model, (Outline, CacheInfo))
+    return isinstance(model, (ModelSignature, CacheInfo))

@@ -121,8 +121,8 @@ def test_classes_that_are_ruled_out_change_nothing(divergence):
     student, teacher = logits()
     target = torch.tensor([0, 1, 2, 3, 4, 0])
     wide = [torch.cat([x, torch.randn(6, 3) * 50], dim=1).requires_grad_() for x in (student, teacher)]
-    support = torch.tensor([True] * 5 + [False] * 3).expand(6, 8)
-    found = divergence(*wide, T, support=support, target=target)
+    valid_classes = torch.tensor([True] * 5 + [False] * 3).expand(6, 8)
+    found = divergence(*wide, T, valid_classes=valid_classes, target=target)
     torch.testing.assert_close(found, divergence(student, teacher, T, target=target), rtol=1e-4, atol=1e-5)
     found.sum().backward()
     assert wide[0].grad[:, 5:].abs().max() == 0
@@ -168,8 +168,8 @@ def test_standardized_logits_have_mean_0_and_deviation_1_over_the_possible_class
     z = standardized(5 * x + 3)
     torch.testing.assert_close(z.mean(-1), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.std(-1, unbiased=False), torch.ones(6))
-    support = torch.tensor([True] * 4 + [False]).expand(6, 5)
-    torch.testing.assert_close(standardized(x, support)[:, :4], standardized(x[:, :4]))
+    valid_classes = torch.tensor([True] * 4 + [False]).expand(6, 5)
+    torch.testing.assert_close(standardized(x, valid_classes)[:, :4], standardized(x[:, :4]))
 
 
 def test_binary_logits_are_a_sigmoid():
@@ -210,8 +210,8 @@ def test_chunks_give_the_same_values_and_gradients(divergence):
     cut = student.clone().requires_grad_()
     weights = torch.arange(1.0, 8.0)
 
-    def function(s, t, support, target):
-        return divergence(s, t, T, support, target)
+    def function(s, t, valid_classes, target):
+        return divergence(s, t, T, valid_classes, target)
 
     values = in_chunks(function, cut, teacher, None, target, elements=13)  # 2 rows at a time
     expected = function(whole, teacher, None, target)

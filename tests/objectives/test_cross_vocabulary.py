@@ -10,7 +10,7 @@ from hfkdq.losses.divergences import in_chunks
 from hfkdq.losses.transport import sorted_distance
 from hfkdq.objectives import cross_vocabulary
 from hfkdq.objectives.cross_vocabulary import ULD
-from hfkdq.objectives.outline import Outline
+from hfkdq.objectives.model_signature import ModelSignature
 from hfkdq.schedules import Linear
 from tests import tiny
 
@@ -241,10 +241,10 @@ def test_what_makes_no_sense_is_refused():
         with pytest.raises(ValueError, match="temperature must be larger than 0"):
             ULD(temperature=temperature)
     teacher = tiny.llama(1)
-    cached = Outline("LlamaForCausalLM", teacher.config, {"logits": (1, 4, 95)}, temperature=2.0)
+    cached = ModelSignature("LlamaForCausalLM", teacher.config, {"logits": (1, 4, 95)}, temperature=2.0)
     with pytest.raises(ValueError, match="likeliest tokens alone were cached"):
         attached(tiny.llama(0), cached)
-    shifted = Outline("LlamaForCausalLM", teacher.config, {"logits": (1, 9, 95)})
+    shifted = ModelSignature("LlamaForCausalLM", teacher.config, {"logits": (1, 9, 95)})
     with pytest.raises(ValueError, match="logits at 4 and 9 positions"):
         attached(tiny.llama(0), shifted)
     batch, _ = for_two()

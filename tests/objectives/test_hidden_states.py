@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from hfkdq.objectives import HiddenStateKD
-from hfkdq.objectives.outline import layer_map
+from hfkdq.objectives.layers import layer_map
 from hfkdq.objectives.projections import Projections
 from hfkdq.schedules import BottomUp, TopDown
 from tests import tiny

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from hfkdq.losses.features import gaussian_nll
 from hfkdq.losses.relations import info_nce
+from hfkdq.objectives.model_signature import ModelSignature, signature_of
 from hfkdq.objectives.mutual_information import CRD, VID, GaussianProjection
-from hfkdq.objectives.outline import Outline, outline_of
 from hfkdq.objectives.projections import Projections
 
 from .common import assert_teaches_the_student_alone, attached, padded, resnet, sound, step, tiny, wav2vec2
@@ -175,10 +175,10 @@ def test_a_teacher_of_which_only_states_are_kept(objective):
     values = []
     for cached in (False, True):
         student, teacher = pair()
-        shapes = {"hidden_states": [list(shape) for shape in outline_of(teacher).states()]}
-        outline = Outline("BertForSequenceClassification", teacher.config, shapes)
+        shapes = {"hidden_states": [list(shape) for shape in signature_of(teacher).states()]}
+        signature = ModelSignature("BertForSequenceClassification", teacher.config, shapes)
         torch.manual_seed(0)
-        objective = attached(objective.copy(), student, outline if cached else teacher)
+        objective = attached(objective.copy(), student, signature if cached else teacher)
         values.append(step(objective, student, teacher, tiny.batch(student))[0])
     torch.testing.assert_close(values[0], values[1])
 

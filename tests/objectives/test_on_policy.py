@@ -10,8 +10,8 @@ from transformers import BartConfig, BartForConditionalGeneration, set_seed
 
 from hfkdq.losses import JSD
 from hfkdq.objectives import LogitKD, TrainingStep
+from hfkdq.objectives.model_signature import signature_of
 from hfkdq.objectives.on_policy import OnPolicyKD
-from hfkdq.objectives.outline import outline_of
 from hfkdq.schedules import Linear, Step
 from tests import tiny
 
@@ -334,6 +334,6 @@ def test_pairs_that_cannot_do_it_are_refused():
         with pytest.raises(ValueError, match="OnPolicyKD lets the student write texts in answer to texts"):
             attached(model(0), model(1))
     with pytest.raises(ValueError, match="OnPolicyKD asks the teacher about texts that the student writes"):
-        attached(tiny.llama(0), outline_of(tiny.llama(1)))
+        attached(tiny.llama(0), signature_of(tiny.llama(1)))
     with pytest.raises(ValueError, match="For language models of two vocabularies there is ULD"):
         attached(tiny.llama(0), tiny.llama(1, vocab=120))

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hfkdq.losses.relations import relation_kl
-from hfkdq.objectives.outline import Outline
+from hfkdq.objectives.model_signature import ModelSignature
 from hfkdq.objectives.relations import RelationKD
 
 from .common import assert_teaches_the_student_alone, attached, gpt2, padded, step, tiny
@@ -294,7 +294,7 @@ def bigcode():
 @pytest.mark.parametrize(
     ("settings", "student", "teacher", "message"),
     [
-        ({}, tiny.bert, lambda: Outline("BertModel", tiny.bert_config()), "Cached outputs hold no queries"),
+        ({}, tiny.bert, lambda: ModelSignature("BertModel", tiny.bert_config()), "Cached outputs hold no queries"),
         ({}, bart, bart, "one stack"),
         ({}, tiny.bert, modernbert, "found: 0 for query, 0 for key, 0 for value"),
         ({}, gpt2, bigcode, "found: 0 for query"),

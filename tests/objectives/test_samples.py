@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hfkdq.losses.features import mean_state
 from hfkdq.losses.relations import relational_angle, relational_distance, similarity_distance
-from hfkdq.objectives.outline import Outline, outline_of
+from hfkdq.objectives.model_signature import ModelSignature, signature_of
 from hfkdq.objectives.samples import RKD, SimilarityPreservingKD
 
 from .common import assert_teaches_the_student_alone, attached, padded, resnet, sound, step, tiny, wav2vec2
@@ -198,9 +198,9 @@ def test_a_teacher_that_reads_another_text_has_a_mask_of_its_own():
 
 def test_a_teacher_of_which_only_states_are_kept():
     student, teacher, batch = tiny.bert(0), tiny.bert(1, hidden=48), tiny.batch(tiny.bert())
-    shapes = {"hidden_states": [list(shape) for shape in outline_of(teacher).states()]}
+    shapes = {"hidden_states": [list(shape) for shape in signature_of(teacher).states()]}
     live, _ = step(attached(RKD(), student, teacher), student, teacher, batch)
-    cached = attached(RKD(), student, Outline("BertForSequenceClassification", teacher.config, shapes))
+    cached = attached(RKD(), student, ModelSignature("BertForSequenceClassification", teacher.config, shapes))
     torch.testing.assert_close(step(cached, student, teacher, batch)[0], live)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of units against references written with loops, and what gathering evidence leaves as it was.
+"""Scores of units against references written with loops, and what gathering importance leaves as it was.
 
 The references name tensors and positions of each model themselves; they know nothing of targets.
 """
@@ -13,8 +13,8 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hfkdq.pruning import PruningCallback, prune, share_layers
-from hfkdq.pruning.criteria import DECAY, Evidence, check_trained
-from hfkdq.pruning.gathering import gather_
+from hfkdq.pruning.criteria import DECAY, ImportanceStatistics, check_trained
+from hfkdq.pruning.importance import collect_importance_
 from hfkdq.pruning.targets import LayerTarget, WeightTarget, find_targets
 from hfkdq.specs import PruningSpec
 
@@ -110,17 +110,17 @@ def _batches(family, labels=True):
     return found
 
 
-def _evidence(model, spec, batches=None, teacher=None):
-    evidence = Evidence(find_targets(model, spec), spec)
+def _importance(model, spec, batches=None, teacher=None):
+    importance = ImportanceStatistics(find_targets(model, spec), spec)
     if batches is not None:
-        gather_(model, evidence, batches, teacher)
-    return evidence
+        collect_importance_(model, importance, batches, teacher)
+    return importance
 
 
 def _scores(model, spec, batches=None, teacher=None):
     """Scores of all targets, one after the other."""
-    evidence = _evidence(model, spec, batches, teacher)
-    return torch.cat([evidence.scores(i) for i in range(len(evidence.targets))])
+    importance = _importance(model, spec, batches, teacher)
+    return torch.cat([importance.scores(i) for i in range(len(importance.targets))])
 
 
 def _spec(structure, criterion, **kwargs):
@@ -141,7 +141,7 @@ def _naive(model, key, criterion, batches, loss=lambda model, batch: model(**bat
     """The score of every unit of the first target, by its formula."""
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     gradients = _gradients(model, batches, loss) if criterion != "magnitude" else []
-    units = len(_evidence(model, _spec(key[1], "magnitude")).scores(0))
+    units = len(_importance(model, _spec(key[1], "magnitude")).scores(0))
     scores = []
     for u in range(units):
         entries = UNITS[key](u)
@@ -177,7 +177,7 @@ def _inputs_of(model, name, batches):
 @pytest.mark.parametrize("key", UNITS, ids="-".join)
 def test_units_score_by_the_formula_over_all_that_belongs_to_them(key, criterion):
     model, batches = FAMILIES[key[0]].make(), _batches(key[0])
-    found = _evidence(model, _spec(key[1], criterion), None if criterion == "magnitude" else batches).scores(0)
+    found = _importance(model, _spec(key[1], criterion), None if criterion == "magnitude" else batches).scores(0)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, _naive(model, key, criterion, batches), rtol=2e-3, atol=1e-8)
 
@@ -187,7 +187,7 @@ def test_the_activation_of_units_is_summed_over_the_weights_that_read_them(key):
     model, batches = FAMILIES[key[0]].make(), _batches(key[0], labels=False)
     seen = _inputs_of(model, READERS[key], batches)
     weight = model.get_submodule(READERS[key]).weight.detach().double().abs()
-    found = _evidence(model, _spec(key[1], "activation"), batches).scores(0)
+    found = _importance(model, _spec(key[1], "activation"), batches).scores(0)
     expected = torch.zeros(len(found), dtype=torch.float64)
     per_unit = seen.shape[1] // len(found)
     for feature in range(seen.shape[1]):
@@ -229,9 +229,9 @@ def test_single_weights_score_by_the_formula_in_rows_of_outputs(family, criterio
 def test_an_output_of_a_grouped_convolution_reads_the_inputs_of_its_group(groups):
     conv = nn.Conv1d(8, 12, 3, groups=groups)
     spec = PruningSpec(sparsity=0.5, criterion="activation")
-    evidence = Evidence([WeightTarget("conv", conv)], spec)
+    importance = ImportanceStatistics([WeightTarget("conv", conv)], spec)
     values = torch.randn(2, 8, 5)
-    with evidence.watching():
+    with importance.watching():
         conv.eval()(values)
     norms = [float(values[:, c].square().mean()) ** 0.5 for c in range(8)]
     expected = conv.weight.detach().abs().clone()
@@ -239,7 +239,7 @@ def test_an_output_of_a_grouped_convolution_reads_the_inputs_of_its_group(groups
         group = output // (12 // groups)
         for place in range(8 // groups):
             expected[output, place] *= norms[group * (8 // groups) + place]
-    torch.testing.assert_close(evidence.scores(0), expected.flatten())
+    torch.testing.assert_close(importance.scores(0), expected.flatten())
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -303,8 +303,8 @@ class _Spy(PruningCallback):
     """Keeps the scores after every step."""
 
     def on_optimizer_step(self, *args, **kwargs):
-        evidence = self._progress.evidence
-        self.seen = evidence.scores(0).clone() if evidence.gathered() else None
+        importance = self._progress.importance
+        self.seen = importance.scores(0).clone() if importance.is_complete() else None
         super().on_optimizer_step(*args, **kwargs)
 
 
@@ -338,10 +338,10 @@ def test_evidence_of_a_training_fades_but_movement_does_not():
     targets = [WeightTarget("linear", linear)]
     found = {}
     for criterion in ("taylor", "fisher", "movement"):
-        evidence = Evidence(targets, PruningSpec(sparsity=0.5, criterion=criterion), decay=DECAY)
+        importance = ImportanceStatistics(targets, PruningSpec(sparsity=0.5, criterion=criterion), decay=DECAY)
         for gradient in ([[1.0, 1.0]], [[-3.0, 1.0]]):
-            evidence.observe_gradients({id(linear.weight): torch.tensor(gradient)})
-        found[criterion] = evidence.scores(0)
+            importance.observe_gradients({id(linear.weight): torch.tensor(gradient)})
+        found[criterion] = importance.scores(0)
     torch.testing.assert_close(found["taylor"], torch.tensor([0.99 * 1 + 3, 0.99 * 2 + 2]) / 1.99)
     torch.testing.assert_close(found["fisher"], torch.tensor([0.99 * 1 + 9, 0.99 * 4 + 4]) / 1.99)
     torch.testing.assert_close(found["movement"], torch.tensor([2.0, -4.0]))
@@ -395,7 +395,7 @@ def test_next_tokens_are_drawn_for_every_position():
     def loss(model, batch):
         return nn.functional.cross_entropy(model(**batch).logits.flatten(0, 1), labels.flatten())
 
-    found = _evidence(model, _spec("neuron", "teacher"), [batch], teacher).scores(0)
+    found = _importance(model, _spec("neuron", "teacher"), [batch], teacher).scores(0)
     torch.testing.assert_close(found, _naive(model, ("gpt2", "neuron"), "taylor", [batch], loss), rtol=2e-3, atol=1e-8)
 
 
@@ -549,10 +549,10 @@ def test_gathering_leaves_everything_as_it_was(criterion):
     modes = [[m.training for m in owner.modules()] for owner in (model, teacher)]
     flags = [p.requires_grad for p in model.parameters()]
     data = tiny.text_dataset(6).map(lambda row: {key: row[key][:4] for key in ("input_ids", "attention_mask")})
-    evidence = Evidence(find_targets(model, _spec("neuron", criterion)), _spec("neuron", criterion))
+    importance = ImportanceStatistics(find_targets(model, _spec("neuron", criterion)), _spec("neuron", criterion))
     state = torch.get_rng_state()
     loader = torch.utils.data.DataLoader(data.with_format("torch"), batch_size=2, shuffle=True)
-    gather_(model, evidence, loader, teacher)
+    collect_importance_(model, importance, loader, teacher)
     assert torch.equal(torch.get_rng_state(), state)
     assert [[m.training for m in owner.modules()] for owner in (model, teacher)] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -639,8 +639,8 @@ def test_modules_that_never_run_are_named(criterion):
 def test_means_of_modules_that_never_run_are_not_taken_for_zero():
     model = tiny.bert()
     spec = _spec("neuron", "magnitude", cut="mean")
-    evidence = Evidence(find_targets(model, spec), spec)
-    assert sorted(evidence.missing().values()) == [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
+    importance = ImportanceStatistics(find_targets(model, spec), spec)
+    assert sorted(importance.missing().values()) == [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
 
 
 def test_a_loss_that_depends_on_nothing_pruned_is_refused():
@@ -666,19 +666,19 @@ def test_a_dataset_is_batched_and_collated():
 def test_a_layer_without_gradients_is_not_taken_for_one_that_does_not_matter():
     model = tiny.bert(layers=3)
     spec = _spec("layer", "taylor")
-    evidence = Evidence(find_targets(model, spec), spec, decay=DECAY)
-    assert isinstance(evidence.targets[0], LayerTarget)
+    importance = ImportanceStatistics(find_targets(model, spec), spec, decay=DECAY)
+    assert isinstance(importance.targets[0], LayerTarget)
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[0].requires_grad_(False)
     model(**tiny.batch(model), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    evidence.observe_gradients()
-    assert not evidence.gathered()
-    assert evidence.missing() == {"0.gradient": "bert.encoder.layer"}
+    importance.observe_gradients()
+    assert not importance.is_complete()
+    assert importance.missing() == {"0.gradient": "bert.encoder.layer"}
     model.bert.encoder.layer.requires_grad_(True)
     model(**tiny.batch(model), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    evidence.observe_gradients()
-    assert evidence.gathered()
-    assert (evidence.scores(0) > 0).all()
+    importance.observe_gradients()
+    assert importance.is_complete()
+    assert (importance.scores(0) > 0).all()
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "teacher", "taylor", "fisher", "movement"])
@@ -699,42 +699,44 @@ def test_frozen_layers_have_no_gradients_to_learn_from_in_training(structure, cr
 def test_a_layer_that_has_not_run_yet_is_missing():
     model = tiny.bert(layers=2)
     spec = _spec("layer", "activation")
-    evidence = Evidence(find_targets(model, spec), spec)
-    evidence.watch()
+    importance = ImportanceStatistics(find_targets(model, spec), spec)
+    importance.watch()
     states = torch.randn(1, 3, 32)
     model.bert.encoder.layer[1](states)
-    assert evidence.missing() == {"0.0.change": "bert.encoder.layer.0"}
-    assert not evidence.gathered()
+    assert importance.missing() == {"0.0.change": "bert.encoder.layer.0"}
+    assert not importance.is_complete()
     model.bert.encoder.layer[0](states)
-    assert evidence.gathered()
-    evidence.unwatch()
+    assert importance.is_complete()
+    importance.unwatch()
 
 
 def test_an_evaluation_while_training_leaves_no_trace_but_calibration_does():
     model = tiny.bert(layers=1)
     spec = PruningSpec(sparsity=0.5, structure="neuron", criterion="teacher", cut="mean")
-    evidence = Evidence(find_targets(model, spec), spec, decay=DECAY, while_training=True)
-    evidence.watch()
+    importance = ImportanceStatistics(find_targets(model, spec), spec, decay=DECAY, while_training=True)
+    importance.watch()
     model.eval()(**tiny.batch(model))
-    assert not evidence.tensors
-    gather_(model, evidence, [tiny.batch(model)] * 2)  # counts all alike
-    assert evidence.gathered()
-    count = float(evidence.tensors["0.bert.encoder.layer.0.output.dense.mean.count"])
+    assert not importance.tensors
+    collect_importance_(model, importance, [tiny.batch(model)] * 2)  # counts all alike
+    assert importance.is_complete()
+    count = float(importance.tensors["0.bert.encoder.layer.0.output.dense.mean.count"])
     model.eval()(**tiny.batch(model))
-    assert float(evidence.tensors["0.bert.encoder.layer.0.output.dense.mean.count"]) == count == 80
+    assert float(importance.tensors["0.bert.encoder.layer.0.output.dense.mean.count"]) == count == 80
     model.train()(**tiny.batch(model))  # the hooks of the training are still there
-    assert float(evidence.tensors["0.bert.encoder.layer.0.output.dense.mean.count"]) == pytest.approx(80 * DECAY + 40)
-    evidence.unwatch()
+    assert float(importance.tensors["0.bert.encoder.layer.0.output.dense.mean.count"]) == pytest.approx(
+        80 * DECAY + 40
+    )
+    importance.unwatch()
 
 
 def test_evidence_survives_saving():
     model, batches = tiny.bert(), _batches("bert")
     spec = _spec("head", "activation")
-    evidence = _evidence(model, spec, batches)
-    again = Evidence(evidence.targets, spec)
-    again.restore({**evidence.tensors_by_name(), "mask.0": torch.zeros(3)})
-    assert again.tensors.keys() == evidence.tensors.keys()
-    assert torch.equal(again.scores(1), evidence.scores(1))
+    importance = _importance(model, spec, batches)
+    again = ImportanceStatistics(importance.targets, spec)
+    again.restore({**importance.tensors_by_name(), "mask.0": torch.zeros(3)})
+    assert again.tensors.keys() == importance.tensors.keys()
+    assert torch.equal(again.scores(1), importance.scores(1))
 
 
 @pytest.mark.parametrize(

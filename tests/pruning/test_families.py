@@ -19,7 +19,7 @@ from torch import nn
 
 from hfkdq import PruningSpec, export_onnx, load_pruned, prune
 from hfkdq.facts import read_facts
-from hfkdq.pruning.criteria import Evidence
+from hfkdq.pruning.criteria import ImportanceStatistics
 from hfkdq.pruning.masks import Masks
 from hfkdq.pruning.targets import GroupTarget, LayerTarget, find_targets
 
@@ -86,7 +86,7 @@ def masked(model: tf.PreTrainedModel, spec: PruningSpec) -> tuple[tf.PreTrainedM
     """A copy of `model` in its old shapes that computes what the pruned model should."""
     model = copy.deepcopy(model)
     targets = find_targets(model, spec)
-    masks = Masks(targets, spec, Evidence(targets, spec))
+    masks = Masks(targets, spec, ImportanceStatistics(targets, spec))
     masks.grow_to(spec.sparsity)
     masks.apply_()
     return model, masks

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hfkdq.pruning import prune
-from hfkdq.pruning.criteria import Evidence
-from hfkdq.pruning.gathering import gather_
+from hfkdq.pruning.criteria import ImportanceStatistics
+from hfkdq.pruning.importance import collect_importance_
 from hfkdq.pruning.masks import Masks, units_kept
 from hfkdq.pruning.targets import WeightTarget, find_targets
 from hfkdq.specs import PruningSpec
@@ -23,7 +23,7 @@ from .. import tiny
 from ..families import FAMILIES
 
 
-class _Given(Evidence):
+class _Given(ImportanceStatistics):
     """Scores as they are told."""
 
     def scores(self, i):
@@ -31,9 +31,9 @@ class _Given(Evidence):
 
 
 def _masks(targets, spec, told):
-    evidence = _Given(targets, spec)
-    evidence.told = told
-    return Masks(targets, spec, evidence)
+    importance = _Given(targets, spec)
+    importance.told = told
+    return Masks(targets, spec, importance)
 
 
 def _random_scores(targets, seed=0):
@@ -103,7 +103,7 @@ def test_masks_only_grow_however_scores_change(structure, ranking):
     masks = _masks(targets, spec, None)
     before = [set() for _ in targets]
     for step, sparsity in enumerate((0.25, 0.25, 0.5, 0.3, 0.75)):
-        masks.evidence.told = _random_scores(targets, seed=step)
+        masks.importance.told = _random_scores(targets, seed=step)
         masks.grow_to(sparsity)
         for old, new in zip(before, _gone(masks), strict=True):
             assert old <= new
@@ -122,7 +122,7 @@ def test_every_group_of_a_row_is_whole_or_keeps_its_n_best(layer, n, m):
     nn.init.normal_(layer.weight)
     before = layer.weight.detach().clone()
     matrix = before.T if isinstance(layer, Conv1D) else before.flatten(1)  # 6 outputs, 16 inputs
-    masks = Masks([target], spec, Evidence([target], spec))
+    masks = Masks([target], spec, ImportanceStatistics([target], spec))
     costs = {}
     for row, start in itertools.product(range(6), range(0, 16, m)):
         lowest = sorted(range(start, start + m), key=lambda c: float(matrix[row, c].abs()))[: m - n]
@@ -146,7 +146,7 @@ def test_groups_that_are_done_stay_as_scores_change():
     masks = _masks([target], spec, None)
     before = set()
     for step in range(1, 9):
-        masks.evidence.told = _random_scores([target], seed=step)
+        masks.importance.told = _random_scores([target], seed=step)
         masks.grow_to(0.5 * step / 8)
         counts = masks.pruned[0].view(-1, 4).sum(dim=1).tolist()
         assert sorted(counts) == [0] * (8 - step) + [2] * step
@@ -173,9 +173,9 @@ def test_blocks_go_whole_and_end_at_the_edges(layer, rows, columns):
     for top, left in itertools.product(range(0, 7, rows), range(0, 10, columns)):
         places = {(r, c) for r in range(top, min(top + rows, 7)) for c in range(left, min(left + columns, 10))}
         blocks.append((sum(float(matrix[place]) ** 2 for place in places) ** 0.5, places))
-    evidence = Evidence([target], spec)
-    torch.testing.assert_close(evidence.scores(0), torch.tensor([norm for norm, _ in blocks]))
-    masks = Masks([target], spec, evidence)
+    importance = ImportanceStatistics([target], spec)
+    torch.testing.assert_close(importance.scores(0), torch.tensor([norm for norm, _ in blocks]))
+    masks = Masks([target], spec, importance)
     masks.grow_to(0.5)
     masks.apply_()
     now = layer.weight.detach()
@@ -210,9 +210,9 @@ def test_means_of_what_is_cut_go_into_the_bias_behind(key):
     model = FAMILIES[family].make()
     spec = _spec(structure, 0.5, cut="mean", criterion="activation")
     targets = find_targets(model, spec)
-    evidence = Evidence(targets, spec)
-    gather_(model, evidence, batches)
-    masks = Masks(targets, spec, evidence)
+    importance = ImportanceStatistics(targets, spec)
+    collect_importance_(model, importance, batches)
+    masks = Masks(targets, spec, importance)
     names = [READERS[key][0].format(i) for i in range(3)]
     old = [[p.detach().clone() for p in model.get_submodule(name).parameters()] for name in names]
     means = [_reads(model, name, batches).mean(dim=0) for name in names]
@@ -245,9 +245,9 @@ def test_means_are_nearer_to_what_the_layer_said_than_zeros(key):
             model = FAMILIES[family].make()
             spec = _spec(structure, 0.5, cut=cut, criterion="activation")
             targets = find_targets(model, spec)
-            evidence = Evidence(targets, spec)
-            gather_(model, evidence, batches)
-            masks = Masks(targets, spec, evidence)
+            importance = ImportanceStatistics(targets, spec)
+            collect_importance_(model, importance, batches)
+            masks = Masks(targets, spec, importance)
             masks.grow_to(0.5)
             masks.apply_()
             errors[cut] = (model.get_submodule(name)(given) - expected).square().sum(dim=1).mean()
@@ -275,11 +275,11 @@ def test_a_unit_that_never_changes_goes_without_a_trace_if_its_mean_stays(struct
         before = model(**batch).logits
         targets = find_targets(model, _spec(structure, cut="mean"))
         spec = _spec(structure, 1 / targets[0].units, cut="mean")
-        evidence = _Given(targets, spec)
-        evidence.told = [torch.arange(targets[0].units).float()]
-        evidence.told[0][3 if structure == "neuron" else 1] = -1.0
-        gather_(model, evidence, [batch])
-        masks = Masks(targets, spec, evidence)
+        importance = _Given(targets, spec)
+        importance.told = [torch.arange(targets[0].units).float()]
+        importance.told[0][3 if structure == "neuron" else 1] = -1.0
+        collect_importance_(model, importance, [batch])
+        masks = Masks(targets, spec, importance)
         masks.grow_to(spec.sparsity)
         masks.apply_()
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
@@ -296,12 +296,12 @@ def test_means_of_a_model_in_bfloat16_are_summed_in_float32():
         model.load_state_dict(model.to(torch.bfloat16).state_dict())
         model = model.to(dtype)
         targets = find_targets(model, spec)
-        evidence = _Given(targets, spec)
-        evidence.told = _random_scores(targets)
+        importance = _Given(targets, spec)
+        importance.told = _random_scores(targets)
         for i in range(3):
-            evidence.tensors[f"{i}.bert.encoder.layer.{i}.output.dense.mean"] = torch.linspace(-3, 3, 48)
-            evidence.tensors[f"{i}.bert.encoder.layer.{i}.output.dense.mean.count"] = torch.tensor(7.0)
-        masks = Masks(targets, spec, evidence)
+            importance.tensors[f"{i}.bert.encoder.layer.{i}.output.dense.mean"] = torch.linspace(-3, 3, 48)
+            importance.tensors[f"{i}.bert.encoder.layer.{i}.output.dense.mean.count"] = torch.tensor(7.0)
+        masks = Masks(targets, spec, importance)
         masks.grow_to(0.5)
         biases.append(model.bert.encoder.layer[0].output.dense.bias.detach())
     assert biases[1].dtype == torch.bfloat16

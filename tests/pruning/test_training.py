@@ -184,7 +184,7 @@ def test_pruning_distillation_and_quantization_in_one_run(structure, training_ar
         assert [group.units for group in find_heads(trainer.model)] == [2] * 4
 
 
-# --- layers that are passed by ---------------------------------------------------------------------------------------
+# --- bypassed layers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [HiddenStateKD, AttentionKD, RelationKD])

@@ -16,7 +16,7 @@ from transformers import BertModel, BertPreTrainedModel, GPT2Config, GPT2LMHeadM
 
 from hfkdq import QuantizationSpec, quantize, suggest_bits
 from hfkdq.quantization import prepare_qat_, quantized_modules, strip_quantizers_
-from hfkdq.quantization.allocation import choose_widths
+from hfkdq.quantization.allocation import choose_bits
 from tests import tiny
 
 WEIGHTS_ALONE = QuantizationSpec(activation_bits=None)
@@ -77,7 +77,7 @@ def random_case(seed, modules=6):
 @pytest.mark.parametrize("seed", range(25))
 def test_the_choice_is_that_of_brute_force(seed):
     sizes, costs, budget = random_case(seed)
-    chosen = choose_widths(sizes, costs, budget)
+    chosen = choose_bits(sizes, costs, budget)
     assert list(chosen) == list(sizes)
     assert sum(sizes[name][width] for name, width in chosen.items()) <= budget
     best, size = brute_force(sizes, costs, budget)
@@ -89,27 +89,27 @@ def test_the_choice_is_that_of_brute_force(seed):
 def test_with_few_states_the_choice_fits_and_keeps_its_guarantee(states):
     for seed in range(40):
         sizes, costs, budget = random_case(seed)
-        chosen = choose_widths(sizes, costs, budget, states=states)
+        chosen = choose_bits(sizes, costs, budget, states=states)
         assert sum(sizes[name][width] for name, width in chosen.items()) <= budget
         bound = brute_force(sizes, costs, math.floor(budget * (1 - len(sizes) / states)))
         if bound is not None:
             assert sum(costs[name][width] for name, width in chosen.items()) <= bound[0] + 1e-12
         narrowest = sum(min(found.values()) for found in sizes.values())
-        assert set(choose_widths(sizes, costs, narrowest, states=states).values()) == {2}
+        assert set(choose_bits(sizes, costs, narrowest, states=states).values()) == {2}
 
 
 def test_of_sizes_that_are_taken_as_one_the_cheapest_stays():
     sizes = {"a": {8: 100, 4: 51, 3: 50, 2: 10}, "b": {4: 45, 2: 10}}
     costs = {"a": {8: 0.0, 4: 1.0, 3: 5.0, 2: 9.0}, "b": {4: 0.0, 2: 5.0}}
     for states in (3, 1000):
-        assert choose_widths(sizes, costs, 111, states=states) == {"a": 4, "b": 4}
+        assert choose_bits(sizes, costs, 111, states=states) == {"a": 4, "b": 4}
 
 
 def test_a_module_that_moves_nothing_gets_the_narrowest_width():
     sizes = {"a": {8: 80, 2: 20}, "b": {8: 80, 2: 20}}
-    assert choose_widths(sizes, {"a": {8: 0.0, 2: 0.0}, "b": {8: 0.0, 2: 1.0}}, 160) == {"a": 2, "b": 8}
+    assert choose_bits(sizes, {"a": {8: 0.0, 2: 0.0}, "b": {8: 0.0, 2: 1.0}}, 160) == {"a": 2, "b": 8}
     with pytest.raises(ValueError, match="take 40 bytes, more than the budget of 39"):
-        choose_widths(sizes, {"a": {8: 0.0, 2: 0.0}, "b": {8: 0.0, 2: 1.0}}, 39)
+        choose_bits(sizes, {"a": {8: 0.0, 2: 0.0}, "b": {8: 0.0, 2: 1.0}}, 39)
 
 
 def test_a_planted_sensitive_module_gets_the_wide_width():
@@ -527,18 +527,18 @@ SMALLEST, LARGEST = 8240, 25232
         (
             dict(budget=0.05),
             ValueError,
-            rf"too small: the narrowest widths take {SMALLEST:,} bytes, a share of 0\.091",
+            rf"too small: the fewest bits take {SMALLEST:,} bytes, a share of 0\.091",
         ),
-        (dict(budget=SMALLEST - 1), ValueError, f"too small: the narrowest widths take {SMALLEST:,}"),
+        (dict(budget=SMALLEST - 1), ValueError, f"too small: the fewest bits take {SMALLEST:,}"),
         (dict(budget=1), ValueError, "budget=1 .* too small"),
-        (dict(budget=LARGEST + 1), ValueError, f"more than the widest widths take, {LARGEST:,} bytes"),
+        (dict(budget=LARGEST + 1), ValueError, f"more than the most bits take, {LARGEST:,} bytes"),
         (dict(budget=1.0), ValueError, "nothing to choose"),
         (dict(budget=1.5), ValueError, "no share of the float32 size"),
         (dict(budget=0.0), ValueError, "no share of the float32 size"),
         (dict(budget=True), TypeError, "share .float. or bytes .int."),
         (dict(budget="20%"), TypeError, "got str '20%'"),
         (dict(bits=(8, 5)), ValueError, "out of 16, 8, 6, 4, 3, 2, 1, got .8, 5."),
-        (dict(bits=(8, 8)), ValueError, "different widths"),
+        (dict(bits=(8, 8)), ValueError, "different numbers of bits"),
         (dict(bits=(8,)), ValueError, "at least two"),
         (dict(bits=(16, 8)), ValueError, "storage_dtype"),
         (dict(bits=(8, 1), spec=QuantizationSpec(symmetric=False)), ValueError, "symmetric=True"),

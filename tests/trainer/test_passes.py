@@ -125,7 +125,7 @@ def test_both_models_read_the_worst_input_within_reach(training_arguments, steps
     student, teacher = tiny.vit(0, layers=1), tiny.vit(1, layers=1)
     twin, inputs = copy.deepcopy(student), Inputs(student=student, teacher=teacher)
     trainer = make_trainer(
-        training_arguments(max_steps=1), [AdversarialKD(epsilon=0.7, steps=steps), LogitKD()], student, teacher,
+        training_arguments(max_steps=1), [AdversarialKD(epsilon=0.05, steps=steps), LogitKD()], student, teacher,
         train_dataset=tiny.image_dataset(), eval_dataset=None, processing_class=None,
     )  # fmt: skip
     inputs.seen.clear()
@@ -136,13 +136,13 @@ def test_both_models_read_the_worst_input_within_reach(training_arguments, steps
     clean = inputs.seen[0][1]
     worst = inputs.seen[steps + 1][1]
     torch.testing.assert_close(worst, inputs.seen[steps + 2][1])
-    lengths = (worst - clean).flatten(1).norm(dim=1)
-    assert (lengths <= 0.7 * 1.001).all()
+    lengths, reach = (worst - clean).flatten(1).norm(dim=1), 0.05 * clean.flatten(1).norm(dim=1)
+    assert (lengths <= reach * 1.001).all()
     if steps == 1:  # a whole step along the gradient of every example
         x = clean.clone().requires_grad_()
         forward_kl(twin(x).logits, teacher(clean).logits.detach(), 2.0).sum().backward()
         unit = x.grad / x.grad.flatten(1).norm(dim=1)[:, None, None, None]
-        torch.testing.assert_close(worst, clean + 0.7 * unit, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(worst, clean + reach[:, None, None, None] * unit, rtol=1e-3, atol=1e-4)
     adversarial, kd = losses(trainer, "adversarial_kd", "logit_kd")[0]
     expected = forward_kl(twin(worst).logits, teacher(worst).logits, 2.0).mean().item()
     assert adversarial == pytest.approx(expected, rel=1e-3)
@@ -152,11 +152,41 @@ def test_both_models_read_the_worst_input_within_reach(training_arguments, steps
 
 def test_embeddings_are_changed_where_models_read_tokens(training_arguments):
     trainer = make_trainer(
-        training_arguments(max_steps=2, **SGD), [AdversarialKD(epsilon=2.0), LogitKD()], tiny.bert(0), tiny.bert(1)
+        training_arguments(max_steps=2, **SGD), [AdversarialKD(epsilon=0.5), LogitKD()], tiny.bert(0), tiny.bert(1)
     )
     trainer.train()
     for adversarial, kd in losses(trainer, "adversarial_kd", "logit_kd"):
         assert adversarial > kd
+
+
+class BarePasses:
+    """Both models without a trainer around them."""
+
+    def __init__(self, student, teacher):
+        self.model, self.teacher_model = student, teacher
+
+    def student(self, batch, needs=None, indices=None):
+        return self.model(**batch)
+
+    @torch.no_grad()
+    def teacher(self, batch, needs=None, indices=None):
+        return self.teacher_model(**batch)
+
+
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+def test_the_worst_change_is_relative_to_the_embeddings_of_a_text(scale):
+    student, teacher, seen = tiny.bert(0), tiny.bert(1), []
+    with torch.no_grad():
+        for model in (student, teacher):
+            model.get_input_embeddings().weight *= scale
+            model.get_input_embeddings().weight[0] = 100.0 * scale  # padding does not count
+    objective, batch = AdversarialKD(epsilon=0.03), tiny.batch(student)
+    objective.attach(student, teacher)
+    embeddings = student.get_input_embeddings()(batch["input_ids"]) * batch["attention_mask"].unsqueeze(-1)
+    student.bert.embeddings.LayerNorm.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    objective.run_forward(BarePasses(student, teacher), TrainingStep(batch))
+    change = (seen[-1] - seen[0]).flatten(1).norm(dim=1)
+    torch.testing.assert_close(change, 0.03 * embeddings.detach().flatten(1).norm(dim=1), rtol=1e-3, atol=0.0)
 
 
 def test_an_encoder_decoder_looks_up_its_embeddings_twice():

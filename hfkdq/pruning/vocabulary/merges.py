@@ -8,12 +8,9 @@ from itertools import pairwise
 
 
 class Merges:
-    """The merges of a tokenizer, the first of them the one that goes first.
+    """The merges of a tokenizer by rank, as its JSON has them.
 
-    Args:
-        merges (sequence of `str` or of two `str`): as the JSON of the tokenizer has them.
-        prefix (`str`): what every symbol but the first of a word begins with.
-        suffix (`str`): what the last symbol of a word ends with.
+    `prefix` is what every symbol but the first of a word begins with, `suffix` what its last symbol ends with.
     """
 
     def __init__(self, merges: Sequence[str | Sequence[str]], prefix: str, suffix: str) -> None:

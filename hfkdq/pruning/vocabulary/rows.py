@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...protocols import Adapted, FollowsPruning
+from ..removal import slice_
 from .token_ids import renumbered_fields
 
 
@@ -20,8 +22,7 @@ class VocabularyRows:
     Which tensors those are is read off two empty models of its class that differ in `vocab_size` alone, so that what
     is cut is what `from_pretrained` will expect.
 
-    Args:
-        model (`PreTrainedModel`): a model of text. It is left alone until `keep_`.
+    The model is left alone until `keep_`.
 
     Raises:
         ValueError: no table of tokens, or one that the configuration doesn't describe.
@@ -95,19 +96,12 @@ class VocabularyRows:
         """Leaves the rows `kept`, in this order, of the tensors in `dims`, and lets ids and sizes follow."""
         for module, _ in list(self._padded()):
             module.padding_idx = renumber(module.padding_idx)
-        tensors = dict(_named_tensors(self.model))
-        replaced = {}
-        for name, dim in dims.items():
-            old = tensors[name]
-            if id(old) not in replaced:
-                values = old.detach().index_select(dim, kept.to(old.device))
-                is_parameter = isinstance(old, nn.Parameter)
-                replaced[id(old)] = (
-                    nn.Parameter(values, requires_grad=old.requires_grad) if is_parameter else values,
-                    dim,
-                )
+        tensors = {name: tensor for name, tensor in _named_tensors(self.model) if name in dims}
+        for old, dim in {id(tensor): (tensor, dims[name]) for name, tensor in tensors.items()}.values():  # ties once
+            for module in slice_(self.model, old, dim, kept):
+                if isinstance(module, FollowsPruning) and dim == 0:
+                    module.keep_outputs_(kept)
         for module in self.model.modules():
-            _replace_own_(module, replaced, kept)
             if vars(module).get("vocab_size") == self.rows:
                 module.vocab_size = len(kept)
         for holder in self._id_holders():
@@ -127,7 +121,7 @@ class VocabularyRows:
                             "doesn't describe, so it would not follow. Its vocabulary cannot be pruned."
                         )
             own = {id(tensor) for tensor in module._parameters.values() if tensor is not None}
-            if own & cut and getattr(module, "adapter", None) is not None:
+            if own & cut and isinstance(module, Adapted) and module.adapter is not None:
                 raise ValueError("An adapter stands beside an embedding table or head. Merge the adapters first.")
 
     def _padded(self) -> Iterator[tuple[Any, bool]]:
@@ -173,7 +167,7 @@ def _table_rows(model: PreTrainedModel) -> int:
 
 
 def _end(model: PreTrainedModel, name: str) -> Any:
-    """What `get_input_embeddings` or `get_output_embeddings` gives, `None` where a model has none."""
+    """The result of `get_input_embeddings` or `get_output_embeddings`, `None` where a model has none."""
     try:
         return getattr(model, name)()
     except (AttributeError, NotImplementedError):
@@ -210,21 +204,3 @@ def _empty_shapes(model: PreTrainedModel, config: PretrainedConfig) -> dict[str,
             f"{type(model).__name__} cannot be built from its configuration with {config.vocab_size} tokens ({error}), "
             "so the pruned model could not be loaded. Prune the vocabulary of a model that from_pretrained gives."
         ) from error
-
-
-def _replace_own_(module: nn.Module, replaced: dict[int, tuple[torch.Tensor, int]], kept: torch.Tensor) -> None:
-    """Puts the new tensors in the place of the old ones in `module`, whose sizes follow."""
-    for store in (module._parameters, module._buffers):
-        for name, old in list(store.items()):
-            if old is None or id(old) not in replaced:
-                continue
-            new, dim = replaced[id(old)]
-            store[name] = new  # type: ignore[assignment]
-            if name != "weight":
-                continue
-            for field in ("num_embeddings", "out_features") if dim == 0 else ("in_features",):
-                if field in vars(module):
-                    setattr(module, field, len(kept))
-            follow = getattr(module, "keep_outputs_", None)
-            if follow is not None and dim == 0:
-                follow(kept)

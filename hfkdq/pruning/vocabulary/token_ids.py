@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where configurations hold the ids of tokens, and the same fields with other ids."""
+"""Fields of configurations that hold ids of tokens, and their renumbering."""
 
 from __future__ import annotations
 

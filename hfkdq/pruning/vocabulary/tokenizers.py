@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fast tokenizer needs of its vocabulary, and the same tokenizer with fewer tokens."""
+"""The vocabulary of a fast tokenizer: required tokens, and the same tokenizer with fewer tokens."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ CACHED_NAMES = ("id_to_lang_code", "id_to_lang_token", "fairseq_ids_to_tokens")
 class TokenizerVocabulary:
     """The tokens of a fast tokenizer, which of them cannot go, and what each of the others needs.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer. It is left alone until `replace_`.
+    The tokenizer, a fast one, is left alone until `replace_`.
 
     Raises:
         ValueError: a slow tokenizer, or a backend whose parts are not known.

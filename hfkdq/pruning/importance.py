@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a model over calibration data to see what matters in it: gradients of a loss, norms of activations."""
+"""Runs a model over calibration data to collect importance statistics: gradients of a loss, norms of activations."""
 
 from __future__ import annotations
 
@@ -14,70 +14,68 @@ from transformers.utils import logging
 
 from ..losses import masked_mean
 from ..modeling.batches import Batches, on_device
-from .criteria import Evidence
+from ..modeling.forwards import evaluating
+from ..modeling.masks import output_mask
+from .criteria import ImportanceStatistics
 
 logger = logging.get_logger(__name__)
 
 _PREDICTIONS = ("logits", "start_logits", "end_logits", "pred_boxes")
 
 
-def gather_(
-    model: PreTrainedModel, evidence: Evidence, batches: Batches, teacher: PreTrainedModel | None = None
+def collect_importance_(
+    model: PreTrainedModel, importance: ImportanceStatistics, batches: Batches, teacher: PreTrainedModel | None = None
 ) -> None:
-    """Adds to `evidence` what the batches show. Weights, gradients, modes and random state stay as they were.
+    """Collects importance statistics over batches. Weights, gradients, modes and random state stay as they were.
 
     Activations and gradients that are not finite, as a model in float16 may have on single batches, are left out with a
     warning. Padding counts among the activations; among the predictions of the criterion `"teacher"` it does not.
 
-    Args:
-        model (`PreTrainedModel`): the model, in whatever mode; it runs in eval mode. Frozen parameters count too.
-        evidence (`Evidence`): what is gathered.
-        batches (iterable of `dict`): model inputs; with labels if the criterion is `"taylor"` or `"fisher"`.
-        teacher (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
+    Both models run in eval mode, and frozen parameters count too. The criteria `"taylor"` and `"fisher"` need batches with
+    labels; the teacher of `"teacher"` is by default the model itself.
 
     Raises:
         ValueError: no batch, one that is not finite, no loss where one is needed, modules that no batch reaches or that
             are finite for none, or a teacher whose predictions do not fit or are not finite.
     """
-    guided = evidence.spec.criterion == "teacher"
-    draws = torch.Generator().manual_seed(evidence.spec.seed)
-    guide = teacher if teacher is not None else model
-    modes = {module: module.training for owner in (model, guide) for module in owner.modules()}
-    parameters = {id(part.values): part.values for target in evidence.targets for part in target.parts}
+    samples_labels = importance.spec.criterion == "teacher"
+    generator = torch.Generator().manual_seed(importance.spec.seed)
+    teacher = model if teacher is None else teacher
+    parameters = {id(part.values): part.values for target in importance.targets for part in target.parts}
     trained = {key: value for key, value in parameters.items() if isinstance(value, torch.nn.Parameter)}
-    frozen = [value for value in trained.values() if evidence.needs_gradients and not value.requires_grad]
+    frozen = [value for value in trained.values() if importance.needs_gradients and not value.requires_grad]
     try:
-        guide.eval()
-        model.eval()
         for parameter in frozen:
             parameter.requires_grad_(True)
         # A DataLoader draws a seed even where it does not shuffle.
-        with evidence.watching(), torch.random.fork_rng(devices=[]):
+        with evaluating(model, teacher), importance.watching(), torch.random.fork_rng(devices=[]):
             for batch in on_device(model, batches, "Measuring what matters"):
-                if not evidence.needs_gradients:
+                if not importance.needs_gradients:
                     with torch.no_grad():
                         model(**batch)
                     continue
                 with torch.enable_grad():
-                    loss = _surprise(model, guide, batch, draws) if guided else _loss(model, evidence, batch)
+                    loss = (
+                        _sampled_label_loss(model, teacher, batch, generator)
+                        if samples_labels
+                        else _loss(model, importance, batch)
+                    )
                     found = _gradients(loss, list(trained.values()))
-                evidence.observe_gradients(dict(zip(trained, found, strict=True)))
+                importance.observe_gradients(dict(zip(trained, found, strict=True)))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, mode in modes.items():
-            module.training = mode
-    _check_gathered(evidence)
+    _check_collected(importance)
 
 
 def _gradients(loss: Tensor, parameters: list[Tensor]) -> Sequence[Tensor | None]:
-    """Of each parameter the gradient, or `None` where the loss does not depend on it; `.grad` is left alone."""
+    """The gradient of each parameter, or `None` where the loss does not depend on it; `.grad` is left alone."""
     return torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
 
 
-def _check_gathered(evidence: Evidence) -> None:
-    missing = evidence.missing()
-    lost = [where for key, where in missing.items() if key in evidence.not_finite]
+def _check_collected(importance: ImportanceStatistics) -> None:
+    missing = importance.missing()
+    lost = [where for key, where in missing.items() if key in importance.not_finite]
     if lost:
         raise ValueError(
             f"Nothing finite came to {', '.join(lost[:3])} from any batch of the calibration data, so it cannot be told what "
@@ -85,31 +83,31 @@ def _check_gathered(evidence: Evidence) -> None:
         )
     if missing:
         raise ValueError(
-            f"The calibration data did not reach everything that structure={evidence.spec.structure!r} prunes: "
+            f"The calibration data did not reach everything that structure={importance.spec.structure!r} prunes: "
             f"{', '.join(list(missing.values())[:3])} never ran, or no gradient came to it. Leave it out with "
             "exclude_modules, or give data that use it."
         )
-    if evidence.not_finite:
+    if importance.not_finite:
         logger.warning(
             "Some activations or gradients were not finite, and their batches have been left out of the measurement. In "
             "float32 or bfloat16 the model may stay finite."
         )
 
 
-def _loss(model: PreTrainedModel, evidence: Evidence, batch: dict[str, Any]) -> Tensor:
+def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any]) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
         raise ValueError(
-            f"criterion={evidence.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
+            f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
             f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
         )
     return loss  # type: ignore[no-any-return]
 
 
-def _surprise(
-    model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], draws: torch.Generator
+def _sampled_label_loss(
+    model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy to labels drawn from the teacher's predictions; of numbers and boxes, squares around drawn ones.
+    """Cross-entropy to labels sampled from the teacher's predictions; of numbers and boxes, squares around sampled ones.
 
     A divergence has no gradient where model and teacher are equal, as they are before the first cut. Drawn labels have:
     the mean of its square is the Fisher information of what the teacher says.
@@ -127,8 +125,8 @@ def _surprise(
                 f"The teacher's {name} are of shape {tuple(target.shape)}, the model's {tuple(said.shape)}."
             )
         said, target = said.float(), target.detach().float()
-        losses = _losses_to_drawn(model, name, said, target, draws)
-        total = masked_mean(losses, _mask(model, batch, losses)) + (0.0 if total is None else total)
+        losses = _losses_to_sampled(model, name, said, target, generator)
+        total = masked_mean(losses, output_mask(model, batch, losses.shape)) + (0.0 if total is None else total)
     if total is None:
         raise ValueError(
             f"{type(model).__name__} gives none of {', '.join(_PREDICTIONS)} that criterion='teacher' could compare. "
@@ -137,8 +135,8 @@ def _surprise(
     return total
 
 
-def _losses_to_drawn(
-    model: PreTrainedModel, name: str, said: Tensor, target: Tensor, draws: torch.Generator
+def _losses_to_sampled(
+    model: PreTrainedModel, name: str, said: Tensor, target: Tensor, generator: torch.Generator
 ) -> Tensor:
     """One loss per position: to a class, to yes or no for every class, or to numbers."""
     problem = getattr(model.config, "problem_type", None) if name == "logits" else None
@@ -148,26 +146,13 @@ def _losses_to_drawn(
             "in float32 or bfloat16."
         )
     if name == "pred_boxes" or problem == "regression" or (name == "logits" and target.shape[-1] == 1):
-        drawn = target + torch.randn(target.shape, generator=draws).to(target.device)
-        return 0.5 * (said - drawn).square().sum(dim=-1)
+        sampled = target + torch.randn(target.shape, generator=generator).to(target.device)
+        return 0.5 * (said - sampled).square().sum(dim=-1)
     if problem == "multi_label_classification":
-        drawn = torch.bernoulli(target.sigmoid().cpu(), generator=draws).to(said.device)
-        return functional.binary_cross_entropy_with_logits(said, drawn, reduction="none").mean(dim=-1)
+        sampled = torch.bernoulli(target.sigmoid().cpu(), generator=generator).to(said.device)
+        return functional.binary_cross_entropy_with_logits(said, sampled, reduction="none").mean(dim=-1)
     if name == "logits" and said.dim() == 4:  # pictures have their classes second
         said, target = said.movedim(1, -1), target.movedim(1, -1)
     shares = target.softmax(dim=-1).flatten(0, -2).cpu()
-    drawn = torch.multinomial(shares, 1, generator=draws).squeeze(-1).to(said.device)
-    return functional.cross_entropy(said.flatten(0, -2), drawn, reduction="none").view(said.shape[:-1])
-
-
-def _mask(model: PreTrainedModel, batch: dict[str, Any], losses: Tensor) -> Tensor | None:
-    """The positions of the predictions that are no padding, where this is known."""
-    mask: Tensor | None = batch.get("attention_mask")
-    if getattr(model.config, "is_encoder_decoder", False):  # where that mask is of what the encoder reads
-        labels = batch.get("labels")
-        mask = batch.get("decoder_attention_mask")
-        mask = labels.ne(-100) if mask is None and torch.is_tensor(labels) else mask
-    elif mask is not None and losses.dim() == 2 and mask.shape != losses.shape:  # of samples, where frames come out
-        frames = getattr(model, "_get_feature_vector_attention_mask", None)
-        mask = None if frames is None else frames(losses.shape[1], mask)
-    return mask if mask is not None and mask.shape == losses.shape else None
+    sampled = torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(said.device)
+    return functional.cross_entropy(said.flatten(0, -2), sampled, reduction="none").view(said.shape[:-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which widths each module of a model could have, what each takes in bytes, and the spec of those that are chosen."""
+"""The bits that each module of a model could have, their size in bytes, and the spec of a choice."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
-from ..specs.quantization import RECURRENT
 from .convert import choose_modules
-from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_quantizers_of
+from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_of, weight_quantizers_of
 from .naming import head_modules
 
 
 @dataclass(frozen=True)
-class WidthChoices:
-    """The modules that a spec quantizes, and the widths that each could have.
+class BitChoices:
+    """The modules that a spec quantizes, and the bits that each could have.
 
     Attributes:
-        spec (`QuantizationSpec`): the spec that the widths are for.
+        spec (`QuantizationSpec`): the spec.
         modules (`dict`): the modules, by name.
-        free (`frozenset` of `str`): those whose width the spec does not set.
-        groups (`dict`): names of the modules that share their weights, and so their width, by the first of them.
-        schemes (`dict`): how each module is quantized, by name and width, the widest first.
+        free (`frozenset` of `str`): those whose bits the spec does not set.
+        groups (`dict`): names of the modules that share their weights, and so their bits, by the first of them.
+        schemes (`dict`): how each module is quantized, by name and bits, the most first.
         patterns (`dict`): a key of `overrides` that means the module alone, by its name.
-        sizes (`dict`): bytes of each group, by the first name and width.
-        float_bytes (`int`): what the weights of all groups take in float32.
+        sizes (`dict`): bytes of each group, by the first name and bits.
+        float_bytes (`int`): bytes of the weights of all groups in float32.
     """
 
     spec: QuantizationSpec
@@ -45,11 +44,11 @@ class WidthChoices:
     float_bytes: int = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> WidthChoices:
+    def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> BitChoices:
         """The choices that `spec` and `bits` leave.
 
         Raises:
-            ValueError: the spec matches nothing, a width does not go with it, or a group size does not divide.
+            ValueError: the spec matches nothing, bits do not go with it, or a group size does not divide.
         """
         chosen, heads = choose_modules(model, spec), head_modules(model)
         modules = {name: module for name, (module, _) in chosen.items()}
@@ -58,7 +57,7 @@ class WidthChoices:
         )
         groups: dict[Any, list[str]] = {}
         for name, (module, scheme) in chosen.items():
-            weight: Any = module.weight_hh_l0 if isinstance(module, RECURRENT) else module.weight
+            weight = weight_of(module)
             # A weight that is computed is a new tensor each time.
             shared = weight.data_ptr() if isinstance(weight, nn.Parameter) else id(module)
             groups.setdefault((shared, weight.shape, scheme, name in free), []).append(name)
@@ -76,7 +75,7 @@ class WidthChoices:
                     schemes[name][width] = found_scheme
         return found._measured()
 
-    def _measured(self) -> WidthChoices:
+    def _measured(self) -> BitChoices:
         sizes: dict[str, dict[int, int]] = {name: {} for name in self.groups}
         weights = dict.fromkeys(self.groups, 0)
         for name in self.groups:
@@ -91,7 +90,7 @@ class WidthChoices:
 
         Raises:
             TypeError: it is no number.
-            ValueError: no widths fit, or the widest leave room.
+            ValueError: no bits fit, or the most leave room.
         """
         if isinstance(budget, bool) or not isinstance(budget, (int, float)):
             raise TypeError(f"budget must be a share (float) or bytes (int), got {type(budget).__name__} {budget!r}.")
@@ -105,23 +104,23 @@ class WidthChoices:
         told = f"budget={budget!r} ({limit:,} of {self.float_bytes:,} bytes in float32)"
         if limit < smallest:
             raise ValueError(
-                f"{told} is too small: the narrowest widths take {smallest:,} bytes, a share of "
-                f"{math.ceil(1e4 * smallest / self.float_bytes) / 1e4}. Raise the budget or allow narrower bits."
+                f"{told} is too small: the fewest bits take {smallest:,} bytes, a share of "
+                f"{math.ceil(1e4 * smallest / self.float_bytes) / 1e4}. Raise the budget or allow fewer bits."
             )
         if limit > largest:
             raise ValueError(
-                f"{told} is more than the widest widths take, {largest:,} bytes, a share of "
+                f"{told} is more than the most bits take, {largest:,} bytes, a share of "
                 f"{math.floor(1e4 * largest / self.float_bytes) / 1e4}, so there is nothing to choose. Lower the budget, "
-                "allow wider bits, or quantize with the widest alone."
+                "allow more bits, or quantize with the most alone."
             )
         return limit
 
-    def spec_with(self, widths: Mapping[str, int]) -> QuantizationSpec:
-        """The spec with an override of the width of every module that is free."""
+    def spec_with(self, bits: Mapping[str, int]) -> QuantizationSpec:
+        """The spec with an override of the bits of every module that is free."""
         overrides = dict(self.spec.overrides)
         for name in (name for name in self.modules if name in self.free):
             pattern = self.patterns[name]
-            overrides[pattern] = {**(overrides.get(pattern) or {}), "weight_bits": widths[name]}
+            overrides[pattern] = {**(overrides.get(pattern) or {}), "weight_bits": bits[name]}
         return replace(self.spec, overrides=overrides)
 
     @contextmanager
@@ -139,7 +138,7 @@ class WidthChoices:
 
 
 def stored_bytes(module: QuantizedModule) -> int:
-    """What the weights of a module take: integers packed to `bits / 8` bytes, scales, zero points and codebook."""
+    """Bytes of the weights of a module: packed integers, scales, zero points and codebook."""
     total = 0
     for quantizer, weight in weight_quantizers_of(module).values():
         scheme, bits = quantizer.scheme, quantizer.bits
@@ -154,7 +153,7 @@ def stored_bytes(module: QuantizedModule) -> int:
 
 
 def _is_set(spec: QuantizationSpec, name: str, module: nn.Module, is_head: bool) -> bool:
-    """Whether the spec itself says which width a module has."""
+    """Whether the spec itself sets the bits of a module."""
     if any("weight_bits" in (changes or {}) and override_matches(pattern, name, module)
            for pattern, changes in spec.overrides.items()):  # fmt: skip
         return True

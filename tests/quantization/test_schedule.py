@@ -99,7 +99,7 @@ def test_the_state_of_the_callback_survives_json_and_makes_an_equal_one(training
     made = QATCallback(QuantizationSpec(weight_bits=2), learning_rate_factor=3.0, **phases)
     twin = QATCallback(**json.loads(json.dumps(made.state()))["args"])
     assert twin.state() == made.state()
-    assert [twin.phases.at(t / 20) for t in range(21)] == [made.phases.at(t / 20) for t in range(21)]
+    assert [twin.schedule.at(t / 20) for t in range(21)] == [made.schedule.at(t / 20) for t in range(21)]
 
 
 def test_widths_fall_on_time_and_wider_modules_stay_wider(training_arguments):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The QAT schedule: what of a spec is in force at which point of training."""
+"""The QAT schedule: when fake quantizers begin, weights get fewer bits, and ranges freeze."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .layers import weight_quantizers_of
 from .naming import quantized_modules
 from .records import activation_quantizers, set_enabled_, set_weight_bits_
 
-Widths = Mapping[float, int] | Sequence[Sequence[float]]
+BitSchedule = Mapping[float, int] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What is in force: `bits` is the least width of weights, 0 for that of the spec."""
+class QATState:
+    """State of the quantizers at a point of training; weights have at least `bits` bits, 0 for those of the spec."""
 
     enabled: bool
     frozen: bool
@@ -29,7 +29,7 @@ class Phase:
     share: float
 
     def apply_(self, model: nn.Module) -> None:
-        """Brings the fake quantizers of `model` into this phase."""
+        """Brings the fake quantizers of `model` into this state."""
         set_enabled_(model, self.enabled)
         for quantizer in activation_quantizers(model).values():
             quantizer.frozen = self.frozen
@@ -42,11 +42,11 @@ class Phase:
             freeze_batch_norm_(model)
 
 
-class Phases:
-    """The order of quantization-aware training; see `QATCallback` for the arguments.
+class QATSchedule:
+    """The QAT schedule; see `QATCallback` for the arguments.
 
     Raises:
-        ValueError: a point of training outside [0, 1], widths that do not fall, or end above the width of the spec.
+        ValueError: a point of training outside [0, 1], bits that do not fall, or end above those of the spec.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Phases:
         begin: float,
         freeze_ranges: float | None,
         freeze_batch_norm: float | None,
-        lower_bits: Widths | None,
+        lower_bits: BitSchedule | None,
         quantized_share: float,
     ) -> None:
         steps = lower_bits.items() if isinstance(lower_bits, Mapping) else lower_bits or ()
@@ -74,14 +74,14 @@ class Phases:
             raise ValueError(f"freeze_ranges={freeze_ranges} must come after begin={begin}: ranges are found between.")
         if not 0.0 < quantized_share <= 1.0:
             raise ValueError(f"quantized_share must be in (0, 1], got {quantized_share!r}.")
-        self._check_widths(spec)
+        self._check_bits(spec)
 
-    def _check_widths(self, spec: QuantizationSpec) -> None:
+    def _check_bits(self, spec: QuantizationSpec) -> None:
         widths = [bits for _, bits in self.lower_bits]
         unknown = [bits for bits in widths if bits not in spec.WEIGHT_BITS[1:]]
         if unknown or widths != sorted(widths, reverse=True) or len(set(widths)) < len(widths):
             raise ValueError(
-                f"lower_bits must fall, through widths of {', '.join(map(str, spec.WEIGHT_BITS[1:]))}, as "
+                f"lower_bits must fall, through {', '.join(map(str, spec.WEIGHT_BITS[1:]))}, as "
                 f"{{0.0: 8, 0.3: 4, 0.6: 2}}; got {dict(self.lower_bits)}."
             )
         if widths and widths[-1] != spec.weight_bits:
@@ -90,16 +90,16 @@ class Phases:
             )
 
     @property
-    def settled(self) -> float:
-        """The progress from which weights have the widths of the spec."""
+    def schedule_end(self) -> float:
+        """The progress from which weights have the bits of the spec."""
         return max([self.begin, *(at for at, _ in self.lower_bits)])
 
-    def at(self, progress: float) -> Phase:
-        """The phase at `progress` in [0, 1]."""
+    def at(self, progress: float) -> QATState:
+        """The state at `progress` in [0, 1]."""
         due = [bits for at, bits in self.lower_bits if at <= progress]
-        # Before the first entry its width holds too.
+        # Before the first entry its bits hold too.
         bits = due[-1] if due else self.lower_bits[0][1] if self.lower_bits else 0
-        return Phase(
+        return QATState(
             enabled=progress >= self.begin,
             frozen=self.freeze_ranges is not None and progress >= self.freeze_ranges,
             batch_norm_frozen=self.freeze_batch_norm is not None and progress >= self.freeze_batch_norm,
@@ -108,7 +108,7 @@ class Phases:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that make equal phases, JSON-ready."""
+        """The arguments that make an equal schedule, JSON-ready."""
         return {
             "begin": self.begin,
             "freeze_ranges": self.freeze_ranges,
