@@ -3,7 +3,15 @@
 
 from .collator import CachedCollator
 from .info import CachedOutput, CacheInfo, cache_info
-from .teacher import CachedTeacher
+from .teacher import CachedTeacher, cached_source
 from .writer import cache_teacher_outputs
 
-__all__ = ["CacheInfo", "CachedCollator", "CachedOutput", "CachedTeacher", "cache_info", "cache_teacher_outputs"]
+__all__ = [
+    "CacheInfo",
+    "CachedCollator",
+    "CachedOutput",
+    "CachedTeacher",
+    "cache_info",
+    "cache_teacher_outputs",
+    "cached_source",
+]

@@ -35,17 +35,15 @@ class CachedCollator:
         self.collator, self.info = collator, info
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        columns = self.info.columns
         cached = [isinstance(row, Mapping) and ROW_CHECK in row for row in features]
-        if not any(cached):
-            # Part of the cached columns may have been kept.
-            return self.collator([_without(row, columns) for row in features])
-        if not all(cached):
+        if any(cached) and not all(cached):
             raise ValueError(
                 f"{cached.count(False)} of the {len(features)} rows of a batch have no cached teacher outputs. Call "
                 "cache_teacher_outputs on the whole dataset."
             )
-        batch = self.collator([_without(row, columns) for row in features])
+        batch = self.collator([_without(row, self.info.columns) for row in features])
+        if not any(cached):
+            return batch
         self._check_rows(batch, features)
         for output in self.info.outputs:
             values = [self._decoded(output, row) for row in features]
@@ -61,12 +59,7 @@ class CachedCollator:
         return decode(output, row)
 
     def _check_rows(self, batch: Any, features: Sequence[Mapping[str, Any]]) -> None:
-        checks = row_checks(batch, self.info.inputs)
-        if len(checks) != len(features):
-            raise ValueError(
-                f"{type(self.collator).__name__} made {len(checks)} rows of {len(features)}; cached teacher outputs need a "
-                "collator that keeps rows apart."
-            )
+        checks = row_checks(batch, self.info.inputs, len(features), self.collator)
         for row, (now, feature) in enumerate(zip(checks, features, strict=True)):
             then = int(feature[ROW_CHECK])
             if now != then:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of cached outputs, and how it travels with the dataset that holds them."""
+"""The description of cached outputs, which travels with the dataset that holds them."""
 
 from __future__ import annotations
 

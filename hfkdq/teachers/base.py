@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer asks of a teacher, whether it is frozen, cached, averaged or trained along."""
+"""The two sides of a teacher: how a user gives it to a trainer, and how it answers during a training."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
 
+from ..modeling.forwards import base_of
 from ..objectives.base import Objective
 
 
 class Teacher:
-    """Who a student learns from, during a training.
+    """A model that a student learns from, during a training.
 
     Attributes:
         name (`str`): class of its model.
-        fingerprint (`str`): what it is, for checkpoints.
+        fingerprint (`str`): identity of the teacher, for checkpoints.
         columns (set of `str`): the columns that batches must keep for it.
-        learns (`bool`): whether it is trained along with the student; `objectives` is what it learns.
-        first_bad_step (`int` or `torch.Tensor`): of the first output that was not finite since the last look; 0 if there
-            was none.
+        model (`PreTrainedModel` or `PeftModel`): the model; `None` where only its outputs were kept.
+        learns (`bool`): whether it is trained along with the student, by `objectives`.
+        first_bad_step (`int` or `torch.Tensor`): the first step since the last look whose output was not finite; 0 for none.
     """
 
     name: str
     fingerprint: str
     columns: set[str]
-    model: Any
+    model: Any = None
     learns: ClassVar[bool] = False
     objectives: Sequence[Objective] = ()
     first_bad_step: int | torch.Tensor = 0
@@ -37,11 +40,11 @@ class Teacher:
     def __call__(
         self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
     ) -> Any:
-        """Its output for a batch of optimizer step `step`; one that learns is run by the trainer instead."""
+        """Its output for a batch of optimizer step `step`; the trainer itself runs a teacher that learns."""
         raise NotImplementedError
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What one that learns is fed of a batch, labels included."""
+        """The columns of a batch that a teacher that learns is fed, labels included."""
         raise NotImplementedError
 
     def install(self) -> None:
@@ -51,14 +54,68 @@ class Teacher:
         """Undoes what `install` did."""
 
     def update(self, student: Any, progress: float) -> None:
-        """Takes in an optimizer step of the student."""
+        """Follows the student after an optimizer step."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of it."""
+        """Its tensors in a checkpoint."""
         return {}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores it from a checkpoint."""
 
     def raise_if_bad(self, step: int) -> None:
         """Raises for the first step whose output was not finite; 0 is none."""
+
+
+class TeacherSource:
+    """A teacher as it is given to a trainer, which places it beside its student.
+
+    Attributes:
+        changes (`bool`): whether its weights change while the student is trained.
+        copies_student (`bool`): whether every new student needs a new one.
+        to_load (`bool`): whether it is a name, still to be loaded.
+        frozen_model (`PreTrainedModel` or `PeftModel`, *optional*): the model, if it is given and stays as it is.
+    """
+
+    changes: ClassVar[bool] = False
+    copies_student: ClassVar[bool] = False
+    to_load: bool = False
+    frozen_model: Any = None
+
+    def check(self) -> None:
+        """Raises `TypeError` where it is no teacher."""
+
+    def load(self, init_kwargs: Mapping[str, Any] | None) -> None:
+        """Loads a model that was named, with these arguments of `from_pretrained`."""
+
+    def model_for(self, student: Any, student_is_remade: bool) -> Any:
+        """The model, or the description of one, that objectives are attached to.
+
+        Raises:
+            ValueError: it cannot teach this student, or one that `model_init` makes anew for every training.
+        """
+        raise NotImplementedError
+
+    def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
+        """The teacher on the device of the training, made of what `model_for` returned."""
+        raise NotImplementedError
+
+
+def check_is_model(model: Any) -> None:
+    """Raises `TypeError` for a teacher that is no Transformers model."""
+    if not isinstance(base_of(model), PreTrainedModel):
+        raise TypeError(
+            "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
+            f"or a dict of such by name, got {type(model).__name__}."
+        )
+
+
+def refuse_shared_parameters(model: Any, student: Any) -> None:
+    """Raises `ValueError` for a teacher that is the student, or has parameters that are trained as the student's."""
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    if model is student or any(id(p) in trained for p in model.parameters()):
+        raise ValueError(
+            "teacher_model shares its parameters with the student, so it would be trained and frozen at once. "
+            "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
+            "teacher_model=model.get_base_model()."
+        )

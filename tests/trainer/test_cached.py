@@ -40,7 +40,7 @@ def test_losses_are_those_with_the_teacher(terms, rows, training_arguments):
     live.train()
     cached = from_cache(training_arguments("cached", **steps), rows, TERMS[terms])
     cached.train()
-    names = ["loss", *(term.name for term in live._terms)]
+    names = ["loss", *(term.name for term in live._distillation.terms)]
     expected, found = torch.tensor(losses(live, *names)), torch.tensor(losses(cached, *names))
     assert expected.shape == (9, len(names))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
