@@ -46,17 +46,13 @@ class CachedCollator:
             return batch
         self._check_rows(batch, features)
         for output in self.info.outputs:
-            values = [self._decoded(output, row) for row in features]
+            missing = {column for column in output.columns for row in features if column not in row}
+            if missing:
+                told = ", ".join(sorted(missing))
+                raise ValueError(f"A row has cached teacher outputs without {told}. Keep all columns in info.columns.")
+            values = [decode(output, row) for row in features]
             batch[output.column] = self._placed(output, values, batch)
         return batch
-
-    def _decoded(self, output: CachedOutput, row: Mapping[str, Any]) -> np.ndarray:
-        missing = [column for column in output.columns if column not in row]
-        if missing:
-            raise ValueError(
-                f"A row has cached teacher outputs without {', '.join(missing)}. Keep all columns in info.columns."
-            )
-        return decode(output, row)
 
     def _check_rows(self, batch: Any, features: Sequence[Mapping[str, Any]]) -> None:
         checks = row_checks(batch, self.info.inputs, len(features), self.collator)

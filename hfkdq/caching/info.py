@@ -54,7 +54,7 @@ class CachedOutput:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What the columns of a teacher's outputs are, and of what they were made.
+    """The columns of a teacher's outputs, and what they depend on.
 
     Attributes:
         outputs (tuple of [`CachedOutput`]): the cached outputs.
@@ -86,11 +86,8 @@ class CacheInfo:
         kind = config.get("model_type")
         # Its `get` knows only what was imported so far.
         maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
-        # Only known where the outputs are the likeliest classes.
-        temperature = self.key["temperature"]
-        return Outline(
-            self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=temperature
-        )
+        known = self.key["temperature"]  # where the outputs are the likeliest classes
+        return Outline(self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=known)
 
     def to_json(self) -> str:
         """All of it as a line of JSON."""

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from ..losses.divergences import TopLogits
 from ..modeling.forwards import TEACHER_PREFIX
-from ..teachers import Teacher, TeacherSource, weights_fingerprint
+from ..teachers import Indices, Teacher, TeacherSource, weights_fingerprint
 from .info import CacheInfo, cache_info
 from .positions import MASKS
 
@@ -63,10 +63,10 @@ class CachedTeacher(Teacher):
         self.info, self.device = info, torch.device(device)
         self.name = str(info.teacher["model_class"])
         self.fingerprint = str(info.teacher.get("fingerprint", info.key["teacher"]))
-        self.layers = info.layers
+        self.outline, self.layers = info.outline, info.layers
         self.columns = {*info.columns, *info.inputs, *MASKS, *(TEACHER_PREFIX + mask for mask in MASKS)}
 
-    def check(self, indices: Mapping[str, Collection[int] | None]) -> None:
+    def check(self, indices: Indices) -> None:
         """Raises `ValueError` where objectives read a hidden state or an attention map that is not cached."""
         nothing = frozenset[int]()
         maps, read = indices.get("attentions", nothing), indices.get("hidden_states", nothing)
@@ -75,7 +75,7 @@ class CachedTeacher(Teacher):
                 "Cached outputs hold no attention probabilities. Give the teacher itself, or leave out objectives that "
                 "need them."
             )
-        wanted = range(len(self.info.outline.states())) if read is None else read
+        wanted = range(len(self.outline.states())) if read is None else read
         missing = sorted(set(wanted) - set(self.layers))
         if missing:
             raise ValueError(
@@ -83,9 +83,7 @@ class CachedTeacher(Teacher):
                 f"cached; {list(self.layers)} are. Call cache_teacher_outputs with hidden_states={sorted(wanted)}."
             )
 
-    def __call__(
-        self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
-    ) -> Any:
+    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
         """The teacher's output for a batch: in float32, those of its cached outputs that are needed.
 
         Logits of the likeliest classes are [`TopLogits`]; hidden states that are not cached or needed are `None`.
@@ -113,7 +111,7 @@ class CachedTeacher(Teacher):
         return values.float() if values.is_floating_point() else values.long()
 
 
-def _wanted(name: str, needs: Collection[str], indices: Mapping[str, Collection[int] | None]) -> bool:
+def _wanted(name: str, needs: Collection[str], indices: Indices) -> bool:
     if not name.startswith("hidden_state_"):
         return "logits" in needs
     read = indices.get("hidden_states")

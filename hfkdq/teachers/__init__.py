@@ -2,7 +2,7 @@
 """Teachers: a frozen model, the student's own moving average, or a model that is trained along with it."""
 
 from .averaged import EMATeacher
-from .base import Teacher, TeacherSource
+from .base import Indices, Teacher, TeacherSource
 from .cotrained import CoTrainedTeacher, PeerParameters, detached
 from .fingerprints import fingerprint, weights_fingerprint
 from .frozen import FrozenTeacher, as_source, load_teacher
@@ -12,6 +12,7 @@ __all__ = [
     "CoTrainedTeacher",
     "EMATeacher",
     "FrozenTeacher",
+    "Indices",
     "PeerParameters",
     "Teacher",
     "TeacherSource",

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from ..modeling.forwards import base_of
 from ..objectives.base import Objective
 
+Indices = Mapping[str, Collection[int] | None]
+"""Of `"hidden_states"` and `"attentions"`, the entries that are read; `None` for all."""
+
 
 class Teacher:
     """A model that a student learns from, during a training.
@@ -34,12 +37,10 @@ class Teacher:
     objectives: Sequence[Objective] = ()
     first_bad_step: int | torch.Tensor = 0
 
-    def check(self, indices: Mapping[str, Collection[int] | None]) -> None:
+    def check(self, indices: Indices) -> None:
         """Refuses, before training, hidden states or attentions that it cannot give."""
 
-    def __call__(
-        self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
-    ) -> Any:
+    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
         """Its output for a batch of optimizer step `step`; the trainer itself runs a teacher that learns."""
         raise NotImplementedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..modeling.forwards import (
     return_dict_kwargs,
 )
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
-from .base import Teacher, TeacherSource, check_is_model, refuse_shared_parameters
+from .base import Indices, Teacher, TeacherSource, check_is_model, refuse_shared_parameters
 from .fingerprints import fingerprint
 
 _ALONG = {
@@ -128,9 +128,7 @@ class FrozenTeacher(Teacher):
             self._running = place_frozen(model, accelerator)
         self._stays = adapters_of is None and has_device_map(self._base) and not is_dispatched(self._base)
 
-    def __call__(
-        self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
-    ) -> Any:
+    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
         """The teacher's output for a batch of optimizer step `step`, counted from 1.
 
         Of hidden states and attentions, all but those of `indices` are `None`.

@@ -40,11 +40,7 @@ def keep_tokens_back_(args: Any) -> None:
 
 
 class TrialFactories:
-    """Objectives and callbacks that a user gave as functions of the trial of a hyperparameter search.
-
-    Args:
-        objectives, callbacks: such functions; anything else is left alone.
-    """
+    """Objectives and callbacks, where a user gave functions of the trial of a hyperparameter search for them."""
 
     def __init__(self, objectives: Any, callbacks: Any) -> None:
         self._objectives = objectives if _is_factory(objectives) else None

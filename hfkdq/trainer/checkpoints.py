@@ -27,7 +27,7 @@ STATE_FILE = "distillation.safetensors"
 """The file of a checkpoint with projections, teachers, the open log window, and the fingerprint of the training."""
 
 
-def save_distillation_state(
+def save(
     folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, accelerator: Accelerator, step: int
 ) -> None:
     """Writes `STATE_FILE` of a checkpoint after optimizer step `step`; every process calls it."""
@@ -48,10 +48,8 @@ def save_distillation_state(
         save_file(tensors, Path(folder, STATE_FILE), metadata={"facts": json.dumps(facts)})
 
 
-def load_distillation_state(
-    folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, strict: bool
-) -> None:
-    """Restores all that `save_distillation_state` wrote.
+def load(folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, strict: bool) -> None:
+    """Restores all that `save` wrote.
 
     Raises:
         ValueError: `strict`, and the checkpoint was written with another teacher or other objectives.
@@ -137,14 +135,14 @@ def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
     )
 
 
-def resolve_checkpoint(checkpoint: str | bool | None, output_dir: str) -> str | bool | None:
+def resolve(checkpoint: str | bool | None, output_dir: str) -> str | bool | None:
     """The checkpoint to resume from: of `True` the newest complete one, or `True` where there are none at all.
 
     Raises:
         ValueError: the checkpoint is not complete, or none of those in `output_dir` is.
     """
     if checkpoint is True:
-        newest = newest_complete_checkpoint(output_dir)
+        newest = newest_complete(output_dir)
         if newest is None and _checkpoints(output_dir):
             raise ValueError(
                 f"No checkpoint in {output_dir} was written to the end, so there is nothing to go on from. Start anew, "
@@ -159,7 +157,7 @@ def resolve_checkpoint(checkpoint: str | bool | None, output_dir: str) -> str | 
     return checkpoint
 
 
-def newest_complete_checkpoint(output_dir: str) -> str | None:
+def newest_complete(output_dir: str) -> str | None:
     """The newest checkpoint in a folder that was written to the end; warns of those after it that were not."""
     for folder in _checkpoints(output_dir):
         if is_complete(folder):
@@ -168,9 +166,15 @@ def newest_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+def how_to_go_on(output_dir: str) -> str:
+    """What an interrupted training leaves, and how to go on, as a sentence."""
+    newest = newest_complete(output_dir)
+    if newest is None:
+        return f"There is no checkpoint in {output_dir}, so a new training begins anew."
+    return f"{newest} is kept: train(resume_from_checkpoint=True) goes on from it."
+
+
 def _checkpoints(output_dir: str) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    found = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
+    steps = {path: path.name.split("-")[-1] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), reverse=True)

@@ -22,13 +22,8 @@ from .terms import SINGLE, required_outputs, sources_of, terms_of
 class Distillation:
     """Teachers and objectives attached to one student, with the modules that are trained along with it.
 
-    Args:
-        student (`PreTrainedModel` or `PeftModel`): the student, without the wrappers of a training.
-        objectives (list of [`Objective`]): the terms of its loss.
-        sources (`dict` of [`TeacherSource`]): the teachers by name.
-        student_is_remade (`bool`): whether every training begins with a new student, from `model_init`.
-        sharded (`bool`): whether FSDP or DeepSpeed shard the student.
-        placed (`dict` of [`Teacher`]): teachers of an earlier student, which stay where they are.
+    `student_is_remade` by `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an
+    earlier student, which stay where they are.
 
     Raises:
         ValueError: an objective or a teacher that does not fit the student.

@@ -17,24 +17,7 @@ from ..caching import CachedCollator, cached_source
 from ..modeling.forwards import TEACHER_PREFIX
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, check_vocabulary
-from .arguments import (
-    TrialFactories,
-    keep_tokens_back_,
-    load_teachers,
-    refuse_unsupported,
-    require_teacher,
-    teacher_sources,
-    validated,
-)
-from .checkpoints import (
-    config_changes,
-    invalidate,
-    load_distillation_state,
-    newest_complete_checkpoint,
-    optimizer_fits,
-    resolve_checkpoint,
-    save_distillation_state,
-)
+from . import arguments, checkpoints
 from .distillation import Distillation
 from .loss_log import LossLog, check_finite, check_gradient, check_weights
 from .step import MicroBatch, RunningStep, Window, open_window
@@ -82,27 +65,27 @@ class DistillationMixin(_TrainerBase):
         strict_resume: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._factories = TrialFactories(objectives, kwargs.get("callbacks"))
+        self._factories = arguments.TrialFactories(objectives, kwargs.get("callbacks"))
         if "callbacks" in kwargs:
             kwargs["callbacks"] = self._factories.callbacks(None, kwargs["callbacks"])
-        self._sources = teacher_sources(teacher_model)
-        self.objectives = validated(self._sources, self._factories.objectives(None, objectives))
-        load_teachers(self._sources, teacher_init_kwargs)
+        self._sources = arguments.teacher_sources(teacher_model)
+        self.objectives = arguments.validated(self._sources, self._factories.objectives(None, objectives))
+        arguments.load_teachers(self._sources, teacher_init_kwargs)
         self.strict_resume = strict_resume
         self._distillation: Distillation | None = None
         self._loss_log = LossLog()
         self._window: Window | None = None
         self._running_step: RunningStep | None = None
         super().__init__(*args, **kwargs)
-        keep_tokens_back_(self.args)
+        arguments.keep_tokens_back_(self.args)
         if not self.objectives:
             return
         compares = any(objective.uses_teacher for objective in self.objectives)
         if compares and (cached := cached_source(self.train_dataset, list(self._sources.values()))):
             self._sources = {SINGLE: cached}
             self.data_collator = CachedCollator(self.data_collator, cached.info)
-        require_teacher(self.objectives, self._sources)
-        refuse_unsupported(self, self.objectives, self._sources.values())
+        arguments.require_teacher(self.objectives, self._sources)
+        arguments.refuse_unsupported(self, self.objectives, self._sources.values())
         self._show_terms_in_notebooks()
         self._distillation = self._attached(self.model)
         for name, teacher in self._distillation.teachers.items():
@@ -136,7 +119,7 @@ class DistillationMixin(_TrainerBase):
                 installed = self._distillation.installed
                 self._distillation.remove(self.model)
                 if self._factories.make_objectives:
-                    self.objectives = validated(self._sources, self._factories.objectives(trial, None))
+                    self.objectives = arguments.validated(self._sources, self._factories.objectives(trial, None))
                 self._distillation = self._attached(model)
                 if installed:
                     self._distillation.install(model)
@@ -155,7 +138,7 @@ class DistillationMixin(_TrainerBase):
         """
         if self._distillation is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, str(self.args.output_dir))
         self._loss_log.clear()
         self._distillation.begin()
         if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
@@ -165,14 +148,8 @@ class DistillationMixin(_TrainerBase):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._update_teachers()
         except KeyboardInterrupt:
-            told = f"Interrupted at step {self.state.global_step} of {self.state.max_steps}."
-            newest = newest_complete_checkpoint(str(self.args.output_dir))
-            if newest is None:
-                logger.warning(
-                    f"{told} There is no checkpoint in {self.args.output_dir}, so a new training begins anew."
-                )
-            else:
-                logger.warning(f"{told} {newest} is kept: train(resume_from_checkpoint=True) goes on from it.")
+            done = f"Interrupted at step {self.state.global_step} of {self.state.max_steps}."
+            logger.warning(f"{done} {checkpoints.how_to_go_on(str(self.args.output_dir))}")
             raise
         finally:
             self._window = None
@@ -318,7 +295,7 @@ class DistillationMixin(_TrainerBase):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._distillation is not None:
             self._distillation.record(self.model, self.state.global_step)
-        keep_tokens_back_(self.args)  # they may have been given since
+        arguments.keep_tokens_back_(self.args)  # they may have been given since
         if state_dict is not None:
             auxiliary = (Projections.NAME, PeerParameters.NAME)
             state_dict = {k: v for k, v in state_dict.items() if not any(name in k for name in auxiliary)}
@@ -333,10 +310,10 @@ class DistillationMixin(_TrainerBase):
             return
         self._update_teachers()
         if self.args.should_save:
-            invalidate(str(folder))
+            checkpoints.invalidate(str(folder))
         super().save_model(output_dir, _internal_call)
         step = self.state.global_step
-        save_distillation_state(str(folder), distillation, self._loss_log, self.args, self.accelerator, step)
+        checkpoints.save(str(folder), distillation, self._loss_log, self.args, self.accelerator, step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_deepspeed_enabled:
@@ -345,12 +322,12 @@ class DistillationMixin(_TrainerBase):
 
     def _load_distillation_state(self, checkpoint: str) -> None:
         if self._distillation is not None:
-            load_distillation_state(checkpoint, self._distillation, self._loss_log, self.args, self.strict_resume)
+            checkpoints.load(checkpoint, self._distillation, self._loss_log, self.args, self.strict_resume)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         distillation = self._distillation
-        changed = checkpoint and distillation and config_changes(checkpoint, distillation)
-        if not checkpoint or not changed or optimizer_fits(self.optimizer.param_groups, checkpoint):
+        changed = checkpoint and distillation and checkpoints.config_changes(checkpoint, distillation)
+        if not checkpoint or not changed or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +27,11 @@ from ..modeling.forwards import (
     statistics_kept,
     without_gradient,
 )
+from ..modeling.masks import Batch
 from ..objectives.base import TrainingStep
 from ..objectives.quantization_loss import QuantizationLoss
 from ..schedules import value_at
-from ..teachers import Teacher, detached
+from ..teachers import Indices, Teacher, detached
 from .distillation import Distillation
 from .terms import STUDENT, Term, required_outputs
 
@@ -129,9 +130,7 @@ class MicroBatch:
             outputs[STUDENT] = self._run(STUDENT, self.wrapped, self.inputs, needs, indices)
         return outputs
 
-    def teacher_forward(
-        self, name: str, batch: dict[str, Any], needs: frozenset[str], indices: Mapping[str, Any]
-    ) -> Any:
+    def teacher_forward(self, name: str, batch: dict[str, Any], needs: frozenset[str], indices: Indices) -> Any:
         """The output of a teacher for a batch."""
         teacher = self.distillation.teachers[name]
         if not teacher.learns:
@@ -140,14 +139,12 @@ class MicroBatch:
         with self.accelerator.autocast():
             return self._run(name, teacher.model, teacher.inputs(batch), needs, indices)
 
-    def student_forward(self, batch: dict[str, Any], needs: frozenset[str], indices: Mapping[str, Any]) -> Any:
+    def student_forward(self, batch: dict[str, Any], needs: frozenset[str], indices: Indices) -> Any:
         """The output of the student for another batch than its own, without a task loss."""
         inputs = self.distillation.student_inputs(self.student, batch)
         return as_output(self.wrapped(**self._kwargs(self.wrapped, inputs, needs, indices)))
 
-    def _run(
-        self, name: str, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], indices: Mapping[str, Any]
-    ) -> Any:
+    def _run(self, name: str, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Indices) -> Any:
         """The output of a model that learns; its `loss` is the task loss, a mean over this micro batch."""
         kwargs = self._kwargs(model, inputs, needs, indices)
         if "loss" in needs:
@@ -183,9 +180,7 @@ class MicroBatch:
         task, output = self.task_loss(model, kwargs, return_outputs=True)
         return task, as_output(output)
 
-    def _kwargs(
-        self, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _kwargs(self, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Indices) -> dict[str, Any]:
         bare = model if isinstance(base_of(model), PreTrainedModel) else self.student
         kwargs = {**inputs, **output_kwargs(needs, indices), **return_dict_kwargs(bare)}
         if self.skips_logits and "skip_logits" in forward_columns(bare):
@@ -258,12 +253,7 @@ class MicroBatch:
 
 
 class TermPasses:
-    """Extra forward passes of the student and one teacher, as an objective runs them.
-
-    Args:
-        micro (`MicroBatch`): the micro batch, whose models are run.
-        source (`str`): the name of the teacher; empty for an objective that uses none.
-    """
+    """Extra forward passes of the student and of the teacher called `source`, as an objective runs them."""
 
     def __init__(self, micro: MicroBatch, source: str = "") -> None:
         self._micro, self._source = micro, source
@@ -271,22 +261,18 @@ class TermPasses:
         self.model: Any = micro.student
         self.teacher_model: Any = self._teacher.model
 
-    def student(
-        self, batch: Mapping[str, Any], needs: frozenset[str] = _LOGITS, indices: Mapping[str, Any] | None = None
-    ) -> Any:
+    def student(self, batch: Batch, needs: frozenset[str] = _LOGITS, indices: Indices | None = None) -> Any:
         """The student's output for a batch, without a task loss; its running statistics stay as they are."""
         unlabelled = {key: value for key, value in batch.items() if key != "labels"}
         with statistics_kept(self._micro.wrapped):
             return self._micro.student_forward(unlabelled, needs - {"loss"}, _both(indices))
 
-    def teacher(
-        self, batch: Mapping[str, Any], needs: frozenset[str] = _LOGITS, indices: Mapping[str, Any] | None = None
-    ) -> Any:
+    def teacher(self, batch: Batch, needs: frozenset[str] = _LOGITS, indices: Indices | None = None) -> Any:
         """The teacher's output for a batch, without a gradient."""
         kept = statistics_kept(self.teacher_model) if self._teacher.learns else contextlib.nullcontext()
         with torch.no_grad(), kept:
             return self._micro.teacher_forward(self._source, dict(batch), needs, _both(indices))
 
 
-def _both(indices: Mapping[str, Any] | None) -> dict[str, Any]:
+def _both(indices: Indices | None) -> dict[str, Any]:
     return {"hidden_states": None, "attentions": None, **(indices or {})}

@@ -9,12 +9,11 @@ from itertools import repeat
 from typing import Any
 
 from ..objectives.base import Objective, TrainingStep, unique_names
-from ..teachers import Teacher
+from ..teachers import Indices, Teacher
 
 SINGLE = "teacher"
 """The name of a teacher that was given without one."""
 STUDENT = "student"
-Indices = dict[str, frozenset[int] | None]
 
 
 @dataclass(frozen=True)
@@ -83,5 +82,5 @@ def required_outputs(
             for need in found.keys() & term.objective.needs:
                 indices = term.objective.indices(need)
                 found[need].append(None if indices is None else indices[role])
-    indices_of: Indices = {need: None if None in f else frozenset[int]().union(*f) for need, f in found.items()}
-    return (frozenset(needs), indices_of) if is_used else None
+    read = {need: None if None in several else frozenset[int]().union(*several) for need, several in found.items()}
+    return (frozenset(needs), read) if is_used else None
