@@ -3,15 +3,7 @@
 
 from .collator import CachedCollator
 from .info import CachedOutput, CacheInfo, cache_info
-from .teacher import CachedTeacher, cached_source
+from .teacher import CachedTeacher
 from .writer import cache_teacher_outputs
 
-__all__ = [
-    "CacheInfo",
-    "CachedCollator",
-    "CachedOutput",
-    "CachedTeacher",
-    "cache_info",
-    "cache_teacher_outputs",
-    "cached_source",
-]
+__all__ = ["CacheInfo", "CachedCollator", "CachedOutput", "CachedTeacher", "cache_info", "cache_teacher_outputs"]

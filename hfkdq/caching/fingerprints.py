@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -16,8 +15,7 @@ def processor_fingerprint(processor: Any) -> str | None:
     """
     if processor is None:
         return None
-    text = json.dumps(_contents(processor), sort_keys=True, default=str)
-    return f"{type(processor).__name__} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{type(processor).__name__} {short_hash(_contents(processor))}"
 
 
 def _contents(processor: Any) -> Any:
@@ -39,6 +37,6 @@ def collator_name(collator: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def short_hash(key: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that stand for a key."""
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+def short_hash(contents: Any) -> str:
+    """16 hexadecimal digits that stand for contents, which JSON or text can hold."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()[:16]

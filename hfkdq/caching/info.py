@@ -25,19 +25,13 @@ _MARK = re.compile(r"\s*<!-- hfkdq-cache (\{.*?\}) -->", re.DOTALL)
 
 @dataclass(frozen=True)
 class CachedOutput:
-    """One output of a teacher, and the columns that hold it.
-
-    Attributes:
-        name (`str`): such as `"logits"`, `"top_log_probabilities"` or `"hidden_state_3"`.
-        positions (`str`, *optional*): what its first axis follows: `"attended"` tokens, `"decoded"` ones, `"frames"` of
-            sound or `"adapted_frames"` behind an adapter; `None` where padding has no say.
-        shape (tuple of `int`): shape for one example without its first axis; `()` where that is the only one.
-        dtype (`str`): `"float16"`, `"int8"` or `"int32"`.
-    """
+    """One output of a teacher, such as `"logits"` or `"hidden_state_3"`, and the columns that hold it."""
 
     name: str
     positions: Literal["attended", "decoded", "frames", "adapted_frames"] | None
+    """The tokens, or frames of sound (behind an adapter), that its first axis follows; `None` where padding has no say."""
     shape: tuple[int, ...]
+    """Shape for one example without its first axis; `()` where that is the only one."""
     dtype: Literal["float16", "int8", "int32"]
 
     @property

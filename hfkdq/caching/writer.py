@@ -114,7 +114,7 @@ def cache_teacher_outputs(
     collator = data_collator or default_collator(processing_class)
     plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
     source = Source(dataset, collator, teacher, remove_unused_columns)
-    inputs = checked_inputs(source.probe(), source.columns, plan.decodes_labels)
+    inputs = checked_inputs(collator(source.features(0, 1)), source.columns, plan.decodes_labels)
     key = _key(teacher, dataset, collator, processing_class, plan, dtype, accelerator)
     # By this one checkpoints know the teacher, so that a run that was begun beside it may go on with its cache.
     described = {**plan.outline.to_dict(), "fingerprint": fingerprint(teacher)}

@@ -8,9 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
-from ..modeling.forwards import base_of
 from ..objectives.base import Objective
 
 Indices = Mapping[str, Collection[int] | None]
@@ -18,24 +16,21 @@ Indices = Mapping[str, Collection[int] | None]
 
 
 class Teacher:
-    """A model that a student learns from, during a training.
-
-    Attributes:
-        name (`str`): class of its model.
-        fingerprint (`str`): identity of the teacher, for checkpoints.
-        columns (set of `str`): the columns that batches must keep for it.
-        model (`PreTrainedModel` or `PeftModel`): the model; `None` where only its outputs were kept.
-        learns (`bool`): whether it is trained along with the student, by `objectives`.
-        first_bad_step (`int` or `torch.Tensor`): the first step since the last look whose output was not finite; 0 for none.
-    """
+    """A model that a student learns from, during a training."""
 
     name: str
+    """The class of its model."""
     fingerprint: str
+    """By this a checkpoint knows it again."""
     columns: set[str]
+    """The columns that batches must keep for it."""
     model: Any = None
+    """The model; `None` where only its outputs were kept."""
     learns: ClassVar[bool] = False
+    """Whether it is trained along with the student, by `objectives`."""
     objectives: Sequence[Objective] = ()
     first_bad_step: int | torch.Tensor = 0
+    """The first step since the last look whose output was not finite; 0 for none."""
 
     def check(self, indices: Indices) -> None:
         """Refuses, before training, hidden states or attentions that it cannot give."""
@@ -69,22 +64,16 @@ class Teacher:
 
 
 class TeacherSource:
-    """A teacher as it is given to a trainer, which places it beside its student.
-
-    Attributes:
-        changes (`bool`): whether its weights change while the student is trained.
-        copies_student (`bool`): whether every new student needs a new one.
-        to_load (`bool`): whether it is a name, still to be loaded.
-        frozen_model (`PreTrainedModel` or `PeftModel`, *optional*): the model, if it is given and stays as it is.
-    """
+    """A teacher as it is given to a trainer, which places it beside its student."""
 
     changes: ClassVar[bool] = False
+    """Whether its weights change while the student is trained."""
     copies_student: ClassVar[bool] = False
+    """Whether every new student needs a new one."""
     to_load: bool = False
+    """Whether it is a name, still to be loaded."""
     frozen_model: Any = None
-
-    def check(self) -> None:
-        """Raises `TypeError` where it is no teacher."""
+    """The model, if it is given and stays as it is."""
 
     def load(self, init_kwargs: Mapping[str, Any] | None) -> None:
         """Loads a model that was named, with these arguments of `from_pretrained`."""
@@ -100,15 +89,6 @@ class TeacherSource:
     def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
         """The teacher on the device of the training, made of what `model_for` returned."""
         raise NotImplementedError
-
-
-def check_is_model(model: Any) -> None:
-    """Raises `TypeError` for a teacher that is no Transformers model."""
-    if not isinstance(base_of(model), PreTrainedModel):
-        raise TypeError(
-            "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
-            f"or a dict of such by name, got {type(model).__name__}."
-        )
 
 
 def refuse_shared_parameters(model: Any, student: Any) -> None:

@@ -16,7 +16,7 @@ from ..modeling.forwards import TEACHER_PREFIX, forward_columns
 from ..objectives import LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
 from ..objectives.projections import Projections
-from .base import Teacher, TeacherSource, check_is_model, refuse_shared_parameters
+from .base import Teacher, TeacherSource, refuse_shared_parameters
 from .fingerprints import fingerprint
 
 
@@ -43,9 +43,6 @@ class CoTrainedTeacher(TeacherSource):
     changes = True
     model: Any
     objectives: Sequence[Objective] | None = None
-
-    def check(self) -> None:
-        check_is_model(self.model)
 
     def model_for(self, student: Any, student_is_remade: bool) -> Any:
         if student_is_remade:

@@ -29,7 +29,7 @@ from ..modeling.forwards import (
     return_dict_kwargs,
 )
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
-from .base import Indices, Teacher, TeacherSource, check_is_model, refuse_shared_parameters
+from .base import Indices, Teacher, TeacherSource, refuse_shared_parameters
 from .fingerprints import fingerprint
 
 _ALONG = {
@@ -62,10 +62,6 @@ class FrozenSource(TeacherSource):
         self.to_load = isinstance(given, (str, os.PathLike))
         self.frozen_model = None if self.to_load else given
 
-    def check(self) -> None:
-        if not self.to_load:
-            check_is_model(self.frozen_model)
-
     def load(self, init_kwargs: Mapping[str, Any] | None) -> None:
         if self.to_load:
             self.frozen_model, self.to_load = load_teacher(str(self._given), init_kwargs), False
@@ -96,7 +92,12 @@ class FrozenSource(TeacherSource):
 def as_source(given: Any) -> TeacherSource:
     """A teacher that a user gave, models and their names wrapped; raises `TypeError` for anything else."""
     source = given if isinstance(given, TeacherSource) else FrozenSource(given)
-    source.check()
+    model = getattr(source, "model", source.frozen_model)
+    if not (isinstance(base_of(model), PreTrainedModel) or source.to_load or source.copies_student):
+        raise TypeError(
+            "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
+            f"or a dict of such by name, got {type(model).__name__}."
+        )
     return source
 
 

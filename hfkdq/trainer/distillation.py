@@ -77,7 +77,7 @@ class Distillation:
         self.installed = False  # for a training
         self._objectives = objectives
         self._auxiliary = [module for module in (self.projections, self.peer_parameters) if module is not None]
-        self._updated_at: int | None = None  # the optimizer step that moving averages have seen last
+        self.updated_at: int | None = None  # the optimizer step that moving averages have seen last
 
     @property
     def names(self) -> list[str]:
@@ -116,16 +116,12 @@ class Distillation:
         foreign = {k for k in inputs if k not in own and (k in others or k.startswith(TEACHER_PREFIX))}
         return {key: value for key, value in inputs.items() if key not in foreign} if foreign else inputs
 
-    def begin(self) -> None:
-        """Lets a training begin, whose first step moving averages do not follow."""
-        self._updated_at = None
-
     def update_teachers(self, student: Any, step: int, max_steps: int) -> None:
         """Lets moving averages follow the optimizer step that was finished since the last call."""
-        if self._updated_at is not None and step > self._updated_at:
+        if self.updated_at is not None and step > self.updated_at:
             for teacher in self.teachers.values():
                 teacher.update(student, step / max(max_steps, 1))
-        self._updated_at = step
+        self.updated_at = step
 
     def fingerprint(self) -> dict[str, Any]:
         """Teachers and objectives, by which a checkpoint knows its training again."""

@@ -17,12 +17,8 @@ from .terms import Term
 class LossWeighting:
     """The adaptive weights of the terms.
 
-    Args:
-        terms (list of [`Term`]): all terms of the training.
-
     Raises:
-        ValueError: a weight by agreement of an objective that predicts nothing, or one by gradients with no task loss to
-            balance against.
+        ValueError: a weight by agreement of an objective that predicts nothing, or one by gradients with no task loss.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
 
-from ..caching import CachedCollator, cached_source
+from ..caching import CachedCollator
+from ..caching.teacher import cached_source
 from ..modeling.forwards import TEACHER_PREFIX
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, check_vocabulary
@@ -74,7 +75,7 @@ class DistillationMixin(_TrainerBase):
         self.strict_resume = strict_resume
         self._distillation: Distillation | None = None
         self._loss_log = LossLog()
-        self._window: Window | None = None
+        self._window: Window | None = None  # of the gradient accumulation that runs
         self._running_step: RunningStep | None = None
         super().__init__(*args, **kwargs)
         arguments.keep_tokens_back_(self.args)
@@ -140,7 +141,7 @@ class DistillationMixin(_TrainerBase):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, str(self.args.output_dir))
         self._loss_log.clear()
-        self._distillation.begin()
+        self._distillation.updated_at = None
         if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
             self._load_distillation_state(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
         self._distillation.install(self.model, self.optimizer)

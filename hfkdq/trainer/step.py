@@ -170,14 +170,12 @@ class MicroBatch:
         return output
 
     def _task_loss(self, name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        if self.loss_is_scaled:
-            task, output = self.task_loss(model, kwargs, return_outputs=True, num_items_in_batch=self.items)
-            return task, as_output(output)
-        if self.takes_items if name == STUDENT else accepts_num_items(model):
+        items = {"num_items_in_batch": self.items} if self.loss_is_scaled else {}
+        if not items and (self.takes_items if name == STUDENT else accepts_num_items(model)):
             terms = self.distillation.terms
             objective = next(t.objective for t in terms if t.learner == name and "loss" in t.objective.needs)
             kwargs["num_items_in_batch"] = torch.as_tensor(objective.positions(self.batch)).clamp(min=1)
-        task, output = self.task_loss(model, kwargs, return_outputs=True)
+        task, output = self.task_loss(model, kwargs, return_outputs=True, **items)
         return task, as_output(output)
 
     def _kwargs(self, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Indices) -> dict[str, Any]:
@@ -195,17 +193,12 @@ class MicroBatch:
             name: detached(outputs[name]) if name == STUDENT or name in peers else outputs[name]
             for name in {source for term in terms for source in term.sources}
         }
-        filled = []
-        for term, step in zip(terms, steps, strict=True):
+        filled = list(steps)
+        for index, (term, step) in enumerate(zip(terms, steps, strict=True)):
             sources = {name: targets[name] for name in term.sources}
             teacher = sources if term.objective.uses_all_teachers else next(iter(sources.values()), None)
-            filled.append(
-                replace(
-                    step,
-                    student=outputs[term.learner] if step.student is None else step.student,
-                    teacher=teacher if step.teacher is None else step.teacher,
-                )
-            )
+            student = outputs[term.learner] if step.student is None else step.student
+            filled[index] = replace(step, student=student, teacher=teacher if step.teacher is None else step.teacher)
         return filled
 
     def _weighted_sum(self, steps: list[TrainingStep]) -> tuple[torch.Tensor, torch.Tensor]:
