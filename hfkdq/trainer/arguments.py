@@ -150,12 +150,7 @@ def require_teacher(objectives: Iterable[Objective], teachers: Mapping[str, Any]
 
 
 def refuse_unsupported(trainer: Any, objectives: Iterable[Objective], sources: Iterable[TeacherSource]) -> None:
-    """Checks how a trainer with objectives is to run; makes gradient checkpointing keep attentions in the gradient.
-
-    Raises:
-        NotImplementedError: a kind of parallelism that distillation does not work under.
-        ValueError: gradient checkpointing that would cut attentions off.
-    """
+    """Raises `NotImplementedError` for a kind of parallelism that distillation does not work under."""
     args, accelerator = trainer.args, trainer.accelerator
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
@@ -184,6 +179,10 @@ def refuse_unsupported(trainer: Any, objectives: Iterable[Objective], sources: I
             "Tensor, context and sequence parallelism split a sequence or a layer over processes, and objectives "
             "need both whole. Launch without a parallelism_config, or with data parallelism alone."
         )
+
+
+def keep_attentions_in_gradient_(args: Any, objectives: Iterable[Objective]) -> None:
+    """Makes gradient checkpointing non-reentrant where objectives read attentions; `ValueError` if it is set to be."""
     # Transformers 5 calls gradient checkpointing activation checkpointing.
     name = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
     if getattr(args, f"{name}_checkpointing") and any("attentions" in o.needs for o in objectives):

@@ -42,15 +42,7 @@ class Distillation:
         sharded: bool,
         placed: Mapping[str, Teacher],
     ) -> None:
-        if not isinstance(base_of(student), PreTrainedModel):
-            raise TypeError(
-                f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
-                "PreTrainedModel, or a PeftModel around one."
-            )
-        disable_bnb_repacking_(student)
-        for stale in (getattr(student, module.NAME, None) for module in (Projections, PeerParameters)):
-            if stale is not None:  # by another trainer of this student
-                stale.remove(student)
+        prepare_student_(student)
         models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}
         for objective in objectives:
             names = sources_of(objective, list(sources))
@@ -156,12 +148,23 @@ class Distillation:
             self.projections.maps.load_state_dict({**maps, **fitting})
 
 
-def disable_bnb_repacking_(student: Any) -> None:
-    """Keeps the 4-bit layers of a student from repacking their weights when they run without gradient.
+def prepare_student_(student: Any) -> None:
+    """Checks the type of a student, and frees it from what another trainer or bitsandbytes did to it.
 
-    On a CPU with AVX512-BF16 bitsandbytes does so for a kernel that passes no gradient on, in later training neither.
+    Raises:
+        TypeError: it is no Transformers model.
     """
+    if not isinstance(base_of(student), PreTrainedModel):
+        raise TypeError(
+            f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
+            "PreTrainedModel, or a PeftModel around one."
+        )
     for module in student.modules():
+        # On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights that run without gradient, for a kernel that passes
+        # none on, in later training neither.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # unpacks what ran already
+    for stale in (getattr(student, module.NAME, None) for module in (Projections, PeerParameters)):
+        if stale is not None:
+            stale.remove(student)

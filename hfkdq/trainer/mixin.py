@@ -87,6 +87,7 @@ class DistillationMixin(_TrainerBase):
             self.data_collator = CachedCollator(self.data_collator, cached.info)
         arguments.require_teacher(self.objectives, self._sources)
         arguments.refuse_unsupported(self, self.objectives, self._sources.values())
+        arguments.keep_attentions_in_gradient_(self.args, self.objectives)
         self._show_terms_in_notebooks()
         self._distillation = self._attached(self.model)
         for name, teacher in self._distillation.teachers.items():
