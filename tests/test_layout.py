@@ -28,8 +28,6 @@ LEVELS = {
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}
 MODULE_NAME = re.compile(r"^hfkdq(\.[a-z_]+)+(:\w+)?$")
-# Rooms whose files may still import one another in a circle; nothing is to be added here.
-CIRCLES_ALLOWED_IN = ("trainer",)
 ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "optimum", "onnxscript"}
 MODULES = sorted(
     path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE
@@ -98,7 +96,7 @@ def first_circle(paths: list[Path]) -> list[str] | None:
 
 
 def test_no_files_import_each_other_in_a_circle():
-    assert first_circle([path for path in MODULES if room_of(path) not in CIRCLES_ALLOWED_IN]) is None
+    assert first_circle(MODULES) is None
 
 
 def test_a_circle_is_found_where_one_import_is_lazy(tmp_path, monkeypatch):

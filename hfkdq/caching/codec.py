@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How outputs of one example become cells of a table, and how cells become numbers again."""
+"""Encodes the outputs of one example as cells of a table, and decodes them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ def features_of(output: CachedOutput) -> dict[str, Any]:
 
 
 def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:
-    """The cells of one example.
+    """The cells of one example from its finite values, `(positions, *output.shape)`, in float32 or int32.
 
-    Args:
-        output (`CachedOutput`): what it is.
-        values (`np.ndarray` of shape `(positions, *output.shape)`): finite, float32 or int32. float16 keeps 11 bits of
-            them (a relative error up to 2^-11) and int8 is off by half a scale at most, `(maximum - minimum) / 510`.
+    float16 keeps 11 bits (a relative error up to 2^-11); int8 is off by half a scale at most, `(maximum - minimum) / 510`.
 
     Raises:
         OverflowError: values beyond the range of float16.
@@ -83,11 +80,8 @@ def decode(output: CachedOutput, row: Mapping[str, Any]) -> np.ndarray:
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes from 0 to 255 with `values = codes * scale + minimum` up to half a scale, for vectors along the last axis.
 
-    Args:
-        values (`np.ndarray` of shape `(..., n)`): finite numbers.
-
-    Returns:
-        Codes of shape `(..., n)`, uint8; scale and minimum of shape `(...)`, float32. Equal values have scale 0.
+    Of values of shape `(..., n)` returns codes `(..., n)` in uint8, and scale and minimum `(...)` in float32. The scale of
+    equal values is 0.
     """
     values = values.astype(np.float32)
     minimum = values.min(axis=-1)

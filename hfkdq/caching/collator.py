@@ -35,38 +35,27 @@ class CachedCollator:
         self.collator, self.info = collator, info
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        columns = self.info.columns
         cached = [isinstance(row, Mapping) and ROW_CHECK in row for row in features]
-        if not any(cached):
-            # Part of the cached columns may have been kept.
-            return self.collator([_without(row, columns) for row in features])
-        if not all(cached):
+        if any(cached) and not all(cached):
             raise ValueError(
                 f"{cached.count(False)} of the {len(features)} rows of a batch have no cached teacher outputs. Call "
                 "cache_teacher_outputs on the whole dataset."
             )
-        batch = self.collator([_without(row, columns) for row in features])
+        batch = self.collator([_without(row, self.info.columns) for row in features])
+        if not any(cached):
+            return batch
         self._check_rows(batch, features)
         for output in self.info.outputs:
-            values = [self._decoded(output, row) for row in features]
+            missing = {column for column in output.columns for row in features if column not in row}
+            if missing:
+                told = ", ".join(sorted(missing))
+                raise ValueError(f"A row has cached teacher outputs without {told}. Keep all columns in info.columns.")
+            values = [decode(output, row) for row in features]
             batch[output.column] = self._placed(output, values, batch)
         return batch
 
-    def _decoded(self, output: CachedOutput, row: Mapping[str, Any]) -> np.ndarray:
-        missing = [column for column in output.columns if column not in row]
-        if missing:
-            raise ValueError(
-                f"A row has cached teacher outputs without {', '.join(missing)}. Keep all columns in info.columns."
-            )
-        return decode(output, row)
-
     def _check_rows(self, batch: Any, features: Sequence[Mapping[str, Any]]) -> None:
-        checks = row_checks(batch, self.info.inputs)
-        if len(checks) != len(features):
-            raise ValueError(
-                f"{type(self.collator).__name__} made {len(checks)} rows of {len(features)}; cached teacher outputs need a "
-                "collator that keeps rows apart."
-            )
+        checks = row_checks(batch, self.info.inputs, len(features), self.collator)
         for row, (now, feature) in enumerate(zip(checks, features, strict=True)):
             then = int(feature[ROW_CHECK])
             if now != then:

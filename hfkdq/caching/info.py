@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of cached outputs, and how it travels with the dataset that holds them."""
+"""The description of cached outputs, which travels with the dataset that holds them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,13 @@ _MARK = re.compile(r"\s*<!-- hfkdq-cache (\{.*?\}) -->", re.DOTALL)
 
 @dataclass(frozen=True)
 class CachedOutput:
-    """One output of a teacher, and the columns that hold it.
-
-    Attributes:
-        name (`str`): such as `"logits"`, `"top_log_probabilities"` or `"hidden_state_3"`.
-        positions (`str`, *optional*): what its first axis follows: `"attended"` tokens, `"decoded"` ones, `"frames"` of
-            sound or `"adapted_frames"` behind an adapter; `None` where padding has no say.
-        shape (tuple of `int`): shape for one example without its first axis; `()` where that is the only one.
-        dtype (`str`): `"float16"`, `"int8"` or `"int32"`.
-    """
+    """One output of a teacher, such as `"logits"` or `"hidden_state_3"`, and the columns that hold it."""
 
     name: str
     positions: Literal["attended", "decoded", "frames", "adapted_frames"] | None
+    """The tokens, or frames of sound (behind an adapter), that its first axis follows; `None` where padding has no say."""
     shape: tuple[int, ...]
+    """Shape for one example without its first axis; `()` where that is the only one."""
     dtype: Literal["float16", "int8", "int32"]
 
     @property
@@ -54,7 +48,7 @@ class CachedOutput:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What the columns of a teacher's outputs are, and of what they were made.
+    """The columns of a teacher's outputs, and what they depend on.
 
     Attributes:
         outputs (tuple of [`CachedOutput`]): the cached outputs.
@@ -86,10 +80,9 @@ class CacheInfo:
         kind = config.get("model_type")
         # Its `get` knows only what was imported so far.
         maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
-        # Only known where the outputs are the likeliest classes.
-        temperature = self.key["temperature"]
+        known = self.key["temperature"]  # where the outputs are the likeliest classes
         return ModelSignature(
-            self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=temperature
+            self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=known
         )
 
     def to_json(self) -> str:

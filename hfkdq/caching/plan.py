@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be cached of a teacher, decided before it runs, and cut out of what it answers to a batch."""
+"""Plans which outputs of a teacher are cached, and cuts them out of its output for a batch."""
 
 from __future__ import annotations
 
@@ -24,27 +24,18 @@ _TOP, _CHUNK = 64, 2**24
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of a teacher, and the outputs that are kept of it.
-
-    Attributes:
-        outputs (tuple of [`CachedOutput`]): what is kept.
-        layers (tuple of `int`): the hidden states among them.
-        top_k (`int`, *optional*): how many of the likeliest classes are kept; `None` for all logits.
-        temperature (`float`): at which their probabilities are.
-        outline (`ModelSignature`): of the teacher.
-        decodes_labels (`bool`): whether it reads the labels in its decoder.
-    """
+    """The outputs that are kept of a teacher, and how they are cut out of what it returns."""
 
     outputs: tuple[CachedOutput, ...]
-    layers: tuple[int, ...]
-    top_k: int | None
-    temperature: float
+    layers: tuple[int, ...]  # hidden states
+    top_k: int | None  # likeliest classes; `None` for all logits
+    temperature: float  # of their probabilities
     outline: ModelSignature
-    decodes_labels: bool
+    decodes_labels: bool  # whether the teacher reads the labels in its decoder
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the teacher is to return."""
+        """The kinds of outputs that the teacher must return."""
         return frozenset({"logits", *(["hidden_states"] if self.layers else [])})
 
     def cut(self, out: Any, batch: Mapping[str, Any], features: Sequence[Any]) -> dict[str, list[np.ndarray]]:
@@ -60,8 +51,8 @@ class Plan:
             values = self._of(out, output)
             mask = self._mask(output, values, batch, features)
             own = values if mask is None else values[mask]
-            parts = self._top(own) if output.name.startswith("top_") else {output.column: own.float()}
-            for column, kept in parts.items():
+            columns = self._top(own) if output.name.startswith("top_") else {output.column: own.float()}
+            for column, kept in columns.items():
                 rows = kept.cpu() if mask is None else torch.split(kept.cpu(), mask.sum(1).tolist())
                 found[column] = [row.numpy() for row in rows]
         return found

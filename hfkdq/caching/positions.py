@@ -14,9 +14,10 @@ from torch import nn
 from ..modeling.forwards import TEACHER_PREFIX
 from ..modeling.masks import Batch, frame_lengths, frame_mask, token_mask
 from ..objectives.model_signature import ModelSignature
+from .fingerprints import collator_name
 
 MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")
-"""Columns that tell which positions of a batch are a row's own."""
+"""Columns that tell which positions of a batch are padding."""
 
 
 def name_in(batch: Mapping[str, Any], name: str) -> str:
@@ -30,15 +31,9 @@ def _mask(batch: Batch, name: str) -> torch.Tensor | None:
 
 
 def own_positions(batch: Batch, kind: str, outline: ModelSignature) -> torch.Tensor | None:
-    """The positions of a batch that are no padding, as `CachedOutput.positions` names them.
+    """Non-padding positions of a batch, `(batch, positions)`, of the kind of `CachedOutput.positions`.
 
-    Args:
-        batch (`dict`): a collated batch.
-        kind (`str`): `"attended"`, `"decoded"`, `"frames"` or `"adapted_frames"`.
-        outline (`ModelSignature`): of the teacher, which tells how many frames it makes of samples.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, positions)`; `None` where nothing tells what is padding.
+    `outline`, of the teacher, tells how many frames it makes of samples. `None` where nothing tells what is padding.
     """
     attended = _mask(batch, "attention_mask")
     if kind == "attended":
@@ -46,28 +41,25 @@ def own_positions(batch: Batch, kind: str, outline: ModelSignature) -> torch.Ten
     if kind == "decoded":
         columns = {"labels": batch.get("labels"), "attention_mask": _mask(batch, "decoder_attention_mask")}
         return token_mask(columns, shifts_labels=False)
-    lengths = frame_lengths(shell_of(outline), adapter=kind == "adapted_frames")
+    lengths = frame_lengths(_config_only_model(outline), adapter=kind == "adapted_frames")
     if lengths is None:
         raise ValueError(f"{outline.model_class} does not tell how many frames it makes of a number of samples.")
     return frame_mask({"input_values": batch[name_in(batch, "input_values")], "attention_mask": attended}, lengths)
 
 
-def shell_of(outline: ModelSignature) -> Any:
-    """A model that has a class and a configuration alone, no weights: enough to ask it for lengths."""
+def _config_only_model(outline: ModelSignature) -> Any:
+    """A model with a class and a configuration alone, no weights: enough to ask it for lengths."""
     cls = getattr(transformers, outline.model_class)
-    shell = cls.__new__(cls)
-    nn.Module.__init__(shell)
-    shell.config = outline.config
-    return shell
+    model = cls.__new__(cls)
+    nn.Module.__init__(model)
+    model.config = outline.config
+    return model
 
 
 def checked_inputs(batch: Batch, columns: Collection[str], decodes_labels: bool) -> tuple[str, ...]:
-    """Names of what the check of a row is over: what the teacher reads, masks apart, which only cut it.
+    """Names of the inputs that row checks are over: those that the teacher reads, without the masks, which only cut them.
 
-    Args:
-        batch (`dict`): a collated batch.
-        columns (collection of `str`): what the forward pass of the teacher takes, labels apart.
-        decodes_labels (`bool`): whether the teacher reads the labels in its decoder.
+    `columns` are those that its forward pass takes; `decodes_labels` says whether its decoder reads the labels.
     """
     labels = decodes_labels and isinstance(batch.get("labels"), torch.Tensor)
     made_of_labels = {"decoder_input_ids", "decoder_attention_mask"} if labels else set[str]()
@@ -76,15 +68,11 @@ def checked_inputs(batch: Batch, columns: Collection[str], decodes_labels: bool)
     return (*found, "labels") if labels else tuple(found)
 
 
-def row_checks(batch: Batch, names: tuple[str, ...]) -> list[int]:
-    """One number per row: how many positions its inputs have, times 2^32, and their CRC-32.
-
-    Args:
-        batch (`dict`): a collated batch.
-        names (tuple of `str`): the inputs, from `checked_inputs`.
+def row_checks(batch: Batch, names: tuple[str, ...], rows: int, collator: Any) -> list[int]:
+    """One number per row: how many positions its inputs `names` have, times 2^32, and their CRC-32.
 
     Raises:
-        ValueError: the batch lacks one of them.
+        ValueError: the batch, which `collator` made of so many rows, lacks an input or has another number of rows.
     """
     missing = [name for name in names if name not in batch]
     if missing:
@@ -93,18 +81,26 @@ def row_checks(batch: Batch, names: tuple[str, ...]) -> list[int]:
             "belong to these rows. Keep the columns that the outputs were cached with, and the same collator."
         )
     inputs = [(batch[name], _cut_of(batch, name)) for name in names]
-    checks = []
-    for row in range(len(inputs[0][0])):
-        crc, positions = 0, 0
-        for values, cut in inputs:
-            own = (
-                values[row] if cut is None else values[row][..., cut[row]] if cut.dim() == 3 else values[row][cut[row]]
-            )
-            positions = max(positions, len(own) if own.dim() else 1)
-            own = own.float() if own.is_floating_point() else own.long()
-            crc = zlib.crc32(own.contiguous().cpu().numpy().tobytes(), crc)
-        checks.append(positions << 32 | crc)
-    return checks
+    if len(inputs[0][0]) != rows:
+        raise ValueError(
+            f"{collator_name(collator)} made {len(inputs[0][0])} rows of {rows}; cached teacher outputs need a collator that "
+            "keeps rows apart."
+        )
+    return [_row_check([_row_of(values, cut, row) for values, cut in inputs]) for row in range(rows)]
+
+
+def _row_of(values: torch.Tensor, cut: torch.Tensor | None, row: int) -> torch.Tensor:
+    if cut is None:
+        return values[row]
+    return values[row][..., cut[row]] if cut.dim() == 3 else values[row][cut[row]]
+
+
+def _row_check(inputs: list[torch.Tensor]) -> int:
+    crc = 0
+    for own in inputs:
+        own = own.float() if own.is_floating_point() else own.long()
+        crc = zlib.crc32(own.contiguous().cpu().numpy().tobytes(), crc)
+    return max(len(own) if own.dim() else 1 for own in inputs) << 32 | crc
 
 
 def _cut_of(batch: Batch, name: str) -> torch.Tensor | None:

@@ -52,10 +52,6 @@ class Source:
         keep = self._keep
         return rows if keep is None else [{k: v for k, v in row.items() if k in keep} for row in rows]
 
-    def probe(self) -> Any:
-        """A small batch, which tells the names of what the teacher reads."""
-        return self.collator(self.features(0, 1))
-
 
 def _refuse_random(collator: Any, source: Source) -> None:
     rows = min(len(source.rows), 8)

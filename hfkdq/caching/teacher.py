@@ -1,56 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher whose answers were written down: it reads them from the batch.
-
-Stands where a frozen teacher stands in the trainer.
-"""
+"""A teacher whose outputs were cached: it reads them from the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers.utils import ModelOutput
 
 from ..losses.divergences import TopLogits
 from ..modeling.forwards import TEACHER_PREFIX
-from ..teachers import Teacher
-from .info import CacheInfo
+from ..teachers import Indices, Teacher, TeacherSource, weights_fingerprint
+from .info import CacheInfo, cache_info
 from .positions import MASKS
 
 
-class CachedTeacher(Teacher):
-    """Answers with the outputs that [`CachedCollator`] put into the batch.
+class CachedSource(TeacherSource):
+    """The teacher whose outputs a dataset holds."""
 
-    Args:
-        info (`CacheInfo`): what was cached, from `cache_info(dataset)`.
-        device (`torch.device`): where the outputs are wanted.
+    def __init__(self, info: CacheInfo) -> None:
+        self.info = info
 
-    Attributes:
-        name (`str`): class of the teacher.
-        fingerprint (`str`): that class and a hash of its weights.
-        columns (set of `str`): the columns that batches must keep for it.
-        outline (`ModelSignature`): the teacher as objectives see it when they are attached.
-        layers (tuple of `int`): the hidden states that are cached.
+    def model_for(self, student: Any, student_is_remade: bool) -> Any:
+        return self.info.outline
+
+    def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
+        return CachedTeacher(self.info, accelerator.device)
+
+
+def cached_source(dataset: Any, given: Sequence[TeacherSource]) -> CachedSource | None:
+    """The teacher whose outputs a dataset holds, in place of those given to the trainer; `None` where it holds none.
+
+    Raises:
+        ValueError: the outputs are not those of the teacher that was given, or it is no single frozen model.
     """
+    info = cache_info(dataset)
+    if info is None:
+        return None
+    models = [source.frozen_model for source in given]
+    if len(models) > 1 or None in models:
+        raise ValueError(
+            "train_dataset holds the outputs of one frozen teacher, but teacher_model is another kind of teacher, or "
+            "several. Leave teacher_model out, or give the dataset without the outputs: "
+            f"remove_columns({sorted(info.columns)})."
+        )
+    found = weights_fingerprint(models[0]) if models else info.key["teacher"]
+    if found != info.key["teacher"]:
+        raise ValueError(
+            f"The outputs in train_dataset are those of {info.key['teacher']}, but teacher_model is {found}, another model "
+            "or the same with other weights. Leave teacher_model out to learn from the cached outputs, or call "
+            "cache_teacher_outputs again."
+        )
+    return CachedSource(info)
+
+
+class CachedTeacher(Teacher):
+    """Returns the outputs that [`CachedCollator`] put into the batch, on `device`, in place of a model."""
 
     def __init__(self, info: CacheInfo, device: torch.device | str) -> None:
         self.info, self.device = info, torch.device(device)
         self.name = str(info.teacher["model_class"])
         self.fingerprint = str(info.teacher.get("fingerprint", info.key["teacher"]))
+        self.outline, self.layers = info.outline, info.layers
         self.columns = {*info.columns, *info.inputs, *MASKS, *(TEACHER_PREFIX + mask for mask in MASKS)}
-        self.outline = info.outline
-        self.layers = info.layers
 
-    def check(self, indices: Mapping[str, Collection[int] | None]) -> None:
-        """Checks, before training, that all that objectives will read is cached.
-
-        Args:
-            indices (`dict`): by `"hidden_states"` and `"attentions"`, which of them are read; `None` for all.
-
-        Raises:
-            ValueError: a hidden state or attention map that is not cached.
-        """
+    def check(self, indices: Indices) -> None:
+        """Raises `ValueError` where objectives read a hidden state or an attention map that is not cached."""
         nothing = frozenset[int]()
         maps, read = indices.get("attentions", nothing), indices.get("hidden_states", nothing)
         if maps is None or maps:
@@ -66,24 +83,10 @@ class CachedTeacher(Teacher):
                 f"cached; {list(self.layers)} are. Call cache_teacher_outputs with hidden_states={sorted(wanted)}."
             )
 
-    def __call__(
-        self,
-        batch: Mapping[str, Any],
-        needs: frozenset[str],
-        indices: Mapping[str, Collection[int] | None],
-        step: int,
-    ) -> Any:
-        """The teacher's output for a batch.
+    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
+        """The teacher's output for a batch: in float32, those of its cached outputs that are needed.
 
-        Args:
-            batch (`dict`): from a [`CachedCollator`].
-            needs (`frozenset` of `str`): of `"logits"`, `"hidden_states"`, what is wanted.
-            indices (`dict`): which hidden states are wanted; all others are `None`, as are those not cached.
-            step (`int`): not used.
-
-        Returns:
-            `ModelOutput` with, in float32, `logits` (or [`TopLogits`]), `start_logits` and `end_logits`, `pred_boxes`
-            and `hidden_states`, of what is cached and needed.
+        Logits of the likeliest classes are [`TopLogits`]; hidden states that are not cached or needed are `None`.
 
         Raises:
             ValueError: the batch brings no cached outputs.
@@ -107,11 +110,8 @@ class CachedTeacher(Teacher):
         values = batch[column].to(self.device)
         return values.float() if values.is_floating_point() else values.long()
 
-    def raise_if_bad(self, step: int) -> None:
-        """Does nothing: outputs that are no numbers were refused when they were cached."""
 
-
-def _wanted(name: str, needs: Collection[str], indices: Mapping[str, Collection[int] | None]) -> bool:
+def _wanted(name: str, needs: Collection[str], indices: Indices) -> bool:
     if not name.startswith("hidden_state_"):
         return "logits" in needs
     read = indices.get("hidden_states")

@@ -17,17 +17,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 
 from ..modeling.forwards import base_of
-from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher
+from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher, weights_fingerprint
 from .codec import encode
+from .fingerprints import collator_name, processor_fingerprint
 from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info
-from .keys import collator_name, processor_fingerprint, weights_fingerprint
-from .parts import assembled, prepared, write_parts
 from .plan import Plan, make_plan
 from .positions import checked_inputs, row_checks
 from .rows import Source, default_collator, formatted_as, label_columns
+from .shards import assemble, prepare_folder, write_shards
 
-PART_ROWS = 1024
-"""Rows in a part, which is what a killed run loses at most."""
+SHARD_ROWS = 1024
+"""Rows in a shard, which is what a killed run loses at most."""
 
 
 def cache_teacher_outputs(
@@ -47,8 +47,8 @@ def cache_teacher_outputs(
 ) -> datasets.Dataset:
     """Runs a teacher once over a dataset and returns the dataset with its outputs as columns.
 
-    Training on it needs no teacher in memory. Under `accelerate launch` every process computes its share. Parts of 1,024
-    rows are kept as they are finished: a run that was killed goes on where it was, with any number of processes, and a
+    Training on it needs no teacher in memory. Under `accelerate launch` every process computes its share. Shards of
+    1,024 rows are kept as they are finished: a run that was killed goes on where it was, with any number of processes, and a
     later call with the same teacher and data reads what is there.
 
     Outputs are kept without padding. Class logits are in `teacher_logits`, those of spans in `teacher_start_logits` and
@@ -62,7 +62,7 @@ def cache_teacher_outputs(
         dataset (`datasets.Dataset`): the rows, as they will be trained on.
         data_collator (callable, *optional*): that of the training; as of `Trainer` by default.
         processing_class (tokenizer, image processor, feature extractor or processor, *optional*): that of the training.
-        folder (`str` or `PathLike`, *optional*): where the parts lie, on a disk that all processes share. By default a
+        folder (`str` or `PathLike`, *optional*): where the shards lie, on a disk that all processes share. By default a
             folder of their own below the cache of `datasets`.
         batch_size (`int`, defaults to 32): rows that the teacher is given at once.
         top_k (`int`, *optional*, defaults to `"auto"`): keep the likeliest `k` classes and the rest as one; `None` for all
@@ -114,15 +114,15 @@ def cache_teacher_outputs(
     collator = data_collator or default_collator(processing_class)
     plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
     source = Source(dataset, collator, teacher, remove_unused_columns)
-    inputs = checked_inputs(source.probe(), source.columns, plan.decodes_labels)
+    inputs = checked_inputs(collator(source.features(0, 1)), source.columns, plan.decodes_labels)
     key = _key(teacher, dataset, collator, processing_class, plan, dtype, accelerator)
     # By this one checkpoints know the teacher, so that a run that was begun beside it may go on with its cache.
     described = {**plan.outline.to_dict(), "fingerprint": fingerprint(teacher)}
     info = CacheInfo(plan.outputs, inputs, described, key)
     info = CacheInfo.from_json(info.to_json())  # as it will be read
-    place = prepared(folder, info, accelerator)
-    write_parts(_Cells(teacher, source, plan, inputs, accelerator), info, place, batch_size, accelerator)
-    whole = assembled(dataset, info, place, accelerator)
+    place = prepare_folder(folder, info, accelerator)
+    write_shards(_Cells(teacher, source, plan, inputs, accelerator), info, place, batch_size, accelerator)
+    whole = assemble(dataset, info, place, accelerator)
     return with_info(formatted_as(whole, dataset, info), info)
 
 
@@ -134,8 +134,7 @@ def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: flo
         )
     if not len(dataset):
         raise ValueError("The dataset has no rows.")
-    taken = [name for name in dataset.column_names if name == ROW_CHECK]
-    if taken or cache_info(dataset) is not None:
+    if ROW_CHECK in dataset.column_names or cache_info(dataset) is not None:
         raise ValueError(
             "The dataset holds cached teacher outputs already. Remove them first: "
             "dataset.remove_columns(cache_info(dataset).columns)."
@@ -155,7 +154,7 @@ class _Runner(FrozenTeacher):
     """Leaves it to the writer to check outputs, which can name the rows."""
 
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
-        """Nothing here."""
+        pass
 
 
 @dataclass
@@ -170,18 +169,13 @@ class _Cells:
 
     @cached_property
     def _runner(self) -> _Runner:
-        # A process that finds all of its parts written moves no model.
+        # A process that finds all of its shards written moves no model.
         return _Runner(self.teacher, self.accelerator, label_columns(self.teacher))
 
     def __call__(self, first: int, last: int) -> list[dict[str, Any]]:
         features = self.source.features(first, last)
         batch = self.source.collator(features)
-        checks = row_checks(batch, self.inputs)
-        if len(checks) != len(features):
-            raise ValueError(
-                f"{collator_name(self.source.collator)} made {len(checks)} rows of {len(features)}; cached teacher outputs "
-                "need a collator that keeps rows apart."
-            )
+        checks = row_checks(batch, self.inputs, len(features), self.source.collator)
         batch = send_to_device(dict(batch), self.accelerator.device)
         out = self._runner(batch, self.plan.needs, {"hidden_states": frozenset(self.plan.layers)}, step=0)
         values = self.plan.cut(out, batch, features)
@@ -217,7 +211,7 @@ def _key(
         "temperature": plan.temperature if plan.top_k else None,
         "hidden_states": list(plan.layers),
         "dtype": dtype,
-        "part_rows": PART_ROWS,
+        "part_rows": SHARD_ROWS,
     }
     # A dataset made by a function that cannot be hashed has another fingerprint in every process.
     shared = broadcast_object_list([key])[0] if accelerator.num_processes > 1 else key

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who a student learns from: a frozen model, its own moving average, or a peer that learns along with it."""
+"""Teachers: a frozen model, the student's own moving average, or a model that is trained along with it."""
 
-from .base import Teacher
-from .frozen import FrozenTeacher, fingerprint, load_teacher
-from .moving import AveragedTeacher, CoTrainedTeacher, EMATeacher, averaged_copy
-from .peers import CoTrainedModel, PeerParameters, without_graph
+from .averaged import EMATeacher
+from .base import Indices, Teacher, TeacherSource
+from .cotrained import CoTrainedTeacher, PeerParameters, detached
+from .fingerprints import fingerprint, weights_fingerprint
+from .frozen import FrozenTeacher, as_source, load_teacher
 from .vocabulary import check_vocabulary
 
 __all__ = [
-    "AveragedTeacher",
-    "CoTrainedModel",
     "CoTrainedTeacher",
     "EMATeacher",
     "FrozenTeacher",
+    "Indices",
     "PeerParameters",
     "Teacher",
-    "averaged_copy",
+    "TeacherSource",
+    "as_source",
     "check_vocabulary",
+    "detached",
     "fingerprint",
     "load_teacher",
-    "without_graph",
+    "weights_fingerprint",
 ]

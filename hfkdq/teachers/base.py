@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer asks of a teacher, whether it is frozen, cached, averaged or trained along."""
+"""The two sides of a teacher: how a user gives it to a trainer, and how it answers during a training."""
 
 from __future__ import annotations
 
@@ -7,41 +7,40 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 
 from ..objectives.base import Objective
 
+Indices = Mapping[str, Collection[int] | None]
+"""Of `"hidden_states"` and `"attentions"`, the entries that are read; `None` for all."""
+
 
 class Teacher:
-    """Who a student learns from, during a training.
-
-    Attributes:
-        name (`str`): class of its model.
-        fingerprint (`str`): what it is, for checkpoints.
-        columns (set of `str`): the columns that batches must keep for it.
-        learns (`bool`): whether it is trained along with the student; `objectives` is what it learns.
-        first_bad_step (`int` or `torch.Tensor`): of the first output that was not finite since the last look; 0 if there
-            was none.
-    """
+    """A model that a student learns from, during a training."""
 
     name: str
+    """The class of its model."""
     fingerprint: str
+    """By this a checkpoint knows it again."""
     columns: set[str]
-    model: Any
+    """The columns that batches must keep for it."""
+    model: Any = None
+    """The model; `None` where only its outputs were kept."""
     learns: ClassVar[bool] = False
+    """Whether it is trained along with the student, by `objectives`."""
     objectives: Sequence[Objective] = ()
     first_bad_step: int | torch.Tensor = 0
+    """The first step since the last look whose output was not finite; 0 for none."""
 
-    def check(self, indices: Mapping[str, Collection[int] | None]) -> None:
+    def check(self, indices: Indices) -> None:
         """Refuses, before training, hidden states or attentions that it cannot give."""
 
-    def __call__(
-        self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
-    ) -> Any:
-        """Its output for a batch of optimizer step `step`; one that learns is run by the trainer instead."""
+    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
+        """Its output for a batch of optimizer step `step`; the trainer itself runs a teacher that learns."""
         raise NotImplementedError
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What one that learns is fed of a batch, labels included."""
+        """The columns of a batch that a teacher that learns is fed, labels included."""
         raise NotImplementedError
 
     def install(self) -> None:
@@ -51,14 +50,53 @@ class Teacher:
         """Undoes what `install` did."""
 
     def update(self, student: Any, progress: float) -> None:
-        """Takes in an optimizer step of the student."""
+        """Follows the student after an optimizer step."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold of it."""
+        """Its tensors in a checkpoint."""
         return {}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores it from a checkpoint."""
 
     def raise_if_bad(self, step: int) -> None:
         """Raises for the first step whose output was not finite; 0 is none."""
+
+
+class TeacherSource:
+    """A teacher as it is given to a trainer, which places it beside its student."""
+
+    changes: ClassVar[bool] = False
+    """Whether its weights change while the student is trained."""
+    copies_student: ClassVar[bool] = False
+    """Whether every new student needs a new one."""
+    to_load: bool = False
+    """Whether it is a name, still to be loaded."""
+    frozen_model: Any = None
+    """The model, if it is given and stays as it is."""
+
+    def load(self, init_kwargs: Mapping[str, Any] | None) -> None:
+        """Loads a model that was named, with these arguments of `from_pretrained`."""
+
+    def model_for(self, student: Any, student_is_remade: bool) -> Any:
+        """The model, or the description of one, that objectives are attached to.
+
+        Raises:
+            ValueError: it cannot teach this student, or one that `model_init` makes anew for every training.
+        """
+        raise NotImplementedError
+
+    def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
+        """The teacher on the device of the training, made of what `model_for` returned."""
+        raise NotImplementedError
+
+
+def refuse_shared_parameters(model: Any, student: Any) -> None:
+    """Raises `ValueError` for a teacher that is the student, or has parameters that are trained as the student's."""
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    if model is student or any(id(p) in trained for p in model.parameters()):
+        raise ValueError(
+            "teacher_model shares its parameters with the student, so it would be trained and frozen at once. "
+            "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
+            "teacher_model=model.get_base_model()."
+        )

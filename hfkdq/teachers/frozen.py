@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen model to learn from: how it is loaded, where it runs, what it is fed, and that its answers are numbers."""
+"""A frozen teacher: loading, placement, inputs, and the check that its logits are finite."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, send_to_device
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling import load_checkpoint
@@ -27,7 +26,8 @@ from ..modeling.forwards import (
 )
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
 from ..modeling.tasks import DECODED, is_listed
-from .base import Teacher
+from .base import Indices, Teacher, TeacherSource, refuse_shared_parameters
+from .fingerprints import fingerprint
 
 _ALONG = {
     "input_ids": ("attention_mask", "token_type_ids", "position_ids"),
@@ -37,11 +37,6 @@ _ALONG = {
 
 def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Loads a teacher from the Hub or a folder, as the class that its configuration names, from safetensors.
-
-    Args:
-        name_or_path (`str`): repository id or folder.
-        init_kwargs (`dict`, *optional*): arguments of `from_pretrained`, such as `dtype`, `device_map`, `revision` or
-            `quantization_config`.
 
     Raises:
         ValueError: the configuration names no class that Transformers has, or `trust_remote_code` is set.
@@ -56,26 +51,57 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
     return load_checkpoint(name_or_path, **arguments)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Class of a model and a hash of its parameters: names, and shapes and 16 values of those in floats."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        # When first used, bitsandbytes repacks weights in integers and casts biases up.
-        if not parameter.is_floating_point():
-            continue
-        digest.update(f" {tuple(parameter.shape)}".encode())
-        if parameter.device.type != "meta":
-            sample = parameter.detach().reshape(-1)[:: max(parameter.numel() // 16, 1)].float()
-            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{type(base_of(model)).__name__} {digest.hexdigest()[:16]}"
+class FrozenSource(TeacherSource):
+    """A teacher that is given as a model, or as the Hub id or folder of one."""
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+        self.to_load = isinstance(given, (str, os.PathLike))
+        self.frozen_model = None if self.to_load else given
+
+    def load(self, init_kwargs: Mapping[str, Any] | None) -> None:
+        if self.to_load:
+            self.frozen_model, self.to_load = load_teacher(str(self._given), init_kwargs), False
+
+    def model_for(self, student: Any, student_is_remade: bool) -> Any:
+        if not self._is_base_of(student):
+            refuse_shared_parameters(self.frozen_model, student)
+        elif student_is_remade:
+            raise ValueError(
+                "model_init makes a new student for every training, whose base model is not the teacher_model given. Give "
+                "the student as model, or a teacher that was loaded on its own."
+            )
+        elif student.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "teacher_model is the base model of a student with virtual tokens, and PEFT cannot run every such student "
+                "without them. Load the base model a second time and give that."
+            )
+        return self.frozen_model
+
+    def _is_base_of(self, student: Any) -> bool:
+        return base_of(student) is not student and self.frozen_model is base_of(student)
+
+    def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
+        adapted = student if self._is_base_of(student) else None
+        return FrozenTeacher(model, accelerator, label_names, adapters_of=adapted)
+
+
+def as_source(given: Any) -> TeacherSource:
+    """A teacher that a user gave, models and their names wrapped; raises `TypeError` for anything else."""
+    source = given if isinstance(given, TeacherSource) else FrozenSource(given)
+    model = getattr(source, "model", source.frozen_model)
+    if not (isinstance(base_of(model), PreTrainedModel) or source.to_load or source.copies_student):
+        raise TypeError(
+            "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
+            f"or a dict of such by name, got {type(model).__name__}."
+        )
+    return source
 
 
 class FrozenTeacher(Teacher):
-    """A teacher in eval mode, without gradients, on the device and in the precision of the training.
+    """A teacher in eval mode, without gradients, on the device and under the autocast of the training.
 
-    A model that was loaded with a `device_map` or by bitsandbytes stays where it is; any other is moved to the device
-    of the training. Its forward pass runs under the autocast of the training, its outputs come back on its device.
+    A model that was loaded with a `device_map` or by bitsandbytes stays where it is; its outputs are moved.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the teacher; frozen in place.
@@ -86,37 +112,36 @@ class FrozenTeacher(Teacher):
     """
 
     def __init__(self, model: Any, accelerator: Accelerator, label_names: list[str], adapters_of: Any = None) -> None:
+        self.model = model
         self._base: Any = base_of(model)
         self._accelerator = accelerator
         self._adapters_of = adapters_of
-        self._model = model if adapters_of is None else adapters_of
+        self._running = model if adapters_of is None else adapters_of
         self.columns = forward_columns(model) - set(label_names)
         self.name = type(self._base).__name__  # FSDP changes the class
         self.fingerprint = f"{self.name}, the student without its adapters"
         if adapters_of is None:
             self.fingerprint = fingerprint(model)
             model.eval().requires_grad_(False)
-            self._model = place_frozen(model, accelerator)
+            self._running = place_frozen(model, accelerator)
         self._stays = adapters_of is None and has_device_map(self._base) and not is_dispatched(self._base)
 
-    def __call__(
-        self, batch: Mapping[str, Any], needs: frozenset[str], indices: Mapping[str, Collection[int] | None], step: int
-    ) -> Any:
+    def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
         """The teacher's output for a batch of optimizer step `step`, counted from 1.
 
         Of hidden states and attentions, all but those of `indices` are `None`.
         """
-        training = self._model.training
-        self._model.eval()
+        training = self._running.training
+        self._running.eval()
         try:
             with torch.no_grad(), self._autocast(), self._without_adapters():
                 output = as_output(
-                    self._model(
+                    self._running(
                         **self._inputs(batch), **output_kwargs(needs, indices), **return_dict_kwargs(self._base)
                     )
                 )
         finally:
-            self._model.train(training and self._adapters_of is not None)
+            self._running.train(training and self._adapters_of is not None)
         for name, read in indices.items():
             states = output.get(name)
             if states is not None and read is not None:
@@ -174,7 +199,7 @@ class FrozenTeacher(Teacher):
         return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
 
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
-        """Remembers the first step at which a logit was not finite; on the CPU raises at once."""
+        """Remembers the first step whose logits were not finite; raises at once on the CPU."""
         if logits is None:
             return
         bad = ~torch.isfinite(logits).all()
@@ -187,11 +212,7 @@ class FrozenTeacher(Teacher):
             self.first_bad_step = torch.where(bad & (before == 0), step, before)
 
     def raise_if_bad(self, step: int) -> None:
-        """Raises for the first step whose output was not finite, as read from `first_bad_step`; 0 is none.
-
-        Raises:
-            RuntimeError: naming the step.
-        """
+        """Raises `RuntimeError` for the first step whose output was not finite; 0 is none."""
         self.first_bad_step = 0
         if step:
             raise RuntimeError(

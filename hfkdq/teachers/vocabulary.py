@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a teacher has an embedding for every token id that it will be given."""
+"""Checks that a teacher has an embedding for every token id of a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -31,13 +30,10 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def check_vocabulary(teacher: Any, name: str, dataset: Any, student: Any = None) -> None:
-    """Refuses a teacher for which the ids of a data set are too large.
+    """Refuses a teacher called `name` that lacks embeddings for token ids of a data set.
 
-    Args:
-        teacher (`PreTrainedModel`): the teacher.
-        name (`str`): what it is called in the message.
-        dataset (`datasets.Dataset`): what it will be run on; of others nothing is known but the first batches.
-        student (`PreTrainedModel`, *optional*): a model for which they are not; one with no more ids needs no look.
+    Not needed where `student` has embeddings for no more ids than the teacher. Of data sets that are no
+    `datasets.Dataset` nothing is known before the training.
 
     Raises:
         ValueError: an id that the teacher has no embedding for.
@@ -68,19 +64,13 @@ def _largest(dataset: Any, column: str) -> int | None:
         return None
     if dataset.format["type"] == "custom":
         return None
-    found = [pc.max(array).as_py() for array in _numbers(dataset, column)]
-    numbers = [number for number in found if isinstance(number, int)]
-    return max(numbers, default=None)
+    tables = dataset.with_format("arrow", columns=[column]).iter(batch_size=10_000)
+    found = [pc.max(_flat(table[column].combine_chunks())).as_py() for table in tables]
+    return max((number for number in found if isinstance(number, int)), default=None)
 
 
-def _numbers(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
-    plain = dataset.with_format("arrow", columns=[column])
-    for table in plain.iter(batch_size=10_000):
-        array = table[column].combine_chunks()
-        while (
-            pa.types.is_list(array.type)
-            or pa.types.is_large_list(array.type)
-            or pa.types.is_fixed_size_list(array.type)
-        ):
-            array = pc.list_flatten(array)
-        yield array
+def _flat(array: Any) -> Any:
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    while any(test(array.type) for test in is_list):
+        array = pc.list_flatten(array)
+    return array

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a distilling trainer is given: checked before anything is done with it."""
+"""Validation of the arguments of a distilling trainer, and of the settings it runs under."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
-from ..modeling.forwards import base_of
 from ..modeling.placement import was_split_while_loaded
-from ..objectives import ByGradientNorm, LogitKD, TaskLoss
+from ..objectives import ByGradientNorm
 from ..objectives.base import Objective, as_objective
-from ..teachers import CoTrainedTeacher, EMATeacher, load_teacher
+from ..teachers import TeacherSource, as_source
 from .terms import SINGLE, STUDENT, sources_of
 
 logger = logging.get_logger(__name__)
@@ -42,41 +39,78 @@ def keep_tokens_back_(args: Any) -> None:
             setattr(args, name, _Unpickled(value))
 
 
-def is_factory(value: Any) -> bool:
+class TrialFactories:
+    """Objectives and callbacks, where a user gave functions of the trial of a hyperparameter search for them."""
+
+    def __init__(self, objectives: Any, callbacks: Any) -> None:
+        self._objectives = objectives if _is_factory(objectives) else None
+        self._callbacks = callbacks if _is_factory(callbacks) else None
+        self._made: list[TrainerCallback] = []
+        self.make_objectives = self._objectives is not None
+
+    def objectives(self, trial: Any, otherwise: Any) -> Any:
+        """The objectives for a trial (`None` outside of one), or `otherwise` where there is no function of it."""
+        return otherwise if self._objectives is None else self._objectives(trial)
+
+    def callbacks(self, trial: Any, otherwise: Any) -> Any:
+        """The callbacks for a trial, or `otherwise`; a class is called, as `Trainer` does."""
+        if self._callbacks is None:
+            return otherwise
+        self._made = [made() if isinstance(made, type) else made for made in self._callbacks(trial)]
+        return list(self._made)
+
+    def replace_callbacks(self, trainer: Any, trial: Any, model: Any) -> None:
+        """Puts the callbacks for a trial in the place of those of the trial before."""
+        if self._callbacks is None:
+            return
+        callbacks, old = trainer.callback_handler.callbacks, self._made
+        place = min((i for i, callback in enumerate(callbacks) if callback in old), default=len(callbacks))
+        new = self.callbacks(trial, [])
+        for callback in old:
+            trainer.remove_callback(callback)
+        callbacks[place:place] = new
+        for callback in new:
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
+
+
+def _is_factory(value: Any) -> bool:
     """Whether `value` is a function of the trial, as `model_init` is, rather than what it makes."""
     if not callable(value) or isinstance(value, (type, Objective, TrainerCallback)):
         return False
     return bool(number_of_arguments(value) == 1)
 
 
-def instances(callbacks: Iterable[Any]) -> list[Any]:
-    """Callbacks, made where a class stands for one, as `Trainer` allows."""
-    return [callback() if isinstance(callback, type) else callback for callback in callbacks]
-
-
-def named(teacher: Any) -> dict[str, Any]:
+def teacher_sources(teacher: Any) -> dict[str, TeacherSource]:
     """The teachers by their names; a single one that was given without a name is called "teacher".
 
     Raises:
         TypeError: a teacher of the wrong type.
         ValueError: an empty dict, or a name that is no name.
     """
-    if isinstance(teacher, Mapping):
-        bad = [name for name in teacher if not (isinstance(name, str) and name.isidentifier()) or name == STUDENT]
-        if bad or not teacher:
-            raise ValueError(
-                f"teacher_model is a dict with the names {list(teacher)}; teachers need names such as 'large' or 'base', "
-                "which their terms are logged under."
-            )
-    given = {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {SINGLE: teacher}
-    for one in given.values():
-        model = one.model if isinstance(one, CoTrainedTeacher) else one
-        if not (isinstance(one, (str, os.PathLike, EMATeacher)) or isinstance(base_of(model), PreTrainedModel)):
-            raise TypeError(
-                "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
-                f"or a dict of such by name, got {type(model).__name__}."
-            )
-    return given
+    if not isinstance(teacher, Mapping):
+        return {} if teacher is None else {SINGLE: as_source(teacher)}
+    bad = [name for name in teacher if not (isinstance(name, str) and name.isidentifier()) or name == STUDENT]
+    if bad or not teacher:
+        raise ValueError(
+            f"teacher_model is a dict with the names {list(teacher)}; teachers need names such as 'large' or 'base', "
+            "which their terms are logged under."
+        )
+    return {name: as_source(one) for name, one in teacher.items()}
+
+
+def load_teachers(sources: Mapping[str, TeacherSource], init_kwargs: Mapping[str, Any] | None) -> None:
+    """Loads the teachers that are given by name.
+
+    Raises:
+        ValueError: arguments to load them with, but they are loaded already.
+    """
+    if init_kwargs is not None and not any(source.to_load for source in sources.values()):
+        raise ValueError(
+            "teacher_init_kwargs says how to load a teacher, but teacher_model is "
+            f"{'loaded already' if sources else 'None'}. Give its Hub id or folder, or leave them out."
+        )
+    for source in sources.values():
+        source.load(init_kwargs)
 
 
 def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
@@ -106,86 +140,30 @@ def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
 
 
 def require_teacher(objectives: Iterable[Objective], teachers: Mapping[str, Any]) -> None:
-    """Checks that there is somebody to learn from.
-
-    Raises:
-        ValueError: objectives that compare with a teacher, and none is there.
-    """
-    orphans = [o.name for o in objectives if o.uses_teacher]
-    if orphans and not teachers:
+    """Raises `ValueError` for objectives that compare with a teacher where there is none."""
+    comparing = [o.name for o in objectives if o.uses_teacher]
+    if comparing and not teachers:
         raise ValueError(
-            f"{', '.join(orphans)} compare with a teacher, but teacher_model is None, and train_dataset holds no outputs of "
+            f"{', '.join(comparing)} compare with a teacher, but teacher_model is None, and train_dataset holds no outputs of "
             "one. Give a teacher, or a data set from cache_teacher_outputs."
         )
 
 
-def peer_objectives(teacher: CoTrainedTeacher) -> list[Objective]:
-    """What a peer learns, each a copy of its own.
-
-    Raises:
-        ValueError: an objective that cannot be learned by a peer.
-    """
-    given = [TaskLoss(), LogitKD(temperature=1.0)] if teacher.objectives is None else teacher.objectives
-    objectives = [as_objective(objective).copy() for objective in given]
-    for objective in objectives:
-        objective.check_settings()
-    bad = [o.name for o in objectives if o.runs_first or o.uses_all_teachers or o.teacher is not None]
-    if bad or not objectives:
-        raise ValueError(
-            f"The objectives of a CoTrainedTeacher compare it with the student alone; got {', '.join(bad) or 'none'}. Use "
-            "for example [TaskLoss(), LogitKD(temperature=1.0)]."
-        )
-    return objectives
-
-
-def loaded(teachers: Mapping[str, Any], init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The teachers themselves, those loaded that were named.
-
-    Raises:
-        ValueError: arguments to load them with, but they are loaded already.
-    """
-    by_name = [name for name, one in teachers.items() if isinstance(one, (str, os.PathLike))]
-    if init_kwargs is not None and not by_name:
-        raise ValueError(
-            "teacher_init_kwargs says how to load a teacher, but teacher_model is "
-            f"{'loaded already' if teachers else 'None'}. Give its Hub id or folder, or leave them out."
-        )
-    return {n: load_teacher(str(one), init_kwargs) if n in by_name else one for n, one in teachers.items()}
-
-
-def disable_bnb_repacking_(student: Any) -> None:
-    """Keeps the 4-bit layers of a student from repacking their weights when they run without gradient.
-
-    On a CPU with AVX512-BF16 bitsandbytes does so for a kernel that passes no gradient on, in later training neither.
-    """
-    for module in student.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # unpacks what ran already
-
-
-def refuse_unsupported(trainer: Any) -> None:
-    """Checks how a trainer with objectives is to run; makes gradient checkpointing keep attentions in the gradient.
-
-    Raises:
-        NotImplementedError: a kind of parallelism that distillation does not work under.
-        ValueError: gradient checkpointing that would cut attentions off.
-    """
+def refuse_unsupported(trainer: Any, objectives: Iterable[Objective], sources: Iterable[TeacherSource]) -> None:
+    """Raises `NotImplementedError` for a kind of parallelism that distillation does not work under."""
     args, accelerator = trainer.args, trainer.accelerator
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
-    moving = [
-        type(t).__name__ for t in trainer.given_teachers.values() if isinstance(t, (EMATeacher, CoTrainedTeacher))
-    ]
-    moving += [type(o).__name__ for o in trainer.objectives if o.runs_first]
-    moving += ["ByGradientNorm" for o in trainer.objectives if isinstance(o.weight, ByGradientNorm)]
-    if moving and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    whole = [type(source).__name__ for source in sources if source.changes]
+    whole += [type(o).__name__ for o in objectives if o.runs_first]
+    whole += ["ByGradientNorm" for o in objectives if isinstance(o.weight, ByGradientNorm)]
+    if whole and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise NotImplementedError(
-            f"{', '.join(moving)} does not work where FSDP or DeepSpeed shard the student. Use one process, or several "
+            f"{', '.join(whole)} does not work where FSDP or DeepSpeed shard the student. Use one process, or several "
             "under DDP."
         )
-    models = [trainer.model, *(t for t in trainer.given_teachers.values() if isinstance(t, nn.Module))]
-    if any(was_split_while_loaded(model) for model in models):
+    frozen = [source.frozen_model for source in sources if source.frozen_model is not None]
+    if any(was_split_while_loaded(model) for model in (trainer.model, *frozen)):
         raise NotImplementedError(
             "DeepSpeed ZeRO-3 split a model over the processes while it was loaded, so objectives cannot look at it. "
             "Load student and teacher before the TrainingArguments are made."
@@ -201,9 +179,13 @@ def refuse_unsupported(trainer: Any) -> None:
             "Tensor, context and sequence parallelism split a sequence or a layer over processes, and objectives "
             "need both whole. Launch without a parallelism_config, or with data parallelism alone."
         )
+
+
+def keep_attentions_in_gradient_(args: Any, objectives: Iterable[Objective]) -> None:
+    """Makes gradient checkpointing non-reentrant where objectives read attentions; `ValueError` if it is set to be."""
     # Transformers 5 calls gradient checkpointing activation checkpointing.
     name = "activation" if hasattr(args, "activation_checkpointing") else "gradient"
-    if getattr(args, f"{name}_checkpointing") and any("attentions" in o.needs for o in trainer.objectives):
+    if getattr(args, f"{name}_checkpointing") and any("attentions" in o.needs for o in objectives):
         settings = getattr(args, f"{name}_checkpointing_kwargs") or {}
         if settings.get("use_reentrant"):
             raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint must hold besides the student so that distillation goes on exactly, and which one is whole."""
+"""The distillation part of a checkpoint: writing it, resuming from it, and finding a checkpoint that is complete."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -17,33 +18,83 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 from transformers.utils import logging
 
+from .distillation import Distillation
+from .loss_log import LossLog
+
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "distillation.safetensors"
-"""The file of a checkpoint with projections and open log window, and with what it was trained by."""
+"""The file of a checkpoint with projections, teachers, the open log window, and the fingerprint of the training."""
 
 
-def save_state(folder: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON-ready facts to `STATE_FILE` of a checkpoint."""
-    whole = {key: value.detach().contiguous() for key, value in tensors.items()}
-    save_file(whole, Path(folder, STATE_FILE), metadata={"facts": json.dumps(facts)})
+def save(
+    folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, accelerator: Accelerator, step: int
+) -> None:
+    """Writes `STATE_FILE` of a checkpoint after optimizer step `step`; every process calls it."""
+    # On a signal every process saves when it gets to it, so none may wait for the others.
+    alone = getattr(args, "enable_jit_checkpoint", False)
+    distillation.weighting.adapt(accelerator, together=not alone)
+    tensors: dict[str, torch.Tensor] = {}
+    facts = {
+        **distillation.fingerprint(),
+        "archives": _required_files(args, distillation.sharded),
+        "adapted": distillation.weighting.state(),
+    }
+    if (sums := log.finished(step)) is not None:
+        rows = sums.unsqueeze(0)
+        tensors["log_window"], facts["log_start"] = rows if alone else accelerator.gather(rows), log.start
+    if args.should_save:
+        tensors = {key: v.detach().contiguous() for key, v in {**tensors, **distillation.state()}.items()}
+        save_file(tensors, Path(folder, STATE_FILE), metadata={"facts": json.dumps(facts)})
 
 
-def load_state(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and facts of `STATE_FILE`; both empty where the checkpoint has none."""
+def load(folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, strict: bool) -> None:
+    """Restores all that `save` wrote.
+
+    Raises:
+        ValueError: `strict`, and the checkpoint was written with another teacher or other objectives.
+    """
+    changes = config_changes(folder, distillation)
+    if changes and strict:
+        raise ValueError(
+            f"{folder} was written by another training than this one ({changes}). Resume with the same teacher and "
+            "objectives; or give strict_resume=False to go on with the new ones."
+        )
+    if changes:
+        logger.warning(f"Going on from {folder}, which was written by another training ({changes}).")
+    facts = _load_facts(folder)
+    if not facts:
+        return
+    with safe_open(Path(folder, STATE_FILE), framework="pt") as stream:
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    rows = tensors.pop("log_window", None)
+    if rows is not None and rows.shape[1] == len(distillation.terms) + 1:
+        row = rows[args.process_index] if len(rows) == args.world_size else rows.mean(0)
+        log.clear(resumed=(facts["log_start"], row.to(args.device)))
+    distillation.weighting.load_state(facts.get("adapted", {}))
+    distillation.load_state(tensors)
+
+
+def config_changes(folder: str, distillation: Distillation) -> str:
+    """What a checkpoint and this training disagree on, of teachers and objectives; empty if nothing."""
+    saved, now = _load_facts(folder), distillation.fingerprint()
+    return "; ".join(f"{key}: {saved.get(key)!r} then, {now[key]!r} now" for key in now if saved.get(key) != now[key])
+
+
+def _load_facts(folder: str | Path) -> dict[str, Any]:
     file = Path(folder, STATE_FILE)
     if not file.is_file():
-        return {}, {}
+        return {}
     with safe_open(file, framework="pt") as stream:
-        return {key: stream.get_tensor(key) for key in stream.keys()}, json.loads(stream.metadata()["facts"])  # noqa: SIM118
+        return json.loads(stream.metadata()["facts"])  # type: ignore[no-any-return]
 
 
 def invalidate(folder: str) -> None:
-    """Takes the last file of a checkpoint away before it is written anew, so that it is not taken for whole."""
+    """Removes the last file of a checkpoint before it is written anew, so that it is not taken for complete."""
     Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
-def archives(args: TrainingArguments, sharded: bool) -> list[str]:
+def _required_files(args: TrainingArguments, sharded: bool) -> list[str]:
     """The files of a checkpoint, on this machine, without which training does not go on exactly."""
     if args.save_only_model:
         return []
@@ -55,10 +106,10 @@ def archives(args: TrainingArguments, sharded: bool) -> list[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all files of a checkpoint were written to the end, as `Trainer` writes its state last."""
+    """Whether a checkpoint was written to the end; `Trainer` writes its state last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
-        files = load_state(folder)[1].get("archives", [])
+        files = _load_facts(folder).get("archives", [])
     except (OSError, ValueError, SafetensorError):
         return False
     # Other processes write theirs meanwhile, and a checkpoint that was being deleted may lack any of them.
@@ -84,7 +135,29 @@ def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
     )
 
 
-def newest_complete_checkpoint(output_dir: str) -> str | None:
+def resolve(checkpoint: str | bool | None, output_dir: str) -> str | bool | None:
+    """The checkpoint to resume from: of `True` the newest complete one, or `True` where there are none at all.
+
+    Raises:
+        ValueError: the checkpoint is not complete, or none of those in `output_dir` is.
+    """
+    if checkpoint is True:
+        newest = newest_complete(output_dir)
+        if newest is None and _checkpoints(output_dir):
+            raise ValueError(
+                f"No checkpoint in {output_dir} was written to the end, so there is nothing to go on from. Start anew, "
+                "without resume_from_checkpoint."
+            )
+        return newest or True
+    if checkpoint and not is_complete(Path(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} is no checkpoint, or was cut off while it was written. Name another one, or give "
+            "resume_from_checkpoint=True for the newest whole one of the output folder."
+        )
+    return checkpoint
+
+
+def newest_complete(output_dir: str) -> str | None:
     """The newest checkpoint in a folder that was written to the end; warns of those after it that were not."""
     for folder in _checkpoints(output_dir):
         if is_complete(folder):
@@ -93,53 +166,15 @@ def newest_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """As `newest_complete_checkpoint`, to go on from.
-
-    Raises:
-        ValueError: there are checkpoints, but none was written to the end.
-    """
-    newest = newest_complete_checkpoint(output_dir)
-    if newest is None and _checkpoints(output_dir):
-        raise ValueError(
-            f"No checkpoint in {output_dir} was written to the end, so there is nothing to go on from. Start anew, "
-            "without resume_from_checkpoint."
-        )
-    return newest
+def how_to_go_on(output_dir: str) -> str:
+    """What an interrupted training leaves, and how to go on, as a sentence."""
+    newest = newest_complete(output_dir)
+    if newest is None:
+        return f"There is no checkpoint in {output_dir}, so a new training begins anew."
+    return f"{newest} is kept: train(resume_from_checkpoint=True) goes on from it."
 
 
 def _checkpoints(output_dir: str) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
-    found = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()
-    ]
-    return sorted(found, key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-
-
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two descriptions disagree on, as a sentence part for an error; empty if nothing."""
-    parts = [f"{key}: {saved.get(key)!r} then, {now[key]!r} now" for key in now if saved.get(key) != now[key]]
-    return "; ".join(parts)
-
-
-class LogWindow:
-    """Sums of what is logged since the last log, as of now and as of the last finished optimizer step.
-
-    Args:
-        start (`int`): the optimizer step after which the window opened.
-        sums (`torch.Tensor` of shape `(terms,)`): what was summed up before, when training goes on.
-    """
-
-    def __init__(self, start: int, sums: torch.Tensor) -> None:
-        self.start, self.sums = start, sums
-        self._step, self._finished = start, sums
-
-    def add(self, values: torch.Tensor, step: int) -> None:
-        """Adds the values of one micro batch, while `step` optimizer steps are finished."""
-        if step != self._step:
-            self._step, self._finished = step, self.sums
-        self.sums = self.sums + values
-
-    def finished(self, step: int) -> torch.Tensor:
-        """The sums over whole optimizer steps, while `step` of them are finished."""
-        return self.sums if step != self._step else self._finished
+    steps = {path: path.name.split("-")[-1] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), reverse=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the adaptive weights of a training: measures for them, and lets them adapt once per optimizer step."""
+"""Adaptive weights of the terms: measured on micro batches, adapted once per optimizer step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ from .terms import Term
 class LossWeighting:
     """The adaptive weights of the terms.
 
-    Args:
-        terms (list of [`Term`]): all terms of the training.
-
     Raises:
-        ValueError: a weight by agreement of an objective that predicts nothing, or one by gradients with no task loss to
-            balance against.
+        ValueError: a weight by agreement of an objective that predicts nothing, or one by gradients with no task loss.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
@@ -52,21 +48,11 @@ class LossWeighting:
                 self._task[i] = tasks[0]
 
     def measure(
-        self,
-        index: int,
-        means: Sequence[torch.Tensor],
-        term_step: TrainingStep,
-        model: torch.nn.Module,
-        step: int,
+        self, index: int, means: Sequence[torch.Tensor], term_step: TrainingStep, model: torch.nn.Module, step: int
     ) -> None:
-        """Measures for the weight of a term, if it is adaptive, on a micro batch of optimizer step `step`.
+        """Measures for the weight of term `index`, if it is adaptive, on a micro batch after `step` optimizer steps.
 
-        Args:
-            index (`int`): place of the term.
-            means (list of `torch.Tensor`): unweighted means of all terms over the micro batch.
-            term_step (`TrainingStep`): the micro batch, with the outputs of who learns and of the teacher.
-            model (`nn.Module`): whose weights are trained.
-            step (`int`): optimizer steps finished so far.
+        `means` are those of all terms over the micro batch, unweighted; `model` is the student.
         """
         weight = self._weights.get(index)
         if isinstance(weight, ByAgreement):

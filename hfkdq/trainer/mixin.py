@@ -1,53 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What distillation adds to a Transformers `Trainer`.
-
-Overrides small public hooks and always calls `super()`; knows neither quantization, pruning nor export, which are
-callbacks and functions of their own.
-"""
+"""Adds distillation to a Transformers `Trainer`: overrides its public hooks, and calls `super()` in each."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.trainer import SCHEDULER_NAME
+from transformers.utils import logging
 
-from ..modeling.forwards import (
-    TEACHER_PREFIX,
-    accepts_num_items,
-    as_output,
-    base_of,
-    forward_columns,
-    no_logits,
-    output_kwargs,
-    return_dict_kwargs,
-    without_gradient,
-)
-from ..objectives.base import TrainingStep
-from ..objectives.quantization_loss import QuantizationLoss
-from ..schedules import value_at
-from ..teachers import without_graph
-from .attaching import AttachingMixin
-from .passes import TermPasses, not_synchronised
-from .terms import STUDENT, Term, required_outputs
+from ..caching import CachedCollator
+from ..caching.teacher import cached_source
+from ..modeling.forwards import TEACHER_PREFIX
+from ..objectives.projections import Projections
+from ..teachers import PeerParameters, check_vocabulary
+from . import arguments, checkpoints
+from .distillation import Distillation
+from .loss_log import LossLog, check_finite, check_gradient, check_weights
+from .step import MicroBatch, RunningStep, Window, open_window
+from .terms import SINGLE
 
 logger = logging.get_logger(__name__)
 
+if TYPE_CHECKING:  # The class that uses the mixin puts a trainer behind it.
+    from transformers import Trainer as _TrainerBase
+else:
+    _TrainerBase = object
 
-class DistillationMixin(AttachingMixin):
-    """What `DistillationTrainer` adds to a `Trainer`; put it before a trainer class of your own.
+
+class DistillationMixin(_TrainerBase):
+    """Adds teachers and objectives to a `Trainer`; put it before a trainer class of your own.
 
     `class MyDistillationTrainer(DistillationMixin, MyTrainer)` calls your `compute_loss` for the task loss, in training
     and in evaluation. A subclass of `DistillationTrainer` that overrides `compute_loss` gets the sum of all objectives
     from `super().compute_loss(...)` instead.
+
+    Overrides these methods of `Trainer`, and calls `super()` in each; without objectives that is all they do:
+
+    - `train`, `call_model_init`: install projections and peers in the student, for every training and every new student.
+    - `get_batch_samples`, `training_step`, `compute_loss`: the weighted sum of all objectives over an optimizer step.
+    - `prediction_step`, `_set_signature_columns_if_needed`: columns that the teacher alone takes.
+    - `log`: the mean of every objective, and the check that all is finite.
+    - `save_model`, `_save`, `_load_from_checkpoint`, `_load_optimizer_and_scheduler`: the state of the distillation in
+      checkpoints, and neither projections nor access tokens in what is saved.
+    - `create_model_card`: the tag `distillation`.
+
+    Attributes:
+        objectives (list of [`Objective`]): the terms of the loss, copies of those given.
+        strict_resume (`bool`): whether a checkpoint of another training is refused.
     """
+
+    model_accepts_loss_kwargs: bool
+    data_collator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher_model: Any = None,
+        teacher_init_kwargs: Mapping[str, Any] | None = None,
+        objectives: Any = None,
+        strict_resume: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._factories = arguments.TrialFactories(objectives, kwargs.get("callbacks"))
+        if "callbacks" in kwargs:
+            kwargs["callbacks"] = self._factories.callbacks(None, kwargs["callbacks"])
+        self._sources = arguments.teacher_sources(teacher_model)
+        self.objectives = arguments.validated(self._sources, self._factories.objectives(None, objectives))
+        arguments.load_teachers(self._sources, teacher_init_kwargs)
+        self.strict_resume = strict_resume
+        self._distillation: Distillation | None = None
+        self._loss_log = LossLog()
+        self._window: Window | None = None  # of the gradient accumulation that runs
+        self._running_step: RunningStep | None = None
+        super().__init__(*args, **kwargs)
+        arguments.keep_tokens_back_(self.args)
+        if not self.objectives:
+            return
+        compares = any(objective.uses_teacher for objective in self.objectives)
+        if compares and (cached := cached_source(self.train_dataset, list(self._sources.values()))):
+            self._sources = {SINGLE: cached}
+            self.data_collator = CachedCollator(self.data_collator, cached.info)
+        arguments.require_teacher(self.objectives, self._sources)
+        arguments.refuse_unsupported(self, self.objectives, self._sources.values())
+        arguments.keep_attentions_in_gradient_(self.args, self.objectives)
+        self._show_terms_in_notebooks()
+        self._distillation = self._attached(self.model)
+        for name, teacher in self._distillation.teachers.items():
+            told = "The teacher" if name == SINGLE else f"The teacher {name}"
+            check_vocabulary(teacher.model, told, self.train_dataset, self.model)
+
+    @property
+    def teacher_model(self) -> Any:
+        """The model to learn from; of several teachers a dict of them by name."""
+        teachers = {} if self._distillation is None else self._distillation.teachers
+        models = {name: teacher.model for name, teacher in teachers.items() if teacher.model is not None}
+        return models.get(SINGLE) if models.keys() <= {SINGLE} else models
+
+    def _attached(self, student: Any) -> Distillation:
+        return Distillation(
+            student,
+            self.objectives,
+            self._sources,
+            accelerator=self.accelerator,
+            label_names=self.label_names,
+            student_is_remade=self.model_init is not None,
+            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            placed={} if self._distillation is None else self._distillation.teachers,
+        )
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """As `Trainer.call_model_init`; makes objectives and callbacks anew where they were given as functions."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "callback_handler"):  # not while the trainer itself is being made
+            if self._distillation is not None:
+                installed = self._distillation.installed
+                self._distillation.remove(self.model)
+                if self._factories.make_objectives:
+                    self.objectives = arguments.validated(self._sources, self._factories.objectives(trial, None))
+                self._distillation = self._attached(model)
+                if installed:
+                    self._distillation.install(model)
+            self._factories.replace_callbacks(self, trial, model)
+        return model
 
     # ------------------------------------------------------------------ training
 
@@ -59,63 +138,63 @@ class DistillationMixin(AttachingMixin):
         Raises:
             ValueError: the checkpoint was cut off, or written with another teacher or other objectives.
         """
-        if not self.objectives:
+        if self._distillation is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        resume_from_checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
-        self._log_window = self._resumed_window = self._followed = None
+        resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, str(self.args.output_dir))
+        self._loss_log.clear()
+        self._distillation.updated_at = None
         if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
             self._load_distillation_state(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
-        self._in_training = True
-        if self.model_init is None:  # else `call_model_init` makes new ones
-            self._install_auxiliary()
-            self._add_auxiliary_to_optimizer()
+        self._distillation.install(self.model, self.optimizer)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._update_teachers()
         except KeyboardInterrupt:
-            logger.warning(self._kept())
+            done = f"Interrupted at step {self.state.global_step} of {self.state.max_steps}."
+            logger.warning(f"{done} {checkpoints.how_to_go_on(str(self.args.output_dir))}")
             raise
         finally:
-            self._in_training = False
-            self._positions = self._log_window = self._resumed_window = None
-            self._remove_auxiliary()
-        self._record()
-        self._refuse_broken_weights()
+            self._window = None
+            self._loss_log.clear()
+            self._distillation.remove(self.model)
+        self._distillation.record(self.model, self.state.global_step)
+        if not self._distillation.sharded:
+            check_weights(self.model)
         return output
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.get_batch_samples`; counts the positions of every objective over the accumulation window."""
-        self._loss_weighting.adapt(self.accelerator)
+        if self._distillation is None:
+            return super().get_batch_samples(*args, **kwargs)
+        self._distillation.weighting.adapt(self.accelerator)
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if self.objectives and batches:
-            counts = torch.stack([self._count(sum(t.objective.positions(b) for b in batches)) for t in self._terms])
+        if batches:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            if processes > 1:
-                counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
-            self._positions = counts, processes
+            self._window = open_window(self._distillation.terms, batches, self.accelerator, processes)
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.training_step`, on the sum of all objectives."""
-        if not self.objectives:
+        if self._distillation is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        # Trainer then divides by the accumulation steps on every version, which `compute_loss` counts on.
-        self._forward_takes_items = self.model_accepts_loss_kwargs
-        self.model_accepts_loss_kwargs, self._in_training_step = False, True
-        alone = not self._in_training  # a step that the user takes without `train`
+        alone = not self._distillation.installed  # a step that the user takes without `train`
         if alone:
-            self._install_auxiliary()
+            self._distillation.install(self.model)
         self._update_teachers()
+        step = self._running_step = RunningStep(takes_items=self.model_accepts_loss_kwargs)
+        # Trainer reads it: it then divides by the accumulation steps on every version, also what a subclass adds.
+        self.model_accepts_loss_kwargs = False
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
-            self._log_window = None  # auto_find_batch_size begins again
+            self._loss_log.sums = None  # auto_find_batch_size begins again
             raise
         finally:
-            self.model_accepts_loss_kwargs, self._in_training_step = self._forward_takes_items, False
+            self.model_accepts_loss_kwargs, self._running_step = step.takes_items, None
             if alone:
-                self._remove_auxiliary()
-        return self._to_log(loss)
+                self._distillation.remove(self.model)
+        # A `compute_loss` of the user's need not call this one.
+        return loss if step.terms is None else self._add_to_log(self._distillation, step.terms, loss)
 
     def compute_loss(
         self,
@@ -126,189 +205,85 @@ class DistillationMixin(AttachingMixin):
         **kwargs: Any,
     ) -> Any:
         """In training the weighted sum of all objectives, elsewhere the task loss as `Trainer` computes it."""
-        student_inputs = self.student_inputs(inputs)
-        if not self._in_training_step:
+        student_inputs = self._student_inputs(inputs)
+        if self._distillation is None or self._running_step is None:
             return super().compute_loss(
                 model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
-        batch = dict(inputs)
-        steps = self._own_passes(model, batch)
-        with contextlib.ExitStack() as stack:
-            seen = [stack.enter_context(term.objective.capture()) for term in self._terms]
-            outputs: dict[str, Any] = {STUDENT: None}
-            # What is frozen comes first, so that its activations are gone when others are made.
-            for name in sorted(self._used_teachers, key=self._peers.__contains__):
-                asked = required_outputs(name, self._terms, steps)
-                outputs[name] = asked and self.ask(name, batch, *asked, num_items_in_batch)
-            if self._peer_parameters is not None:
-                self._peer_parameters.outputs = [outputs[name] for name in self._peers]
-            asked = required_outputs(STUDENT, self._terms, steps)
-            # Processes exchange gradients in this pass, read or not.
-            if asked or return_outputs or isinstance(model, DistributedDataParallel):
-                needs, read = asked or (frozenset(), {})
-                outputs[STUDENT] = self._run_student(model, student_inputs, needs, read, batch, num_items_in_batch)
-        loss = self._weighted_sum([replace(s, seen=x) for s, x in zip(steps, seen, strict=True)], outputs, batch)
-        return (loss, outputs[STUDENT]) if return_outputs else loss
+        loss, self._running_step.terms, output = MicroBatch(
+            distillation=self._distillation,
+            student=self.model,
+            wrapped=model,
+            batch=dict(inputs),
+            inputs=student_inputs,
+            step=self.state.global_step,
+            progress=self.state.global_step / max(self.state.max_steps, 1),
+            accelerator=self.accelerator,
+            task_loss=super().compute_loss,
+            loss_is_scaled=self.compute_loss_func is not None,
+            takes_items=self._running_step.takes_items,
+            items=num_items_in_batch,
+            skips_logits=bool(self.args.use_liger_kernel),
+            accumulated=getattr(self, "current_gradient_accumulation_steps", 1),
+            window=self._window,
+        ).loss(return_outputs)
+        return (loss, output) if return_outputs else loss
 
-    def _own_passes(self, model: nn.Module, batch: dict[str, Any]) -> list[TrainingStep]:
-        """The step of every term, with what its own passes gave."""
-        step = TrainingStep(batch, self._progress)
-        steps = [step] * len(self._terms)
-        # A quantization loss repeats the dropout of the pass that follows, so it comes last.
-        first = [(i, term) for i, term in enumerate(self._terms) if term.objective.runs_first]
-        first.sort(key=lambda found: isinstance(found[1].objective, QuantizationLoss))
-        if first:
-            with not_synchronised(model):
-                for i, term in first:
-                    passes = TermPasses(self, model, term.sources[0] if term.sources else "")
-                    steps[i] = term.objective.run_forward(passes, step)
-        return steps
+    def _student_inputs(self, inputs: Any) -> Any:
+        return inputs if self._distillation is None else self._distillation.student_inputs(self.model, inputs)
 
-    def ask(
-        self, name: str, batch: dict[str, Any], needs: frozenset[str], read: Mapping[str, Any], items: Any = None
-    ) -> Any:
-        """The output of a teacher for a batch."""
-        teacher = self.teachers[name]
-        if not teacher.learns:
-            return teacher(batch, needs, read, step=self.state.global_step + 1)
-        teacher.model.train()
-        with self.accelerator.autocast():
-            return self._run_student(teacher.model, teacher.inputs(batch), needs, read, batch, items, learner=name)
+    def _update_teachers(self) -> None:
+        if self._distillation is not None:
+            self._distillation.update_teachers(self.model, self.state.global_step, self.state.max_steps)
 
-    @property
-    def _progress(self) -> float:
-        return float(self.state.global_step / max(self.state.max_steps, 1))
+    # ------------------------------------------------------------------ logs
 
-    def student_inputs(self, inputs: Any) -> Any:
-        """Of a batch what the student takes, without the columns that are its teachers' alone."""
-        if not self.teachers:
-            return inputs
-        own = forward_columns(self.model)
-        # A signature of `**inputs` alone does not tell what the student takes.
-        others = self._teachers_columns() if base_of(self.model).main_input_name in own else set[str]()
-        foreign = {k for k in inputs if k not in own and (k in others or k.startswith(TEACHER_PREFIX))}
-        return {key: value for key, value in inputs.items() if key not in foreign} if foreign else inputs
+    def _add_to_log(self, distillation: Distillation, terms: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        """Adds terms and loss of a micro batch to the next log; returns the loss for Trainer's own sum."""
+        values, step = torch.cat([terms, loss.detach().float().reshape(1)]), self.state.global_step
+        if values.device.type == "cpu":  # elsewhere asking costs a synchronisation, so that the next log asks
+            check_finite([*distillation.names, "loss"], values.tolist(), self.accelerator, step)
+        resumed = self._loss_log.add(values, step)
+        if resumed is not None:
+            # Trainer forgets what it summed up since its last log; this makes it go on from there.
+            self._globalstep_last_logged, summed = resumed
+            loss = summed.to(loss.dtype) + loss
+        return loss
 
-    def run_learner(
-        self, model: nn.Module, inputs: dict[str, Any], needs: frozenset[str], read: Mapping[str, Any]
-    ) -> Any:
-        """One forward pass of the student or a peer, returning what objectives need."""
-        return as_output(model(**self._asked(model, inputs, needs, read)))
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.log`; adds the unweighted mean of every objective since the last time."""
+        if self._distillation is not None:
+            step, teachers = self.state.global_step, self._distillation.teachers.values()
+            self._update_teachers()  # the last of these comes before callbacks take the trained model apart
+            if "loss" in logs:
+                logs.update(self._loss_log.close(self._distillation.names, teachers, self.accelerator, step))
+            elif "train_loss" in logs:
+                for teacher in teachers:
+                    teacher.raise_if_bad(int(teacher.first_bad_step))
+            check_gradient(logs.get("grad_norm"), self.accelerator, step)
+        super().log(logs, *args, **kwargs)
 
-    def _asked(self, model: nn.Module, inputs: Any, needs: frozenset[str], read: Mapping[str, Any]) -> dict[str, Any]:
-        bare = model if isinstance(base_of(model), PreTrainedModel) else self.model
-        asked = {**inputs, **output_kwargs(needs, read), **return_dict_kwargs(bare)}
-        if self.args.use_liger_kernel and "skip_logits" in forward_columns(bare):
-            asked["skip_logits"] = "logits" not in needs
-        return asked
+    def _show_terms_in_notebooks(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        for place, callback in enumerate(callbacks):
+            if type(callback).__name__ == "NotebookProgressCallback":
+                from .notebook import NotebookTermsCallback
 
-    def _run_student(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        needs: frozenset[str],
-        read: Mapping[str, Any],
-        batch: dict[str, Any],
-        items: Any,
-        learner: str = STUDENT,
-    ) -> Any:
-        """The output of a model that learns; its `loss` is the task loss, a mean over this micro batch."""
-        if "loss" not in needs:
-            output = self.run_learner(model, inputs, needs, read)
-        else:
-            asked = self._asked(model, inputs, needs, read)
-            if self.compute_loss_func is not None:
-                task, output = super().compute_loss(model, asked, return_outputs=True, num_items_in_batch=items)
-            else:
-                if self._forward_takes_items if learner == STUDENT else accepts_num_items(model):
-                    task_loss = next(
-                        t.objective for t in self._terms if t.learner == learner and "loss" in t.objective.needs
-                    )
-                    asked["num_items_in_batch"] = torch.as_tensor(task_loss.positions(batch)).clamp(min=1)
-                task, output = super().compute_loss(model, asked, return_outputs=True)
-            output = as_output(output)
-            if isinstance(output, ModelOutput) and without_gradient(output, needs):
-                logger.warning_once(
-                    f"The compute_loss that {type(self).__name__} inherits returns outputs without gradient, so the "
-                    "student runs a second time in every step for the objectives."
+                callbacks[place] = NotebookTermsCallback(
+                    lambda: self._distillation.names if self._distillation else []
                 )
-                unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
-                output = self.run_learner(model, unlabelled, needs, read)
-        if not isinstance(output, ModelOutput) or ("logits" in needs and no_logits(output)):
-            who = type(base_of(self.model if learner == STUDENT else model)).__name__
-            found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
-            raise TypeError(
-                f"{who} returned {found} in training; objectives read a ModelOutput"
-                f"{' with logits' if 'logits' in needs else ''}. Return one from its forward pass."
-            )
-        if "loss" in needs:
-            output["loss"] = task
-        return output
-
-    def _weighted_sum(self, steps: list[TrainingStep], outputs: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
-        """Sum of weight * (sum over this micro batch) / (positions of the window), per term."""
-        # A `compute_loss_func` normalises by itself, and Trainer then does not divide by the accumulation steps.
-        own_scale = self.compute_loss_func is not None
-        accumulated = 1 if own_scale else getattr(self, "current_gradient_accumulation_steps", 1)
-        # Outputs that serve as another model's targets are detached.
-        targets = {
-            name: without_graph(outputs[name]) if name == STUDENT or name in self._peers else outputs[name]
-            for name in {source for term in self._terms for source in term.sources}
-        }
-        values: list[torch.Tensor] = []
-        means: list[torch.Tensor] = []
-        loss: Any = 0.0
-        for index, term in enumerate(self._terms):
-            objective, own = term.objective, steps[index]
-            sources = {name: targets[name] for name in term.sources}
-            teacher = sources if objective.uses_all_teachers else next(iter(sources.values()), None)
-            steps[index] = replace(
-                own,
-                student=outputs[term.learner] if own.student is None else own.student,
-                teacher=teacher if own.teacher is None else own.teacher,
-            )
-            with torch.autocast(self.args.device.type, enabled=False):
-                mean = objective.loss(steps[index])
-            if not isinstance(mean, torch.Tensor):
-                raise TypeError(
-                    f"{term.name} gave a {type(mean).__name__} for its loss, not a tensor. Return the mean alone; "
-                    "positions(batch) tells over how many positions it is taken."
-                )
-            means.append(mean.float())
-            if not (own_scale and "loss" in objective.needs):
-                # The mean over no position at all is NaN in most models.
-                count = self._count(objective.positions(batch))
-                mean = torch.where(count > 0, mean.float(), torch.zeros_like(mean, dtype=torch.float32))
-                if self._positions is not None:
-                    mean = mean * (count / self._positions[0][index].clamp(min=1) * self._positions[1])
-            values.append(mean.float())
-            loss = loss + self._weight_of(term) * values[-1]
-        for index, step in enumerate(steps):
-            self._loss_weighting.measure(index, means, step, self.model, self.state.global_step)
-        self._term_values = torch.stack(values).detach()
-        return loss * accumulated  # type: ignore[no-any-return]
-
-    def _weight_of(self, term: Term) -> float:
-        """The weight of a term at the present progress."""
-        weight = value_at(term.objective.weight, self._progress)
-        if not math.isfinite(weight):
-            raise RuntimeError(
-                f"The weight of {term.name} is {weight} at progress {self._progress:.3f} (step {self.state.global_step + 1}), "
-                f"from {term.objective.weight!r}. Training was stopped; correct the schedule."
-            )
-        return weight
-
-    def _count(self, positions: torch.Tensor | int) -> torch.Tensor:
-        """A number of positions on the device; copying one there would make the host wait."""
-        if isinstance(positions, torch.Tensor):
-            return positions.to(self.args.device)
-        return torch.full((), positions, device=self.args.device)
 
     # ------------------------------------------------------------------ evaluation and card
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, without the columns that are the teacher's alone."""
-        return super().prediction_step(model, self.student_inputs(inputs), *args, **kwargs)
+        return super().prediction_step(model, self._student_inputs(inputs), *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = set[str]() if self._distillation is None else set(self._distillation.columns)
+        columns |= {TEACHER_PREFIX + name for name in (*columns, *self.label_names)} if columns else set()
+        self._signature_columns += sorted(columns - set(self._signature_columns))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with the tag `distillation`."""
@@ -316,3 +291,46 @@ class DistillationMixin(AttachingMixin):
             tags = kwargs.get("tags") or []
             kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "distillation"]
         super().create_model_card(*args, **kwargs)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._distillation is not None:
+            self._distillation.record(self.model, self.state.global_step)
+        arguments.keep_tokens_back_(self.args)  # they may have been given since
+        if state_dict is not None:
+            auxiliary = (Projections.NAME, PeerParameters.NAME)
+            state_dict = {k: v for k, v in state_dict.items() if not any(name in k for name in auxiliary)}
+        super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a checkpoint also gets the state of the distillation."""
+        folder, distillation = Path(str(output_dir or self.args.output_dir)), self._distillation
+        is_checkpoint = _internal_call and folder != Path(str(self.args.output_dir))
+        if distillation is None or not distillation.installed or not is_checkpoint:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._update_teachers()
+        if self.args.should_save:
+            checkpoints.invalidate(str(folder))
+        super().save_model(output_dir, _internal_call)
+        step = self.state.global_step
+        checkpoints.save(str(folder), distillation, self._loss_log, self.args, self.accelerator, step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_deepspeed_enabled:
+            self._load_distillation_state(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_distillation_state(self, checkpoint: str) -> None:
+        if self._distillation is not None:
+            checkpoints.load(checkpoint, self._distillation, self._loss_log, self.args, self.strict_resume)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        distillation = self._distillation
+        changed = checkpoint and distillation and checkpoints.config_changes(checkpoint, distillation)
+        if not checkpoint or not changed or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))

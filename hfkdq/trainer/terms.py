@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who learns what from whom: every term of the loss with its learner and its teacher."""
+"""Terms of the loss: an objective, the model that learns it, and its teachers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from itertools import repeat
 from typing import Any
 
 from ..objectives.base import Objective, TrainingStep, unique_names
-from ..teachers import Teacher
+from ..teachers import Indices, Teacher
 
 SINGLE = "teacher"
 """The name of a teacher that was given without one."""
 STUDENT = "student"
-Indices = dict[str, frozenset[int] | None]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One objective: what `learner` learns from `sources`, and the name under which it is logged."""
+    """An objective that `learner` learns from `sources`, and the name under which it is logged."""
 
     objective: Objective
     learner: str
@@ -68,20 +67,20 @@ def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Teacher]) -
 def required_outputs(
     who: str, terms: Iterable[Term], steps: Iterable[TrainingStep] | None = None
 ) -> tuple[frozenset[str], Indices] | None:
-    """What terms need of one model: kinds of outputs, and of hidden states and attentions which (`None` for all).
+    """The outputs that terms need of one model: their kinds, and which hidden states and attentions (`None` for all).
 
-    `None` if they need nothing of it for the batch as it is, as their own passes have given it in `steps`.
+    `None` if they need none, as their extra forward passes gave all in `steps`.
     """
     needs: set[str] = set()
-    parts: dict[str, list[Any]] = {"hidden_states": [], "attentions": []}
-    is_read = False
+    found: dict[str, list[Any]] = {"hidden_states": [], "attentions": []}
+    is_used = False
     for term, step in zip(terms, repeat(TrainingStep({})) if steps is None else steps, strict=False):
         roles = (who == term.learner and step.student is None, who in term.sources and step.teacher is None)
         for role in (role for role, involved in enumerate(roles) if involved):
-            is_read = True
+            is_used = True
             needs |= term.objective.needs - ({"loss"} if role else set())
-            for need in parts.keys() & term.objective.needs:
+            for need in found.keys() & term.objective.needs:
                 indices = term.objective.indices(need)
-                parts[need].append(None if indices is None else indices[role])
-    read: Indices = {need: None if None in found else frozenset[int]().union(*found) for need, found in parts.items()}
-    return (frozenset(needs), read) if is_read else None
+                found[need].append(None if indices is None else indices[role])
+    read = {need: None if None in several else frozenset[int]().union(*several) for need, several in found.items()}
+    return (frozenset(needs), read) if is_used else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run in processes of its own: caches the outputs of a tiny teacher, in small parts, and counts its calls."""
+"""Run in processes of its own: caches the outputs of a tiny teacher, in small shards, and counts its calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import tiny
 
 
 def run(folder: Path, log: Path, die_at: int = 0) -> datasets.Dataset:
-    """Caches 22 rows in parts of 4; the process kills itself at call `die_at` of the teacher, and logs every call."""
+    """Caches 22 rows in shards of 4; the process kills itself at call `die_at` of the teacher, and logs every call."""
     teacher, calls = tiny.bert(), []
 
     def called(module, args, kwargs):
@@ -31,7 +31,7 @@ def run(folder: Path, log: Path, die_at: int = 0) -> datasets.Dataset:
     teacher.register_forward_pre_hook(called, with_kwargs=True)
     rows = tiny.text_dataset(22)
     accelerator = Accelerator(cpu=True)
-    with patch.object(writer, "PART_ROWS", 4):
+    with patch.object(writer, "SHARD_ROWS", 4):
         return cache_teacher_outputs(
             teacher, rows, processing_class=tiny.tokenizer(), folder=folder, batch_size=2, accelerator=accelerator
         )
@@ -43,4 +43,4 @@ if __name__ == "__main__":
     if Accelerator().is_main_process:
         dataset.save_to_disk(result)
     # In one write, for two processes share the output.
-    os.write(1, f"rows {len(dataset)} parts {len(list(folder.glob('part-*.arrow')))}\n".encode())
+    os.write(1, f"rows {len(dataset)} shards {len(list(folder.glob('part-*.arrow')))}\n".encode())

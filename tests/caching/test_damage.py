@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged parts of a cache are named, the advice works, and nothing goes that the cache did not write."""
+"""Damaged shards of a cache are named, the advice works, and nothing goes that the cache did not write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.caching.common import padder
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "PART_ROWS", 2)
+    monkeypatch.setattr(writer, "SHARD_ROWS", 2)
     make(tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -89,7 +89,7 @@ def test_a_damaged_record_is_named(name, folder):
 
 def test_parts_of_nobody_knows_what_are_not_taken(folder):
     (folder / "cache.json").unlink()
-    with pytest.raises(ValueError, match=r"holds parts of teacher outputs and no cache\.json"):
+    with pytest.raises(ValueError, match=r"holds shards of teacher outputs and no cache\.json"):
         make(folder)
 
 
@@ -124,7 +124,7 @@ def test_an_interruption_says_what_is_kept(folder, monkeypatch, tmp_path, caplog
     finally:
         logging.set_verbosity(before)
         logging.disable_propagation()
-    assert "Interrupted: 1 of 3 parts are kept in" in caplog.text
+    assert "Interrupted: 1 of 3 shards are kept in" in caplog.text
     monkeypatch.setattr(writer, "encode", encode)
     assert make(tmp_path / "other")[:] == make(folder)[:]
 

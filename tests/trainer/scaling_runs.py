@@ -103,9 +103,11 @@ def train(kind: str, terms: str, arguments: TrainingArguments, rows: int = 64) -
 def result(trainer: DistillationTrainer):
     """Loss, gradient norm and terms of every step, and the final weights with the projections."""
     state = {key: value.detach().clone() for key, value in trainer.model.state_dict().items()}
-    if trainer._projections is not None:
-        state.update({f"projection.{k}": v.clone() for k, v in trainer._projections.maps.state_dict().items()})
-    for name, teacher in trainer.teachers.items():
+    if trainer._distillation.projections is not None:
+        state.update(
+            {f"projection.{k}": v.clone() for k, v in trainer._distillation.projections.maps.state_dict().items()}
+        )
+    for name, teacher in trainer._distillation.teachers.items():
         state.update({f"{name}.{key}": value.detach().clone() for key, value in teacher.state().items()})
     names = [name for name in trainer.state.log_history[0] if "loss" in name or "norm" in name or name.endswith("_kd")]
     return losses(trainer, *names), state

@@ -43,7 +43,7 @@ def loaded(folder: Path):
 
 def whole_weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
     named = list(trainer.model.named_parameters())
-    named += [(f"projection.{name}", p) for name, p in trainer._projections.maps.named_parameters()]
+    named += [(f"projection.{name}", p) for name, p in trainer._distillation.projections.maps.named_parameters()]
 
     def gathered(parameter):
         if not trainer.is_deepspeed_enabled:

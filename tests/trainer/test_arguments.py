@@ -431,16 +431,16 @@ def test_projections_are_trained_by_an_optimizer_that_the_user_made_before_them(
             training_arguments(folder, max_steps=4, save_strategy="steps", save_steps=2), [HiddenStateKD()], student,
             optimizers=given_optimizer(student),
         )  # fmt: skip
-        before = weights(trainer._projections.maps)
+        before = weights(trainer._distillation.projections.maps)
         trainer.train(resume_from_checkpoint=resume)
-        after = weights(trainer._projections.maps)
+        after = weights(trainer._distillation.projections.maps)
         assert all(not torch.equal(before[key], after[key]) for key in before)
         assert len(trainer.optimizer.param_groups) == 2
         return trainer
 
     whole = run("out")
     again = run("out", resume=str(Path(whole.args.output_dir, "checkpoint-2")))
-    assert_equal_weights(whole._projections.maps, again._projections.maps)
+    assert_equal_weights(whole._distillation.projections.maps, again._distillation.projections.maps)
     assert_equal_weights(whole.model, again.model)
     parameters = [id(p) for group in whole.optimizer.param_groups for p in group["params"]]
     whole.train()
@@ -452,9 +452,11 @@ def test_the_class_of_an_optimizer_trains_projections_too(training_arguments):
     trainer = make_trainer(
         training_arguments(max_steps=2), [HiddenStateKD()], optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1})
     )
-    before = weights(trainer._projections.maps)
+    before = weights(trainer._distillation.projections.maps)
     trainer.train()
-    assert all(not torch.equal(before[key], value) for key, value in weights(trainer._projections.maps).items())
+    assert all(
+        not torch.equal(before[key], value) for key, value in weights(trainer._distillation.projections.maps).items()
+    )
 
 
 # ---------------------------------------------------------------------- more than one training
@@ -524,7 +526,7 @@ def test_a_second_trainer_of_the_same_student_leaves_the_first_its_own(training_
     assert_equal_weights(first.model, alone.model)
 
     fresh = make(copy.deepcopy(student), tiny.bert(1, layers=3, hidden=64))
-    fresh._projections.maps.load_state_dict(second._projections.maps.state_dict())
+    fresh._distillation.projections.maps.load_state_dict(second._distillation.projections.maps.state_dict())
     second.train()
     fresh.train()
     assert losses(second, "loss") == losses(fresh, "loss")

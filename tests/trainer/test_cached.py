@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DataCollatorForTokenClassification
 
+from hfkdq import EMATeacher
 from hfkdq.caching import cache_info, cache_teacher_outputs
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
 from tests import tiny
@@ -40,7 +41,7 @@ def test_losses_are_those_with_the_teacher(terms, rows, training_arguments):
     live.train()
     cached = from_cache(training_arguments("cached", **steps), rows, TERMS[terms])
     cached.train()
-    names = ["loss", *(term.name for term in live._terms)]
+    names = ["loss", *(term.name for term in live._distillation.terms)]
     expected, found = torch.tensor(losses(live, *names)), torch.tensor(losses(cached, *names))
     assert expected.shape == (9, len(names))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
@@ -140,3 +141,9 @@ def test_a_run_beside_the_teacher_and_one_on_its_cache_go_on_from_each_other(fir
     again.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
     assert again.state.global_step == 9
     assert_equal_weights(again.model, whole.model, rtol=0, atol=3e-4)
+
+
+@pytest.mark.parametrize("given", [EMATeacher(), {"average": EMATeacher()}])
+def test_cached_outputs_stand_for_one_frozen_teacher_alone(given, rows, training_arguments):
+    with pytest.raises(ValueError, match="another kind of teacher, or several"):
+        make_trainer(training_arguments(), [LogitKD(teacher=None)], teacher=given, train_dataset=rows)

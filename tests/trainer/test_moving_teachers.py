@@ -21,7 +21,7 @@ from hfkdq.losses import forward_kl
 from hfkdq.objectives import ByAgreement, ByGradientNorm, HiddenStateKD, LogitKD, NoisyKD, TaskLoss
 from hfkdq.quantization.records import quantizer_states
 from hfkdq.schedules import Linear
-from hfkdq.teachers.peers import PeerParameters
+from hfkdq.teachers.cotrained import PeerParameters
 from hfkdq.trainer import DistillationTrainer
 from tests import tiny
 
@@ -331,7 +331,7 @@ def test_a_weight_balances_the_gradients(training_arguments):
     )
     batch = first_batch(trainer)
     trainer.train()
-    trainer._loss_weighting.adapt(trainer.accelerator)
+    trainer._distillation.weighting.adapt(trainer.accelerator)
     out = twin(**batch)
     norms = []
     for value in (out.loss, forward_kl(out.logits, outputs(teacher, batch).logits, 2.0).mean()):

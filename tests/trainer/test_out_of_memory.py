@@ -27,7 +27,8 @@ def test_running_out_of_memory_in_the_teacher_begins_again_with_smaller_batches(
 
     class Begin(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            begun.append((trainer.model_accepts_loss_kwargs, trainer._in_training_step, trainer._log_window))
+            in_step, window = trainer._running_step is not None, trainer._loss_log.sums
+            begun.append((trainer.model_accepts_loss_kwargs, in_step, window))
 
     trainer.add_callback(Begin())
     hook = teacher.register_forward_pre_hook(run_out, with_kwargs=True)

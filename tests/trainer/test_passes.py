@@ -113,8 +113,8 @@ def test_hidden_states_of_a_noisy_student_go_through_their_projections(training_
     trainer.train()
     values = [row[0] for row in losses(trainer, "noisy_kd")]
     assert values[0] != values[-1]
-    assert trainer._projections is not None
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trainer._projections.parameters())
+    assert trainer._distillation.projections is not None
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trainer._distillation.projections.parameters())
 
 
 # ------------------------------------------------------------------ adversaries
@@ -304,13 +304,13 @@ def test_pairs_that_do_not_fit_are_refused(objective, student, teacher, message)
 def test_sharded_students_take_no_passes_of_their_own(training_arguments):
     args = training_arguments()
     trainer = nn.Module()
-    trainer.objectives, trainer.args, trainer.given_teachers, trainer.model = [NoisyKD()], args, {}, tiny.bert()
+    trainer.args, trainer.model = args, tiny.bert()
     trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = False, True
     trainer.accelerator = type("A", (), {"is_fsdp2": True})()
     from hfkdq.trainer.arguments import refuse_unsupported
 
     with pytest.raises(NotImplementedError, match="NoisyKD does not work where"):
-        refuse_unsupported(trainer)
+        refuse_unsupported(trainer, [NoisyKD()], [])
 
 
 def test_attention_maps_of_a_noisy_student(training_arguments):

@@ -75,9 +75,12 @@ def test_checkpoints_hold_the_adapters_alone_as_those_of_trainer(training_argume
             break
         for name, parameter in trainer.model.named_parameters():
             assert parameter.requires_grad == (not torch.equal(parameter, before[name])), name
-        maps = trainer._projections.maps.state_dict()
+        maps = trainer._distillation.projections.maps.state_dict()
         optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        trained = [*(p for p in trainer.model.parameters() if p.requires_grad), *trainer._projections.parameters()]
+        trained = [
+            *(p for p in trainer.model.parameters() if p.requires_grad),
+            *trainer._distillation.projections.parameters(),
+        ]
         assert optimized == {id(p) for p in trained}
         assert maps.keys() <= load_file(checkpoint / STATE_FILE).keys()
         first = load_file(tmp_path / cls / "checkpoint-1" / STATE_FILE)
@@ -112,7 +115,7 @@ def test_resuming_adapters_equals_never_stopping(training_arguments, kind):
     run("cut", stop=2)
     again = run("cut", resume=True)
     assert_equal_weights(whole.model, again.model)
-    assert_equal_weights(whole._projections.maps, again._projections.maps)
+    assert_equal_weights(whole._distillation.projections.maps, again._distillation.projections.maps)
     names = ("loss", "grad_norm", "logit_kd", "hidden_state_kd")
     assert losses(whole, *names)[-1] == losses(again, *names)[-1]
 

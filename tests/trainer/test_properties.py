@@ -55,7 +55,7 @@ def trained(training_arguments, objective, student, teacher, **kwargs):
     settings.update(kwargs.pop("arguments", {}))
     trainer = make_trainer(training_arguments(**settings), [objective], student, teacher, **kwargs)
     trainer.train()
-    ((value,),) = losses(trainer, trainer._terms[0].name)
+    ((value,),) = losses(trainer, trainer._distillation.terms[0].name)
     return trainer, value
 
 
@@ -92,7 +92,9 @@ def test_the_gradient_reaches_the_student_and_its_projections_alone(training_arg
     before, fixed = weights(student), weights(teacher)
     settings = dict(optim="sgd", learning_rate=0.1, max_grad_norm=0.0, max_steps=1)
     trainer = make_trainer(training_arguments(**settings), [OBJECTIVES[name]], student, teacher)
-    projections = [] if trainer._projections is None else list(trainer._projections.parameters())
+    projections = (
+        [] if trainer._distillation.projections is None else list(trainer._distillation.projections.parameters())
+    )
     moved = [(parameter, parameter.detach().clone()) for parameter in projections]
     trainer.train()
     assert all(p.grad is None for p in teacher.parameters())

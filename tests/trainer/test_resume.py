@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hfkdq.objectives import HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.objectives.base import as_objective
 from hfkdq.trainer import DistillationTrainer
-from hfkdq.trainer.checkpoints import is_complete, last_complete_checkpoint
+from hfkdq.trainer.checkpoints import is_complete, resolve
 from tests import tiny
 
 from ..launch import python_path
@@ -275,7 +275,7 @@ def test_a_checkpoint_is_not_whole_while_it_is_written_anew(steps, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         made(steps()).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     assert not is_complete(last)
-    assert last_complete_checkpoint(str(tmp_path / "out")).endswith("checkpoint-1")
+    assert resolve(True, str(tmp_path / "out")).endswith("checkpoint-1")
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -370,7 +370,9 @@ def test_projections_that_fit_are_taken_over(steps, warned):
     before.train()
     after = made(steps(learning_rate=0.0), [HiddenStateKD(layers={1: 2}), TaskLoss()], strict_resume=False)
     after.train(resume_from_checkpoint=True)
-    assert torch.equal(before._projections.maps["0"].weight, after._projections.maps["0"].weight)
+    assert torch.equal(
+        before._distillation.projections.maps["0"].weight, after._distillation.projections.maps["0"].weight
+    )
 
 
 def test_a_description_of_a_callable_is_the_same_in_every_process():

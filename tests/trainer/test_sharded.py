@@ -71,7 +71,7 @@ def test_fsdp1_is_refused(training_arguments):
     trainer = make_trainer(training_arguments(), teacher=None)
     trainer.is_fsdp_enabled = True  # as where accelerate was configured with fsdp_version 1
     with pytest.raises(NotImplementedError, match="fsdp_version: 2"):
-        refuse_unsupported(trainer)
+        refuse_unsupported(trainer, [], [])
 
 
 def test_what_deepspeed_split_while_it_was_loaded_is_refused(training_arguments):

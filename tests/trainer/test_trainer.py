@@ -198,7 +198,7 @@ def test_resuming_equals_never_stopping(training_arguments):
     run("cut", stop=3)
     again = run("cut", resume=True)
     assert_equal_weights(whole.model, again.model)
-    projections = [trainer._projections.maps for trainer in (whole, again)]
+    projections = [trainer._distillation.projections.maps for trainer in (whole, again)]
     assert_equal_weights(*projections)
     names = ("loss", "grad_norm", "logit_kd", "hidden_state_kd")
     assert losses(whole, *names)[-1] == losses(again, *names)[-1]

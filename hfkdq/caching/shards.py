@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a fixed number of rows each, which any number of processes write and none leaves half written."""
+"""Shards of a cache: files of a fixed number of rows each, written whole or not at all by any number of processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from transformers.utils import logging
 from ..files import replacing
 from ..schema import brief
 from .codec import features_of
+from .fingerprints import short_hash
 from .info import ROW_CHECK, CacheInfo
-from .keys import refuse_other_key, short_hash
 
 logger = logging.get_logger(__name__)
 RECORD = "cache.json"
@@ -29,20 +29,20 @@ RECORD = "cache.json"
 _UNFINISHED = re.compile(rf"\.(part-\d{{5}}\.arrow|{re.escape(RECORD)})\.[0-9a-f]{{32}}\.tmp")
 
 
-def prepared(folder: str | os.PathLike[str] | None, info: CacheInfo, accelerator: Accelerator) -> Path:
-    """The folder of the parts, with a record of their key.
+def prepare_folder(folder: str | os.PathLike[str] | None, info: CacheInfo, accelerator: Accelerator) -> Path:
+    """The folder of the shards, with a record of what they depend on.
 
     Raises:
-        ValueError: it holds parts of another key, or of one that cannot be read.
+        ValueError: it holds shards that depend on something else, or on what cannot be read.
     """
     default = Path(datasets.config.HF_DATASETS_CACHE) / "hfkdq" / short_hash(info.key)
     place = default if folder is None else Path(folder)
     record = place / RECORD
     if record.exists():
-        refuse_other_key(place, _recorded_key(record), info.key)
+        _refuse_other_key(place, _recorded_key(record), info.key)
     elif any(place.glob("part-*.arrow")):
         raise ValueError(
-            f"{place} holds parts of teacher outputs and no {RECORD} that says what they are of. Give another folder, or "
+            f"{place} holds shards of teacher outputs and no {RECORD} that says what they are of. Give another folder, or "
             "delete this one."
         )
     accelerator.wait_for_everyone()
@@ -57,38 +57,43 @@ def prepared(folder: str | os.PathLike[str] | None, info: CacheInfo, accelerator
 def _recorded_key(record: Path) -> dict[str, Any]:
     try:
         key = json.loads(record.read_text(encoding="utf-8"))["key"]
+        if not isinstance(key, dict):
+            raise TypeError(f"its key is {key!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{record} is damaged ({type(error).__name__}: {brief(error)}), so it is not known what the parts beside it are of. Give "
+            f"{record} is damaged ({type(error).__name__}: {brief(error)}), so it is not known what the shards beside it are of. Give "
             f"another folder, or delete {record.parent}."
         ) from error
-    if not isinstance(key, dict):
-        raise ValueError(f"{record} is damaged: its key is {key!r}. Give another folder, or delete {record.parent}.")
     return key
 
 
-def _parts(info: CacheInfo, place: Path) -> list[tuple[Path, int, int]]:
+def _refuse_other_key(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if differ:
+        told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in differ)
+        raise ValueError(
+            f"{folder} holds teacher outputs that were cached for something else: {told}. Give another folder, delete "
+            "this one, or leave folder out: then each such key has its own."
+        )
+
+
+def _shards(info: CacheInfo, place: Path) -> list[tuple[Path, int, int]]:
     rows, size = info.key["rows"], info.key["part_rows"]
     return [(place / f"part-{i // size:05d}.arrow", i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
-def write_parts(
+def write_shards(
     cells_of: Callable[[int, int], list[dict[str, Any]]],
     info: CacheInfo,
     place: Path,
     batch_size: int,
     accelerator: Accelerator,
 ) -> None:
-    """Writes the parts of this process that are not there yet; then waits for the other processes.
+    """Writes the missing shards of this process; then waits for the other processes.
 
-    Args:
-        cells_of (callable): from the first row and the one behind the last to the cells of each row.
-        info (`CacheInfo`): what is cached.
-        place (`Path`): the folder of the parts.
-        batch_size (`int`): rows asked of `cells_of` at once.
-        accelerator (`Accelerator`): the processes.
+    `cells_of(first, stop)` returns the cells of each of these rows, of which it is asked for `batch_size` at once.
     """
-    own = _parts(info, place)[accelerator.process_index :: accelerator.num_processes]
+    own = _shards(info, place)[accelerator.process_index :: accelerator.num_processes]
     done = sum(stop - start for path, start, stop in own if path.exists())
     total = sum(stop - start for _, start, stop in own)
     hidden = not accelerator.is_local_main_process
@@ -106,7 +111,7 @@ def write_parts(
         except KeyboardInterrupt:
             kept = sum(path.exists() for path, _, _ in own)
             logger.warning(
-                f"Interrupted: {kept} of {len(own)} parts are kept in {place}; the same call goes on with them."
+                f"Interrupted: {kept} of {len(own)} shards are kept in {place}; the same call goes on with them."
             )
             raise
     accelerator.wait_for_everyone()
@@ -128,31 +133,31 @@ def _schema(info: CacheInfo) -> pa.Schema:
     return datasets.Features({**columns, ROW_CHECK: datasets.Value("int64")}).arrow_schema
 
 
-def assembled(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerator) -> Any:
-    """The dataset with the columns of the parts, without a format.
+def assemble(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerator) -> Any:
+    """The dataset with the columns of the shards, without a format.
 
     Raises:
-        ValueError: a part is missing or damaged.
+        ValueError: a shard is missing or damaged.
     """
-    paths = [path for path, _, _ in _parts(info, place)]
-    missing = [path.name for path in paths if not path.exists()]
+    shards = _shards(info, place)
+    missing = [path.name for path, _, _ in shards if not path.exists()]
     if missing:
         raise ValueError(
             f"{place} lacks {', '.join(missing[:8])}, though every process is done. With several machines it must lie on a "
             "disk that they share: give such a folder."
         )
-    if accelerator.is_main_process:  # left behind by runs that were killed
+    if accelerator.is_main_process:  # of runs that were killed
         for path in place.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-    for path, start, stop in _parts(info, place):
-        _check_part(path, _schema(info), stop - start)
-    parts = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
-    return datasets.concatenate_datasets([dataset.with_format(None), parts], axis=1)
+    for path, start, stop in shards:
+        _check_shard(path, _schema(info), stop - start)
+    cached = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path, _, _ in shards])
+    return datasets.concatenate_datasets([dataset.with_format(None), cached], axis=1)
 
 
-def _check_part(path: Path, schema: pa.Schema, rows: int) -> None:
-    """Refuses a part that is not what was written."""
+def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
+    """Refuses a shard that is damaged."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             table = reader.read_all()

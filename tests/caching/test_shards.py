@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from hfkdq.caching import cache_info, cache_teacher_outputs, writer
-from hfkdq.caching.keys import processor_fingerprint, weights_fingerprint
+from hfkdq.caching.fingerprints import processor_fingerprint
+from hfkdq.teachers import weights_fingerprint
 from tests import tiny
 from tests.caching.common import KINDS, cached, language_rows, padder
 from tests.caching.runs import run
@@ -59,11 +60,11 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
 
 def test_two_processes_make_the_dataset_of_one(tmp_path):
     told = accelerate_launch(SCRIPT, tmp_path / "two", tmp_path / "log", 0, tmp_path / "result")
-    assert told.count("rows 22 parts 6") == 2
+    assert told.count("rows 22 shards 6") == 2
     lines = (tmp_path / "log").read_text().splitlines()
     by_process = {pid: sum(int(line.split()[1]) for line in lines if line.startswith(pid)) for pid in
                   {line.split()[0] for line in lines}}  # fmt: skip
-    assert sorted(by_process.values()) == [10, 12]  # parts 1, 3 and 5, the last of 2 rows; parts 0, 2 and 4
+    assert sorted(by_process.values()) == [10, 12]  # shards 1, 3 and 5, the last of 2 rows; shards 0, 2 and 4
     two, one = datasets.load_from_disk(tmp_path / "result"), run(tmp_path / "one", tmp_path / "log1")
     assert two[:] == one[:]
     assert cache_info(two) == cache_info(one)
@@ -253,7 +254,7 @@ def test_a_collator_that_tokenizes_gets_all_columns_on_request(tmp_path):
 
 def test_the_progress_bar_starts_at_what_is_done(tmp_path, monkeypatch, capsys):
     datasets.enable_progress_bars()
-    monkeypatch.setattr(writer, "PART_ROWS", 2)
+    monkeypatch.setattr(writer, "SHARD_ROWS", 2)
     make(tmp_path)
     (tmp_path / "part-00001.arrow").unlink()
     capsys.readouterr()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A teacher that learns beside the student, in the same optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..modeling.forwards import TEACHER_PREFIX, forward_columns
+from ..objectives import LogitKD, TaskLoss
+from ..objectives.base import Objective, as_objective
+from ..objectives.projections import Projections
+from .base import Teacher, TeacherSource, refuse_shared_parameters
+from .fingerprints import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class CoTrainedTeacher(TeacherSource):
+    """A teacher that is trained along with the student, and learns from it: deep mutual learning.
+
+    Zhang et al., "Deep Mutual Learning" (2018). Both run on every batch and take the same optimizer step; outputs that
+    serve as the other's targets are detached. Its terms are logged as `teacher_task_loss` and so on. It is in every
+    checkpoint; after training it is an ordinary model: `trainer.teacher_model.save_pretrained(folder)`.
+
+    Args:
+        model (`PreTrainedModel`): the co-trained model.
+        objectives (list of objectives, *optional*): what it learns, with the student as its teacher. By default
+            `[TaskLoss(), LogitKD(temperature=1.0)]`, as in the paper.
+
+    Example:
+        ```python
+        trainer = DistillationTrainer(student, args, teacher_model=CoTrainedTeacher(other),
+                                      objectives=[TaskLoss(), LogitKD(temperature=1.0)], ...)
+        ```
+    """
+
+    changes = True
+    model: Any
+    objectives: Sequence[Objective] | None = None
+
+    def model_for(self, student: Any, student_is_remade: bool) -> Any:
+        if student_is_remade:
+            raise ValueError(
+                "model_init makes a new student for every training, beside which a peer would not start anew. Give the "
+                "student as model, or a teacher that was loaded on its own."
+            )
+        refuse_shared_parameters(self.model, student)
+        return self.model
+
+    def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
+        objectives = self._objectives()
+        for objective in objectives:
+            objective.attach(model, student)
+        return CoTrainedModel(model, objectives, accelerator.device)
+
+    def _objectives(self) -> list[Objective]:
+        given = [TaskLoss(), LogitKD(temperature=1.0)] if self.objectives is None else self.objectives
+        objectives = [as_objective(objective).copy() for objective in given]
+        for objective in objectives:
+            objective.check_settings()
+        bad = [o.name for o in objectives if o.runs_first or o.uses_all_teachers or o.teacher is not None]
+        if bad or not objectives:
+            raise ValueError(
+                f"The objectives of a CoTrainedTeacher compare it with the student alone; got {', '.join(bad) or 'none'}. Use "
+                "for example [TaskLoss(), LogitKD(temperature=1.0)]."
+            )
+        return objectives
+
+
+class PeerParameters(nn.Module):
+    """Registers the parameters of co-trained models in the student, so that optimizer, clipping and processes see them.
+
+    Quantization and pruning, which look for modules, find no layers of another model there. The student's state dict
+    neither holds nor misses the parameters.
+    """
+
+    NAME: ClassVar[str] = "hfkdq_peer_parameters"
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for owner, model in models.items():
+            for name, parameter in model.named_parameters():
+                self.register_parameter(f"{owner}/{name.replace('.', '/')}", parameter)
+        self.outputs: list[Any] = []
+        self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
+
+    def install(self, student: nn.Module) -> None:
+        """Registers the parameters in the student, which then returns the peers' `outputs` beside its own.
+
+        DistributedDataParallel looks in the outputs for the parameters that took part in a forward pass.
+        """
+        student.add_module(self.NAME, self)
+        self._hook = student.register_forward_hook(self._append)
+
+    def _append(self, student: nn.Module, args: Any, output: Any) -> Any:
+        if not self.outputs or not isinstance(output, Mapping):
+            return output
+        others, self.outputs = [dict(other) for other in self.outputs], []
+        return {**output, self.NAME: others}  # the classes of Transformers take no further entry
+
+    def remove(self, student: nn.Module) -> None:
+        """Removes the parameters from the student."""
+        if getattr(student, self.NAME, None) is self:
+            delattr(student, self.NAME)
+            self._hook.remove()
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Empty: every peer has a state dict of its own."""
+        return {} if destination is None else destination
+
+
+def _forget_missing(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if PeerParameters.NAME not in key]
+
+
+class CoTrainedModel(Teacher):
+    """A [`CoTrainedTeacher`] during a training on `device`; `objectives` are attached to it and the student."""
+
+    learns = True
+
+    def __init__(self, model: Any, objectives: list[Objective], device: torch.device) -> None:
+        self.model = model.to(device)
+        self.objectives = objectives
+        self.name = type(model).__name__
+        self.fingerprint = f"{fingerprint(model)}, trained along with the student"
+        self.columns = forward_columns(model)
+        self.projections: Projections | None = getattr(model, Projections.NAME, None)
+
+    def install(self) -> None:
+        """Installs the projections of its objectives."""
+        if self.projections is not None:
+            self.projections.install(self.model)
+
+    def remove(self) -> None:
+        """Removes the projections, so that the model is as it was built, in eval mode."""
+        self.model.eval()
+        if self.projections is not None:
+            self.projections.remove(self.model)
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Its columns of a batch, labels included; `teacher_input_ids` takes precedence over `input_ids`."""
+        own = {name: value for name, value in batch.items() if name in self.columns}
+        return own | {n: batch[TEACHER_PREFIX + n] for n in self.columns if TEACHER_PREFIX + n in batch}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        maps = {} if self.projections is None else self.projections.maps.state_dict()
+        return {**self.model.state_dict(), **{f"{Projections.NAME}.{key}": value for key, value in maps.items()}}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        prefix = f"{Projections.NAME}."
+        maps = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        self.model.load_state_dict({key: value for key, value in tensors.items() if not key.startswith(prefix)})
+        if self.projections is not None:
+            self.projections.maps.load_state_dict(maps)
+
+
+def detached(output: Any) -> Any:
+    """The output of a model without gradient, and without its loss."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        return ModelOutput({key: detached(value) for key, value in output.items() if key != "loss"})
+    if isinstance(output, (tuple, list)):
+        return type(output)(detached(value) for value in output)
+    return output

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teachers and objectives of one student: validated, attached, and placed beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from ..facts import record_fact
+from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns
+from ..objectives.base import Objective
+from ..objectives.projections import Projections
+from ..teachers import PeerParameters, Teacher, TeacherSource
+from .loss_weighting import LossWeighting
+from .terms import SINGLE, required_outputs, sources_of, terms_of
+
+
+class Distillation:
+    """Teachers and objectives attached to one student, with the modules that are trained along with it.
+
+    `student_is_remade` by `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an
+    earlier student, which stay where they are.
+
+    Raises:
+        ValueError: an objective or a teacher that does not fit the student.
+        TypeError: a student that is no Transformers model.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        objectives: Sequence[Objective],
+        sources: Mapping[str, TeacherSource],
+        *,
+        accelerator: Accelerator,
+        label_names: list[str],
+        student_is_remade: bool,
+        sharded: bool,
+        placed: Mapping[str, Teacher],
+    ) -> None:
+        prepare_student_(student)
+        models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}
+        for objective in objectives:
+            names = sources_of(objective, list(sources))
+            objective.attach(student, models if objective.uses_all_teachers else models.get(*names or [""]))
+        self.sharded = sharded
+        self.projections: Projections | None = getattr(student, Projections.NAME, None)
+        if self.projections is not None:
+            self.projections.in_state_dict = sharded
+        known = {name: teacher for name, teacher in placed.items() if not sources[name].copies_student}
+        self.teachers = {
+            name: known.get(name) or source.place(models[name], student, accelerator, label_names)
+            for name, source in sources.items()
+        }
+        self.peers = {name: teacher for name, teacher in self.teachers.items() if teacher.learns}
+        self.peer_parameters = PeerParameters({n: t.model for n, t in self.peers.items()}) if self.peers else None
+        self.terms = terms_of(objectives, self.teachers)
+        used = {source for term in self.terms for source in term.sources}
+        self.used_teachers = {name: teacher for name, teacher in self.teachers.items() if name in used}
+        for name, teacher in self.teachers.items():
+            if required := required_outputs(name, self.terms):
+                teacher.check(required[1])
+        self.weighting = LossWeighting(self.terms)
+        self.columns = set[str]().union(*(teacher.columns for teacher in self.teachers.values()))
+        self.installed = False  # for a training
+        self._objectives = objectives
+        self._auxiliary = [module for module in (self.projections, self.peer_parameters) if module is not None]
+        self.updated_at: int | None = None  # the optimizer step that moving averages have seen last
+
+    @property
+    def names(self) -> list[str]:
+        """The names under which the terms are logged."""
+        return [term.name for term in self.terms]
+
+    def install(self, student: Any, optimizer: Any = None) -> None:
+        """Puts the auxiliary modules into the student, and their parameters into an optimizer that is there already."""
+        # There is none between the trials of a search; the next one gets them when it is made.
+        for module in self._auxiliary if student is not None else ():
+            module.install(student)
+        for teacher in self.teachers.values():
+            teacher.install()
+        self.installed = True
+        if optimizer is not None:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            missing = [p for module in self._auxiliary for p in module.parameters() if id(p) not in held]
+            # In a group of its own they would be one more than a learning rate schedule knows of.
+            optimizer.param_groups[0]["params"] += missing
+
+    def remove(self, student: Any) -> None:
+        """Takes the auxiliary modules out of the student again."""
+        for module in self._auxiliary:
+            module.remove(student)
+        for teacher in self.teachers.values():
+            teacher.remove()
+        self.installed = False
+
+    def student_inputs(self, student: Any, inputs: Any) -> Any:
+        """A batch without the columns that only teachers take."""
+        if not self.teachers:
+            return inputs
+        own = forward_columns(student)
+        # A signature of `**inputs` alone does not tell what the student takes.
+        others = self.columns if base_of(student).main_input_name in own else set[str]()
+        foreign = {k for k in inputs if k not in own and (k in others or k.startswith(TEACHER_PREFIX))}
+        return {key: value for key, value in inputs.items() if key not in foreign} if foreign else inputs
+
+    def update_teachers(self, student: Any, step: int, max_steps: int) -> None:
+        """Lets moving averages follow the optimizer step that was finished since the last call."""
+        if self.updated_at is not None and step > self.updated_at:
+            for teacher in self.teachers.values():
+                teacher.update(student, step / max(max_steps, 1))
+        self.updated_at = step
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Teachers and objectives, by which a checkpoint knows its training again."""
+        teachers = {name: teacher.fingerprint for name, teacher in self.used_teachers.items()}
+        return {
+            "teacher": teachers.get(SINGLE) if teachers.keys() <= {SINGLE} else teachers,
+            "objectives": [term.objective.describe() for term in self.terms],
+        }
+
+    def record(self, student: Any, steps: int) -> None:
+        """Writes into the configuration of the student what it was trained by."""
+        fact = {"objectives": [o.describe() for o in self._objectives], "steps": steps}
+        if self.used_teachers:
+            fact["teacher"] = ", ".join(teacher.name for teacher in self.used_teachers.values())
+        record_fact(student, "distillation", fact)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of projections and teachers in a checkpoint."""
+        maps = {} if self.projections is None or self.sharded else self.projections.maps.state_dict()
+        states = {f"{n}/{key}": v.clone() for n, t in self.teachers.items() for key, v in t.state().items()}
+        return {**maps, **states}
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Restores projections, those of the same shape, and teachers from a checkpoint."""
+        for name, teacher in self.teachers.items():
+            own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
+            if own:
+                teacher.load_state(own)
+        if self.projections is not None and not self.sharded:
+            maps = self.projections.maps.state_dict()
+            fitting = {k: v for k, v in tensors.items() if k in maps and v.shape == maps[k].shape}
+            self.projections.maps.load_state_dict({**maps, **fitting})
+
+
+def prepare_student_(student: Any) -> None:
+    """Checks the type of a student, and frees it from what another trainer or bitsandbytes did to it.
+
+    Raises:
+        TypeError: it is no Transformers model.
+    """
+    if not isinstance(base_of(student), PreTrainedModel):
+        raise TypeError(
+            f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
+            "PreTrainedModel, or a PeftModel around one."
+        )
+    for module in student.modules():
+        # On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights that run without gradient, for a kernel that passes
+        # none on, in later training neither.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks what ran already
+    for stale in (getattr(student, module.NAME, None) for module in (Projections, PeerParameters)):
+        if stale is not None:
+            stale.remove(student)
