@@ -62,3 +62,20 @@ def test_programs_are_python_and_import_what_is_there(page):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("hfkdq"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_house_names_every_room():
+    rooms = {
+        path.name for path in (ROOT / "hfkdq").iterdir() if path.name not in ("__init__.py", "__main__.py", "py.typed")
+    }
+    told = set(re.findall(r"`([a-z_]+)(?:/|\.py)`", ARCHITECTURE))
+    assert told == {room.removesuffix(".py") for room in rooms} - {"templates", "__pycache__"}
+
+
+@pytest.mark.parametrize(("file", "name"), re.findall(r"`([a-z_/]+\.py)`: `(\w+)`", ARCHITECTURE))
+def test_what_the_page_of_the_house_points_at_is_there(file, name):
+    module = importlib.import_module("hfkdq." + file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    assert getattr(module, name).__module__ == module.__name__
