@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
 
@@ -55,6 +55,7 @@ class DistillationMixin(_TrainerBase):
     """
 
     model_accepts_loss_kwargs: bool
+    loss_is_scaled_for_ga: bool | None
     data_collator: Any
 
     def __init__(
@@ -220,7 +221,7 @@ class DistillationMixin(_TrainerBase):
             progress=self.state.global_step / max(self.state.max_steps, 1),
             accelerator=self.accelerator,
             task_loss=super().compute_loss,
-            loss_is_scaled=self.compute_loss_func is not None,
+            loss_is_scaled=self._loss_is_scaled,
             takes_items=self._running_step.takes_items,
             items=num_items_in_batch,
             skips_logits=bool(self.args.use_liger_kernel),
@@ -228,6 +229,14 @@ class DistillationMixin(_TrainerBase):
             window=self._window,
         ).loss(return_outputs)
         return (loss, output) if return_outputs else loss
+
+    @property
+    def _loss_is_scaled(self) -> bool:
+        """Whether the task loss is scaled for gradient accumulation already, so that `Trainer` does not divide it."""
+        told = (
+            self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+        )  # from Transformers 5 on
+        return self.compute_loss_func is not None if told is None else told
 
     def _student_inputs(self, inputs: Any) -> Any:
         return inputs if self._distillation is None else self._distillation.student_inputs(self.model, inputs)

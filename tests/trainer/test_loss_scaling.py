@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from hfkdq.objectives import LogitKD, TaskLoss
+from hfkdq.trainer import DistillationMixin
 from tests import tiny
 from tests.launch import accelerate_launch
 
@@ -95,6 +96,35 @@ def test_compute_loss_func_normalises_by_itself(training_arguments):
             f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
         )
         trainer = make_trainer(arguments, [TaskLoss(), LogitKD()], compute_loss_func=summed)
+        trainer.train()
+        results.append(losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd"))
+    np.testing.assert_allclose(*results, rtol=1e-3)
+
+
+class _Scales(Trainer):
+    """A trainer whose `compute_loss` divides by the labels of the whole window, and says so."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / count
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.skipif(not hasattr(Trainer, "loss_is_scaled_for_ga"), reason="transformers 4 has no such attribute")
+def test_a_trainer_that_scales_its_loss_is_taken_at_its_word(training_arguments):
+    class Scaled(DistillationMixin, _Scales):
+        pass
+
+    results = []
+    for size, steps in ((16, 1), (4, 4)):
+        arguments = training_arguments(
+            f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
+        )
+        trainer = make_trainer(arguments, [TaskLoss(), LogitKD()], cls=Scaled)
         trainer.train()
         results.append(losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd"))
     np.testing.assert_allclose(*results, rtol=1e-3)
