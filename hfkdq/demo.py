@@ -163,7 +163,7 @@ def compress(teacher: PreTrainedModel, train: Dataset, test: Dataset, size: Demo
         callbacks=[PruningCallback(PruningSpec(sparsity=0.5, structure="neuron")), QATCallback(QuantizationSpec())],
     )  # fmt: skip
     trainer.train()
-    return trainer.model
+    return trainer.model  # type: ignore[return-value]
 
 
 def _publish(

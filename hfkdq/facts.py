@@ -182,7 +182,7 @@ def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str,
             f"What the configuration ({type(config).__name__}) records of compression is damaged: {error}. Save the model "
             "anew where it was made; without the section hfkdq in config.json its weights load as they are."
         ) from error
-    return facts  # type: ignore[no-any-return]
+    return facts
 
 
 def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> None:

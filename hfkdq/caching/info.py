@@ -77,7 +77,7 @@ class CacheInfo:
     def outline(self) -> ModelSignature:
         """The teacher as objectives see it: class, configuration and shapes."""
         config = dict(self.teacher["config"])
-        kind = config.get("model_type")
+        kind: Any = config.get("model_type")
         # Its `get` knows only what was imported so far.
         maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         known = self.key["temperature"]  # where the outputs are the likeliest classes

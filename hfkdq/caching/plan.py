@@ -60,8 +60,8 @@ class Plan:
     def _of(self, out: Any, output: CachedOutput) -> torch.Tensor:
         kind, _, number = output.name.rpartition("_")
         if kind == "hidden_state":
-            return out["hidden_states"][int(number)]  # type: ignore[no-any-return]
-        return out["logits" if output.name.startswith("top_") else output.name]  # type: ignore[no-any-return]
+            return out["hidden_states"][int(number)]
+        return out["logits" if output.name.startswith("top_") else output.name]
 
     def _top(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.top_k is not None  # noqa: S101 - for mypy

@@ -107,7 +107,7 @@ def _cut_of(batch: Batch, name: str) -> torch.Tensor | None:
     """The mask that cuts the padding off an input; `None` where it is taken whole."""
     values = batch[name]
     if name == "labels":
-        return values.ne(-100)  # type: ignore[no-any-return]
+        return values.ne(-100)
     plain = name.removeprefix(TEACHER_PREFIX)
     pixels = batch.get(name_in(batch, "pixel_mask"))
     if plain == "pixel_values" and isinstance(pixels, torch.Tensor) and pixels.shape[1:] == values.shape[-2:]:

@@ -35,7 +35,7 @@ def label_reader(
 
 def _table(found: list[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
     """The number in the model of every label that occurs."""
-    known = {str(name): int(number) for name, number in config.label2id.items()}
+    known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if any(isinstance(label, str) for label in found):
         unknown = sorted({str(label) for label in found} - set(known))
         if unknown:

@@ -37,7 +37,7 @@ def generation_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], task: 
     """The files of a task that generates: a decoder with its cache, or an encoder and its decoder without and with one."""
     if not model.config.is_encoder_decoder:
         return [_decoder(model, batch)]
-    encoder = model.get_encoder()
+    encoder = model.get_encoder()  # type: ignore[operator]
     given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
     accepted = inspect.signature(encoder.forward).parameters
     given = {name: value for name, value in given.items() if name in accepted}
@@ -87,7 +87,7 @@ def _starting(model: PreTrainedModel, caches: bool) -> Callable[..., Any]:
         input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None
     ) -> dict[str, Any]:
         mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
-        encoded = BaseModelOutput(last_hidden_state=encoder_hidden_states)
+        encoded = BaseModelOutput(last_hidden_state=encoder_hidden_states)  # type: ignore[arg-type]
         outputs = call(decoder_input_ids=input_ids, encoder_outputs=encoded, use_cache=caches, **mask)
         logits = {"logits": outputs.logits}
         return {**logits, "present": _pairs(outputs.past_key_values)} if caches else logits
@@ -97,7 +97,7 @@ def _starting(model: PreTrainedModel, caches: bool) -> Callable[..., Any]:
 
 def _continuing(model: PreTrainedModel) -> Callable[..., Any]:
     """The decoder of an encoder-decoder on later tokens; what it keeps of the encoder does not change."""
-    call, width = model.forward, model.get_encoder().config.hidden_size
+    call, width = model.forward, model.get_encoder().config.hidden_size  # type: ignore[operator]
 
     def forward(
         input_ids: Tensor, past_key_values: list[dict[str, Entry]], encoder_attention_mask: Tensor | None = None
@@ -107,7 +107,7 @@ def _continuing(model: PreTrainedModel) -> Callable[..., Any]:
         mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
         keys = past_key_values[0]["encoder"]["key"]
         # Only their number is looked at: their keys and values are in the cache.
-        encoded = BaseModelOutput(last_hidden_state=keys.new_zeros(keys.shape[0], keys.shape[2], width))
+        encoded = BaseModelOutput(last_hidden_state=keys.new_zeros(keys.shape[0], keys.shape[2], width))  # type: ignore[arg-type]
         outputs = call(
             decoder_input_ids=input_ids,
             encoder_outputs=encoded,
@@ -126,7 +126,7 @@ def _filled(entries: list[Entry]) -> DynamicCache:
     cache = DynamicCache()
     for entry in entries:
         layer = DynamicLayer()
-        layer.lazy_initialization(entry["key"], entry["value"])
+        layer.lazy_initialization(entry["key"], entry["value"])  # type: ignore[call-arg]
         layer.keys, layer.values = entry["key"], entry["value"]
         cache.layers.append(layer)
     return cache

@@ -79,7 +79,7 @@ def _plain_masks() -> Iterator[None]:
     original = masks["eager"]
 
     def plain_mask(**arguments: Any) -> Tensor | None:
-        both_ways = arguments.get("mask_function") is masking_utils.bidirectional_mask_function
+        both_ways = arguments.get("mask_function") is masking_utils.bidirectional_mask_function  # type: ignore[attr-defined]
         if both_ways and arguments.get("attention_mask") is None and arguments.get("allow_is_bidirectional_skip"):
             return None
         visible = _visible(**arguments)
@@ -130,7 +130,7 @@ def _visible(
     padding: Tensor | None = None if attention_mask is None else attention_mask[:, None, None, :]
     if use_vmap or not (isinstance(kv_offset, int) and kv_offset == 0):
         return None
-    if mask_function is masking_utils.bidirectional_mask_function:
+    if mask_function is masking_utils.bidirectional_mask_function:  # type: ignore[attr-defined]
         return padding
     if mask_function is not masking_utils.causal_mask_function:
         return None

@@ -37,5 +37,5 @@ def onnx_op(
             name, inputs, dict(attributes), dtype=like.dtype, shape=like.shape, version=opset
         )
         return result
-    traced: Tensor = _Operator.apply(name, attributes, compute, *inputs)  # type: ignore[no-untyped-call]
+    traced: Tensor = _Operator.apply(name, attributes, compute, *inputs)
     return traced

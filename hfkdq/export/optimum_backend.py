@@ -120,7 +120,7 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
     # Some models ask this rather than the configuration, and would make a mask for every query.
     for module in model.modules():
         if hasattr(module, "attn_implementation"):
-            module.attn_implementation = "eager"
+            module.attn_implementation = "eager"  # type: ignore[assignment]
     with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
         # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
         model.config._name_or_path = work

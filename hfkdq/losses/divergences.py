@@ -362,4 +362,4 @@ def in_chunks(
     if student.numel() <= elements:
         return function(student, *others)
     rows = max(elements // student.shape[-1], 1)
-    return _Chunked.apply(function, rows, student, *others)  # type: ignore[no-untyped-call,no-any-return]
+    return _Chunked.apply(function, rows, student, *others)

@@ -45,7 +45,7 @@ def make_batches(
         ValueError: the data set has not the columns that the model takes; while batches are made, its examples make none.
     """
     if not isinstance(data, (Dataset, IterableDataset)):
-        return data  # type: ignore[no-any-return]
+        return data
     columns = list(data.column_names or next(iter(data)))
     accepted = forward_columns(model)
     if labels:

@@ -60,7 +60,7 @@ def frame_lengths(model: Any, adapter: bool = False) -> Callable[[torch.Tensor],
         return None
     if "add_adapter" in inspect.signature(lengths).parameters:
         return lambda samples: lengths(samples, add_adapter=adapter and model.config.add_adapter)
-    return lengths  # type: ignore[no-any-return]
+    return lengths
 
 
 def frame_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

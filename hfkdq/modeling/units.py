@@ -33,7 +33,7 @@ class Slice:
     @property
     def values(self) -> Tensor:
         """The tensor as it is now."""
-        return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
+        return getattr(self.module, self.tensor)
 
     @property
     def role(self) -> str:

@@ -92,7 +92,7 @@ class ByAgreement(AdaptiveWeight):
             agree = (p.student.argmax(-1) == top_class(p.teacher)).float()
             counts = torch.ones_like(agree) if p.mask is None else p.mask.float()
             sums = sums + torch.stack([(agree * counts).sum(), counts.sum()])
-        return sums  # type: ignore[no-any-return]
+        return sums
 
 
 def top_class(teacher: Any) -> torch.Tensor:
@@ -100,7 +100,7 @@ def top_class(teacher: Any) -> torch.Tensor:
     if isinstance(teacher, torch.Tensor):
         return teacher.argmax(-1)
     best = teacher.log_probabilities[..., :-1].argmax(-1, keepdim=True)
-    return teacher.indices.gather(-1, best).squeeze(-1)  # type: ignore[no-any-return]
+    return teacher.indices.gather(-1, best).squeeze(-1)
 
 
 @dataclass

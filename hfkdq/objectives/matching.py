@@ -19,7 +19,7 @@ def corners(boxes: torch.Tensor) -> torch.Tensor:
     """Left, top, right and bottom of boxes that are given as centre and size; none is without any area."""
     # Of two boxes without area there is no ratio of areas.
     whole = torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-5)], dim=-1)
-    return center_to_corners_format(whole)  # type: ignore[no-any-return]
+    return center_to_corners_format(whole)  # type: ignore[arg-type, return-value]
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ class Projections(nn.Module):
         self.layers: list[int] = []
         # FSDP and DeepSpeed save and load by the student's state dict, where they must see the projections.
         self.in_state_dict = False
-        self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forget_missing)
 
     def add(self, layer: int, make: Callable[[], nn.Module], like: torch.device) -> int:
         """Adds a map of hidden state `layer`, made by `make`; returns its place among the maps."""

@@ -41,4 +41,4 @@ class TaskLoss(Objective):
         return labels.ne(-100).sum()
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
-        return step.student.loss  # type: ignore[no-any-return]
+        return step.student.loss

@@ -144,7 +144,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel = None,
+        model: PreTrainedModel = None,  # type: ignore[assignment]
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
@@ -169,7 +169,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._check_resumed(state)
             self._progress.resume(optimizer, self.spec.sparsity_at(state.global_step / state.max_steps))
         # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
         self._progress.begin(optimizer)
         if self._bounded and self._evaluates_first is None:
             # Whether there is anything to evaluate, and such a metric, is found out now, not after the first round.
@@ -289,7 +289,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         finish_(model, progress.masks, progress.parameters_before)
 
     def _check_resumed(self, state: TrainerState) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
         if saved is None:
             logger.warning("The checkpoint was saved without PruningCallback: only what is zero already is pruned.")
             return

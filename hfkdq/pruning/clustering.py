@@ -138,7 +138,7 @@ def _lloyd(values: Tensor, counts: Tensor, clusters: int) -> Tensor:
             if settled and len(cut) == 0:
                 break
             if len(cut):
-                edges = torch.cat([edges, cut]).unique()  # type: ignore[no-untyped-call]
+                edges = torch.cat([edges, cut]).unique()
                 fixed = int(torch.searchsorted(edges, zero, right=True)) - 1 if has_zero else None
                 centroids = torch.zeros(len(edges) - 1, dtype=torch.float64)
         before = edges
@@ -191,8 +191,8 @@ def _chosen(model: PreTrainedModel, target: ModulePatterns, exclude: ModulePatte
             f"target_modules={target!r}, exclude_modules={exclude!r} match no linear layer, embedding or convolution of "
             f"{type(model).__name__}. It has, for example: {', '.join(list(possible)[:3]) or 'none'}."
         )
-    for name, module in chosen.values():
-        weight = cast(Tensor, module.weight)
+    for name, owner in chosen.values():
+        weight = cast(Tensor, owner.weight)
         if not weight.is_floating_point() or weight.is_meta or not bool(weight.isfinite().all()):
             raise ValueError(
                 f"The weight of {name} is {weight.dtype} on {weight.device}; clustering needs finite floating-point "

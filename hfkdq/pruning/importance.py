@@ -101,7 +101,7 @@ def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[
             f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
             f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
         )
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 def _sampled_label_loss(

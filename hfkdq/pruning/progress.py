@@ -54,7 +54,7 @@ class Progress:
             optimizer.state[self._key] = self._store  # type: ignore[index]
         for key, values in self._mask_entries().items():
             if values.requires_grad:
-                self._handles.append(values.register_hook(partial(self._without_pruned, key)))  # type: ignore[no-untyped-call]
+                self._handles.append(values.register_hook(partial(self._without_pruned, key)))
         if self.importance.needs_activations:
             self.importance.watch()
         if self.spec.cut != "decay" and any(bool(mask.any()) for mask in self.masks.pruned):

@@ -230,8 +230,8 @@ def _tie_(layers: nn.ModuleList, group: Sequence[int]) -> None:
             _set_(layers[number - 1], name, parameter)
     # On the stack, so that a state dict of whatever contains it passes here.
     if _write_repeated not in layers._state_dict_hooks.values():
-        layers.register_state_dict_post_hook(_write_repeated)  # type: ignore[no-untyped-call]
-        layers.register_load_state_dict_pre_hook(_refuse_differing)  # type: ignore[no-untyped-call]
+        layers.register_state_dict_post_hook(_write_repeated)
+        layers.register_load_state_dict_pre_hook(_refuse_differing)
 
 
 def _repeated(layers: nn.Module) -> Iterator[tuple[int, str, nn.Parameter]]:

@@ -48,7 +48,7 @@ class Part:
     @property
     def values(self) -> Tensor:
         """The tensor as it is now."""
-        return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
+        return getattr(self.module, self.tensor)
 
 
 Measure = Callable[[Part], Tensor | None]
@@ -277,7 +277,7 @@ def _matching(model: PreTrainedModel, spec: PruningSpec, groups: list[UnitGroup]
 
 
 def _matching_modules(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[str, nn.Module]]:
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+    modules: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED)]
     if spec.target_modules is None:
         try:
             prefixes = tuple(f"{stack.name}." for stack in find_layer_stacks(model))

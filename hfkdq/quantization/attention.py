@@ -50,7 +50,7 @@ class AttentionQuantizer(Stateless):
         mode = _QuantizedProducts(self) if self.fake_quantize_enabled else None
         self._modes.append(mode)
         if mode is not None:
-            mode.__enter__()  # type: ignore[no-untyped-call]
+            mode.__enter__()
 
     def leave(self, module: nn.Module, failed: bool) -> None:
         """Stops to quantize products.
@@ -61,7 +61,7 @@ class AttentionQuantizer(Stateless):
         mode = self._modes.pop()
         if mode is None:
             return
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        mode.__exit__(None, None, None)
         if mode.products != 2 and not failed:
             raise ValueError(
                 f"attention=True quantizes two matrix products; {type(module).__name__} made {mode.products} that could "

@@ -125,7 +125,7 @@ class QATCallback(TrainerCallback, ExportableState):
         prepare_qat_(model, self.spec)
         self.schedule.at(0.0).apply_(model)
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         late = quantized_spec(model) is None
@@ -142,16 +142,16 @@ class QATCallback(TrainerCallback, ExportableState):
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
         self._model = model
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
         self._share(model, args)
 
-    def on_pre_optimizer_step(
+    def on_pre_optimizer_step(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         frozen = self.schedule.at(state.global_step / state.max_steps).frozen
         self.scaling.before_step(model, frozen)
 
-    def on_optimizer_step(
+    def on_optimizer_step(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         self.scaling.after_step_()
@@ -164,7 +164,7 @@ class QATCallback(TrainerCallback, ExportableState):
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._share(model, args)
 
-    def on_train_end(
+    def on_train_end(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:
@@ -191,7 +191,7 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
         """The `state` of this callback in the Trainer's state."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
         found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
         return found
 

@@ -111,7 +111,7 @@ class Grid:
 
 def constant(tensor: Tensor) -> Tensor:
     """`tensor` as a value that a tracer records as a constant, whatever it was computed from."""
-    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined]
         return tensor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's warning of what is wanted here
@@ -130,9 +130,9 @@ def fake_quantize(
         with torch.no_grad():
             quantized, inside = _on_grid(values.detach(), scale, zero_point, low, high, clips)
         return straight_through(values, quantized, inside)
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if values.device.type == "cpu" and not tracing:  # there the kernels are several times slower than what they fuse
-        result: Tensor = _FakeQuantize.apply(values, scale, zero_point, low, high, clips)  # type: ignore[no-untyped-call]
+        result: Tensor = _FakeQuantize.apply(values, scale, zero_point, low, high, clips)
         return result
     # They compute in float32 for bfloat16 and float16 values too, and round once at the end.
     if scale.ndim:
@@ -201,7 +201,7 @@ def learned_fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, zero_po
     Scale, offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is
     the largest code.
     """
-    result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)  # type: ignore[no-untyped-call]
+    result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)
     return result
 
 
@@ -219,7 +219,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(values: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
     """`quantized`, whose gradient goes to `values` unchanged, or only where `mask` is 1."""
-    result: Tensor = _StraightThrough.apply(values, quantized, mask)  # type: ignore[no-untyped-call]
+    result: Tensor = _StraightThrough.apply(values, quantized, mask)
     return result
 
 

@@ -155,7 +155,7 @@ class QuantizedLinear(SmoothedModule, nn.Linear):
         return F.linear(*self.input_and_weight(input), self.bias)
 
 
-class QuantizedConv1D(SmoothedModule, Conv1D):
+class QuantizedConv1D(SmoothedModule, Conv1D):  # type: ignore[misc]
     """The `Conv1D` of GPT-2, a linear layer with a transposed weight, quantized as [`QuantizedLinear`] is."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class QuantizedConv1D(SmoothedModule, Conv1D):
             result: Tensor = super().forward(x)
             return result
         x, weight = self.input_and_weight(x)
-        return F.linear(x, weight.t(), self.bias)  # type: ignore[arg-type]
+        return F.linear(x, weight.t(), self.bias)
 
 
 class QuantizedConv1d(QuantizedModule, nn.Conv1d):

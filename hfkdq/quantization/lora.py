@@ -26,7 +26,7 @@ class QuantizedLoraLinear(LoraLinear):
         if not self.base_layer.fake_quantize_enabled:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return self.base_layer(x)  # type: ignore[no-any-return]
+        return self.base_layer(x)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """`weight`, that of the base layer, with what the active adapters add to it."""

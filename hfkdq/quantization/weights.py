@@ -31,7 +31,7 @@ class Stateless(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follows its model to another device, never to another precision.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -88,7 +88,7 @@ class PeerParameters(nn.Module):
             for name, parameter in model.named_parameters():
                 self.register_parameter(f"{owner}/{name.replace('.', '/')}", parameter)
         self.outputs: list[Any] = []
-        self.register_load_state_dict_post_hook(_forget_missing)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forget_missing)
 
     def install(self, student: nn.Module) -> None:
         """Registers the parameters in the student, which then returns the peers' `outputs` beside its own.

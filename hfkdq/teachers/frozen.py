@@ -155,7 +155,7 @@ class FrozenTeacher(Teacher):
         if self._base.dtype in (torch.float16, torch.bfloat16):
             return torch.autocast(self._accelerator.device.type, enabled=False)
         # A cast weight that is cached here would have no gradient when the student reads it from the cache.
-        return self._accelerator.autocast(AutocastKwargs(cache_enabled=False))  # type: ignore[no-any-return]
+        return self._accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:

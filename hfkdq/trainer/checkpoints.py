@@ -86,7 +86,7 @@ def _load_facts(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     with safe_open(file, framework="pt") as stream:
-        return json.loads(stream.metadata()["facts"])  # type: ignore[no-any-return]
+        return json.loads(stream.metadata()["facts"])
 
 
 def invalidate(folder: str) -> None:

@@ -46,7 +46,7 @@ class Distillation:
         models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}
         for objective in objectives:
             names = sources_of(objective, list(sources))
-            objective.attach(student, models if objective.uses_all_teachers else models.get(*names or [""]))
+            objective.attach(student, models if objective.uses_all_teachers else models.get(*names or [""]))  # type: ignore[arg-type]
         self.sharded = sharded
         self.projections: Projections | None = getattr(student, Projections.NAME, None)
         if self.projections is not None:

@@ -92,7 +92,7 @@ def check_finite(names: Sequence[str], values: Sequence[float], accelerator: Acc
     told = f"At step {step + 1} {', '.join(bad)}, so there is nothing to learn from it."
     if accelerator.scaler is None:
         raise RuntimeError(f"{told} {_ADVICE}")
-    logger.warning_once(f"{told} If that goes on, train in bf16 or float32.")
+    logger.warning_once(f"{told} If that goes on, train in bf16 or float32.")  # type: ignore[attr-defined]
 
 
 def check_gradient(norm: float | None, accelerator: Accelerator, step: int) -> None:

@@ -292,7 +292,8 @@ class DistillationMixin(_TrainerBase):
         super()._set_signature_columns_if_needed()
         columns = set[str]() if self._distillation is None else set(self._distillation.columns)
         columns |= {TEACHER_PREFIX + name for name in (*columns, *self.label_names)} if columns else set()
-        self._signature_columns += sorted(columns - set(self._signature_columns))
+        own: list[str] = self._signature_columns or []
+        self._signature_columns = [*own, *sorted(columns - set(own))]  # type: ignore[assignment]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with the tag `distillation`."""
@@ -338,8 +339,8 @@ class DistillationMixin(_TrainerBase):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         distillation = self._distillation
         changed = checkpoint and distillation and checkpoints.config_changes(checkpoint, distillation)
-        if not checkpoint or not changed or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint):
+        if not checkpoint or not changed or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint):  # type: ignore[union-attr]
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]

@@ -27,7 +27,8 @@ class NotebookTermsCallback(NotebookProgressCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Makes the table."""
         super().on_train_begin(*args, **kwargs)
-        tracker, self._terms = self.training_tracker, {}
+        tracker: Any = self.training_tracker
+        self._terms = {}
         write_line = tracker.write_line
         tracker.write_line = lambda values: write_line({**values, **self._terms})
 

@@ -150,7 +150,7 @@ class MicroBatch:
         if "loss" in needs:
             task, output = self._task_loss(name, model, kwargs)
             if isinstance(output, ModelOutput) and without_gradient(output, needs):
-                logger.warning_once(
+                logger.warning_once(  # type: ignore[attr-defined]
                     "The compute_loss that the trainer inherits returns outputs without gradient, so the student runs a "
                     "second time in every step for the objectives."
                 )

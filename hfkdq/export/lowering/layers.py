@@ -36,7 +36,7 @@ class _Linear(nn.Module):
         self.bias = cast("Tensor | None", linear.bias)
 
     def quantized_input(self, values: Tensor) -> Tensor:
-        return self.input(values if self.factors is None else values / self.factors)  # type: ignore[no-any-return]
+        return self.input(values if self.factors is None else values / self.factors)
 
 
 class _Codes(nn.Module):

@@ -35,7 +35,7 @@ class VocabularyRows:
             id(config): config
             for module in model.modules()
             if isinstance(getattr(module, "config", None), PretrainedConfig)
-            for config in _nested(module.config)
+            for config in _nested(module.config)  # type: ignore[arg-type]
             if config is model.config or getattr(config, "vocab_size", None) == self.rows
         }
         if all(getattr(config, "vocab_size", None) != self.rows for config in self.configs.values()):
@@ -103,7 +103,7 @@ class VocabularyRows:
                     module.keep_outputs_(kept)
         for module in self.model.modules():
             if vars(module).get("vocab_size") == self.rows:
-                module.vocab_size = len(kept)
+                module.vocab_size = len(kept)  # type: ignore[assignment]
         for holder in self._id_holders():
             _change_config_(holder, self.rows, len(kept), renumber)
         self.rows = len(kept)
