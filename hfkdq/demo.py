@@ -119,8 +119,8 @@ def load_digits(processor: ViTImageProcessor, rows: int | None = None) -> tuple[
     moves = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
     moved = np.concatenate([_moved(images[train], *move) for move in moves])
 
-    def dataset(pictures: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Dataset:
-        colored = [Image.fromarray(picture).convert("RGB") for picture in pictures]
+    def dataset(images: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Dataset:
+        colored = [Image.fromarray(image).convert("RGB") for image in images]
         pixels = processor(colored, return_tensors="np")["pixel_values"].astype(np.float32)
         return Dataset.from_dict({"pixel_values": pixels, "labels": targets}).with_format("torch")
 

@@ -17,10 +17,10 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
+from hfkdq.cli.audio import samples_of
 from hfkdq.cli.data import CALIBRATION, EVALUATION, load_rows
 from hfkdq.cli.inputs import Reader
 from hfkdq.cli.labels import label_reader
-from hfkdq.cli.sound import samples_of
 
 from . import tiny
 

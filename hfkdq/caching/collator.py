@@ -18,7 +18,7 @@ class CachedCollator:
     """Collates rows with the collator it wraps, and adds the teacher's outputs as tensors of the batch.
 
     Outputs go to the positions that are no padding, left or right: where `attention_mask` is 1, where the labels of an
-    encoder-decoder are, or to the first frames of sound. Elsewhere they are 0, or of likeliest classes uniform, which
+    encoder-decoder are, or to the first frames of audio. Elsewhere they are 0, or of likeliest classes uniform, which
     masks leave out. A row whose inputs are not those that the teacher read is refused. Rows without cached outputs,
     such as those of an evaluation set, are left to the wrapped collator alone.
 

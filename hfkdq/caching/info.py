@@ -29,7 +29,7 @@ class CachedOutput:
 
     name: str
     positions: Literal["attended", "decoded", "frames", "adapted_frames"] | None
-    """The tokens, or frames of sound (behind an adapter), that its first axis follows; `None` where padding has no say."""
+    """The tokens, or frames of audio (behind an adapter), that its first axis follows; `None` where padding has no say."""
     shape: tuple[int, ...]
     """Shape for one example without its first axis; `()` where that is the only one."""
     dtype: Literal["float16", "int8", "int32"]

@@ -71,7 +71,7 @@ def _add_data(group: Any) -> None:
     group.add_argument(
         "--eval-data", metavar="DATA",
         help="labelled rows that PyTorch and the file are measured on, named in the same way (split: validation, then "
-        "test); for classifiers of texts, images and sounds, with the labels in label or labels",
+        "test); for classifiers of texts, images and audio, with the labels in label or labels",
     )  # fmt: skip
     group.add_argument("--eval-samples", type=int, metavar="N", help="rows of it, drawn likewise (default: all)")
     group.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model inputs from columns of texts, images or sounds, made by the processor of the checkpoint."""
+"""Model inputs from columns of texts, images or audio, made by the processor of the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..export.verify import COMPARE_BATCH_SIZE
 from ..metrics import classification_metrics
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import CLASSIFICATION, class_names, is_listed
+from .audio import decodable, samples_of
 from .data import load_rows
 from .labels import LABELS, label_reader
-from .sound import decodable, samples_of
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Any]]
-_SOUNDS = ("input_values", "input_features")
+_AUDIO_INPUTS = ("input_values", "input_features")
 
 
 class Reader:
@@ -90,11 +90,11 @@ class Reader:
             return self._texts(rows, accepted)
         if main == "pixel_values":
             return self._images(rows, accepted)
-        if main in _SOUNDS and not self.model.config.is_encoder_decoder:
-            return self._sounds(rows, accepted)
+        if main in _AUDIO_INPUTS and not self.model.config.is_encoder_decoder:
+            return self._audio(rows, accepted)
         raise ValueError(
             f"The command cannot make the inputs of {type(self.model).__name__} ({main}) of the columns {_names(rows)}: it "
-            "knows texts, images and sounds for models without a decoder of their own. Call export_onnx in Python, "
+            "knows texts, images and audio for models without a decoder of their own. Call export_onnx in Python, "
             "whose calibration takes batches of any kind."
         )
 
@@ -137,11 +137,11 @@ class Reader:
 
         return rows, encode, default_data_collator, column
 
-    def _sounds(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
+    def _audio(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
         extractor = copy.copy(getattr(self.processor, "feature_extractor", self.processor))
         if self.model.main_input_name == "input_values":
             extractor.return_attention_mask = False  # no file of such a model takes one
-        column, rate = self._only(rows, Audio, "sounds"), extractor.sampling_rate
+        column, rate = self._only(rows, Audio, "audio"), extractor.sampling_rate
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             encoded = extractor([samples_of(sound, rate) for sound in batch[column]], sampling_rate=rate)

@@ -77,7 +77,7 @@ def _axes(name: str, task: str, any_size: bool) -> Mapping[int, str]:
 
 
 def _takes_any_size(model: PreTrainedModel, task: str) -> bool:
-    """Whether pictures may have any height and width: convolutions do not mind, tables of positions do."""
+    """Whether images may have any height and width: convolutions do not mind, tables of positions do."""
     return task == "object-detection" or not any("Attention" in type(module).__name__ for module in model.modules())
 
 

@@ -64,7 +64,7 @@ def frame_lengths(model: Any, adapter: bool = False) -> Callable[[torch.Tensor],
 
 
 def frame_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Which frames of a batch of sound count, `(batch, frames)`: all where it has no `attention_mask`."""
+    """Which frames of a batch of audio count, `(batch, frames)`: all where it has no `attention_mask`."""
     values, mask = batch["input_values"], attended_mask(batch)
     longest = torch.full((len(values),), values.shape[1], device=values.device)
     frames = lengths(longest if mask is None else mask.sum(-1))
@@ -78,7 +78,7 @@ def valid_count(batch: Batch, mask: torch.Tensor | None) -> Positions:
 
 
 def position_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor | None:
-    """Which positions of hidden states count: frames of sound where `lengths` gives their number, else as attended to."""
+    """Which positions of hidden states count: frames of audio where `lengths` gives their number, else as attended to."""
     return attended_mask(batch) if lengths is None else frame_mask(batch, lengths)
 
 

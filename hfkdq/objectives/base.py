@@ -184,7 +184,7 @@ class Objective:
         return self._indices.get(need)
 
     def state_mask(self, batch: Batch) -> torch.Tensor | None:
-        """Mask of the hidden states that count, `(batch, seq)`: positions attended to, or frames of sound."""
+        """Mask of the hidden states that count, `(batch, seq)`: positions attended to, or frames of audio."""
         return position_mask(batch, self._frames)
 
     def positions(self, batch: Batch) -> Positions:

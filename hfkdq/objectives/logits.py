@@ -28,13 +28,13 @@ class LogitKD(Objective):
 
     | head | compared, mean over |
     |---|---|
-    | class of a text, image or sound | classes; examples |
+    | class of a text, image or audio clip | classes; examples |
     | several labels at once (`problem_type="multi_label_classification"`) | yes and no of each label; examples |
     | numbers (`"regression"`, or one label) | the numbers, `divergence="mse"` only; examples |
     | tags, masked language models | classes or tokens; positions with a label |
     | next tokens, encoder-decoders | the vocabulary; positions whose (next) token has a label |
     | span of an answer | the positions of the text, for start and end; examples |
-    | CTC | symbols, the blank included; frames of sound |
+    | CTC | symbols, the blank included; frames of audio |
     | object queries (DETR, YOLOS, …) | classes, query by matched query; images |
 
     Where there are no labels the positions attended to count. Over large vocabularies it is computed in chunks, and

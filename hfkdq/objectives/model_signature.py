@@ -24,7 +24,7 @@ def probe(model: PreTrainedModel, **request: bool) -> Any:
     `request` may be `output_hidden_states=True` or `output_attentions=True`.
 
     Raises:
-        ValueError: a model that reads neither text, images nor sound.
+        ValueError: a model that reads neither text, images nor audio.
     """
     with torch.no_grad(), evaluating(model):
         return as_output(model(**_example(model), **return_dict_kwargs(model), **request))

@@ -22,7 +22,7 @@ from .model_signature import ModelSignature
 class SampleObjective(LayerObjective):
     """An objective on one vector per example from each model: the mean of its hidden states.
 
-    The mean is taken over the positions attended to, the frames of sound, or the whole map. The
+    The mean is taken over the positions attended to, the frames of audio, or the whole map. The
     models may differ in width, kind and tokenizer.
     """
 
@@ -60,7 +60,7 @@ class SampleObjective(LayerObjective):
             )
 
     def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
-        """The mask of the teacher's positions: it may read another text, or make other frames of the sound."""
+        """The mask of the teacher's positions: it may read another text, or make other frames of the audio."""
         own = batch.get("teacher_attention_mask")
         if isinstance(own, torch.Tensor):
             return own.ne(0)

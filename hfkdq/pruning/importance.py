@@ -151,7 +151,7 @@ def _losses_to_sampled(
     if problem == "multi_label_classification":
         sampled = torch.bernoulli(target.sigmoid().cpu(), generator=generator).to(said.device)
         return functional.binary_cross_entropy_with_logits(said, sampled, reduction="none").mean(dim=-1)
-    if name == "logits" and said.dim() == 4:  # pictures have their classes second
+    if name == "logits" and said.dim() == 4:  # images have their classes second
         said, target = said.movedim(1, -1), target.movedim(1, -1)
     shares = target.softmax(dim=-1).flatten(0, -2).cpu()
     sampled = torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(said.device)

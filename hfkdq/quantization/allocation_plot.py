@@ -18,7 +18,7 @@ _SPAN = 1e7  # of the axis; some modules are many powers of ten below anything t
 
 
 def draw_allocation(allocation: BitAllocation, path: Path) -> None:
-    """Writes the picture of an allocation to `path` as PNG: sensitivities at all bits, and bytes at the chosen one."""
+    """Writes the plot of an allocation to `path` as PNG: sensitivities at all bits, and bytes at the chosen one."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

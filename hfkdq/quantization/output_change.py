@@ -100,7 +100,7 @@ def _class_logits(model: PreTrainedModel, logits: Tensor, detects: bool) -> Tens
     # Detectors trained with a focal loss decide about every class by itself.
     if problem == "multi_label_classification" or (detects and logits.shape[-1] == config.num_labels):
         return binary_logits(logits).flatten(0, -2)
-    return logits.movedim(1, -1) if logits.dim() == 4 else logits  # pictures have their classes second
+    return logits.movedim(1, -1) if logits.dim() == 4 else logits  # images have their classes second
 
 
 def _rows(model: PreTrainedModel, values: Tensor, batch: Mapping[str, Any]) -> Tensor:

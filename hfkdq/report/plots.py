@@ -21,7 +21,7 @@ _RULE = "#e5e7eb"
 
 
 def draw_plot(report: ReportData, path: Path) -> None:
-    """Writes the picture of the report to `path` as PNG: the first metric, size and latency, a row per engine."""
+    """Writes the plot of the report to `path` as PNG: the first metric, size and latency, a row per engine."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sounds of a `datasets.Audio` column as samples at a model's rate."""
+"""Audio of a `datasets.Audio` column as samples at a model's rate."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 from datasets import Audio, Dataset
 
 _Array = np.ndarray[Any, Any]
-_INSTALL = "Install torchcodec, with which datasets reads sounds of all kinds and brings them to any rate"
+_INSTALL = "Install torchcodec, with which datasets reads audio of all kinds and brings them to any rate"
 
 
 def decodable(rows: Dataset, column: str, rate: int) -> Dataset:
-    """The rows with sounds that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes."""
+    """The rows with audio that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes."""
     feature = Audio(sampling_rate=rate) if find_spec("torchcodec") is not None else Audio(decode=False)
     return rows.cast_column(column, feature)
 
 
 def samples_of(sound: Any, rate: int) -> _Array:
-    """The samples of a sound in [-1, 1], float32 of shape `(samples,)`; of several channels their mean.
+    """The samples of a clip in [-1, 1], float32 of shape `(samples,)`; of several channels their mean.
 
     Raises:
         ValueError: nothing that is installed can read it, or bring it to `rate`.
@@ -37,9 +37,11 @@ def samples_of(sound: Any, rate: int) -> _Array:
             width, channels, own = file.getsampwidth(), file.getnchannels(), file.getframerate()
             frames = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
-        raise ValueError(f"The sounds are no plain WAV files ({error}). {_INSTALL}.") from error
+        raise ValueError(f"The audio is no plain WAV file ({error}). {_INSTALL}.") from error
     if width != 2:
-        raise ValueError(f"The sounds are WAV files of {8 * width} bits; 16 can be read without help. {_INSTALL}.")
+        raise ValueError(
+            f"The audio files are WAV files of {8 * width} bits; 16 can be read without help. {_INSTALL}."
+        )
     samples = np.frombuffer(frames, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 32768
     return samples if own == rate else _resampled(samples, own, rate)
 
@@ -49,7 +51,7 @@ def _resampled(samples: _Array, own: int, rate: int) -> _Array:
         from scipy.signal import resample_poly
     except ImportError as error:
         raise ValueError(
-            f"The sounds have {own:,} samples a second and the model takes {rate:,}. {_INSTALL}; SciPy does for WAV files."
+            f"The audio has {own:,} samples a second and the model takes {rate:,}. {_INSTALL}; SciPy does for WAV files."
         ) from error
     resampled: _Array = resample_poly(samples, rate, own).astype(np.float32)
     return resampled
