@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .allocation import BitAllocation
+BitAllocation = Any  # of allocation.py, whose `plot` comes here
 
 # From wide to narrow: cold to warm.
 _COLORS = {16: "#5b4b9a", 8: "#3b7dc4", 6: "#3fa7a0", 4: "#7fae3f", 3: "#d9a92b", 2: "#e0793a", 1: "#c43b4e"}
