@@ -37,6 +37,7 @@ def checkout(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
+    shutil.copytree(ROOT / "packages", tmp_path / "packages")
     (tmp_path / "path").mkdir()
     for tool in TOOLS:
         (tmp_path / "path" / tool).symlink_to(shutil.which(tool))
