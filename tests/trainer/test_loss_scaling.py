@@ -86,19 +86,23 @@ def test_label_smoothing_is_part_of_the_task_loss(training_arguments):
     np.testing.assert_allclose(losses(plain, "loss", "grad_norm"), losses(ours, "loss", "grad_norm"), rtol=1e-4)
 
 
-def test_compute_loss_func_normalises_by_itself(training_arguments):
-    def summed(outputs, labels, num_items_in_batch=None):
-        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
+def assert_same_however_accumulated(training_arguments, **settings):
     results = []
     for size, steps in ((16, 1), (4, 4)):
         arguments = training_arguments(
             f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
         )
-        trainer = make_trainer(arguments, [TaskLoss(), LogitKD()], compute_loss_func=summed)
+        trainer = make_trainer(arguments, [TaskLoss(), LogitKD()], **settings)
         trainer.train()
         results.append(losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd"))
     np.testing.assert_allclose(*results, rtol=1e-3)
+
+
+def test_compute_loss_func_normalises_by_itself(training_arguments):
+    def summed(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    assert_same_however_accumulated(training_arguments, compute_loss_func=summed)
 
 
 class _Scales(Trainer):
@@ -119,12 +123,4 @@ def test_a_trainer_that_scales_its_loss_is_taken_at_its_word(training_arguments)
     class Scaled(DistillationMixin, _Scales):
         pass
 
-    results = []
-    for size, steps in ((16, 1), (4, 4)):
-        arguments = training_arguments(
-            f"{size}", per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=2
-        )
-        trainer = make_trainer(arguments, [TaskLoss(), LogitKD()], cls=Scaled)
-        trainer.train()
-        results.append(losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd"))
-    np.testing.assert_allclose(*results, rtol=1e-3)
+    assert_same_however_accumulated(training_arguments, cls=Scaled)
