@@ -100,15 +100,24 @@ class Values(TypedDict):
     float32: Annotated[Any, _is_base64]
 
 
+class LeftInFloat(TypedDict):
+    """Share of the parameters in weights that are not quantized, and the largest of their modules."""
+
+    share: float
+    modules: list[Name]
+
+
 class Quantization(TypedDict, total=False):
     """A quantization: `spec` as `QuantizationSpec.to_dict` has it, with names for patterns; what quantizers know.
 
-    `unobserved` names the activations that have no range as no data has reached them.
+    `unobserved` names the activations that have no range as no data has reached them. Records of earlier releases, which
+    left tied heads, scaled embeddings and experts of three axes in floating point, lack `left_in_float`.
     """
 
     spec: QuantizationSettings
     ranges: dict[Name, Range]
     unobserved: list[Name]
+    left_in_float: LeftInFloat
     weights: dict[Name, dict[str, Values]]
     weight_bits: dict[Name, Count]
     enabled: bool
@@ -320,6 +329,10 @@ def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) ->
         return ""
     alone = " of weights alone" if "activation_bits" in spec and spec["activation_bits"] is None else ""
     text = f"Quantization{alone}: {QuantizationSpec.describe(spec, code)}"
+    left = fact.get("left_in_float", {})
+    if left.get("share", 0.0) > 0.05:
+        text += f"; {left['share']:.0%} of the parameters stay in floating point, most of them in "
+        text += ", ".join(map(code, left["modules"][:3]))
     if fact.get("unobserved"):
         text += f"; {len(fact['unobserved']):,} activations that no data reached have no range"
     if fact.get("weight_bits"):

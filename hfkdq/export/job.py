@@ -147,7 +147,7 @@ class ExportJob:
         )
         if precision.has_integers:
             traced = copy.deepcopy(reference)
-            quantized = lower_quantizers_(traced, target=self.target)
+            quantized = lower_quantizers_(traced, target=self.target, unsigned=unsigned)
             floats = sum(isinstance(module, (nn.Linear, Conv1D)) for module in traced.modules())
             files = self.backend.trace(traced, folder, self.task, fold_constants=False)
         else:

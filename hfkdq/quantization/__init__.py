@@ -12,15 +12,13 @@ from .layers import (
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedEmbedding,
-    QuantizedGRU,
     QuantizedLinear,
-    QuantizedLSTM,
-    QuantizedModule,
     layer_class,
 )
 from .merging import merge_adapters
 from .naming import means_the_same, quantized_modules
 from .post_training import load_quantized, quantize
+from .quantized_module import QuantizedModule
 from .records import (
     activation_quantizers,
     activation_ranges,
@@ -29,6 +27,7 @@ from .records import (
     weight_quantizers,
 )
 from .sensitivity import suggest_bits
+from .several_weights import QuantizedExperts, QuantizedGRU, QuantizedLSTM
 from .weights import WeightQuantizer
 
 __all__ = [
@@ -40,6 +39,7 @@ __all__ = [
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedEmbedding",
+    "QuantizedExperts",
     "QuantizedGRU",
     "QuantizedLSTM",
     "QuantizedLinear",

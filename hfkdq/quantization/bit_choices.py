@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
 from .convert import choose_modules
-from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_of, weight_quantizers_of
+from .layers import quantized_class, swap_in_, swap_out_, weight_of, weight_quantizers_of
+from .left_in_float import left_out_unasked
 from .naming import head_modules
+from .quantized_module import QuantizedModule
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class BitChoices:
         patterns (`dict`): a key of `overrides` that means the module alone, by its name.
         sizes (`dict`): bytes of each group, by the first name and bits.
         float_bytes (`int`): bytes of the weights of all groups in float32.
+        rest_bytes (`int`): bytes of the weights that stay in float32 without the spec saying so.
     """
 
     spec: QuantizationSpec
@@ -42,6 +45,7 @@ class BitChoices:
     patterns: dict[str, str]
     sizes: dict[str, dict[int, int]] = field(default_factory=dict)
     float_bytes: int = 0
+    rest_bytes: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> BitChoices:
@@ -60,13 +64,15 @@ class BitChoices:
             weight = weight_of(module)
             # A weight that is computed is a new tensor each time.
             shared = weight.data_ptr() if isinstance(weight, nn.Parameter) else id(module)
-            groups.setdefault((shared, weight.shape, scheme, name in free), []).append(name)
+            alike = replace(scheme, activation_bits=None)
+            groups.setdefault((shared, weight.shape, alike, name in free), []).append(name)
         schemes: dict[str, dict[int, QuantizationScheme]] = {
             name: {} if name in free else {scheme.weight_bits: scheme} for name, (_, scheme) in chosen.items()
         }
         found = cls(
-            spec, modules, free, {names[0]: names for names in groups.values()}, schemes, _patterns(model, chosen)
-        )
+            spec, modules, free, {names[0]: names for names in groups.values()}, schemes, _patterns(model, chosen),
+            rest_bytes=4 * sum(left_out_unasked(model, spec, modules.values()).values()),
+        )  # fmt: skip
         for width in sorted(bits, reverse=True):
             full = found.spec_with(dict.fromkeys(free, width))
             for name in free:
@@ -86,7 +92,7 @@ class BitChoices:
         return replace(self, sizes=sizes, float_bytes=4 * sum(weights.values()))
 
     def limit(self, budget: float | int) -> int:
-        """`budget` in bytes.
+        """`budget` in bytes for the modules of `groups`: without what stays in float32.
 
         Raises:
             TypeError: it is no number.
@@ -98,22 +104,24 @@ class BitChoices:
             raise ValueError(
                 f"budget={budget!r} is no share of the float32 size, which lies in (0, 1]. For bytes give an int."
             )
-        limit = int(budget * self.float_bytes) if isinstance(budget, float) else budget
-        smallest = sum(min(sizes.values()) for sizes in self.sizes.values())
-        largest = sum(max(sizes.values()) for sizes in self.sizes.values())
-        told = f"budget={budget!r} ({limit:,} of {self.float_bytes:,} bytes in float32)"
+        rest, whole = self.rest_bytes, self.float_bytes + self.rest_bytes
+        limit = int(budget * whole) if isinstance(budget, float) else budget
+        smallest = rest + sum(min(sizes.values()) for sizes in self.sizes.values())
+        largest = rest + sum(max(sizes.values()) for sizes in self.sizes.values())
+        told = f"budget={budget!r} ({limit:,} of {whole:,} bytes in float32)"
         if limit < smallest:
+            stays = f", of which {rest:,} stay in float32" if rest else ""
             raise ValueError(
-                f"{told} is too small: the fewest bits take {smallest:,} bytes, a share of "
-                f"{math.ceil(1e4 * smallest / self.float_bytes) / 1e4}. Raise the budget or allow fewer bits."
+                f"{told} is too small: the fewest bits take {smallest:,} bytes{stays}, a share of "
+                f"{math.ceil(1e4 * smallest / whole) / 1e4}. Raise the budget or allow fewer bits."
             )
         if limit > largest:
             raise ValueError(
                 f"{told} is more than the most bits take, {largest:,} bytes, a share of "
-                f"{math.floor(1e4 * largest / self.float_bytes) / 1e4}, so there is nothing to choose. Lower the budget, "
+                f"{math.floor(1e4 * largest / whole) / 1e4}, so there is nothing to choose. Lower the budget, "
                 "allow more bits, or quantize with the most alone."
             )
-        return limit
+        return limit - rest
 
     def spec_with(self, bits: Mapping[str, int]) -> QuantizationSpec:
         """The spec with an override of the bits of every module that is free."""
@@ -164,6 +172,6 @@ def _is_set(spec: QuantizationSpec, name: str, module: nn.Module, is_head: bool)
 
 def _patterns(model: nn.Module, names: Mapping[str, Any]) -> dict[str, str]:
     """For every name a pattern that means this module alone: the name, unless it means others too."""
-    modules = [(name, module) for name, module in model.named_modules() if layer_class(module) in CLASSES]
+    modules = [(name, module) for name, module in model.named_modules() if quantized_class(module)]
     alone = {name: sum(override_matches(name, *entry) for entry in modules) == 1 for name in names}
     return {name: name if alone[name] else f"(?:{re.escape(name)})" for name in names}

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..facts import drop_fact
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
-from ..specs.quantization import QUANTIZABLE
+from ..specs.quantization import is_quantizable
 from .adapters import (
     attach_lora_,
     check_adapter,
@@ -20,8 +20,10 @@ from .adapters import (
     wrapped_modules,
 )
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
-from .layers import CLASSES, QuantizedModule, layer_class, swap_in_, swap_out_, weight_of
+from .layers import quantized_class, share_tables_, swap_in_, swap_out_, weight_of
+from .left_in_float import tell_left_in_float
 from .naming import head_modules, means_the_same, quantized_modules
+from .quantized_module import QuantizedModule
 from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
 logger = logging.get_logger(__name__)
@@ -31,9 +33,10 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     """Puts fake quantizers into `model`, in place.
 
     The chosen modules change their class, `nn.Linear` to [`QuantizedLinear`] and so on; parameters and state dict keys
-    stay what they were. Subclasses with a forward pass of their own and linear layers that share their weight with an
-    embedding stay in floating point; a weight that weight norm computes is quantized as it comes out. What was done is
-    recorded in `model.config.hfkdq`.
+    stay what they were. A table and the head that shares it have one quantizer; of modules that hold all experts of a
+    layer the weights are quantized. Subclasses with a forward pass of their own stay in floating point, but for embeddings
+    that scale rows or shift indices; a warning says so where it is more than 5 % of the parameters. A weight that weight
+    norm computes is quantized as it comes out. What was done is recorded in `model.config.hfkdq`.
 
     With LoRA adapters of PEFT it is the merged weight that is quantized, so that [`merge_adapters`] changes nothing
     afterwards; modules have the names of the model without adapters. Layers of its base that bitsandbytes has quantized
@@ -80,12 +83,14 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
             attach_lora_(model, {id(module) for module, _ in chosen.values()})
             for name, (module, scheme) in chosen.items():
                 swap_in_(module, name, scheme, spec)
+            share_tables_(quantized_modules(model).values())
             for module in attention.values():
                 swap_attention_in_(module, spec)
         except BaseException:
             strip_quantizers_(model)
             raise
         record_ranges(model)
+        tell_left_in_float(model, spec)
     elif has_adapters(model):  # they may have come after the fake quantizers, and PEFT freezes what it finds
         attach_lora_(model, {id(module) for module in quantized_modules(model).values()})
         for quantizer in (*activation_quantizers(model).values(), *weight_quantizers(model).values()):
@@ -95,7 +100,6 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
 
 def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, tuple[nn.Module, QuantizationScheme]]:
     """The modules to quantize and how, by name; refuses all that cannot be quantized before anything is changed."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = head_modules(model)
     chosen: dict[str, tuple[nn.Module, QuantizationScheme]] = {}
     skipped: dict[str, str] = {}
@@ -113,10 +117,8 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
             skipped[name] = f"it holds {weight.dtype} weights already"
             continue
         _check_convertible(name, module, weight)
-        if layer_class(module) not in CLASSES:
+        if quantized_class(module) is None:
             skipped[name] = f"{type(module).__name__} has a forward pass of its own"
-        elif not isinstance(module, nn.Embedding) and id(weight) in tables:
-            skipped[name] = "its weight is also the table of an embedding"
         else:
             check_adapter(name, wrapper)
             chosen[name] = (module, scheme)
@@ -130,13 +132,13 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
 
 def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     """Refuses a single pattern that means no module, as a misspelt one does."""
-    modules = [(name, module) for name, module in plain_modules(model) if layer_class(module) in CLASSES]
+    modules = [(name, module) for name, module in plain_modules(model) if quantized_class(module)]
     targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
     lost = [f"target_modules: {p!r}" for p in unmatched(targets, [name for name, _ in modules])]
     names = [
         name
         for name, module in plain_modules(model)
-        if isinstance(module, QUANTIZABLE) or (spec.attention and computes_attention(module))
+        if is_quantizable(module) or (spec.attention and computes_attention(module))
     ]
     lost += [f"exclude_modules: {p!r}" for p in unmatched(spec.exclude_modules, names)]
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
@@ -168,7 +170,7 @@ def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str,
     )
     if skipped:
         return message + "Skipped were " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) + "."
-    names = [name for name, module in plain_modules(model) if layer_class(module) in CLASSES]
+    names = [name for name, module in plain_modules(model) if quantized_class(module)]
     return message + (
         "A list holds names or their last parts, a string is a regular expression for the whole name. "
         f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."

@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .layers import QuantizedConv1D, QuantizedLinear, QuantizedModule
+from .layers import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
 from .naming import quantized_modules
+from .quantized_module import QuantizedModule
 from .records import set_enabled_
 
 Run = Callable[[], Iterable[None]]
@@ -45,8 +46,12 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
     Raises:
         ValueError: a scale of the weights that come out does not fit into `storage_dtype`.
     """
+    quantized = quantized_modules(model)
+    tables = {id(module.weight) for module in quantized.values() if isinstance(module, QuantizedEmbedding)}
     names = {
-        m: n for n, m in quantized_modules(model).items() if isinstance(m, _Smoothable) and m.activation_quantizer
+        module: name
+        for name, module in quantized.items()
+        if isinstance(module, _Smoothable) and module.activation_quantizer and id(module.weight) not in tables
     }
     modules = list(names)
     largest: dict[nn.Module, Tensor] = {}

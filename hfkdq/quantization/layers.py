@@ -6,7 +6,10 @@ An existing layer becomes one by changing its class, so that its parameters, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -15,98 +18,10 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..specs import QuantizationScheme, QuantizationSpec
-from ..specs.quantization import RECURRENT
-from .activations import ActivationQuantizer, make_activation_quantizer
+from ..specs.quantization import RECURRENT, expert_weights
+from .quantized_module import QuantizedModule
+from .several_weights import QuantizedExperts, QuantizedGRU, QuantizedLSTM, SeveralWeights
 from .weights import Stateless, WeightQuantizer
-
-
-class QuantizedModule(nn.Module):
-    """Base class of all fake-quantized layers.
-
-    Attributes:
-        quantization_spec (`QuantizationSpec`): the spec of the whole model.
-        quantization_scheme (`QuantizationScheme`): how this module is quantized.
-        weight_quantizer (`WeightQuantizer`): simulates `weight`; recurrent layers have `weight_quantizers` by name.
-        activation_quantizer (`ActivationQuantizer`, *optional*): simulates the input.
-        fake_quantize_enabled (`bool`): `False` computes in floating point.
-    """
-
-    quantization_spec: QuantizationSpec
-    quantization_scheme: QuantizationScheme
-    weight_quantizer: WeightQuantizer
-    activation_quantizer: ActivationQuantizer | None
-    fake_quantize_enabled = True
-    weight: Tensor
-
-    @property
-    def plain_class(self) -> type[nn.Module]:
-        """The class of the layer without its fake quantizers."""
-        return next(PLAIN[cls] for cls in type(self).__mro__ if cls in PLAIN)
-
-    def weight_scale(self) -> Tensor:
-        """Scales of the weights, float32: of shape `(channels,)`, `()` for one, `(channels, groups)` for groups."""
-        return self._shaped(self.weight_quantizer.qparams(self.effective_weight())[0])
-
-    def weight_zero_point(self) -> Tensor | None:
-        """Zero points of affine weights in the shape of `weight_scale`, else `None`."""
-        zero_point = self.weight_quantizer.qparams(self.effective_weight())[1]
-        return None if zero_point is None else self._shaped(zero_point)
-
-    def integer_weight(self) -> Tensor:
-        """The integers that the forward pass stands for, in the shape of the weight: int8, or uint8 without a sign."""
-        return self.weight_quantizer.codes(self.effective_weight())
-
-    def effective_weight(self) -> Tensor:
-        """The floating-point weight that is quantized."""
-        return self.weight
-
-    def _shaped(self, found: Tensor) -> Tensor:
-        scheme = self.quantization_scheme
-        if not scheme.per_channel:
-            return found.reshape(())
-        return found.squeeze(-1) if scheme.group_size is not None else found.reshape(-1)
-
-    def input_and_weight(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The fake-quantized input and weight; as they are while fake quantization is off."""
-        if not self.fake_quantize_enabled:
-            return input, self.weight
-        if self.activation_quantizer is not None:
-            input = self.activation_quantizer(input)
-        return input, self.weight_quantizer(self.effective_weight())
-
-    def adapted_weight(self) -> Tensor:
-        """The weight with the adapters of PEFT that belong to it."""
-        return self.weight
-
-    def check_inputs(self, count: int) -> None:
-        """Refuses to be left with `count` inputs, if groups of them share a scale that would be cut.
-
-        Raises:
-            ValueError: the group size does not divide `count`.
-        """
-        size = self.quantization_scheme.group_size
-        if size is not None and count % size:
-            raise ValueError(
-                f"Pruning would leave {count} inputs, which group_size={size} does not divide. Choose another sparsity "
-                "or group size, or a scale per channel."
-            )
-
-    def keep_outputs_(self, kept: Tensor) -> None:
-        """Follows a pruning that has left the output channels `kept`, indices in ascending order."""
-        scale = getattr(self.weight_quantizer, "scale", None)
-        if scale is not None and self.quantization_scheme.per_channel:
-            self.weight_quantizer.scale = nn.Parameter(scale.detach()[kept.to(scale.device)])
-
-    def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
-        """Makes the quantizers; the class has been changed already."""
-        weight = self.adapted_weight()
-        self.weight_quantizer = WeightQuantizer(scheme, weight, transposed=isinstance(self, Conv1D), name=name)
-        # Through register_module, so that None is an entry too.
-        self.register_module("activation_quantizer", make_activation_quantizer(scheme, self.weight.device))
-
-    def detach_quantizers(self) -> None:
-        """Takes away what `attach_quantizers` made."""
-        del self.weight_quantizer, self.activation_quantizer
 
 
 class SmoothedModule(QuantizedModule):
@@ -151,12 +66,16 @@ class Smoothing(Stateless):
 class QuantizedLinear(SmoothedModule, nn.Linear):
     """An `nn.Linear` with fake-quantized weights and, if its scheme says so, inputs."""
 
+    plain_class = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(*self.input_and_weight(input), self.bias)
 
 
 class QuantizedConv1D(SmoothedModule, Conv1D):  # type: ignore[misc]
     """The `Conv1D` of GPT-2, a linear layer with a transposed weight, quantized as [`QuantizedLinear`] is."""
+
+    plain_class = Conv1D
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fake_quantize_enabled:
@@ -169,6 +88,8 @@ class QuantizedConv1D(SmoothedModule, Conv1D):  # type: ignore[misc]
 class QuantizedConv1d(QuantizedModule, nn.Conv1d):
     """An `nn.Conv1d`, also depthwise, with fake-quantized weights and inputs."""
 
+    plain_class = nn.Conv1d
+
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
         return output
@@ -177,13 +98,20 @@ class QuantizedConv1d(QuantizedModule, nn.Conv1d):
 class QuantizedConv2d(QuantizedModule, nn.Conv2d):
     """An `nn.Conv2d`, also depthwise, with fake-quantized weights and inputs."""
 
+    plain_class = nn.Conv2d
+
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
         return output
 
 
 class QuantizedEmbedding(QuantizedModule, nn.Embedding):
-    """An `nn.Embedding` with a fake-quantized table, a scale per row."""
+    """An `nn.Embedding` with a fake-quantized table, a scale per row.
+
+    Subclasses that scale rows, or shift indices, do it as ever around this lookup.
+    """
+
+    plain_class = nn.Embedding
 
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         self.weight_quantizer = WeightQuantizer(scheme, self.weight, name=name)
@@ -192,62 +120,6 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
         return self.weight_quantizer.rows(rows, input, self.weight) if self.fake_quantize_enabled else rows
-
-
-class _Recurrent(QuantizedModule):
-    """A recurrent layer with fake-quantized weights, a scale per gate; biases and states stay in floating point."""
-
-    weight_quantizers: nn.ModuleDict
-    _gates: int
-    _flat_weights: Any
-    _flat_weights_names: Any
-
-    def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
-        self.weight_quantizers = nn.ModuleDict(
-            {
-                key: WeightQuantizer(scheme, getattr(self, key), gates=self._gates, name=f"{name}.{key}")
-                for key in self._flat_weights_names
-                if key.startswith("weight_ih") or key.startswith("weight_hh")
-            }
-        )
-
-    def detach_quantizers(self) -> None:
-        del self.weight_quantizers
-
-    @property
-    def activation_quantizer(self) -> None:  # type: ignore[override]
-        return None
-
-    def integer_weights(self) -> dict[str, Tensor]:
-        """The integers of every weight, by the name of its parameter."""
-        return {key: self._quantizer(key).codes(getattr(self, key)) for key in self.weight_quantizers}
-
-    def _quantizer(self, key: str) -> WeightQuantizer:
-        return self.weight_quantizers[key]  # type: ignore[return-value]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kept = self._flat_weights
-        if self.fake_quantize_enabled:
-            self._flat_weights = [
-                self._quantizer(name)(getattr(self, name)) if name in self.weight_quantizers else weight
-                for name, weight in zip(self._flat_weights_names, kept, strict=True)
-            ]
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self._flat_weights = kept
-
-
-class QuantizedLSTM(_Recurrent, nn.LSTM):
-    """An `nn.LSTM` with fake-quantized weights."""
-
-    _gates = 4
-
-
-class QuantizedGRU(_Recurrent, nn.GRU):
-    """An `nn.GRU` with fake-quantized weights."""
-
-    _gates = 3
 
 
 CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
@@ -259,7 +131,6 @@ CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
     nn.LSTM: QuantizedLSTM,
     nn.GRU: QuantizedGRU,
 }
-PLAIN: Mapping[type[QuantizedModule], type[nn.Module]] = {new: old for old, new in CLASSES.items()}
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:
@@ -267,8 +138,43 @@ def layer_class(module: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(module)
 
 
+@cache
+def _quantized_class(plain: type[nn.Module], has_experts: bool) -> type[QuantizedModule] | None:
+    if plain in CLASSES:
+        return CLASSES[plain]
+    base = QuantizedExperts if has_experts else next((CLASSES[cls] for cls in plain.__mro__ if cls in CLASSES), None)
+    # What torch itself derives may never be called, as the output projection of nn.MultiheadAttention.
+    if base is None or plain.__module__.startswith("torch."):
+        return None
+    if not has_experts and not _keeps_forward(plain, base.plain_class):
+        return None
+    order = (base, plain) if has_experts else (plain, base)
+    return type(f"Quantized{plain.__name__}", order, {"plain_class": plain})
+
+
+def _keeps_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a subclass computes with the forward pass of `base`; a table's may be called from its own."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    own = [inspect.unwrap(vars(each)["forward"]) for each in between if "forward" in vars(each)]
+    codes = [each.__code__ for each in own if hasattr(each, "__code__")]
+    calls = all(
+        "forward" in code.co_names and {"super", "__class__"} & {*code.co_names, *code.co_freevars} for code in codes
+    )
+    return not own or (base is nn.Embedding and calls and len(codes) == len(own))
+
+
+def quantized_class(module: nn.Module) -> type[QuantizedModule] | None:
+    """The fake-quantized kind of a layer, `None` if it has none: with a forward pass of its own, it may do anything."""
+    if isinstance(module, QuantizedModule):
+        return None
+    plain: Any = layer_class(module)
+    return _quantized_class(plain, bool(expert_weights(module)))
+
+
 def weight_of(module: nn.Module) -> Any:
     """The weight of a layer that decides how it is quantized: of a recurrent one that of its states."""
+    if experts := expert_weights(module):
+        return next(iter(experts.values()))
     return getattr(module, "weight_hh_l0" if isinstance(module, RECURRENT) else "weight", None)
 
 
@@ -282,7 +188,7 @@ def _set_layer_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 def weight_quantizers_of(module: QuantizedModule) -> dict[str, tuple[WeightQuantizer, Tensor]]:
     """The weight quantizers of a layer and what each quantizes, by the name of the parameter."""
-    if isinstance(module, _Recurrent):
+    if isinstance(module, SeveralWeights):
         return {key: (module._quantizer(key), getattr(module, key)) for key in module.weight_quantizers}
     return {"weight": (module.weight_quantizer, module.effective_weight())}
 
@@ -290,7 +196,7 @@ def weight_quantizers_of(module: QuantizedModule) -> dict[str, tuple[WeightQuant
 def swap_in_(module: nn.Module, name: str, scheme: QuantizationScheme, spec: QuantizationSpec) -> QuantizedModule:
     """Turns a layer into its fake-quantized kind, in place."""
     plain = layer_class(module)
-    _set_layer_class(module, CLASSES[plain])
+    _set_layer_class(module, cast("type[QuantizedModule]", quantized_class(module)))
     quantized = cast(QuantizedModule, module)
     try:
         quantized.attach_quantizers(scheme, name)
@@ -301,9 +207,22 @@ def swap_in_(module: nn.Module, name: str, scheme: QuantizationScheme, spec: Qua
     return quantized.train(quantized.training)
 
 
+def share_tables_(modules: Iterable[QuantizedModule]) -> None:
+    """Gives a linear layer whose weight is the table of an embedding the quantizer of that table, if they are alike."""
+    modules = list(modules)
+    tables = {id(module.weight): module for module in modules if isinstance(module, QuantizedEmbedding)}
+    for module in modules:
+        table = tables.get(id(module.weight)) if isinstance(module, QuantizedLinear) and not module.adapter else None
+        if table is None:
+            continue
+        bits = module.quantization_scheme.activation_bits
+        if replace(table.quantization_scheme, activation_bits=bits) == module.quantization_scheme:
+            module.weight_quantizer = table.weight_quantizer
+
+
 def swap_out_(module: QuantizedModule) -> None:
     """Undoes `swap_in_`."""
     module.detach_quantizers()
     del module.quantization_spec, module.quantization_scheme
     vars(module).pop("fake_quantize_enabled", None)
-    _set_layer_class(module, PLAIN[layer_class(module)])  # type: ignore[index]
+    _set_layer_class(module, type(module).plain_class)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import check_adapters, plain_modules, wrapped_modules
-from .layers import QuantizedModule
+from .quantized_module import QuantizedModule
 from .records import record_ranges
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..modeling.forwards import base_of
 from ..schema import Name, brief, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
-from ..specs.quantization import QUANTIZABLE
+from ..specs.quantization import is_quantizable
 from .adapters import plain_modules
 from .attention import AttentionQuantizer, computes_attention
-from .layers import CLASSES, QuantizedModule, layer_class, weight_of
+from .layers import CLASSES, layer_class, quantized_class, weight_of
+from .quantized_module import QuantizedModule
 
 _NO_PATTERNS: dict[str, Any] = {"target_modules": None, "exclude_modules": None, "overrides": {}}
 _named: WeakKeyDictionary[nn.Module, tuple[Any, QuantizationSpec]] = WeakKeyDictionary()
@@ -54,6 +56,19 @@ def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
             "again, or let who made the checkpoint save it with this release."
         ) from error
     return spec
+
+
+def spec_of_former(model: nn.Module, spec: QuantizationSpec, record: Mapping[str, Any]) -> QuantizationSpec:
+    """The recorded spec of a checkpoint; one of an earlier release leaves out what that release could not quantize."""
+    if "left_in_float" in record:
+        return spec
+    tables = {id(module.weight) for _, module in plain_modules(model) if isinstance(module, nn.Embedding)}
+    new = [
+        name
+        for name, module in _eligible(model).items()
+        if layer_class(module) not in CLASSES or (isinstance(module, nn.Linear) and id(module.weight) in tables)
+    ]
+    return replace(spec, exclude_modules=[*(spec.exclude_modules or ()), *new]) if new else spec
 
 
 def named_spec(model: nn.Module, spec: QuantizationSpec) -> QuantizationSpec:
@@ -121,19 +136,12 @@ def _meant(spec: QuantizationSpec, name: str, module: nn.Module, heads: set[int]
 
 def _eligible(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are quantized where a spec says so."""
-    modules = {name: module for name, module in plain_modules(model) if isinstance(module, QUANTIZABLE)}
-    tables = {id(module.weight) for module in modules.values() if isinstance(module, nn.Embedding)}
 
     def is_free(module: nn.Module) -> bool:
         weight = weight_of(module)
-        is_tied = not isinstance(module, nn.Embedding) and id(weight) in tables
-        return (
-            layer_class(module) in CLASSES
-            and isinstance(weight, Tensor)
-            and weight.is_floating_point()
-            and not is_tied
-        )
+        return quantized_class(module) is not None and isinstance(weight, Tensor) and weight.is_floating_point()
 
+    modules = {name: module for name, module in plain_modules(model) if is_quantizable(module)}
     return {name: module for name, module in modules.items() if isinstance(module, QuantizedModule) or is_free(module)}
 
 

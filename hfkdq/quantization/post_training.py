@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..modeling import load_checkpoint, load_config
 from ..modeling.batches import Batches, make_batches, on_device
@@ -16,6 +17,7 @@ from ..modeling.forwards import evaluating
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
 from .corrections import correct_biases_, smooth_
+from .naming import spec_of_former
 from .ranges import learned_parameters
 from .records import (
     activation_quantizers,
@@ -25,6 +27,8 @@ from .records import (
     recorded_quantization,
     restore_record_,
 )
+
+logger = logging.get_logger(__name__)
 
 
 def quantize(
@@ -87,6 +91,12 @@ def quantize(
         strip_quantizers_(model)
         raise
     record_ranges(model)
+    unseen = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
+    if unseen:
+        logger.warning(
+            f"No calibration data reached the inputs of {len(unseen)} modules, such as {', '.join(unseen[:3])}: they stay in "
+            "floating point. Calibrate with more data, or name the modules in exclude_modules."
+        )
     return model
 
 
@@ -160,4 +170,4 @@ def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
         )
     model = load_checkpoint(path, config, **{"dtype": "auto", **kwargs})
     spec, record = recorded
-    return restore_record_(prepare_qat_(model, spec), record).eval()
+    return restore_record_(prepare_qat_(model, spec_of_former(model, spec, record)), record).eval()

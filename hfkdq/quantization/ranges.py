@@ -14,7 +14,8 @@ from .records import activation_quantizers, weight_quantizers
 def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The learned ranges of activations and scales of weights of `model`, which the optimizer trains with the rest."""
     quantizers = [*activation_quantizers(model).values(), *weight_quantizers(model).values()]
-    return [parameter for quantizer in quantizers for parameter in quantizer.parameters(recurse=False)]
+    # A table and the head that shares it have one quantizer.
+    return [parameter for quantizer in dict.fromkeys(quantizers) for parameter in quantizer.parameters(recurse=False)]
 
 
 class UpdateScaling:

@@ -21,8 +21,10 @@ from ..schema import brief
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
 from .attention import attention_quantizers
-from .layers import QuantizedModule, SmoothedModule, weight_quantizers_of
+from .layers import SmoothedModule, weight_quantizers_of
+from .left_in_float import describe_left
 from .naming import named_spec, quantized_modules, spec_of_record
+from .quantized_module import QuantizedModule
 from .weights import WeightQuantizer
 
 FACT = "quantization"
@@ -201,6 +203,7 @@ def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
     unobserved = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
     if unobserved:
         fact["unobserved"] = unobserved
+    fact["left_in_float"] = describe_left(model)
     weights = weight_states(model)
     if weights:
         fact["weights"] = weights

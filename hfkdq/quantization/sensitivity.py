@@ -45,11 +45,11 @@ def suggest_bits(
     Neural Network Quantization" (2021): what one module does is taken to add to what the others do. See [`choose_bits`]
     for how.
 
-    What counts into the budget are the weights of the modules that `spec` quantizes, as stored: `bits / 8` bytes for each
+    What counts into the budget are all weights (parameters with more than one axis) but those that `spec` names to be left
+    in floating point. What else stays there takes 4 bytes each; the others are as stored: `bits / 8` bytes for each
     weight, packed within a tensor; 4 bytes (2 with `storage_dtype` of 16 bits) for each scale, of which there is one a
     channel, group or module; `bits / 8` for each zero point of affine weights; the \\(2^b\\) float32 values of a k-means
-    codebook. Weights that several modules share count once. Biases, norms, everything that `spec` leaves in floating
-    point, and a head that shares the table of an embedding (it stays in floating point) do not count.
+    codebook. Weights that several modules share count once. Biases and norms do not count.
 
     It takes a forward pass for every module, number of bits and batch, in eval mode. The model comes back as it was.
 

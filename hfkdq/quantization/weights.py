@@ -53,7 +53,8 @@ class WeightQuantizer(Stateless):
         scheme (`QuantizationScheme`): how.
         weight (`torch.Tensor`): the weights, for their shape and as a start.
         transposed (`bool`, defaults to `False`): whether output channels are the last axis rather than the first.
-        gates (`int`, *optional*): blocks of rows that count as a channel each, for recurrent layers.
+        gates (`int`, *optional*): channels, where they are not the rows: the gates of a recurrent layer, blocks of rows;
+            the outputs of all experts of a layer, whose weight has three axes.
         name (`str`, defaults to `"the module"`): of the module, for errors.
 
     Attributes:
@@ -81,7 +82,7 @@ class WeightQuantizer(Stateless):
         super().__init__()
         self.scheme, self.transposed, self.gates = scheme, transposed, gates
         self.bits, self.share, self.frozen = scheme.weight_bits, 1.0, False
-        inputs = weight.numel() // (weight.shape[-1] if transposed else weight.shape[0])
+        inputs = weight.numel() // (gates or (weight.shape[-1] if transposed else weight.shape[0]))
         if scheme.group_size is not None and inputs % scheme.group_size:
             raise ValueError(
                 f"group_size={scheme.group_size} does not divide the {inputs} inputs of a channel of {name}. Choose "
@@ -156,7 +157,7 @@ class WeightQuantizer(Stateless):
         """`weight` as (channels, groups, values): what shares a scale lies along the last axis."""
         if not self.scheme.per_channel:
             return weight.reshape(1, 1, -1)
-        rows = weight.t() if self.transposed else weight
+        rows = weight.transpose(-1, -2) if self.transposed else weight
         channels = self.gates or rows.shape[0]
         return rows.reshape(channels, 1, -1) if self.scheme.group_size is None else rows.reshape(
             channels, -1, self.scheme.group_size
@@ -165,7 +166,7 @@ class WeightQuantizer(Stateless):
     def restore(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `blocks`, for a weight of `shape`."""
         if self.transposed and self.scheme.per_channel:
-            return blocks.reshape(shape[1], shape[0]).t()
+            return blocks.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
         return blocks.reshape(shape)
 
     def _scales(self, blocks: Tensor, stored: bool = True) -> tuple[Tensor, Tensor | None]:

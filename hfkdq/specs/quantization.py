@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +20,18 @@ from .base import ModulePatterns, Serializable, as_text, freeze_patterns, module
 RECURRENT = (nn.LSTM, nn.GRU)
 QUANTIZABLE = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Embedding, *RECURRENT)
 """Module types that can be quantized; a subclass is one of them only if it keeps their forward pass."""
+
+
+def expert_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters, of shape (experts, ...), of a module that holds all experts of a layer; none for other modules."""
+    if "expert" not in type(module).__name__.lower() or isinstance(module, QUANTIZABLE):
+        return {}
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is of a type that can be quantized."""
+    return isinstance(module, QUANTIZABLE) or bool(expert_weights(module))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -264,7 +276,7 @@ class QuantizationSpec(QuantizationScheme):
 
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether this spec quantizes `module`, found under `name` in the model."""
-        if not isinstance(module, QUANTIZABLE) or module_matches(name, self.exclude_modules):
+        if not is_quantizable(module) or module_matches(name, self.exclude_modules):
             return False
         return self.target_modules is None or module_matches(name, self.target_modules)
 
@@ -295,6 +307,8 @@ class QuantizationSpec(QuantizationScheme):
             changes |= value or {}
         if isinstance(module, RECURRENT):
             changes |= {"activation_bits": None, "group_size": None}
+        elif expert_weights(module):
+            changes |= {"activation_bits": None}
         return self._changed(changes)
 
     def _changed(self, changes: dict[str, Any]) -> QuantizationScheme:

@@ -15,7 +15,6 @@ from hfkdq import QuantizationSpec
 from hfkdq.facts import read_facts, record_fact
 from hfkdq.quantization import (
     QuantizedConv2d,
-    QuantizedEmbedding,
     QuantizedLinear,
     activation_ranges,
     prepare_qat_,
@@ -82,17 +81,6 @@ def test_targets_and_exclusions():
     model = prepare_qat_(tiny.bert(), QuantizationSpec(target_modules=["query", "key"], exclude_modules=r".*\.0\..*"))
     prefix = "bert.encoder.layer.1.attention.self"
     assert list(quantized_modules(model)) == [f"{prefix}.query", f"{prefix}.key"]
-
-
-def test_linear_tied_to_an_embedding_stays_float():
-    model = tiny.bert_mlm()
-    decoder = model.get_output_embeddings()
-    assert decoder.weight is model.get_input_embeddings().weight
-    prepare_qat_(model, QuantizationSpec())
-    assert type(decoder) is nn.Linear
-    assert type(model.get_input_embeddings()) is QuantizedEmbedding
-    with pytest.raises(ValueError, match="also the table of an embedding"):
-        prepare_qat_(tiny.bert_mlm(), QuantizationSpec(target_modules=["decoder"]))
 
 
 def test_subclasses_with_a_forward_of_their_own_stay_float():

@@ -337,7 +337,8 @@ def test_the_model_made_from_the_spec_has_the_widths_and_bytes_that_were_said(ma
     assert widths == found.bits
     assert len(set(widths.values())) > 1
     assert counted(quantized) == found.bytes <= found.budget
-    assert found.float_bytes == 4 * sum(module.weight.numel() for module in quantized_modules(quantized).values())
+    weights = {module.weight.data_ptr(): module.weight for module in quantized_modules(quantized).values()}
+    assert found.float_bytes == 4 * sum(weight.numel() for weight in weights.values())  # a shared table counts once
     for width in (found.widths[0], found.widths[-1]):
         overrides = {pattern: {**value, "weight_bits": width} for pattern, value in found.spec.overrides.items()}
         uniform = QuantizationSpec(**SPECS[settings], overrides=overrides)
@@ -413,11 +414,12 @@ def test_a_name_that_others_end_with_means_its_module_alone():
         assert free.spec.scheme(name, module).weight_bits == width
 
 
-def test_a_head_that_shares_a_table_stays_in_floating_point():
+def test_a_head_that_shares_a_table_has_its_bits_and_counts_once():
     model = tiny.bert_mlm()
     found = suggest_bits(model, batches(model), budget=0.2)
-    assert "bert.embeddings.word_embeddings" in found.bits
-    assert not any("decoder" in name for name in found.bits)
+    table, head = "bert.embeddings.word_embeddings", "cls.predictions.decoder"
+    assert found.bits[table] == found.bits[head]
+    assert (table in found.sizes) != (head in found.sizes)
 
 
 def test_widths_that_the_spec_sets_stay():

@@ -12,7 +12,7 @@ def deduplicate(model: ir.Model) -> None:
 
     So layers that share an input, as query, key and value do, share its quantizer.
     """
-    passes = [common.LiftConstantsToInitializersPass(size_limit=0), common.DeduplicateInitializersPass()]
+    passes = [common.LiftConstantsToInitializersPass(size_limit=0), common.DeduplicateHashedInitializersPass()]
     if not any(node.op_type == "If" for node in model.graph):  # it breaks branches that hand on an outer value
         passes.append(common.IdentityEliminationPass())
     passes += [common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass()]

@@ -30,7 +30,7 @@ def fuse_linears(model: ir.Model) -> int:
         if node.op_type != "MatMul":
             continue
         values, weights = (_quantized(value) for value in node.inputs)
-        if values is None or weights is None or not weights[0].is_initializer():
+        if values is None or weights is None or not _is_constant(weights[0]):
             continue
         bias = _bias(node)
         (codes, scale, zero), (weight, weight_scale, weight_zero) = values, weights
@@ -60,6 +60,13 @@ def _quantized(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | 
         return None
     codes, scale, zero = node.inputs
     return None if codes is None or scale is None or zero is None else (codes, scale, zero)
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether a value is stored, or a stored table that is turned, which ONNX Runtime does when it loads the file."""
+    node = value.producer()
+    source = node.inputs[0] if node is not None and node.op_type == "Transpose" else value
+    return source is not None and source.is_initializer()
 
 
 def _bias(node: ir.Node) -> ir.Value | None:

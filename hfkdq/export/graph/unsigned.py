@@ -44,20 +44,26 @@ def make_unsigned(model: ir.Model) -> int:
         if node.op_type not in _PLACES and not _is_weight_of_product(node):
             continue
         weight = node.inputs[place]
-        if weight is None or not weight.is_initializer() or weight.dtype != ir.DataType.INT8:
+        turned = weight.producer() if weight is not None else None  # the table of a head lies the other way round
+        stored = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else weight
+        if weight is None or stored is None or not stored.is_initializer() or stored.dtype != ir.DataType.INT8:
             continue
         zero = node.inputs[zero_place] if len(node.inputs) > zero_place else None
         key = (str(weight.name), "" if zero is None else str(zero.name))
         if key not in made:
-            made[key] = _shifted(weight, key[0]), _shifted(zero, f"{key[0]}.zero_point")
+            made[key] = _shifted(stored, key[0]), _shifted(zero, f"{key[0]}.zero_point")
+            if turned is not None:
+                again = ir.node("Transpose", [made[key][0]], attributes={"perm": [1, 0]}, name=f"{key[0]}.turned")
+                model.graph.register_initializer(made[key][0])
+                model.graph.insert_before(turned, again)
+                made[key] = again.outputs[0], made[key][1]
         for index, value in zip((place, zero_place), made[key], strict=True):
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
         changed += 1
-    for pair in made.values():
-        for value in pair:
-            model.graph.register_initializer(value)
+    for value in (value for pair in made.values() for value in pair if value.producer() is None):
+        model.graph.register_initializer(value)
     if changed:
         ir.passes.common.RemoveUnusedNodesPass()(model)
     return changed

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,6 +14,7 @@ from ...quantization import (
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedEmbedding,
+    QuantizedExperts,
     QuantizedLinear,
     QuantizedModule,
     quantized_modules,
@@ -28,8 +31,9 @@ def check_lowerable(model: PreTrainedModel) -> None:
     """Refuses recurrent modules, and fake quantizers that are off yet or wider yet than their spec."""
     for name, module in quantized_modules(model).items():
         if not isinstance(module, _LOWERABLE):
+            kind = "expert" if isinstance(module, QuantizedExperts) else "recurrent"
             raise ValueError(
-                f"{name} has recurrent weights ({type(module).__name__}), which this release does not write. "
+                f"{name} has {kind} weights ({type(module).__name__}), which this release does not write. "
                 f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point, "
                 'and quantization="float32" exports the float weights of the whole model.'
             )
@@ -46,11 +50,12 @@ def check_lowerable(model: PreTrainedModel) -> None:
             )
 
 
-def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") -> int:
+def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime", unsigned: bool = False) -> int:
     """Replaces every fake-quantized layer of a model on the CPU by one that holds integer codes, in place.
 
     It computes the same and can be traced, but no longer trained. Returns how many linear layers, and convolutions that are
-    written as such, were replaced. Without `target="onnxruntime"` only ONNX's own operators are used.
+    written as such, were replaced. Without `target="onnxruntime"` only ONNX's own operators are used; `unsigned` writes
+    tables that a head shares as uint8.
     """
     check_lowerable(model)
     linears = 0
@@ -58,9 +63,14 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    for module in quantized_modules(model).values():
+    modules = quantized_modules(model).values()
+    shared = {m.weight_quantizer for m in modules if isinstance(m, QuantizedLinear)}
+    tables = {m: StoredEmbedding.of(m, unsigned and m.weight_quantizer in shared)
+              for m in modules if isinstance(m, QuantizedEmbedding)}  # fmt: skip
+    by_quantizer = {module.weight_quantizer: table.stored for module, table in tables.items()}
+    for module in modules:
         if isinstance(module, (QuantizedLinear, QuantizedConv1D)):
-            lowered: nn.Module = _linear(module, target)
+            lowered: nn.Module = _linear(module, target, by_quantizer.get(module.weight_quantizer))
             linears += 1
         elif isinstance(module, QuantizedConv1d) and IntegerConv1d.fits(module):
             lowered = IntegerConv1d(module)
@@ -68,7 +78,7 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
         elif isinstance(module, (QuantizedConv1d, QuantizedConv2d)):
             lowered = FoldedConv(module)
         elif isinstance(module, QuantizedEmbedding):
-            lowered = StoredEmbedding(module)
+            lowered = tables[module]
         for name in names[module]:
             model.set_submodule(name, lowered)
     for attention in [module for module in model.modules() if isinstance(module, AttentionQuantizer)]:
@@ -77,14 +87,14 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime") ->
     return linears
 
 
-def _linear(module: QuantizedLinear | QuantizedConv1D, target: str) -> nn.Module:
-    """The layer in the operators that run it best."""
+def _linear(module: QuantizedLinear | QuantizedConv1D, target: str, table: Any) -> nn.Module:
+    """The layer in the operators that run it best; `table` is the stored weight of the embedding that it shares."""
     scheme, bits = module.quantization_scheme, module.weight_quantizer.bits
     is_linear = scheme.weight_mapping == "linear" and bits <= 8
     if is_linear and scheme.group_size is None and _has_bytes(module):
-        return IntegerLinear(module)
+        return IntegerLinear(module, table)
     # With 8 bits, MatMulNBits takes several times as long as a float layer does (`make bench-kernels`).
-    return NBitLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module)
+    return NBitLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module, table)
 
 
 def _has_bytes(module: QuantizedModule) -> bool:

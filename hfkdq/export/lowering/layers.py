@@ -24,13 +24,28 @@ from .weights import StoredWeight, unpack
 MIN_CHANNELS = 32
 
 
-class _Linear(nn.Module):
+class _Lowered(nn.Module):
+    """Base of what takes the place of a layer: it has the attributes that model code may read, such as kernel sizes."""
+
+    def __init__(self, layer: QuantizedModule) -> None:
+        nn.Module.__init__(self)
+        own = vars(self)
+        own.update(
+            {name: each for name, each in vars(layer).items() if name not in own and name not in _OF_QUANTIZERS}
+        )
+        self._buffers.update(layer._buffers)
+
+
+_OF_QUANTIZERS = ("quantization_spec", "quantization_scheme", "fake_quantize_enabled", "adapter")
+
+
+class _Linear(_Lowered):
     """Base of linear layers: smoothing, the grid of the input, the bias."""
 
     factors: Tensor | None
 
     def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
-        super().__init__()
+        super().__init__(linear)
         self.input = ActivationQDQ(linear.activation_quantizer)
         self.register_buffer("factors", linear.smoothing.factors)
         self.bias = cast("Tensor | None", linear.bias)
@@ -39,7 +54,7 @@ class _Linear(nn.Module):
         return self.input(values if self.factors is None else values / self.factors)
 
 
-class _Codes(nn.Module):
+class _Codes(_Lowered):
     """Codes of a weight, a byte each, transposed as MatMul wants them: (inputs, out_channels)."""
 
     codes: Tensor
@@ -62,8 +77,17 @@ class _Codes(nn.Module):
 class IntegerLinear(_Linear, _Codes):
     """A linear layer that multiplies int8 or uint8 codes of the weight with uint8 codes of the input."""
 
-    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+    def __init__(self, linear: QuantizedLinear | QuantizedConv1D, table: StoredWeight | None = None) -> None:
         super().__init__(linear)
+        self.is_table = table is not None
+        if table is not None:  # the file has its codes once, and they are turned when it is loaded
+            self.register_buffer("codes", table.packed)
+            self.register_buffer("scale", table.scale.reshape(-1))
+            zeros = (
+                torch.full_like(self.scale, table.offset) if table.zero_point is None else table.zero_point.reshape(-1)
+            )
+            self.register_buffer("zero_point", zeros.to(table.packed.dtype))
+            return
         codes = linear.integer_weight()
         self._store(linear, codes if isinstance(linear, QuantizedConv1D) else codes.t())
 
@@ -71,7 +95,8 @@ class IntegerLinear(_Linear, _Codes):
         # ONNX Runtime makes a Gemm of what has two axes and has no fused integer kernel for it; with three it has.
         flat = input.dim() == 2
         values = input.unsqueeze(0) if flat else input
-        values = self.quantized_input(values) @ dequantize(self.codes, self.scale, self.zero_point)
+        codes = self.codes.t() if self.is_table else self.codes
+        values = self.quantized_input(values) @ dequantize(codes, self.scale, self.zero_point)
         if self.bias is not None:
             values = values + self.bias
         return values.squeeze(0) if flat else values
@@ -118,9 +143,11 @@ class NBitLinear(_Linear):
 class FoldedLinear(_Linear):
     """A linear layer whose weight is small in the file, and made floating point when the file is loaded."""
 
-    def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
+    def __init__(
+        self, linear: QuantizedLinear | QuantizedConv1D, table: WideWeight | StoredWeight | None = None
+    ) -> None:
         super().__init__(linear)
-        self.weight = _stored(linear)
+        self.weight = _stored(linear) if table is None else table
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(self.quantized_input(input), self.weight.values(), self.bias)
@@ -133,14 +160,16 @@ class IntegerConv1d(_Codes):
     The codes of the weight are (kernel_size * in_channels, out_channels), in the order in which windows lie side by side.
     """
 
+    kernel_size: tuple[int]
+    stride: tuple[int]
+    padding: tuple[int]
+    dilation: tuple[int]
+
     def __init__(self, conv: QuantizedConv1d) -> None:
-        super().__init__()
+        super().__init__(conv)
         self.input = ActivationQDQ(conv.activation_quantizer)
         self._store(conv, conv.integer_weight().permute(2, 1, 0).flatten(0, 1))
         self.bias = conv.bias
-        # Some models ask their convolution for them.
-        self.kernel_size, self.stride = conv.kernel_size, conv.stride
-        self.padding, self.dilation = cast("tuple[int]", conv.padding), conv.dilation
 
     @staticmethod
     def fits(conv: QuantizedConv1d) -> bool:
@@ -174,18 +203,16 @@ class IntegerConv1d(_Codes):
         return values.transpose(1, 2)
 
 
-class FoldedConv(nn.Module):
+class FoldedConv(_Lowered):
     """A convolution whose weight is small in the file, and made floating point when the file is loaded."""
 
     def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
-        super().__init__()
+        super().__init__(conv)
         self.input = ActivationQDQ(conv.activation_quantizer)
         self.stored = _stored(conv)
         self.bias = conv.bias
         self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
         self.shape = tuple(conv.weight.shape)
-        for name in ("stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"):
-            setattr(self, name, getattr(conv, name))
 
     @property
     def weight(self) -> Tensor:
@@ -197,25 +224,32 @@ class FoldedConv(nn.Module):
         return output
 
 
-class StoredEmbedding(nn.Module):
+class StoredEmbedding(_Lowered, nn.Embedding):
     """A table that gathers the codes of rows and what they are multiplied with."""
 
-    def __init__(self, embedding: QuantizedEmbedding) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+    def __init__(self, embedding: QuantizedEmbedding, unsigned: bool = False) -> None:
+        super().__init__(embedding)
         # Who takes it without a lookup has it in floating point in training too, as relative positions are.
         self.weight = embedding.weight
-        self.stored = _stored(embedding)
+        self.stored = _stored(embedding, unsigned)
+
+    @classmethod
+    def of(cls, embedding: QuantizedEmbedding, unsigned: bool) -> StoredEmbedding:
+        """The table in the place of `embedding`; a subclass that scales rows or shifts indices goes on doing so."""
+        stored, plain = cls(embedding, unsigned), type(embedding).plain_class
+        if plain is not nn.Embedding:
+            stored.__class__ = type(f"Stored{plain.__name__}", (plain, cls), {})
+        return stored
 
     def forward(self, input: Tensor) -> Tensor:
         return self.stored.rows(input)
 
 
-def _stored(module: QuantizedModule) -> WideWeight | StoredWeight:
+def _stored(module: QuantizedModule, unsigned: bool = False) -> WideWeight | StoredWeight:
     """The weight of a module in as few bits as it has."""
     if module.weight_quantizer.bits == 16:
         return WideWeight(module)
-    return StoredWeight(module, transposed=isinstance(module, QuantizedConv1D))
+    return StoredWeight(module, transposed=isinstance(module, QuantizedConv1D), unsigned=unsigned)
 
 
 class WideWeight(nn.Module):

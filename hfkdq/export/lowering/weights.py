@@ -20,7 +20,7 @@ class StoredWeight(nn.Module):
 
     `packed` is (channels, bytes): int8 codes as they are, narrower or unsigned ones in uint8; `scale` and `zero_point` are
     (channels or 1, groups). `bits` of a stored code are 2, 4 or 8; `offset` was added to make narrow codes unsigned.
-    `transposed`: output channels are the last axis of the module's weight.
+    `transposed`: output channels are the last axis of the module's weight; `unsigned`: int8 codes become uint8 too.
     """
 
     packed: Tensor
@@ -28,7 +28,7 @@ class StoredWeight(nn.Module):
     zero_point: Tensor | None
     codebook: Tensor | None
 
-    def __init__(self, module: QuantizedModule, transposed: bool = False) -> None:
+    def __init__(self, module: QuantizedModule, transposed: bool = False, unsigned: bool = False) -> None:
         super().__init__()
         quantizer = module.weight_quantizer
         self.grid: Grid = quantizer.grid
@@ -36,8 +36,12 @@ class StoredWeight(nn.Module):
         codes = codes.t().contiguous() if transposed else codes.reshape(len(codes), -1)
         self.channels, self.inputs = codes.shape
         self.bits = next(bits for bits in (2, 4, 8) if bits >= quantizer.bits)
-        self.offset = 2 ** (self.bits - 1) if self.grid.low < 0 and self.bits < 8 else 0
-        self.register_buffer("packed", codes if self.bits == 8 else pack(codes.short() + self.offset, self.bits))
+        self.offset = 2 ** (self.bits - 1) if self.grid.low < 0 and (self.bits < 8 or unsigned) else 0
+        shifted = codes.short() + self.offset
+        self.register_buffer(
+            "packed",
+            pack(shifted, self.bits) if self.bits < 8 else shifted.to(codes.dtype if not self.offset else torch.uint8),
+        )
         scale, zero_point = quantizer.qparams(module.effective_weight())
         self.register_buffer("scale", scale.squeeze(-1).clone())
         self.register_buffer("zero_point", None if zero_point is None else zero_point.squeeze(-1))
