@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from .attention import fuse_attention
+from .convolutions import guard_convolutions
 from .deduplicate import deduplicate
 from .linears import count_fused_linears, fuse_linears
 from .precision import quantize_dynamically, to_float16
@@ -37,6 +38,7 @@ def improve(path: Path, *, target: str, unsigned: bool = False) -> None:
     fix_shapes(model)
     if target == "onnxruntime":
         fuse_linears(model)
+        guard_convolutions(model)
         deduplicate(model)
         fuse_attention(model)
     if unsigned:

@@ -23,13 +23,9 @@ def quantize_dynamically(path: Path) -> None:
     """Replaces a float32 file by its dynamic int8 version, with the settings of Optimum's `avx512_vnni(is_static=False)`.
 
     Weights are symmetric int8 per channel; activations, those of attention's products too, get a uint8 range at each
-    call. Convolutions whose weight is computed stay as they are, as the positional one of Wav2Vec2.
+    call. Convolutions stay as they are: ONNX Runtime's `ConvInteger` takes several times as long as its float one.
     """
-    computed = [
-        node.name
-        for node in ir.load(path).graph.all_nodes()
-        if node.op_type == "Conv" and not (node.inputs[1] is not None and node.inputs[1].is_initializer())
-    ]
+    convolutions = [node.name for node in ir.load(path).graph.all_nodes() if node.op_type == "Conv"]
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         target = Path(folder, path.name)
         options = {"WeightSymmetric": True, "ActivationSymmetric": False, "EnableSubgraph": False}
@@ -38,7 +34,7 @@ def quantize_dynamically(path: Path) -> None:
             target,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=computed,
+            nodes_to_exclude=convolutions,
             extra_options=options,
         )
         target.replace(path)
