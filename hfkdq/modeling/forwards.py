@@ -92,7 +92,7 @@ def hide_training_queries(model: nn.Module) -> Any:
         noised = getattr(output, "denoising_meta_values", None)
         first = 0 if noised is None else noised["dn_num_split"][0]
         for name in ("logits", "pred_boxes"):
-            if isinstance(output, Mapping) and output.get(name) is not None:
+            if isinstance(output, ModelOutput) and output.get(name) is not None:
                 output[name] = output[name][:, first : first + config.num_queries]
         return output
 

@@ -34,6 +34,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"),
     _OBJECTS: ("OBJECT_DETECTION",),
     PIXELS: ("SEMANTIC_SEGMENTATION",),
+    "a choice": ("MULTIPLE_CHOICE",),
 }
 
 

@@ -21,6 +21,12 @@ from ..teachers import PeerParameters, Teacher, TeacherSource
 from .loss_weighting import LossWeighting
 from .terms import SINGLE, required_outputs, sources_of, terms_of
 
+TOO_LATE = (
+    "Learned projections of hidden states must be there before a training goes on from a checkpoint or is shared among "
+    "processes, and the models could not be tried on anything before the first batch. Give the trainer "
+    "example_inputs=batch, a batch as your collator makes it."
+)
+
 
 class Distillation:
     """Teachers and objectives of one student, with the modules that are trained along with it.
@@ -107,11 +113,7 @@ class Distillation:
         self._attach_on(batch, student, self._attach_objectives, self._attach_teachers)
         if is_late and self.projections is not None:
             self.projections.remove(student)
-            raise ValueError(
-                "Learned projections of hidden states must be there before a training goes on from a checkpoint or is "
-                "shared among processes, and the models could not be tried on anything before the first batch. Give "
-                "the trainer example_inputs=batch, a batch as your collator makes it."
-            )
+            raise ValueError(TOO_LATE)
         self.attached = True
         if self.installed:
             self.install(student, optimizer)

@@ -19,7 +19,7 @@ from ..modeling.forwards import TEACHER_PREFIX
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, check_vocabulary
 from . import arguments, checkpoints
-from .distillation import Distillation
+from .distillation import TOO_LATE, Distillation
 from .loss_log import LossLog, check_finite, check_gradient, check_weights
 from .step import MicroBatch, RunningStep, Window, open_window
 from .terms import SINGLE
@@ -353,8 +353,15 @@ class DistillationMixin(_TrainerBase):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         distillation = self._distillation
         changed = checkpoint and distillation and checkpoints.config_changes(checkpoint, distillation)
-        if not checkpoint or not changed or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint):  # type: ignore[union-attr]
+        is_late = distillation is not None and not distillation.attached
+        if (
+            not checkpoint
+            or not (changed or is_late)
+            or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint)  # type: ignore[union-attr]
+        ):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if is_late:
+            raise ValueError(TOO_LATE)
         logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]
