@@ -170,7 +170,7 @@ def _made_up(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return {name: torch.zeros(1, config.num_channels, height, width)}
-    if name == "input_values" and hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+    if name == "input_values" and hasattr(config, "frequency_stride"):  # patches of a spectrum
         return {name: torch.zeros(1, config.max_length, config.num_mel_bins)}
     if name == "input_values":
         return {name: torch.zeros(1, 4000)}
