@@ -18,6 +18,7 @@ from .heads import (
     FrameHead,
     Head,
     MultiLabelHead,
+    PairHead,
     PixelHead,
     RegressionHead,
     SpanHead,
@@ -120,6 +121,8 @@ def _make(kind: str, student: Any, signature: ModelSignature) -> Head:
     if logits is not None and len(logits) == 3 and not any(task.does(n) for task in TASKS for n in signature.names):
         # A class of the user's own.
         return TokenHead() if student.main_input_name == "input_ids" else FrameHead(None)
+    if logits is None and signature.shape("logits_per_image") is not None:
+        return PairHead(exclusive=not hasattr(student, "logit_bias"))  # SigLIP has one sigmoid for each pair
     vector = next((name for name in EMBEDDINGS if logits is None and len(signature.shape(name) or ()) == 2), None)
     return Head() if vector is None else EmbeddingHead(vector)
 

@@ -238,6 +238,24 @@ class EmbeddingHead(Head):
         ]
 
 
+class PairHead(Head):
+    """Which image of the batch belongs to which text, and the other way round; yes or no of each pair if not `exclusive`."""
+
+    refused = frozenset({"dkd", "dist"})
+    outputs = ("logits_per_image",)
+    class_axis = None
+
+    def __init__(self, exclusive: bool) -> None:
+        self.exclusive = exclusive
+
+    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+        student, teacher = student_out.logits_per_image, teacher_out.logits_per_image  # (images, texts)
+        if self.exclusive:
+            return [Prediction(student, teacher), Prediction(student.T, teacher.T)]
+        weights = torch.full_like(student, 1.0 / student.shape[1])
+        return [Prediction(binary_logits(student), binary_logits(teacher), position_weights=weights)]
+
+
 class DetectionHead(Head):
     """A class per object query. Queries of the student are matched with those of the teacher, one to one.
 

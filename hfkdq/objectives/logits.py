@@ -39,7 +39,8 @@ class LogitKD(Objective):
     | CTC | symbols, the blank included; frames of audio |
     | object queries (DETR, YOLOS, …) | classes, query by matched query; images |
     | semantic segmentation | classes; pixels of an image that have a label; images |
-    | vector of an example (CLIP) | the other examples of the batch, by likeness; examples |
+    | image and text that belong together (CLIP, SigLIP) | the texts for an image and the images for a text; examples |
+    | vector of an example | the other examples of the batch, by likeness; examples |
 
     Where there are no labels the positions attended to count. Over large vocabularies it is computed in chunks, and
     once more in the backward pass, so that no float32 copy of the logits is ever made.

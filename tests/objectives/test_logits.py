@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import (
     CLIPVisionConfig,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from hfkdq.losses import DKD, forward_kl
+from hfkdq.modeling.examples import tried_on
 from hfkdq.objectives import EnsembleKD, LogitKD, TrainingStep
 from hfkdq.objectives.logits import in_chunks
 from hfkdq.schedules import Linear
@@ -427,6 +429,35 @@ def test_vectors_of_examples_are_compared_by_their_likeness():
     likeness = [F.normalize(m(**batch).image_embeds, dim=-1) for m in (student, teacher)]
     others = [(x @ x.T / 0.07)[~torch.eye(4, dtype=torch.bool)].reshape(4, 3) for x in likeness]
     torch.testing.assert_close(mean, forward_kl(*others).mean(), rtol=1e-4, atol=1e-5)
+    assert count == 4
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_pairs_of_image_and_text(family):
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    settings = dict(
+        text_config=dict(tower, vocab_size=96, max_position_embeddings=16),
+        vision_config=dict(tower, image_size=8, patch_size=4),
+    )
+
+    def made(seed):
+        set_seed(seed)
+        return getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**settings)).eval()
+
+    student, teacher = made(0), made(1)
+    batch = {
+        "input_ids": torch.randint(5, 90, (4, 6), generator=torch.Generator().manual_seed(0)),
+        "pixel_values": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    }
+    with tried_on(batch, student):
+        objective = attached(LogitKD(), student, teacher)
+    found, count = value(objective, student, teacher, batch)
+    ours, theirs = (m(**batch).logits_per_image for m in (student, teacher))
+    if family == "CLIP":
+        expected = (forward_kl(ours, theirs, 2.0) + forward_kl(ours.T, theirs.T, 2.0)).mean() / 2
+    else:
+        expected = 4 * bernoulli_kl((theirs / 2).sigmoid(), (ours / 2).sigmoid()).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
     assert count == 4
 
 
