@@ -29,7 +29,7 @@ def features_of(output: CachedOutput) -> dict[str, Any]:
 
 
 def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:
-    """The cells of one example from its finite values, `(positions, *output.shape)`, in float32 or int32.
+    """The cells of one example from its values, which are finite but for minus infinity in float16, `(positions, *output.shape)`, in float32 or int32.
 
     float16 keeps 11 bits (a relative error up to 2^-11); int8 is off by half a scale at most, `(maximum - minimum) / 510`.
 
@@ -43,8 +43,8 @@ def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:
     elif output.dtype == "float16":
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise OverflowError(f"values up to {np.abs(values).max():g}")
+        if not np.isfinite(half[np.isfinite(values)]).all():
+            raise OverflowError(f"values up to {np.abs(values[np.isfinite(values)]).max():g}")
         values = half
     cell = np.ascontiguousarray(values, dtype=_BYTES[output.dtype])
     return {output.column: cell.tobytes() if output.shape else cell, **more}

@@ -12,7 +12,8 @@ import torch
 
 from ..losses.divergences import coarse_log_probabilities
 from ..modeling.masks import frame_lengths
-from ..objectives.heads import DecoderHead, FrameHead, Head, SpanHead, find_head
+from ..objectives.finding import find_head
+from ..objectives.heads import DecoderHead, FrameHead, Head, SpanHead
 from ..objectives.model_signature import ModelSignature, signature_of
 from .info import CachedOutput
 from .positions import name_in, own_positions

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,8 +111,8 @@ class CachedTeacher(Teacher):
         return values.float() if values.is_floating_point() else values.long()
 
 
-def _wanted(name: str, needs: Collection[str], indices: Indices) -> bool:
+def _wanted(name: str, needs: frozenset[str], indices: Indices) -> bool:
     if not name.startswith("hidden_state_"):
-        return "logits" in needs
+        return bool(needs & {"logits", "outputs"})
     read = indices.get("hidden_states")
     return "hidden_states" in needs and (read is None or int(name.rpartition("_")[2]) in read)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 
+from ..modeling.examples import NoExample, tried_on
 from ..modeling.forwards import base_of
 from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher, weights_fingerprint
 from .codec import encode
@@ -112,9 +113,14 @@ def cache_teacher_outputs(
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
     check_vocabulary(teacher, "The teacher", dataset)
     collator = data_collator or default_collator(processing_class)
-    plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
     source = Source(dataset, collator, teacher, remove_unused_columns)
-    inputs = checked_inputs(collator(source.features(0, 1)), source.columns, plan.decodes_labels)
+    batch = collator(source.features(0, 1))
+    try:
+        plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
+    except NoExample:
+        with tried_on(batch, student=None):
+            plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
+    inputs = checked_inputs(batch, source.columns, plan.decodes_labels)
     key = _key(teacher, dataset, collator, processing_class, plan, dtype, accelerator)
     # By this one checkpoints know the teacher, so that a run that was begun beside it may go on with its cache.
     described = {**plan.outline.to_dict(), "fingerprint": fingerprint(teacher)}
@@ -179,7 +185,7 @@ class _Cells:
         batch = send_to_device(dict(batch), self.accelerator.device)
         out = self._runner(batch, self.plan.needs, {"hidden_states": frozenset(self.plan.layers)}, step=0)
         values = self.plan.cut(out, batch, features)
-        _refuse_not_finite(values, first)
+        _refuse_not_finite(values, first, rules_out=self.plan.outputs[0].dtype == "float16")
         return [{ROW_CHECK: check, **self._encoded(values, row, first)} for row, check in enumerate(checks)]
 
     def _encoded(self, values: dict[str, list[np.ndarray]], row: int, first: int) -> dict[str, Any]:
@@ -222,12 +228,14 @@ def _key(
     return shared
 
 
-def _refuse_not_finite(values: dict[str, list[np.ndarray]], first: int) -> None:
+def _refuse_not_finite(values: dict[str, list[np.ndarray]], first: int, rules_out: bool) -> None:
+    """Refuses what is not finite; where the type `rules_out` a class, by minus infinity, one class must be left."""
     for column, rows in values.items():
-        bad = [first + i for i, row in enumerate(rows) if not np.isfinite(row).all()]
+        told = [row.max(-1) if rules_out and row.ndim and row.shape[-1] else row for row in rows]
+        bad = [first + i for i, row in enumerate(told) if not np.isfinite(row).all()]
         if bad:
-            told = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            named = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise ValueError(
-                f"{column} is NaN or infinite for rows {told}, so there is nothing to learn from them. Check the teacher's "
+                f"{column} is NaN or infinite for rows {named}, so there is nothing to learn from them. Check the teacher's "
                 "weights and these rows; a teacher in float16 may overflow, try bfloat16 or float32."
             )

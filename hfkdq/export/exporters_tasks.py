@@ -101,6 +101,8 @@ def _dummy_batch(
     main = model.main_input_name
     if main == "pixel_values":
         return {main: torch.randn(size, *_image_shape(model.config), generator=generator)}
+    if main == "input_values" and hasattr(model.config, "frequency_stride"):  # patches of a spectrum
+        return {main: torch.randn(size, model.config.max_length, model.config.num_mel_bins, generator=generator)}
     if main == "input_values":
         return {main: torch.randn(size, int(16000 * share), generator=generator)}
     length = max(2, int(sequence_length(model) * share))

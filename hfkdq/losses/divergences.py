@@ -6,6 +6,7 @@ Pure functions of logits, computed in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,11 +24,19 @@ RULED_OUT = -1e4
 def log_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`log softmax(logits / T)` over the last axis, float32; classes outside of `valid_classes` get probability 0."""
-    scaled = logits.float() / temperature
+    """`log softmax(logits / T)` over the last axis, float32.
+
+    Classes outside of `valid_classes`, and those whose logit is minus infinity, get probability 0 and a finite logarithm.
+    """
+    scaled = _finite(logits, temperature)
     if valid_classes is not None:
         scaled = scaled.masked_fill(~valid_classes, RULED_OUT)
     return F.log_softmax(scaled, dim=-1)
+
+
+def _finite(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """`logits / T`, float32, with `RULED_OUT` for minus infinity; NaN stays what it is."""
+    return torch.nan_to_num(logits.float() / temperature, nan=math.nan, posinf=math.inf, neginf=RULED_OUT)
 
 
 def forward_kl(
@@ -85,7 +94,8 @@ class Divergence:
             teacher (`torch.Tensor` of shape `(rows, classes)`): logits of the teacher.
             temperature (`float`, defaults to 1.0): `T`, larger than 0.
             valid_classes (`torch.BoolTensor` of shape `(rows, classes)`, *optional*): the classes that are possible.
-            target (`torch.LongTensor` of shape `(rows,)`, *optional*): the class on the label, where there are labels.
+            target (`torch.LongTensor` of shape `(rows,)`, *optional*): the class on the label, where there are labels;
+                -100 for none, or float probabilities of shape `(rows, classes)` of a soft one.
 
         Returns:
             `torch.Tensor` of shape `(rows,)`, float32.
@@ -169,7 +179,8 @@ class MSE(Divergence):
     uses_temperature: ClassVar[bool] = False
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
-        return masked_mean((student.float() - teacher.float()).square(), valid_classes, dim=-1)
+        # A class that both rule out is no difference.
+        return masked_mean((_finite(student) - _finite(teacher)).square(), valid_classes, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -177,8 +188,8 @@ class DKD(Divergence):
     """Decoupled distillation: `T^2 * (alpha * KL(b_t || b_s) + beta * KL(n_t || n_s))`.
 
     `b` is the pair (probability of the label's class, probability of all others), `n` the distribution over the other
-    classes alone. Zhao et al., "Decoupled Knowledge Distillation" (2022). Without labels the teacher's top class stands
-    for the label. With two classes the second part is 0. In the project's own comparison it helped nowhere:
+    classes alone. Zhao et al., "Decoupled Knowledge Distillation" (2022). Where there is no label (none at all, or -100)
+    the teacher's top class stands for it, and of a soft label its likeliest class. With two classes the second part is 0. In the project's own comparison it helped nowhere:
     docs/results/objectives.md.
 
     Args:
@@ -200,8 +211,10 @@ class DKD(Divergence):
             raise ValueError(f"DKD: alpha and beta must not be negative, got {self.alpha!r} and {self.beta!r}.")
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
-        if target is None:
-            target = teacher.argmax(-1)
+        if target is not None and target.is_floating_point():
+            target = target.argmax(-1)
+        likeliest = teacher.argmax(-1)
+        target = likeliest if target is None else torch.where(target < 0, likeliest, target)
         is_target = F.one_hot(target, teacher.shape[-1]).bool()
         others = ~is_target if valid_classes is None else valid_classes & ~is_target
         pairs, rest = [], []
@@ -269,15 +282,15 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 def standardized(logits: torch.Tensor, valid_classes: torch.Tensor | None = None) -> torch.Tensor:
     """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher.
 
-    Sun et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9.
+    Sun et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9. Classes that are ruled out have no part in it, and stay so.
     """
-    logits = logits.float()
-    if valid_classes is None:
-        return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True, unbiased=False) + 1e-7)
+    possible = ~logits.isneginf()
+    valid_classes = possible if valid_classes is None else valid_classes & possible
+    logits = _finite(logits)
     count = valid_classes.sum(-1, keepdim=True).clamp(min=1)
     mean = logits.masked_fill(~valid_classes, 0.0).sum(-1, keepdim=True) / count
     variance = (logits - mean).square().masked_fill(~valid_classes, 0.0).sum(-1, keepdim=True) / count
-    return (logits - mean) / (variance.sqrt() + 1e-7)
+    return ((logits - mean) / (variance.sqrt() + 1e-7)).masked_fill(~valid_classes, RULED_OUT)
 
 
 def binary_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -294,7 +307,7 @@ def log_tail(log_top: torch.Tensor) -> torch.Tensor:
 
 def coarse_log_probabilities(logits: torch.Tensor, indices: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Log probabilities of the classes `indices`, `(rows, k)`, with that of all others last: `(rows, k + 1)`, float32."""
-    scaled = logits.float() / temperature
+    scaled = _finite(logits, temperature)
     log_top = scaled.gather(-1, indices) - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return torch.cat([log_top, log_tail(log_top)], dim=-1)
 

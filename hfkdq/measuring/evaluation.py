@@ -39,7 +39,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How every engine is evaluated: the data, the metrics and a folder for what the Trainer may write."""
+    """How every engine is evaluated: the data, the metrics and a folder for what the Trainer may write.
+
+    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory.
+    """
 
     dataset: Any
     compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]]
@@ -47,6 +50,7 @@ class Evaluation:
     data_collator: Any
     batch_size: int
     folder: str
+    preprocess_logits: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
@@ -68,8 +72,9 @@ class Evaluation:
             disable_tqdm=None if logging.is_progress_bar_enabled() else True,
         )
         settings = dict(
-            model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class
-        )
+            model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
+            preprocess_logits_for_metrics=self.preprocess_logits,
+        )  # fmt: skip
         return Trainer(**settings) if runner is None else RunnerTrainer(runner, **settings)
 
     def metrics(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> dict[str, float]:

@@ -16,6 +16,8 @@ from transformers.utils import ModelOutput
 
 from ..protocols import FakeQuantized
 
+EMBEDDINGS = ("image_embeds", "text_embeds", "embeddings")
+"""Outputs of models that give a vector for each example, in the place of logits."""
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
 
@@ -46,7 +48,7 @@ def as_output(output: Any) -> Any:
 def without_gradient(output: Mapping[str, Any], needs: Collection[str]) -> bool:
     """Whether a required output is present, but detached from the graph."""
     for need in ("logits", "hidden_states", "attentions"):
-        value = output.get(need) if need in needs else None
+        value = output.get(need) if need in needs or (need == "logits" and "outputs" in needs) else None
         parts = [value] if isinstance(value, torch.Tensor) else [part for part in value or () if part is not None]
         if parts and not any(part.requires_grad for part in parts):
             return True
@@ -63,8 +65,8 @@ def output_kwargs(needs: frozenset[str], indices: Mapping[str, Collection[int] |
 
 
 def no_logits(output: Mapping[str, Any]) -> bool:
-    """Whether an output holds no logits under any of the names that the heads of Transformers have for them."""
-    return all(output.get(name) is None for name in ("logits", "start_logits"))
+    """Whether an output holds no predictions under any of the names that the heads of Transformers have for them."""
+    return all(output.get(name) is None for name in ("logits", "start_logits", *EMBEDDINGS))
 
 
 def accepts_num_items(model: Any) -> bool:
@@ -74,6 +76,27 @@ def accepts_num_items(model: Any) -> bool:
         return bool(said)
     parameters = inspect.signature(base_of(model).forward).parameters.values()
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def hide_training_queries(model: nn.Module) -> Any:
+    """Lets a detector return those queries alone that it has in evaluation too; the handle undoes it, if there is one.
+
+    In training RT-DETR and its relatives put queries of noised labels before them, which serve their own loss alone, and
+    LW-DETR more groups of queries behind them.
+    """
+    config = base_of(model).config
+    if not hasattr(config, "num_denoising") and not hasattr(config, "group_detr"):
+        return None
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        noised = getattr(output, "denoising_meta_values", None)
+        first = 0 if noised is None else noised["dn_num_split"][0]
+        for name in ("logits", "pred_boxes"):
+            if isinstance(output, ModelOutput) and output.get(name) is not None:
+                output[name] = output[name][:, first : first + config.num_queries]
+        return output
+
+    return base_of(model).register_forward_hook(cut, prepend=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ Positions = torch.Tensor | int
 
 def batch_size(batch: Batch) -> int:
     """Number of examples in a batch."""
-    for value in batch.values():
+    # A model of several inputs may have the patches of all images in one.
+    for value in (batch.get("input_ids"), *batch.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             return value.shape[0]
     raise ValueError(f"No tensor in the batch tells its size; it has: {', '.join(batch) or 'nothing'}.")
@@ -33,39 +34,42 @@ def token_mask(batch: Batch, shifts_labels: bool) -> torch.Tensor | None:
     Args:
         batch (`dict`): with `labels` or `attention_mask` of shape `(batch, seq)`, or neither.
         shifts_labels (`bool`): whether the model predicts the next token: then a position counts if the next one has
-            a label, and the last one never does.
+            a label and it is no padding itself, and the last one never does.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, seq)`; `None` where nothing says which positions are padding.
     """
-    labels = batch.get("labels")
+    labels, attended = batch.get("labels"), attended_mask(batch)
+    mask = attended
     if isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        mask: torch.Tensor | None = labels.ne(-100)
-    else:
-        mask = attended_mask(batch)
+        mask = labels.ne(-100)
     if mask is None or not shifts_labels:
         return mask
-    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    mask = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    # The first token of a text that is padded on the left is predicted from padding.
+    return mask & attended if attended is not None and attended.shape == mask.shape else mask
 
 
 def frame_lengths(model: Any, adapter: bool = False) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How many frames a speech model makes of a number of samples; `None` for a model that keeps its positions.
+    """How many frames a speech model makes of a number of samples, or of the frames that it reads; `None` for a model that keeps its positions.
 
     Args:
         model (`PreTrainedModel`): a model such as Wav2Vec2 or HuBERT.
         adapter (`bool`, defaults to `False`): after the adapter, where its logits are, rather than before.
     """
     lengths = getattr(model, "_get_feat_extract_output_lengths", None)
-    if lengths is None or getattr(model, "main_input_name", None) != "input_values":
+    adapts = lengths is not None and "add_adapter" in inspect.signature(lengths).parameters
+    if lengths is None or not (adapts or getattr(model, "main_input_name", None) == "input_values"):
         return None
-    if "add_adapter" in inspect.signature(lengths).parameters:
+    if adapts:
         return lambda samples: lengths(samples, add_adapter=adapter and model.config.add_adapter)
     return lengths
 
 
 def frame_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Which frames of a batch of audio count, `(batch, frames)`: all where it has no `attention_mask`."""
-    values, mask = batch["input_values"], attended_mask(batch)
+    values = batch["input_values"] if "input_values" in batch else batch["input_features"]
+    mask = attended_mask(batch)
     longest = torch.full((len(values),), values.shape[1], device=values.device)
     frames = lengths(longest if mask is None else mask.sum(-1))
     total = int(lengths(torch.tensor(values.shape[1])))
@@ -79,7 +83,25 @@ def valid_count(batch: Batch, mask: torch.Tensor | None) -> Positions:
 
 def position_mask(batch: Batch, lengths: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor | None:
     """Which positions of hidden states count: frames of audio where `lengths` gives their number, else as attended to."""
-    return attended_mask(batch) if lengths is None else frame_mask(batch, lengths)
+    if lengths is not None:
+        return frame_mask(batch, lengths)
+    mask, ids = attended_mask(batch), batch.get("input_ids")
+    # Each of several choices is a text of its own.
+    return mask.flatten(0, 1) if mask is not None and ids is not None and ids.dim() == mask.dim() == 3 else mask
+
+
+def refuse_two_texts(batch: Batch, name: str) -> None:
+    """Refuses a comparison position by position of a student and a teacher that read other tokens.
+
+    Raises:
+        ValueError: the batch has tokens of the teacher's own.
+    """
+    if "input_ids" in batch and "teacher_input_ids" in batch:
+        raise ValueError(
+            f"{name} compares position with position, and the batch brings the teacher tokens of its own (teacher_input_ids), "
+            "which are others at the same positions. Use objectives that compare examples, such as RKD and "
+            "SimilarityPreservingKD, or ULD for the answers of two language models."
+        )
 
 
 def output_mask(model: Any, batch: Batch, shape: torch.Size) -> torch.Tensor | None:

@@ -6,9 +6,10 @@ A new task is one line in `TASKS`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from transformers.models.auto import modeling_auto
 
@@ -57,8 +58,11 @@ TASKS = (
     Task("masked-im", "MASKED_IMAGE_MODELING", outputs=("reconstruction",)),
     Task("feature-extraction", "TEXT_ENCODING", outputs=("last_hidden_state", "pooler_output")),
 )
-DECODED = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
-"""Tables of encoder-decoders, whose logits are those of the decoder."""
+_WRITING = (
+    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "VISION_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"
+)  # fmt: skip
+DETECTING = ("ElectraForPreTraining", "FunnelForPreTraining", "TapasForQuestionAnswering")
+"""Classes whose logits, `(batch, seq)`, are yes or no for each token."""
 CLASSIFICATION = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
 """Tables of classes that give one class for a whole example."""
 
@@ -66,6 +70,13 @@ CLASSIFICATION = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLAS
 def is_listed(model_class: str, *tables: str) -> bool:
     """Whether Transformers lists a class in one of its tables, such as `"CAUSAL_LM"`."""
     return any(model_class in _classes(f"MODEL_FOR_{table}_MAPPING_NAMES") for table in tables)
+
+
+def written(names: Iterable[str], config: Any) -> Literal["next tokens", "the tokens of a decoder"] | None:
+    """What a model with classes of these names predicts if it writes a text: of its labels the next, or each; else `None`."""
+    if not any(is_listed(name, *_WRITING) for name in names):
+        return None
+    return "the tokens of a decoder" if getattr(config, "is_encoder_decoder", False) else "next tokens"
 
 
 def class_names(model: Any) -> list[str]:
@@ -91,5 +102,5 @@ def task_of(model_class: str) -> Task | None:
 
 @cache
 def _classes(table: str) -> frozenset[str]:
-    values = getattr(modeling_auto, table).values()
+    values = getattr(modeling_auto, table, {}).values()  # each line of Transformers has some that the other has not
     return frozenset(name for value in values for name in ([value] if isinstance(value, str) else value))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..fields import check_fields
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch, Positions, batch_size, frame_lengths, position_mask
-from ..modeling.tasks import is_listed
+from ..modeling.tasks import written
 from ..protocols import Adaptive
 from ..schedules import Schedule, extremes, value_at
 from .model_signature import ModelSignature, signature_of
@@ -83,7 +83,7 @@ class Objective:
 
     Class attributes:
         needs (`frozenset` of `str`): what the models must return for it, out of `"loss"` (the student's own task
-            loss), `"logits"`, `"hidden_states"` and `"attentions"`.
+            loss), `"logits"`, `"hidden_states"` and `"attentions"`; `"outputs"` for whatever they return by themselves.
         uses_teacher (`bool`): whether it compares with a teacher.
         uses_all_teachers (`bool`): whether it is given a dict of all teachers and their outputs, by their names.
         schedules (`frozenset` of `str`): the settings that may be functions of progress.
@@ -97,6 +97,7 @@ class Objective:
     weight: float | Schedule = 1.0
     teacher: str | None = None
     # Results of `attach`: no settings, and no part of the identity.
+    is_sum: bool = field(default=False, init=False, repr=False, compare=False)
     _shifts_labels: bool = field(default=False, init=False, repr=False, compare=False)
     _frames: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False, compare=False)
     # Of "hidden_states" and "attentions", which entries are read of student and teacher.
@@ -152,8 +153,9 @@ class Objective:
 
         Of a teacher whose outputs were cached there is an [`ModelSignature`] alone.
         """
+        signature = signature_of(student)
         self._keep(
-            _shifts_labels=is_listed(signature_of(student).model_class, "CAUSAL_LM"),
+            _shifts_labels=written(signature.names, signature.config) == "next tokens",
             _frames=frame_lengths(base_of(student)),
             _indices={},
         )
@@ -247,6 +249,8 @@ def plain(value: Any) -> Any:
 @dataclass(frozen=True, kw_only=True)
 class _CallableObjective(Objective):
     """A plain callable as an objective, with a mean over examples."""
+
+    needs = frozenset({"outputs"})
 
     function: Callable[[Any, Any, Batch], Any]
     label: str

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from .base import Objective, TrainingStep
-from .heads import DetectionHead, find_head
+from .finding import find_head
+from .heads import DetectionHead
 from .matching import corners, matched_queries
 from .model_signature import ModelSignature
 

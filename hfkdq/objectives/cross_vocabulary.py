@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..losses.divergences import in_chunks
 from ..losses.transport import sorted_distance
 from ..modeling.masks import Batch, Positions, token_mask
-from ..modeling.tasks import is_listed
+from ..modeling.tasks import written
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
 from .model_signature import ModelSignature, signature_of
@@ -65,7 +65,7 @@ class ULD(Objective):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         signatures = signature_of(student), signature_of(teacher)
-        kinds = [_kind(signature) for signature in signatures]
+        kinds = [written(signature.names, signature.config) for signature in signatures]
         if None in kinds or kinds[0] != kinds[1]:
             raise ValueError(
                 "ULD compares what two language models write, both with an encoder or both without; "
@@ -116,12 +116,6 @@ class ULD(Objective):
         if mask is None:
             mask = token_mask({"attention_mask": torch.ones_like(batch["input_ids"])}, shifts)
         return mask  # type: ignore[return-value]
-
-
-def _kind(signature: ModelSignature) -> str | None:
-    if is_listed(signature.model_class, "CAUSAL_LM"):
-        return "decoder"
-    return "encoder-decoder" if is_listed(signature.model_class, "SEQ_TO_SEQ_CAUSAL_LM") else None
 
 
 def _of_teacher(batch: Batch) -> Batch:

@@ -24,8 +24,8 @@ class EnsembleKD(Objective):
 
     With `weighting="confidence"`, `w_k = (1 - exp(c_k) / sum_j exp(c_j)) / (K - 1)` for `K` teachers, where `c_k` is the
     cross-entropy of teacher `k` with the label, so that a teacher nearer to the label counts more (Zhang et al.,
-    "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022). Where there are no labels it is the entropy of the
-    teacher's prediction. For weights or schedules per teacher, give each a `LogitKD(teacher=name, weight=...)` instead.
+    "Confidence-Aware Multi-Teacher Knowledge Distillation", 2022). Where there is no label (none at all, or -100)
+    it is the entropy of the teacher's prediction. For weights or schedules per teacher, give each a `LogitKD(teacher=name, weight=...)` instead.
 
     Args:
         objective (`LogitKD`, defaults to `LogitKD()`): how each teacher is compared with the student.
@@ -100,9 +100,11 @@ def _cost(predictions: list[Prediction]) -> torch.Tensor:
     costs = []
     for p in predictions:
         log_p = log_probabilities(p.teacher, valid_classes=p.valid_classes)
-        if p.target is None:
-            cost = -(log_p.exp() * log_p).sum(-1)
-        else:
-            cost = -log_p.gather(-1, p.target.unsqueeze(-1)).squeeze(-1)
+        cost = -(log_p.exp() * log_p).sum(-1)
+        if p.target is not None and p.target.is_floating_point():  # a soft label
+            cost = -(p.target * log_p).sum(-1)
+        elif p.target is not None:
+            of_label = -log_p.gather(-1, p.target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            cost = torch.where(p.target < 0, cost, of_label)
         costs.append(cost if p.position_weights is None else (cost * p.position_weights).flatten(1).sum(1))
     return torch.stack(costs).mean(0)

@@ -9,13 +9,19 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import interpolate, normalize
 
 from ..losses.divergences import binary_logits
-from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, attended_mask, frame_lengths, position_mask, token_mask, valid_count
-from ..modeling.tasks import DECODED, is_listed
+from ..modeling.masks import (
+    Batch,
+    Positions,
+    attended_mask,
+    position_mask,
+    refuse_two_texts,
+    token_mask,
+    valid_count,
+)
 from .matching import matched_queries
-from .model_signature import ModelSignature, signature_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Prediction:
         teacher (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the teacher, or [`TopLogits`].
         mask (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): the positions that count.
         valid_classes (`torch.BoolTensor`, *optional*): the classes that are possible, shaped as the logits.
-        target (`torch.LongTensor` of shape `(batch, ...)`, *optional*): the class on the label.
+        target (`torch.LongTensor` of shape `(batch, ...)`, *optional*): the class on the label, -100 for none; or float
+            probabilities of a soft label, shaped as the logits.
         position_weights (`torch.Tensor` of shape `(batch, ...)`, *optional*): how much each position of an example counts.
     """
 
@@ -47,23 +54,27 @@ class Head:
         softmax (`bool`): whether classes exclude one another.
         refused (`frozenset` of `str`): divergences that make no sense for it.
         per_position (`bool`): whether an example has several predictions.
+        outputs (tuple of `str`): the outputs that it compares.
+        class_axis (`int`, *optional*): the axis of the classes, which both models must have as many of.
     """
 
     axes: ClassVar[int] = 2
     softmax: ClassVar[bool] = True
     refused: ClassVar[frozenset[str]] = frozenset()
     per_position: ClassVar[bool] = False
-    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    outputs: tuple[str, ...] = ("logits",)
+    class_axis: ClassVar[int | None] = -1
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
         """The predictions to compare; the loss is the mean over the list."""
-        labels = batch.get("labels")
-        if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+        labels, logits = batch.get("labels"), student_out.logits
+        if isinstance(labels, torch.Tensor) and labels.is_floating_point() and not _is_soft(labels, logits.shape):
             raise ValueError(
-                f"The labels are {labels.dtype}: regression or several labels at once, but the configurations say "
-                "neither. Set config.problem_type of student and teacher to 'multi_label_classification' or 'regression'."
+                f"The labels are {labels.dtype} and no probabilities of one class per example: regression or several labels at "
+                "once, but the configurations say neither. Set config.problem_type of student and teacher to "
+                "'multi_label_classification' or 'regression'."
             )
-        return [Prediction(student_out.logits, teacher_out.logits, target=labels)]
+        return [Prediction(logits, teacher_out.logits, target=labels)]
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         """The positions that count, `(batch, ...)`; `None` where each does, or an example is one."""
@@ -74,6 +85,11 @@ class Head:
         return valid_count(batch, self.mask(batch))
 
 
+def _is_soft(labels: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether labels are probabilities of the classes, as mixing two examples or smoothing makes them."""
+    return labels.shape == shape and bool((labels.min() >= 0) & ((labels.sum(-1) - 1.0).abs().max() < 1e-2))
+
+
 class MultiLabelHead(Head):
     """Any number of labels per example, each with its own sigmoid; the mean over the labels."""
 
@@ -81,11 +97,14 @@ class MultiLabelHead(Head):
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
         labels = batch.get("labels")
-        # The class "yes" stands first.
-        target = None if labels is None else (labels < 0.5).long()
         student, teacher = binary_logits(student_out.logits), binary_logits(teacher_out.logits)
         position_weights = student.new_full(student.shape[:-1], 1.0 / student.shape[1])
-        return [Prediction(student, teacher, target=target, position_weights=position_weights)]
+        return [Prediction(student, teacher, target=_yes_first(labels), position_weights=position_weights)]
+
+
+def _yes_first(labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The class of a label of 1 or 0 among the two of `binary_logits`; -100 stays."""
+    return None if labels is None else (labels < 0.5).long().masked_fill(labels < 0, -100)
 
 
 class RegressionHead(Head):
@@ -110,14 +129,12 @@ class TokenHead(Head):
         return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch), target=self._target(batch))]
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
+        refuse_two_texts(batch, "LogitKD of tokens")
         return token_mask(batch, self.shifts_labels)
 
     def _target(self, batch: Batch) -> torch.Tensor | None:
         labels: torch.Tensor | None = batch.get("labels")
-        if labels is None:
-            return None
-        labels = labels.clamp(min=0)
-        return labels.roll(-1, dims=1) if self.shifts_labels else labels
+        return labels.roll(-1, dims=1) if self.shifts_labels and labels is not None else labels
 
 
 class DecoderHead(TokenHead):
@@ -125,6 +142,20 @@ class DecoderHead(TokenHead):
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         return token_mask({**batch, "attention_mask": batch.get("decoder_attention_mask")}, shifts_labels=False)
+
+
+class DetectedTokenHead(TokenHead):
+    """Yes or no per token, attended to or not: whether it was replaced, as in ELECTRA, or belongs to an answer."""
+
+    axes = 2
+    refused = frozenset({"dist"})
+
+    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+        student, teacher = binary_logits(student_out.logits), binary_logits(teacher_out.logits)
+        return [Prediction(student, teacher, self.mask(batch), target=_yes_first(batch.get("labels")))]
+
+    def mask(self, batch: Batch) -> torch.Tensor | None:
+        return attended_mask(batch)
 
 
 class SpanHead(Head):
@@ -139,8 +170,8 @@ class SpanHead(Head):
         for part in ("start", "end"):
             student, teacher = student_out[f"{part}_logits"], teacher_out[f"{part}_logits"]  # (batch, seq)
             target = batch.get(f"{part}_positions")
-            if target is not None:  # outside of the text where the answer was cut off
-                target = target.reshape(-1).clamp(0, student.shape[1] - 1)
+            if target is not None:  # outside of the text where the answer was cut off, below 0 where there is no label
+                target = target.reshape(-1).clamp(max=student.shape[1] - 1)
             found.append(Prediction(student, teacher, valid_classes=valid_classes, target=target))
         return found
 
@@ -160,6 +191,69 @@ class FrameHead(Head):
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         return position_mask(batch, self.lengths)
+
+
+class PixelHead(Head):
+    """A class per pixel, at the size of the student's map; the mean over the pixels of an image that have a label."""
+
+    axes = 4
+    class_axis = 1
+    refused = frozenset({"dist"})
+
+    def __init__(self, ignored: int) -> None:
+        self.ignored = ignored
+
+    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+        student, teacher, labels = student_out.logits, teacher_out.logits, batch.get("labels")
+        size = student.shape[2:]  # (batch, classes, height, width)
+        if teacher.shape[2:] != size:
+            teacher = interpolate(teacher.float(), size=size, mode="bilinear", align_corners=False)
+        weights, target = torch.ones_like(student[:, 0]), None
+        if labels is not None:
+            labels = interpolate(labels.unsqueeze(1).float(), size=size, mode="nearest").squeeze(1).long()
+            target = labels.masked_fill(labels == self.ignored, -100)
+            weights = weights * target.ne(-100)
+        weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1)
+        return [Prediction(student.movedim(1, -1), teacher.movedim(1, -1), target=target, position_weights=weights)]
+
+
+class EmbeddingHead(Head):
+    """A vector per example, which has meaning by its likeness to others: the classes are the other examples of the batch.
+
+    Their logits are `cos(x_i, x_j) / 0.07`, with the temperature of Radford et al., "Learning Transferable Visual Models
+    From Natural Language Supervision" (2021). So the models may differ in width, and a batch of 1 teaches nothing.
+    """
+
+    refused = frozenset({"dkd", "dist"})
+    class_axis = None
+
+    def __init__(self, output: str) -> None:
+        self.outputs = (output,)
+
+    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+        vectors = (normalize(out[self.outputs[0]].float(), dim=-1) for out in (student_out, teacher_out))
+        student, teacher = (x @ x.T / 0.07 for x in vectors)
+        return [
+            Prediction(student, teacher, valid_classes=~torch.eye(len(student), dtype=torch.bool).to(student.device))
+        ]
+
+
+class PairHead(Head):
+    """Which image of the batch belongs to which text, and the other way round; yes or no of each pair if not `exclusive`."""
+
+    refused = frozenset({"dkd", "dist"})
+    outputs = ("logits_per_image",)
+    class_axis = None
+
+    def __init__(self, exclusive: bool) -> None:
+        self.exclusive = exclusive
+
+    def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
+        student, teacher = student_out.logits_per_image, teacher_out.logits_per_image  # (images, texts)
+        if self.exclusive:
+            return [Prediction(student, teacher), Prediction(student.T, teacher.T)]
+        weights = torch.full_like(student, 1.0 / student.shape[1])
+        return [Prediction(binary_logits(student), binary_logits(teacher), position_weights=weights)]
 
 
 class DetectionHead(Head):
@@ -191,104 +285,3 @@ class DetectionHead(Head):
             return [Prediction(logits, teacher, position_weights=position_weights)]
         position_weights = (position_weights / logits.shape[-1]).unsqueeze(-1).expand_as(logits)
         return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
-
-
-def find_head(student: Any, teacher: Any) -> Head:
-    """The head that two models have in common, checked.
-
-    Raises:
-        ValueError: heads that differ, or none that is known.
-    """
-    signatures = {"student": signature_of(student), "teacher": signature_of(teacher)}
-    kinds = {role: _kind(signature) for role, signature in signatures.items()}
-    if kinds["student"] != kinds["teacher"]:
-        raise ValueError(
-            "Student and teacher predict different things: "
-            + " and ".join(f"{o.model_class} gives {kinds[role]}" for role, o in signatures.items())
-            + ". LogitKD needs the same task in both; load the student as the teacher's class, or leave LogitKD out."
-        )
-    head = _make(kinds["student"], base_of(student))
-    shapes = {role: _shapes(role, signature, head) for role, signature in signatures.items()}
-    if head.per_position and shapes["student"][0][1] != shapes["teacher"][0][1]:
-        raise ValueError(
-            f"Student and teacher give logits at {shapes['student'][0][1]} and {shapes['teacher'][0][1]} positions for the "
-            "same input, so they cannot be compared: one has virtual tokens, for example of prompt tuning, or frames of "
-            "another length. Train adapters such as LoRA, which have none."
-        )
-    last = {role: [shape[-1] for shape in found] for role, found in shapes.items()}
-    if last["student"] != last["teacher"]:
-        raise ValueError(
-            f"Student and teacher predict different things: the last axes of their logits are {last['student'][0]} and "
-            f"{last['teacher'][0]}. LogitKD needs the same labels or vocabulary in both; load the student with the "
-            "teacher's num_labels or tokenizer, or leave LogitKD out. For language models of two vocabularies there is ULD."
-        )
-    _check_label_names(signatures["student"], signatures["teacher"])
-    return head
-
-
-_CAUSAL, _DECODED, _TOKENS = "next tokens", "the tokens of a decoder", "a class per token"
-_KINDS: dict[str, tuple[str, ...]] = {
-    _CAUSAL: ("CAUSAL_LM",),
-    _DECODED: DECODED,
-    _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"),
-    "the span of an answer": ("QUESTION_ANSWERING",),
-    "a symbol per frame": ("CTC",),
-    "objects": ("OBJECT_DETECTION",),
-}
-
-
-def _kind(signature: ModelSignature) -> str:
-    for kind, tasks in _KINDS.items():
-        if is_listed(signature.model_class, *tasks):
-            return kind
-    config = signature.config
-    problem = getattr(config, "problem_type", None)
-    if problem == "multi_label_classification":
-        return "several labels at once"
-    single = signature.model_class.endswith("Classification") and getattr(config, "num_labels", None) == 1
-    return "numbers" if problem == "regression" or single else "a class per example"
-
-
-def _make(kind: str, student: Any) -> Head:
-    if kind in (_CAUSAL, _TOKENS):
-        return TokenHead(shifts_labels=kind == _CAUSAL)
-    if kind == "a symbol per frame":
-        return FrameHead(frame_lengths(student, adapter=True))
-    if kind == "objects":
-        # Detectors trained with a focal loss have no class for the background.
-        return DetectionHead(signature_of(student).shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
-    heads: dict[str, type[Head]] = {
-        _DECODED: DecoderHead,
-        "the span of an answer": SpanHead,
-        "several labels at once": MultiLabelHead,
-        "numbers": RegressionHead,
-    }
-    return heads.get(kind, Head)()
-
-
-def _shapes(role: str, signature: ModelSignature, head: Head) -> list[tuple[int, ...]]:
-    found = [signature.shape(name) for name in head.outputs]
-    axes = [head.axes] + [3 if name == "pred_boxes" else head.axes for name in head.outputs[1:]]
-    if any(shape is None or len(shape) != count for shape, count in zip(found, axes, strict=True)):
-        given = "no logits" if found[0] is None else f"{found[0]}"
-        raise ValueError(
-            f"LogitKD looks for {' and '.join(head.outputs)} with {head.axes} axes; the {role} {signature.model_class} "
-            f"gives {given} for one example. It knows class logits per example, per token and per frame, spans, numbers "
-            "and object queries; for anything else write an objective of your own."
-        )
-    return [shape for shape in found if shape is not None]
-
-
-def _check_label_names(student: ModelSignature, teacher: ModelSignature) -> None:
-    names = []
-    for signature in (student, teacher):
-        labels = getattr(signature.config, "id2label", None) or {}
-        # Read from JSON the keys are strings.
-        names.append([str(labels[key]) for key in sorted(labels, key=int)])
-    unnamed = any(all(name.startswith("LABEL_") for name in group) for group in names)
-    named = student.model_class.endswith(("Classification", "ObjectDetection"))
-    if named and not unnamed and names[0] != names[1]:
-        raise ValueError(
-            f"Student and teacher give the same number of classes in another order or under other names: {names[0]} and "
-            f"{names[1]}. Set the student's config.id2label and label2id to the teacher's, and encode labels by them."
-        )

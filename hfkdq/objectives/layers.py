@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..facts import read_facts
 from ..modeling import evenly_spaced_layers, find_layer_stack
 from ..modeling.forwards import base_of
-from ..modeling.masks import Batch, Positions, valid_count
+from ..modeling.masks import Batch, Positions, refuse_two_texts, valid_count
 from ..protocols import Bypassable
 from .base import Objective
 from .model_signature import ModelSignature, signature_of
@@ -37,7 +37,11 @@ class LayerObjective(Objective):
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
-        self._attach_pairs(student, signature_of(student).states(), signature_of(teacher).states())
+        states, signature = signature_of(student).states(), signature_of(teacher)
+        targets = signature.states()
+        if signature.is_apart:
+            targets = tuple((*states[0][:-1], t[-1]) if len(t) == len(states[0]) else t for t in targets)
+        self._attach_pairs(student, states, targets)
 
     def _attach_pairs(self, student: PreTrainedModel, states: Sequence[Shape], targets: Sequence[Shape]) -> None:
         """Matches layers by the shapes of their hidden states, the embeddings first."""
@@ -55,6 +59,7 @@ class LayerObjective(Objective):
         """Raises `ValueError` where hidden states of these shapes cannot be compared."""
 
     def positions(self, batch: Batch) -> Positions:
+        refuse_two_texts(batch, type(self).__name__)
         return valid_count(batch, self.state_mask(batch))
 
     def _mean_over_pairs(self, values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,8 @@ from ..losses.divergences import TopLogits, coarse_log_probabilities, in_chunks,
 from ..modeling.masks import Batch, Positions, batch_size
 from ..schedules import Schedule, extremes
 from .base import Objective, TrainingStep
-from .heads import Head, Prediction, find_head
+from .finding import find_head
+from .heads import Head, Prediction
 from .model_signature import ModelSignature, signature_of
 
 
@@ -28,14 +29,18 @@ class LogitKD(Objective):
 
     | head | compared, mean over |
     |---|---|
-    | class of a text, image or audio clip | classes; examples |
+    | class of a text, image, video or audio clip, choice | classes; examples |
     | several labels at once (`problem_type="multi_label_classification"`) | yes and no of each label; examples |
     | numbers (`"regression"`, or one label) | the numbers, `divergence="mse"` only; examples |
     | tags, masked language models | classes or tokens; positions with a label |
+    | replaced tokens (ELECTRA) | yes and no; positions attended to |
     | next tokens, encoder-decoders | the vocabulary; positions whose (next) token has a label |
     | span of an answer | the positions of the text, for start and end; examples |
     | CTC | symbols, the blank included; frames of audio |
     | object queries (DETR, YOLOS, …) | classes, query by matched query; images |
+    | semantic segmentation | classes; pixels of an image that have a label; images |
+    | image and text that belong together (CLIP, SigLIP) | the texts for an image and the images for a text; examples |
+    | vector of an example | the other examples of the batch, by likeness; examples |
 
     Where there are no labels the positions attended to count. Over large vocabularies it is computed in chunks, and
     once more in the backward pass, so that no float32 copy of the logits is ever made.
@@ -48,6 +53,8 @@ class LogitKD(Objective):
         standardize (`bool`, defaults to `False`): scale the logits of both models to mean 0 and deviation 1 over the
             classes first. Sun et al., "Logit Standardization in Knowledge Distillation" (2024).
         top_k (`int`, *optional*): keep only the teacher's `k` likeliest classes apart, and take all others as one.
+        common_ids (`bool`, defaults to `False`): of two vocabularies of one tokenizer, padded to different sizes, compare the
+            ids that both have, as if there were no others.
         per (`str`, defaults to `"token"`): mean over all positions alike, or over those of each `"sample"` first.
         weight (`float` or schedule, defaults to 1.0): factor of this term.
         teacher (`str`, *optional*): the name of the teacher, where there are several.
@@ -71,6 +78,7 @@ class LogitKD(Objective):
     temperature: float | Schedule = 2.0
     standardize: bool = False
     top_k: int | None = None
+    common_ids: bool = False
     per: Literal["token", "sample"] = "token"
     _head: Head = field(init=False, repr=False, compare=False)
 
@@ -94,7 +102,7 @@ class LogitKD(Objective):
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
-        head = find_head(student, teacher)
+        head = find_head(student, teacher, self.common_ids)
         self._check_divergence(head, signature_of(teacher))
         self._keep(_head=head)
 
@@ -117,11 +125,12 @@ class LogitKD(Objective):
         if self.top_k is None and cached is None:
             return
         classes = teacher.shape(head.outputs[0])
-        if not given.uses_temperature or given.uses_target or given.across_rows or self.standardize or head.refused:
+        plain = given.uses_temperature and not (given.uses_target or given.across_rows or self.standardize)
+        if not plain or head.refused or (self.common_ids and cached is not None):
             raise ValueError(
                 f"Of a teacher's likeliest classes and the rest together (top_k) LogitKD computes the divergences "
-                f"'forward_kl', 'reverse_kl', 'jsd' and 'soft_ce' of tokens or classes, without standardize; got "
-                f"{self!r} for {name}."
+                f"'forward_kl', 'reverse_kl', 'jsd' and 'soft_ce' of tokens or classes, without standardize, and common_ids "
+                f"of the teacher itself alone; got {self!r} for {name}."
             )
         if self.top_k is not None and classes is not None and self.top_k >= classes[-1]:
             raise ValueError(f"top_k={self.top_k} of {classes[-1]} classes leaves none out. Leave top_k out.")
@@ -145,7 +154,8 @@ class LogitKD(Objective):
 
     def predictions(self, step: TrainingStep) -> list[Prediction]:
         """The predictions of both models, as their head has them."""
-        return self._head.predictions(step.student, step.teacher, step.batch)
+        found = self._head.predictions(step.student, step.teacher, step.batch)
+        return [_narrowed(p) for p in found] if self.common_ids else found
 
     def reduced(self, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The mean that `per` asks for, of one value per position."""
@@ -186,6 +196,13 @@ class LogitKD(Objective):
         # The log probabilities of a distribution are logits of it.
         log_student = coarse_log_probabilities(student, indices, temperature)
         return self._divergence(log_student, log_teacher) * temperature**2
+
+
+def _narrowed(p: Prediction) -> Prediction:
+    """A prediction over those classes that both models have, the first ones."""
+    count = min(p.student.shape[-1], p.teacher.shape[-1])
+    target = None if p.target is None else p.target.masked_fill(p.target >= count, -100)
+    return replace(p, student=p.student[..., :count], teacher=p.teacher[..., :count], target=target)
 
 
 def _rows(tensor: Any, axes: int) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes of the outputs of a model, found by running it on one small example.
+"""Names and shapes of the outputs of a model, found by running it once.
 
 Its Python signature does not tell: Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention
 implementations silently return nothing.
@@ -15,41 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import as_output, base_of, evaluating, return_dict_kwargs
-
-
-def probe(model: PreTrainedModel, **request: bool) -> Any:
-    """The output of `model` in eval mode for a made-up batch of 1; mode, gradients and random state stay as they are.
-
-    `request` may be `output_hidden_states=True` or `output_attentions=True`.
-
-    Raises:
-        ValueError: a model that reads neither text, images nor audio.
-    """
-    with torch.no_grad(), evaluating(model):
-        return as_output(model(**_example(model), **return_dict_kwargs(model), **request))
-
-
-def _example(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    config, name = model.config, model.main_input_name
-    # A model that lies on disk has no device; where it runs, hooks move the input.
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    if name == "input_ids":
-        ids = torch.full((1, 4), min(3, config.vocab_size - 1), device=device)
-        if getattr(config, "is_encoder_decoder", False):
-            ids[0, -1] = config.eos_token_id or 0  # some sequence classifiers read the state at the end token
-            return {"input_ids": ids, "decoder_input_ids": ids}
-        return {"input_ids": ids}
-    if name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return {"pixel_values": torch.zeros(1, config.num_channels, height, width, device=device, dtype=model.dtype)}
-    if name == "input_values":
-        return {"input_values": torch.zeros(1, 4000, device=device, dtype=model.dtype)}
-    if name == "input_features" and hasattr(config, "max_source_positions"):
-        frames = torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions, device=device, dtype=model.dtype)
-        return {"input_features": frames, "decoder_input_ids": torch.zeros(1, 4, dtype=torch.long, device=device)}
-    raise ValueError(f"{type(model).__name__} takes {name!r}; this release distils models of text, images and audio.")
+from ..modeling.examples import is_given, probe
+from ..modeling.forwards import base_of
+from ..modeling.tasks import class_names, is_listed
 
 
 class ModelSignature:
@@ -58,7 +26,7 @@ class ModelSignature:
     Args:
         model_class (`str`): name of the model's class.
         config (`PretrainedConfig`): its configuration.
-        shapes (`dict`, *optional*): by the name of an output, its shape for one example, or for `"hidden_states"` and
+        shapes (`dict`, *optional*): by the name of an output, its shape for a batch, or for `"hidden_states"` and
             `"attentions"` a list of them.
         model (`PreTrainedModel`, *optional*): the model, which is run once for every output that is asked of.
         temperature (`float`, *optional*): the temperature of outputs that were cached as their likeliest classes.
@@ -75,8 +43,22 @@ class ModelSignature:
         self.model_class, self.config, self.temperature = model_class, config, temperature
         self._shapes, self._model = dict(shapes or {}), model
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of its class and, where there is a model, of those that this inherits from."""
+        return (self.model_class,) if self._model is None else tuple(class_names(base_of(self._model)))
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its shapes were written down for another batch than the one that models are tried on now."""
+        return self._model is None and is_given()
+
+    def is_listed(self, *tables: str) -> bool:
+        """Whether Transformers lists one of its classes in one of its tables, such as `"CTC"`."""
+        return any(is_listed(name, *tables) for name in self.names)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of the output `name` for one example; `None` where the model gives no such tensor."""
+        """Shape of the output `name` for the batch that it was tried on; `None` where the model gives no such tensor."""
         if name not in self._shapes and self._model is not None:
             output = probe(self._model)
             output = output if isinstance(output, Mapping) else {"logits": getattr(output, "logits", None)}

@@ -16,10 +16,11 @@ from ..losses.reduction import masked_mean
 from ..losses.relations import relation_kl
 from ..modeling import find_layer_stack
 from ..modeling.attention import KINDS, Seen, Sources, find_sources, looks_back_only, watching
+from ..modeling.examples import probe
 from ..modeling.forwards import base_of
 from .base import Objective, TrainingStep
 from .layers import LayerObjective, layer_map
-from .model_signature import ModelSignature, probe
+from .model_signature import ModelSignature
 
 
 @dataclass(frozen=True, kw_only=True)

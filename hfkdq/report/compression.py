@@ -59,6 +59,7 @@ class CompressionReport(ReportData):
         onnx: str | Path | Mapping[str, str | Path],
         eval_dataset: Dataset,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         teacher: PreTrainedModel | None = None,
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
@@ -85,6 +86,8 @@ class CompressionReport(ReportData):
                 not take are left out, unless the data set has a transform of its own (`with_transform`).
             compute_metrics (`Callable`): as for `Trainer`; `hfkdq.metrics.classification_metrics` is one. Values that
                 are not numbers are left out.
+            preprocess_logits_for_metrics (`Callable`, *optional*): as for `Trainer`: from the logits and labels of a batch
+                to what is kept for `compute_metrics`, such as the likeliest tokens.
             teacher ([`PreTrainedModel`], *optional*): the model that the ratios refer to; the student without one.
             processing_class (*optional*): tokenizer or processor, as for `Trainer`.
             data_collator (`Callable`, *optional*): as for `Trainer`, with the same default.
@@ -113,6 +116,7 @@ class CompressionReport(ReportData):
         measured = measure(
             {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}, onnx,
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, latency_rounds, threads,
+            preprocess_logits_for_metrics,
         )  # fmt: skip
         report = cls(
             **measured, dataset=dataset, base_model=base_model or hub_id(student), license=license, language=language

@@ -55,6 +55,7 @@ def measure(
     batch_size: int,
     latency_rounds: int,
     threads: int | None,
+    preprocess_logits: Callable[[Any, Any], Any] | None = None,
 ) -> dict[str, Any]:
     """The measured fields of a report; `models` has the student last. `CompressionReport.measure` describes the rest."""
     threads = torch.get_num_threads() if threads is None else threads
@@ -65,8 +66,9 @@ def measure(
     exported = {name: check_measured(folder, student) for name, folder in folders.items()}
     with tempfile.TemporaryDirectory() as temporary:
         evaluation = Evaluation(
-            eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer"
-        )
+            eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer",
+            preprocess_logits,
+        )  # fmt: skip
         engines, timed = [], []
         bar = logging.tqdm([*models, *folders], desc="Quality")
         for name in bar:

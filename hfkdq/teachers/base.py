@@ -32,6 +32,9 @@ class Teacher:
     first_bad_step: int | torch.Tensor = 0
     """The first step since the last look whose output was not finite; 0 for none."""
 
+    def attach(self, student: Any) -> None:
+        """Attaches its own `objectives` to its model and the student."""
+
     def check(self, indices: Indices) -> None:
         """Refuses, before training, hidden states or attentions that it cannot give."""
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..modeling.forwards import TEACHER_PREFIX, forward_columns
+from ..modeling.forwards import TEACHER_PREFIX, forward_columns, hide_training_queries
 from ..objectives import LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
 from ..objectives.projections import Projections
@@ -54,10 +54,7 @@ class CoTrainedTeacher(TeacherSource):
         return self.model
 
     def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
-        objectives = self._objectives()
-        for objective in objectives:
-            objective.attach(model, student)
-        return CoTrainedModel(model, objectives, accelerator.device)
+        return CoTrainedModel(model, self._objectives(), accelerator.device)
 
     def _objectives(self) -> list[Objective]:
         given = [TaskLoss(), LogitKD(temperature=1.0)] if self.objectives is None else self.objectives
@@ -120,7 +117,7 @@ def _forget_missing(module: nn.Module, incompatible: Any) -> None:
 
 
 class CoTrainedModel(Teacher):
-    """A [`CoTrainedTeacher`] during a training on `device`; `objectives` are attached to it and the student."""
+    """A [`CoTrainedTeacher`] during a training on `device`, with objectives of its own."""
 
     learns = True
 
@@ -130,16 +127,25 @@ class CoTrainedModel(Teacher):
         self.name = type(model).__name__
         self.fingerprint = f"{fingerprint(model)}, trained along with the student"
         self.columns = forward_columns(model)
-        self.projections: Projections | None = getattr(model, Projections.NAME, None)
+        self.projections: Projections | None = None
+        self._hook: Any = None
+
+    def attach(self, student: Any) -> None:
+        for objective in self.objectives:
+            objective.attach(self.model, student)
+        self.projections = getattr(self.model, Projections.NAME, None)
 
     def install(self) -> None:
         """Installs the projections of its objectives."""
+        self._hook = self._hook or hide_training_queries(self.model)
         if self.projections is not None:
             self.projections.install(self.model)
 
     def remove(self) -> None:
         """Removes the projections, so that the model is as it was built, in eval mode."""
         self.model.eval()
+        if self._hook is not None:
+            self._hook = self._hook.remove()
         if self.projections is not None:
             self.projections.remove(self.model)
 

@@ -15,8 +15,8 @@ from accelerate.utils import AutocastKwargs, send_to_device
 from transformers import PreTrainedModel
 
 from ..modeling import load_checkpoint
+from ..modeling.examples import model_inputs
 from ..modeling.forwards import (
-    TEACHER_PREFIX,
     as_output,
     base_of,
     forward_columns,
@@ -25,14 +25,8 @@ from ..modeling.forwards import (
     return_dict_kwargs,
 )
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
-from ..modeling.tasks import DECODED, is_listed
 from .base import Indices, Teacher, TeacherSource, refuse_shared_parameters
 from .fingerprints import fingerprint
-
-_ALONG = {
-    "input_ids": ("attention_mask", "token_type_ids", "position_ids"),
-    "labels": ("decoder_input_ids", "decoder_attention_mask"),
-}
 
 
 def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -117,6 +111,7 @@ class FrozenTeacher(Teacher):
         self._accelerator = accelerator
         self._adapters_of = adapters_of
         self._running = model if adapters_of is None else adapters_of
+        self._label_names = label_names
         self.columns = forward_columns(model) - set(label_names)
         self.name = type(self._base).__name__  # FSDP changes the class
         self.fingerprint = f"{self.name}, the student without its adapters"
@@ -172,15 +167,7 @@ class FrozenTeacher(Teacher):
                     parameter.requires_grad_(trained)
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        own = {name.removeprefix(TEACHER_PREFIX): v for name, v in batch.items() if name.startswith(TEACHER_PREFIX)}
-        # What lies along the student's tokens does not along those of a teacher that has its own.
-        foreign = {name for text in own.keys() & _ALONG.keys() for name in _ALONG[text]}
-        inputs = {**{name: value for name, value in batch.items() if name not in foreign}, **own}
-        labels = inputs.get("labels")
-        inputs = {name: value for name, value in inputs.items() if name in self.columns}
-        inputs |= self._decoder_inputs(inputs, labels)
-        if "use_cache" in self.columns:
-            inputs["use_cache"] = False
+        inputs = model_inputs(self._base, batch, self._label_names, as_teacher=True)
         if self._stays:
             inputs = send_to_device(inputs, self._base.device)
         kind = self._base.dtype
@@ -189,20 +176,11 @@ class FrozenTeacher(Teacher):
             for name, value in inputs.items()
         }
 
-    def _decoder_inputs(self, inputs: dict[str, Any], labels: Any) -> dict[str, Any]:
-        """What the decoder of a sequence-to-sequence teacher reads, where the batch does not bring it."""
-        if not is_listed(self.name, *DECODED):
-            return {}
-        if labels is None or inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-            return {}
-        shift = getattr(self._base, "prepare_decoder_input_ids_from_labels", None)
-        return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
-
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
         """Remembers the first step whose logits were not finite; raises at once on the CPU."""
         if logits is None:
             return
-        bad = ~torch.isfinite(logits).all()
+        bad = ~torch.isfinite(logits.amax(-1)).all()  # minus infinity rules a class out, but never all of them
         if bad.device.type == "cpu":
             self.raise_if_bad(step if bad else 0)
         else:  # Asking a GPU costs a synchronisation; the trainer does it once per logging step.

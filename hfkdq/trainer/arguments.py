@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
+from ..modeling.examples import first_rows
+from ..modeling.forwards import TEACHER_PREFIX, forward_columns
 from ..modeling.placement import was_split_while_loaded
 from ..objectives import ByGradientNorm
 from ..objectives.base import Objective, as_objective
@@ -137,6 +140,18 @@ def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
             "learn from it."
         )
     return terms
+
+
+def first_batch(trainer: Any, student: Any, sources: Iterable[TeacherSource]) -> Any:
+    """A batch of the first rows of the training, where they have places and both models read the same columns."""
+    if isinstance(trainer.train_dataset, IterableDataset):
+        return None
+    models = [source.frozen_model for source in sources if source.frozen_model is not None]
+    columns = {"label", "label_ids", *trainer.label_names}.union(*map(forward_columns, (student, *models)))
+    columns |= {TEACHER_PREFIX + name for name in columns}
+    kept = columns if trainer.args.remove_unused_columns else None
+    batch = first_rows(trainer.train_dataset, trainer.data_collator, kept)
+    return None if any(name.startswith(TEACHER_PREFIX) for name in batch or ()) else batch
 
 
 def require_teacher(objectives: Iterable[Objective], teachers: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,29 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..facts import record_fact
-from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns
+from ..modeling.examples import NoExample, tried_on
+from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns, hide_training_queries
+from ..modeling.masks import Batch
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, Teacher, TeacherSource
 from .loss_weighting import LossWeighting
 from .terms import SINGLE, required_outputs, sources_of, terms_of
 
+TOO_LATE = (
+    "Learned projections of hidden states must be there before a training goes on from a checkpoint or is shared among "
+    "processes, and the models could not be tried on anything before the first batch. Give the trainer "
+    "example_inputs=batch, a batch as your collator makes it."
+)
+
 
 class Distillation:
-    """Teachers and objectives attached to one student, with the modules that are trained along with it.
+    """Teachers and objectives of one student, with the modules that are trained along with it.
 
     `student_is_remade` by `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an
-    earlier student, which stay where they are.
+    earlier student, which stay where they are. Models are tried on `example`, a batch; without one on a made-up one, and where
+    that fails or leads to a refusal, on the first `rows` of the training. Where a model runs on neither, objectives are
+    not `attached` yet, and `attach` takes a batch of the training.
 
     Raises:
         ValueError: an objective or a teacher that does not fit the student.
@@ -41,19 +52,17 @@ class Distillation:
         student_is_remade: bool,
         sharded: bool,
         placed: Mapping[str, Teacher],
+        example: Batch | None,
+        rows: Callable[[], Batch | None],
     ) -> None:
         prepare_student_(student)
-        models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}
-        for objective in objectives:
-            names = sources_of(objective, list(sources))
-            objective.attach(student, models if objective.uses_all_teachers else models.get(*names or [""]))  # type: ignore[arg-type]
-        self.sharded = sharded
-        self.projections: Projections | None = getattr(student, Projections.NAME, None)
-        if self.projections is not None:
-            self.projections.in_state_dict = sharded
+        self.sharded, self._objectives = sharded, objectives
+        self._models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}
+        self.projections: Projections | None = None
+        self.attached = self._try(self._attach_objectives, student, example, rows)
         known = {name: teacher for name, teacher in placed.items() if not sources[name].copies_student}
         self.teachers = {
-            name: known.get(name) or source.place(models[name], student, accelerator, label_names)
+            name: known.get(name) or source.place(self._models[name], student, accelerator, label_names)
             for name, source in sources.items()
         }
         self.peers = {name: teacher for name, teacher in self.teachers.items() if teacher.learns}
@@ -61,15 +70,71 @@ class Distillation:
         self.terms = terms_of(objectives, self.teachers)
         used = {source for term in self.terms for source in term.sources}
         self.used_teachers = {name: teacher for name, teacher in self.teachers.items() if name in used}
-        for name, teacher in self.teachers.items():
-            if required := required_outputs(name, self.terms):
-                teacher.check(required[1])
         self.weighting = LossWeighting(self.terms)
         self.columns = set[str]().union(*(teacher.columns for teacher in self.teachers.values()))
         self.installed = False  # for a training
-        self._objectives = objectives
-        self._auxiliary = [module for module in (self.projections, self.peer_parameters) if module is not None]
         self.updated_at: int | None = None  # the optimizer step that moving averages have seen last
+        self._hook: Any = None
+        self.attached = self.attached and self._try(self._attach_teachers, student, example, rows)
+
+    def _try(
+        self, attach: Callable[[Any], None], student: Any, example: Batch | None, rows: Callable[[], Batch | None]
+    ) -> bool:
+        """Whether the models could be tried on something; raises the refusal that came of it."""
+        try:
+            self._attach_on(example, student, attach)
+            return True
+        except ValueError as error:
+            batch, refusal = None if example is not None else rows(), error
+        if batch is not None:
+            try:
+                self._attach_on(batch, student, attach)
+                return True
+            except ValueError as error:
+                refusal = refusal if isinstance(error, NoExample) else error
+        if example is None and isinstance(refusal, NoExample):
+            return False
+        raise refusal
+
+    def _attach_on(self, batch: Batch | None, student: Any, *attach: Callable[[Any], None]) -> None:
+        with tried_on(batch, student), _unchanged_by_refusal(student, self._models):
+            for one in attach:
+                one(student)
+
+    def attach(self, student: Any, batch: Batch, optimizer: Any, is_late: bool) -> None:
+        """Attaches what could not be attached yet, with a batch of the training to try the models on.
+
+        `is_late` where the optimizer's state was restored, or the student wrapped for several processes.
+
+        Raises:
+            ValueError: an objective that does not fit the models, a model that does not run on the batch, or a learned
+                projection that comes too late.
+        """
+        self._attach_on(batch, student, self._attach_objectives, self._attach_teachers)
+        if is_late and self.projections is not None:
+            self.projections.remove(student)
+            raise ValueError(TOO_LATE)
+        self.attached = True
+        if self.installed:
+            self.install(student, optimizer)
+
+    def _attach_objectives(self, student: Any) -> None:
+        for objective in self._objectives:
+            one = self._models.get(*sources_of(objective, list(self._models)) or [""])
+            objective.attach(student, self._models if objective.uses_all_teachers else one)  # type: ignore[arg-type]
+        self.projections = getattr(student, Projections.NAME, None)
+        if self.projections is not None:
+            self.projections.in_state_dict = self.sharded
+
+    def _attach_teachers(self, student: Any) -> None:
+        for name, teacher in self.teachers.items():
+            teacher.attach(student)
+            if required := required_outputs(name, self.terms):
+                teacher.check(required[1])
+
+    @property
+    def _auxiliary(self) -> list[Any]:
+        return [module for module in (self.projections, self.peer_parameters) if module is not None]
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +148,8 @@ class Distillation:
             module.install(student)
         for teacher in self.teachers.values():
             teacher.install()
+        if student is not None and self._hook is None:
+            self._hook = hide_training_queries(student)
         self.installed = True
         if optimizer is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -96,6 +163,9 @@ class Distillation:
             module.remove(student)
         for teacher in self.teachers.values():
             teacher.remove()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         self.installed = False
 
     def student_inputs(self, student: Any, inputs: Any) -> Any:
@@ -146,6 +216,23 @@ class Distillation:
             maps = self.projections.maps.state_dict()
             fitting = {k: v for k, v in tensors.items() if k in maps and v.shape == maps[k].shape}
             self.projections.maps.load_state_dict({**maps, **fitting})
+
+
+@contextlib.contextmanager
+def _unchanged_by_refusal(student: Any, teachers: Mapping[str, Any]) -> Iterator[None]:
+    """Takes out of the models what objectives put in before one of them raised an error."""
+    models = [base_of(model) for model in (student, *teachers.values()) if isinstance(base_of(model), PreTrainedModel)]
+    kinds = [model.config._attn_implementation for model in models]
+    try:
+        yield
+    except Exception:
+        for model, kind in zip(models, kinds, strict=True):
+            if model.config._attn_implementation != kind:
+                model.set_attn_implementation(kind)
+        for model in (student, *teachers.values()):
+            if isinstance(projections := getattr(model, Projections.NAME, None), Projections):
+                projections.remove(model)
+        raise
 
 
 def prepare_student_(student: Any) -> None:

@@ -19,7 +19,7 @@ from ..modeling.forwards import TEACHER_PREFIX
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, check_vocabulary
 from . import arguments, checkpoints
-from .distillation import Distillation
+from .distillation import TOO_LATE, Distillation
 from .loss_log import LossLog, check_finite, check_gradient, check_weights
 from .step import MicroBatch, RunningStep, Window, open_window
 from .terms import SINGLE
@@ -65,6 +65,7 @@ class DistillationMixin(_TrainerBase):
         teacher_init_kwargs: Mapping[str, Any] | None = None,
         objectives: Any = None,
         strict_resume: bool = True,
+        example_inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self._factories = arguments.TrialFactories(objectives, kwargs.get("callbacks"))
@@ -74,10 +75,12 @@ class DistillationMixin(_TrainerBase):
         self.objectives = arguments.validated(self._sources, self._factories.objectives(None, objectives))
         arguments.load_teachers(self._sources, teacher_init_kwargs)
         self.strict_resume = strict_resume
+        self._example_inputs = example_inputs
         self._distillation: Distillation | None = None
         self._loss_log = LossLog()
         self._window: Window | None = None  # of the gradient accumulation that runs
         self._running_step: RunningStep | None = None
+        self._is_resumed = False
         super().__init__(*args, **kwargs)
         arguments.keep_tokens_back_(self.args)
         if not self.objectives:
@@ -112,7 +115,15 @@ class DistillationMixin(_TrainerBase):
             student_is_remade=self.model_init is not None,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             placed={} if self._distillation is None else self._distillation.teachers,
+            example=self._example_inputs,
+            rows=lambda: arguments.first_batch(self, student, self._sources.values()),
         )
+
+    def _attach_to(self, batch: Any) -> None:
+        """Attaches the objectives to the first batch of a training, where no example could be had before."""
+        if self._distillation is not None and not self._distillation.attached:
+            is_late = self._is_resumed or self.accelerator.num_processes > 1
+            self._distillation.attach(self.model, batch, self.optimizer, is_late)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         """As `Trainer.call_model_init`; makes objectives and callbacks anew where they were given as functions."""
@@ -147,6 +158,7 @@ class DistillationMixin(_TrainerBase):
         if self.is_deepspeed_enabled and isinstance(resume_from_checkpoint, str):
             self._load_distillation_state(resume_from_checkpoint)  # Trainer loads its checkpoints by another way
         self._distillation.install(self.model, self.optimizer)
+        self._is_resumed = bool(resume_from_checkpoint)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._update_teachers()
@@ -170,6 +182,7 @@ class DistillationMixin(_TrainerBase):
         self._distillation.weighting.adapt(self.accelerator)
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
+            self._attach_to(batches[0])
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             self._window = open_window(self._distillation.terms, batches, self.accelerator, processes)
         return batches, items
@@ -178,6 +191,7 @@ class DistillationMixin(_TrainerBase):
         """As `Trainer.training_step`, on the sum of all objectives."""
         if self._distillation is None:
             return super().training_step(model, inputs, *args, **kwargs)
+        self._attach_to(inputs)
         alone = not self._distillation.installed  # a step that the user takes without `train`
         if alone:
             self._distillation.install(self.model)
@@ -339,8 +353,15 @@ class DistillationMixin(_TrainerBase):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         distillation = self._distillation
         changed = checkpoint and distillation and checkpoints.config_changes(checkpoint, distillation)
-        if not checkpoint or not changed or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint):  # type: ignore[union-attr]
+        is_late = distillation is not None and not distillation.attached
+        if (
+            not checkpoint
+            or not (changed or is_late)
+            or checkpoints.optimizer_fits(self.optimizer.param_groups, checkpoint)  # type: ignore[union-attr]
+        ):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if is_late:
+            raise ValueError(TOO_LATE)
         logger.warning(f"The optimizer starts anew, as {checkpoint} has the state of one of other projections.")
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))  # type: ignore[union-attr]

@@ -181,8 +181,10 @@ class MicroBatch:
     def _kwargs(self, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Indices) -> dict[str, Any]:
         bare = model if isinstance(base_of(model), PreTrainedModel) else self.student
         kwargs = {**inputs, **output_kwargs(needs, indices), **return_dict_kwargs(bare)}
+        if "use_cache" in forward_columns(bare):  # with one, Transformers 4 lets packed texts see one another
+            kwargs.setdefault("use_cache", False)
         if self.skips_logits and "skip_logits" in forward_columns(bare):
-            kwargs["skip_logits"] = "logits" not in needs
+            kwargs["skip_logits"] = not needs & {"logits", "outputs"}
         return kwargs
 
     def _with_outputs(self, steps: list[TrainingStep], outputs: dict[str, Any]) -> list[TrainingStep]:
@@ -228,6 +230,8 @@ class MicroBatch:
         objective = self.distillation.terms[index].objective
         if self.loss_is_scaled and "loss" in objective.needs:
             return mean
+        if objective.is_sum:
+            return mean if self.window is None else mean * self.window.processes
         # The mean over no position at all is NaN in most models.
         count = _on(self.accelerator.device, objective.positions(self.batch))
         mean = torch.where(count > 0, mean, torch.zeros_like(mean))

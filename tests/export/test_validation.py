@@ -121,8 +121,8 @@ def test_a_drop_past_the_bound_is_refused_or_kept_aside(tmp_path):
 
 @pytest.fixture
 def evaluation(tmp_path):
-    def make(data, compute_metrics=classification_metrics, collator=None):
-        return Evaluation(data, compute_metrics, tiny.tokenizer(), collator, 8, str(tmp_path / "trainer"))
+    def make(data, compute_metrics=classification_metrics, collator=None, preprocess=None):
+        return Evaluation(data, compute_metrics, tiny.tokenizer(), collator, 8, str(tmp_path / "trainer"), preprocess)
 
     return make
 
@@ -136,6 +136,21 @@ def shifted(model, amount):
         return {"logits": logits}
 
     return run
+
+
+def test_of_logits_what_the_user_keeps_is_kept_alone(evaluation):
+    """For a model and for what runs in its place."""
+    data, model, kept = tiny.text_dataset(ROWS), tiny.bert(), []
+
+    def share(prediction):
+        kept.append(prediction.predictions.shape)
+        return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+    measured = evaluation(data, share, preprocess=lambda logits, labels: logits.argmax(-1))
+    plain = evaluation(data)
+    for runner in (None, shifted(model, 0.0)):
+        assert measured.metrics("it", model, runner)["accuracy"] == plain.metrics("it", model, runner)["accuracy"]
+    assert kept == [(ROWS,)] * 2
 
 
 @pytest.mark.parametrize(("greater_is_better", "sign"), [(True, 1), (False, -1)])

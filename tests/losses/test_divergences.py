@@ -235,3 +235,48 @@ def test_chunks_leave_no_temporary_of_the_size_of_the_logits():
     assert next(t.data_ptr() for t in saved) == student.data_ptr()  # the logits themselves, no copy of them
     values.sum().backward()
     assert calls == [3, 3, 3, 1] * 2
+
+
+@pytest.mark.parametrize("divergence", [d for d in ALL if d.uses_temperature], ids=names)
+def test_forbidden_classes_are_left_out_of_value_and_gradient(divergence):
+    """Minus infinity in the logits of both models is as good as classes that are not there."""
+    student, teacher = logits(classes=7)
+    target = torch.tensor([0, 1, 2, 3, 4, 0])
+    plain = student[:, :5].clone().requires_grad_()
+    expected = divergence(plain, teacher[:, :5], T, target=target)
+    forbidden = student.masked_fill(torch.arange(7) > 4, -torch.inf).requires_grad_()
+    found = divergence(forbidden, teacher.masked_fill(torch.arange(7) > 4, -torch.inf), T, target=target)
+    if not isinstance(divergence, DIST):  # a mean over the classes
+        torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x.sum(), y)[0] for x, y in ((found, forbidden), (expected, plain))]
+    assert found.isfinite().all()
+    assert gradients[0].isfinite().all()
+    assert not gradients[0][:, 5:].any()
+    if not isinstance(divergence, DIST):
+        torch.testing.assert_close(gradients[0][:, :5], gradients[1])
+
+
+def test_what_only_one_model_forbids_is_finite_too():
+    student, teacher = logits()
+    one = teacher.clone()
+    one[:, 2] = -torch.inf
+    p = one.div(T).softmax(-1)
+    expected = T**2 * (p[:, [0, 1, 3, 4]] * (p.log() - student.div(T).log_softmax(-1))[:, [0, 1, 3, 4]]).sum(-1)
+    torch.testing.assert_close(ForwardKL()(student, one, T), expected)
+    assert ReverseKL()(student, one, T).isfinite().all()
+
+
+@pytest.mark.parametrize("scaled", [standardized, lambda x: coarse_log_probabilities(x, x.topk(2).indices)])
+def test_forbidden_classes_change_no_scale(scaled):
+    x = logits(classes=7)[0].masked_fill(torch.arange(7) > 4, -torch.inf)
+    torch.testing.assert_close(scaled(x)[:, :3], scaled(x[:, :5])[:, :3])
+
+
+def test_dkd_takes_the_teachers_class_where_a_row_has_no_label():
+    student, teacher = logits()
+    found = DKD()(student, teacher, T, target=torch.tensor([0, -100, 2, -100, 1, 0]))
+    bare, labelled = DKD()(student, teacher, T), DKD()(student, teacher, T, target=torch.tensor([0, 0, 2, 0, 1, 0]))
+    without = torch.tensor([False, True, False, True, False, False])
+    torch.testing.assert_close(found, torch.where(without, bare, labelled))
+    soft = torch.eye(5)[[0, 0, 2, 0, 1, 0]] * 0.9 + 0.02
+    torch.testing.assert_close(DKD()(student, teacher, T, target=soft), labelled)

@@ -3,8 +3,9 @@
 
 import pytest
 import torch
+import transformers as tf
 
-from hfkdq import BoxKD
+from hfkdq import BoxKD, CoTrainedTeacher, DistillationTrainer, LogitKD, TaskLoss
 from hfkdq.objectives.matching import matched_queries
 from tests import tiny
 
@@ -59,3 +60,51 @@ def test_equal_detectors_are_at_0():
 def test_models_that_detect_nothing_in_common_are_refused(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         BoxKD().attach(student(), teacher())
+
+
+def rt_detr(seed, denoising, family="RTDetr"):
+    backbone = tf.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = getattr(tf, f"{family}Config")(
+        backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        encoder_hidden_dim=32, encoder_in_channels=[16, 16, 16], d_model=32, num_queries=6, decoder_in_channels=[32, 32, 32],
+        decoder_ffn_dim=48, encoder_ffn_dim=48, decoder_layers=2, decoder_attention_heads=4, encoder_attention_heads=4,
+        num_denoising=denoising, num_labels=3, freeze_backbone_batch_norms=False, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    tf.set_seed(seed)
+    return getattr(tf, f"{family}ForObjectDetection")(config).eval()
+
+
+@pytest.mark.parametrize("family", ["RTDetr", "RTDetrV2"])
+def test_queries_of_noised_labels_have_no_part_in_the_match(family, training_arguments):
+    """They stand before the others in training; the loss of the labels is theirs alone."""
+    generator = torch.Generator().manual_seed(0)
+    label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3]])}
+    rows = [{"pixel_values": torch.randn(3, 64, 64, generator=generator), "labels": label} for _ in range(2)]
+
+    def collate(features):
+        pixels = torch.stack([row["pixel_values"] for row in features])
+        return {"pixel_values": pixels, "labels": [row["labels"] for row in features]}
+
+    student, teacher = rt_detr(0, 20, family), rt_detr(1, 20, family)
+    given = []
+    for peer in (teacher, CoTrainedTeacher(teacher)):
+        trainer = DistillationTrainer(
+            student, training_arguments(max_steps=1, remove_unused_columns=False, learning_rate=0.0), train_dataset=rows,
+            data_collator=collate, teacher_model=peer, objectives=[TaskLoss(), LogitKD(), BoxKD()],
+        )  # fmt: skip
+        losses = [term.objective for term in trainer._distillation.terms][1:3]
+        for objective in losses:
+            loss = type(objective).loss
+
+            def keep(step, objective=objective, loss=loss):
+                given.append((step.student.logits.shape, step.teacher.pred_boxes.shape))
+                return loss(objective, step)
+
+            objective._keep(loss=keep)
+        trainer.train()
+    assert given == [((2, 6, 3), (2, 6, 4))] * 4
+    student.train()
+    assert student(**collate(rows)).logits.shape[1] > 6

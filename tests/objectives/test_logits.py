@@ -5,10 +5,23 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ElectraConfig,
+    ElectraForPreTraining,
+    FunnelConfig,
+    FunnelForPreTraining,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    set_seed,
+)
 
 from hfkdq.losses import DKD, forward_kl
-from hfkdq.objectives import LogitKD, TrainingStep
+from hfkdq.modeling.examples import tried_on
+from hfkdq.objectives import EnsembleKD, LogitKD, TrainingStep
 from hfkdq.objectives.logits import in_chunks
 from hfkdq.schedules import Linear
 from tests import tiny
@@ -320,3 +333,193 @@ def test_float_labels_where_the_configuration_says_classes():
     objective = attached(LogitKD(), student, teacher)
     with pytest.raises(ValueError, match=r"config\.problem_type"):
         objective(student(**batch), teacher(**batch), {**batch, "labels": torch.rand(4, 3)})
+
+
+# ---------------------------------------------------------------------- heads by what they mean
+
+
+def electra(seed):
+    set_seed(seed)
+    config = ElectraConfig(
+        vocab_size=96, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return ElectraForPreTraining(config).eval()
+
+
+def funnel(seed):
+    set_seed(seed)
+    config = FunnelConfig(
+        vocab_size=96,
+        block_sizes=[1, 1],
+        num_decoder_layers=1,
+        d_model=32,
+        n_head=4,
+        d_head=8,
+        d_inner=48,
+        initializer_std=0.3,
+    )
+    return FunnelForPreTraining(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # of Funnel itself
+@pytest.mark.parametrize("make", [electra, funnel])
+def test_replaced_tokens_are_a_yes_or_no_for_each(make):
+    student, teacher = make(0), make(1)
+    batch = tiny.batch(student)
+    labels = batch["input_ids"] % 2
+    mean, count = value(attached(LogitKD(), student, teacher), student, teacher, batch, labels=labels)
+    p, q = ((m(**batch).logits / 2).sigmoid() for m in (teacher, student))
+    attended = batch["attention_mask"].bool()
+    torch.testing.assert_close(mean, 4 * bernoulli_kl(p, q)[attended].mean(), rtol=1e-4, atol=1e-5)
+    assert count == attended.sum()
+
+
+def segformer(seed, hidden=16):
+    set_seed(seed)
+    config = SegformerConfig(
+        image_size=16, num_channels=3, num_encoder_blocks=2, depths=[1, 1], sr_ratios=[1, 1], hidden_sizes=[hidden, 2 * hidden],
+        patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=hidden,
+        num_labels=5, initializer_range=0.3,
+    )  # fmt: skip
+    return SegformerForSemanticSegmentation(config).eval()
+
+
+def test_pixels_that_have_a_label_count_in_every_image_alike():
+    student, teacher = segformer(0), segformer(1, hidden=24)
+    batch = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    labels = torch.randint(0, 5, (2, 16, 16), generator=torch.Generator().manual_seed(1))
+    labels[1, 8:] = 255
+    objective = attached(LogitKD(), student, teacher)
+    mean, count = value(objective, student, teacher, batch, labels=labels)
+    outs = [model(**batch).logits.movedim(1, -1) for model in (student, teacher)]
+    assert outs[0].shape == (2, 8, 8, 5)
+    pixels = forward_kl(*outs, 2.0)
+    torch.testing.assert_close(mean, (pixels[0].mean() + pixels[1, :4].mean()) / 2)
+    assert count == 2
+    torch.testing.assert_close(value(objective, student, teacher, batch)[0], pixels.mean())
+    decoupled = attached(LogitKD(divergence="dkd"), student, teacher)
+    assert value(decoupled, student, teacher, batch, labels=labels)[0].isfinite()
+
+
+def test_maps_of_another_size_are_brought_to_the_students():
+    student, teacher = segformer(0), segformer(1)
+    objective = attached(LogitKD(), student, teacher)
+    maps = torch.randn(1, 5, 4, 4)
+    whole = F.interpolate(maps, size=(8, 8), mode="bilinear", align_corners=False)
+    batch = {"pixel_values": torch.zeros(1, 3, 16, 16)}
+    own, theirs = (type("Out", (), {"logits": x}) for x in (torch.randn(1, 5, 8, 8), maps))
+    expected = forward_kl(own.logits.movedim(1, -1), whole.movedim(1, -1), 2.0).mean()
+    torch.testing.assert_close(objective(own, theirs, batch), expected)
+
+
+def test_vectors_of_examples_are_compared_by_their_likeness():
+    def clip(seed, width):
+        set_seed(seed)
+        config = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+            projection_dim=width,
+        )  # fmt: skip
+        return CLIPVisionModelWithProjection(config).eval()
+
+    student, teacher = clip(0, 16), clip(1, 24)
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    objective = attached(LogitKD(temperature=1.0), student, teacher)
+    mean, count = value(objective, student, teacher, batch)
+    likeness = [F.normalize(m(**batch).image_embeds, dim=-1) for m in (student, teacher)]
+    others = [(x @ x.T / 0.07)[~torch.eye(4, dtype=torch.bool)].reshape(4, 3) for x in likeness]
+    torch.testing.assert_close(mean, forward_kl(*others).mean(), rtol=1e-4, atol=1e-5)
+    assert count == 4
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_pairs_of_image_and_text(family):
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    settings = dict(
+        text_config=dict(tower, vocab_size=96, max_position_embeddings=16),
+        vision_config=dict(tower, image_size=8, patch_size=4),
+    )
+
+    def made(seed):
+        set_seed(seed)
+        return getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**settings)).eval()
+
+    student, teacher = made(0), made(1)
+    batch = {
+        "input_ids": torch.randint(5, 90, (4, 6), generator=torch.Generator().manual_seed(0)),
+        "pixel_values": torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    }
+    with tried_on(batch, student):
+        objective = attached(LogitKD(), student, teacher)
+    found, count = value(objective, student, teacher, batch)
+    ours, theirs = (m(**batch).logits_per_image for m in (student, teacher))
+    if family == "CLIP":
+        expected = (forward_kl(ours, theirs, 2.0) + forward_kl(ours.T, theirs.T, 2.0)).mean() / 2
+    else:
+        expected = 4 * bernoulli_kl((theirs / 2).sigmoid(), (ours / 2).sigmoid()).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert count == 4
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "dkd"])
+def test_soft_labels_beside_it_leave_the_classes_what_they_are(divergence):
+    """As mixing two examples makes them."""
+    student, teacher = tiny.vit(0), tiny.vit(1)
+    batch = tiny.batch(student)
+    soft = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.1, 0.9], [1.0, 0.0, 0.0], [0.2, 0.2, 0.6]])
+    objective = attached(LogitKD(divergence=divergence), student, teacher)
+    found, _ = value(objective, student, teacher, batch, labels=soft)
+    expected, _ = value(objective, student, teacher, batch, labels=soft.argmax(-1))
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_without_a_label_count_by_the_teachers_own_certainty():
+    student, teachers = tiny.bert(0), {"a": tiny.bert(1), "b": tiny.bert(2)}
+    batch = tiny.batch(student)
+    objective = attached(EnsembleKD(), student, teachers)
+    outs = {name: model(**batch) for name, model in teachers.items()}
+
+    def of(labels):
+        columns = batch if labels is None else {**batch, "labels": torch.tensor(labels)}
+        rows = [{k: v[i : i + 1] for k, v in columns.items()} for i in range(4)]
+        parts = [{n: type("Out", (), {"logits": o.logits[i : i + 1]}) for n, o in outs.items()} for i in range(4)]
+        own = student(**batch).logits
+        return [objective(type("Out", (), {"logits": own[i : i + 1]}), parts[i], rows[i]).item() for i in range(4)]
+
+    labelled, bare, mixed = of([0, 1, 2, 0]), of(None), of([0, -100, 2, -100])
+    assert mixed == pytest.approx([labelled[0], bare[1], labelled[2], bare[3]])
+    assert labelled != pytest.approx(bare)
+    soft = {**batch, "labels": F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()}
+    assert objective(student(**batch), outs, soft).item() == pytest.approx(sum(labelled) / 4, rel=1e-5)
+
+
+def test_the_first_token_after_padding_on_the_left_is_predicted_by_nothing():
+    student, teacher = tiny.llama(0), tiny.llama(1)
+    batch = tiny.batch(student)
+    count = batch["attention_mask"].sum(1)
+    left = {
+        key: torch.stack([row.roll(10 - int(n)) for row, n in zip(x, count, strict=True)]) for key, x in batch.items()
+    }
+    objective = attached(LogitKD(), student, teacher)
+    expected, _ = value(objective, student, teacher, batch)
+    for labels in (None, left["input_ids"].masked_fill(left["attention_mask"] == 0, -100)):
+        columns = {} if labels is None else {"labels": labels}
+        positions = torch.cat([torch.arange(10)[None] - 10 + n for n in count]).clamp(min=0)
+        found, _ = value(objective, student, teacher, {**left, "position_ids": positions}, **columns)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.t5])
+def test_of_a_padded_vocabulary_the_common_ids_count_on_request(make):
+    student, teacher = make(0, vocab=96), make(1, vocab=104)
+    with pytest.raises(ValueError, match=r"common_ids=True.* student\.resize_token_embeddings\(104\)"):
+        LogitKD().attach(student, teacher)
+    objective = attached(LogitKD(common_ids=True, divergence="dkd"), student, teacher)
+    batch = tiny.batch(student)
+    batch = batch if make is tiny.llama else {**batch, "decoder_input_ids": batch["input_ids"]}
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    found, _ = value(objective, student, teacher, batch, labels=labels)
+    outs = student(**batch), teacher(**batch)
+    outs[1].logits = outs[1].logits[..., :96]
+    same = attached(LogitKD(divergence="dkd"), student, make(1, vocab=96))
+    torch.testing.assert_close(found, same(*outs, {**batch, "labels": labels}))

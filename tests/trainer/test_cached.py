@@ -10,6 +10,7 @@ from transformers import DataCollatorForTokenClassification
 
 from hfkdq import EMATeacher
 from hfkdq.caching import cache_info, cache_teacher_outputs
+from hfkdq.losses import forward_kl
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
 from tests import tiny
 from tests.trainer.common import assert_equal_weights, losses, make_trainer, teacher_of
@@ -147,3 +148,36 @@ def test_a_run_beside_the_teacher_and_one_on_its_cache_go_on_from_each_other(fir
 def test_cached_outputs_stand_for_one_frozen_teacher_alone(given, rows, training_arguments):
     with pytest.raises(ValueError, match="another kind of teacher, or several"):
         make_trainer(training_arguments(), [LogitKD(teacher=None)], teacher=given, train_dataset=rows)
+
+
+@pytest.mark.parametrize("forbidden", [False, True], ids=["all tokens", "some forbidden"])
+def test_padding_on_the_left_and_forbidden_tokens_are_as_beside_the_teacher(forbidden, tmp_path, training_arguments):
+    """What padding predicts counts in neither; a token at minus infinity is kept so."""
+    student, teacher = tiny.llama(0), tiny.llama(1)
+
+    def forbid(model, args, output):
+        output.logits = output.logits.masked_fill(torch.arange(output.logits.shape[-1]) > 88, -torch.inf)
+        return output
+
+    for model in (student, teacher) if forbidden else ():
+        model.register_forward_hook(forbid)
+    texts = tiny.text_dataset(8).map(lambda row: {"labels": [min(i, 88) for i in row["input_ids"]]})
+    tokenizer = tiny.tokenizer()
+    right = DataCollatorForTokenClassification(tokenizer)
+    rows = cache_teacher_outputs(teacher, texts, data_collator=right, top_k=None, folder=tmp_path / "cache")
+    left_tokenizer = tiny.tokenizer()
+    left_tokenizer.padding_side = "left"
+    left, found = DataCollatorForTokenClassification(left_tokenizer), []
+    with torch.no_grad():
+        alone = [[m(torch.tensor([row["input_ids"]])).logits[0, :-1] for m in (student, teacher)] for row in texts]
+    expected = torch.cat([forward_kl(*pair, 2.0) for pair in alone]).mean().item()
+    for name, given, data, collator in (
+        ("live", teacher, texts, left), ("cached", None, rows, left), ("right", None, rows, right),
+    ):  # fmt: skip
+        trainer = make_trainer(
+            training_arguments(name, max_steps=1, per_device_train_batch_size=8, learning_rate=0.0), [TaskLoss(), LogitKD()],
+            student, teacher=given, train_dataset=data, eval_dataset=None, data_collator=collator,
+        )  # fmt: skip
+        trainer.train()
+        found.append(losses(trainer, "logit_kd")[0][0])
+    assert found == pytest.approx([expected] * 3, rel=2e-3)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from hfkdq.objectives import LogitKD, TaskLoss
-from hfkdq.trainer import DistillationMixin
+from hfkdq.trainer import DistillationMixin, DistillationTrainer
 from tests import tiny
 from tests.launch import accelerate_launch
 
@@ -124,3 +124,26 @@ def test_a_trainer_that_scales_its_loss_is_taken_at_its_word(training_arguments)
         pass
 
     assert_same_however_accumulated(training_arguments, cls=Scaled)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_speech_counts_by_its_own_reduction(training_arguments, reduction):
+    """CTC has a mean over the examples, or their sum, whatever the numbers of their labels."""
+    noise = torch.randn(4, 4000, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1 + (3 * i + j) % 11 if j < 2 + 2 * i else -100 for j in range(8)] for i in range(4)])
+    rows = [{"input_values": noise[i], "labels": labels[i]} for i in range(4)]
+
+    def trained(size, steps, cls=DistillationTrainer):
+        arguments = training_arguments(
+            f"{cls.__name__}{size}", max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            optim="sgd", learning_rate=0.01, max_grad_norm=0.0,
+        )  # fmt: skip
+        more = {} if cls is Trainer else {"objectives": [TaskLoss()]}
+        trainer = cls(tiny.wav2vec2_ctc(ctc_loss_reduction=reduction), arguments, train_dataset=rows, **more)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    expected = trained(4, 1, Trainer)
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        for key, value in trained(size, steps).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)

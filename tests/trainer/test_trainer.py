@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
+    BertModel,
+    DataCollatorWithFlattening,
     Trainer,
     TrainerCallback,
 )
 
+from hfkdq.losses import forward_kl
 from hfkdq.objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
 from hfkdq.schedules import Linear
 from hfkdq.trainer import DistillationMixin, DistillationTrainer
@@ -298,3 +301,37 @@ def test_nan_in_the_teacher_names_the_step(training_arguments):
     with pytest.raises(RuntimeError, match="at step 3"):
         trainer.train()
     assert all(torch.equal(before_third[key], value) for key, value in trainer.model.state_dict().items())
+
+
+def test_packed_texts_are_those_that_are_padded(training_arguments):
+    """Both models are asked for no cache, with which transformers 4 lets texts in one row see one another."""
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in tiny.text_dataset(4)]
+    student, teacher, expected = tiny.llama(0), tiny.llama(1), []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            expected.append(forward_kl(student(ids).logits, teacher(ids).logits, 2.0)[0, :-1])
+    trainer = make_trainer(
+        training_arguments(max_steps=1, per_device_train_batch_size=4, remove_unused_columns=False), [TaskLoss(), LogitKD()],
+        student, teacher, train_dataset=rows, data_collator=DataCollatorWithFlattening(return_tensors="pt"), eval_dataset=None,
+    )  # fmt: skip
+    trainer.train()
+    assert losses(trainer, "logit_kd")[0][0] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+
+
+def test_a_function_compares_what_models_without_a_head_return(training_arguments):
+    student, teacher = (BertModel(tiny.bert_config(layers=1)).eval() for _ in range(2))
+    rows = [{"input_ids": ids} for ids in torch.randint(5, 90, (8, 6))]
+
+    def distance(student_out, teacher_out, batch):
+        return (student_out.last_hidden_state - teacher_out.last_hidden_state).square().mean()
+
+    batch = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        expected = distance(student(batch), teacher(batch), None).item()
+    trainer = make_trainer(
+        training_arguments(max_steps=1, per_device_train_batch_size=8), [distance], student, teacher, train_dataset=rows,
+        eval_dataset=None,
+    )  # fmt: skip
+    trainer.train()
+    assert losses(trainer, "loss")[0][0] == pytest.approx(expected, rel=1e-3)

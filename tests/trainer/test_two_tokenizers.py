@@ -21,7 +21,7 @@ from transformers import (
 from hfkdq.collators import TeacherCollator
 from hfkdq.losses import forward_kl
 from hfkdq.losses.transport import sorted_distance
-from hfkdq.objectives import LogitKD, TaskLoss
+from hfkdq.objectives import VID, AttentionKD, HiddenStateKD, LogitKD, RelationKD, TaskLoss
 from hfkdq.objectives.cross_vocabulary import ULD
 from hfkdq.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from tests import tiny
@@ -182,3 +182,19 @@ def test_what_lies_along_the_tokens_of_the_student_is_not_the_teachers(training_
     teacher.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
     trainer.train()
     assert seen[0] & {"input_ids", "attention_mask", "token_type_ids"} == {"input_ids"}
+
+
+@pytest.mark.parametrize(
+    "objective", [HiddenStateKD(), RelationKD(), AttentionKD(), VID(), LogitKD()], ids=lambda o: o.name
+)
+@pytest.mark.parametrize("same_length", [True, False])
+def test_positions_of_other_tokens_are_not_compared(objective, same_length, training_arguments):
+    make = tiny.bert_mlm if isinstance(objective, LogitKD) else tiny.bert
+    theirs = [7] * (9 if same_length else 6)
+    rows = [{"input_ids": [3] * 9, "teacher_input_ids": theirs, "teacher_attention_mask": [1] * len(theirs)}] * 8
+    trainer = DistillationTrainer(
+        make(0), training_arguments(max_steps=1), train_dataset=Dataset.from_list(rows), teacher_model=make(1),
+        objectives=[objective], data_collator=lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"tokens of its own \(teacher_input_ids\).* RKD"):
+        trainer.train()
