@@ -15,6 +15,17 @@ _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": 
 _DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 
 
+def neutral(name: str, inputs: Mapping[str, Array]) -> Array | None:
+    """What a model takes an input for that it is not given, as masks that hide nothing; `None` if there is no such value."""
+    if name == "pixel_mask" and "pixel_values" in inputs:
+        shape = inputs["pixel_values"].shape
+        return np.ones((shape[0], *shape[-2:]), np.int64)
+    like = next((inputs[main] for main in ("input_ids", "input_values") if main in inputs), None)
+    if like is not None and name == "position_ids":
+        return np.broadcast_to(np.arange(like.shape[-1]), like.shape)
+    return None if like is None or name not in _DEFAULTS else np.full(like.shape, _DEFAULTS[name], np.int64)
+
+
 class OnnxSession:
     """An ONNX file in ONNX Runtime on the CPU.
 
@@ -61,8 +72,8 @@ class OnnxSession:
 
         Args:
             inputs (`Mapping[str, np.ndarray]`): an array per input; what the file does not take is ignored. As a
-                Transformers model does, a missing `attention_mask` counts as ones, missing `token_type_ids` as zeros,
-                and missing `position_ids` as the numbers from 0.
+                Transformers model does, a missing `attention_mask` or `pixel_mask` counts as ones, missing
+                `token_type_ids` as zeros, and missing `position_ids` as the numbers from 0.
 
         Returns:
             `dict[str, np.ndarray]`: an array per output.
@@ -77,11 +88,9 @@ class OnnxSession:
     def _fill(self, name: str, inputs: Mapping[str, Array]) -> Array:
         if name in inputs:
             return inputs[name].astype(self._types[name], casting="same_kind", copy=False)
-        if name in _DEFAULTS and "input_ids" in inputs:
-            return np.full(inputs["input_ids"].shape, _DEFAULTS[name], self._types[name])
-        if name == "position_ids" and "input_ids" in inputs:
-            shape = inputs["input_ids"].shape
-            return np.broadcast_to(np.arange(shape[-1], dtype=self._types[name]), shape)
+        value = neutral(name, inputs)
+        if value is not None:
+            return value.astype(self._types[name])
         raise ValueError(f"The file takes {', '.join(self.input_names)}; {name} is missing: got {', '.join(inputs)}.")
 
 
