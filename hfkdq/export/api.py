@@ -25,11 +25,11 @@ from .inputs import Tensors, brought_names, completed, generates, made_up, usual
 from .job import ExportJob, plain_copy
 from .precisions import AUTO, FLOAT, Precision, precision_of
 from .protocol import Backend
-from .record import EXPORT_FACTS
+from .record import EXPORT_FACTS, MADE_UP
 from .rope import beyond_original
 from .selection import MAX_DROP, write_best
 from .validation import BATCH_SIZE, Quality, Timing
-from .verify import COMPARE_BATCH_SIZE, MADE_UP, Collator, sample_batches
+from .verify import COMPARE_BATCH_SIZE, Collator, sample_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..modeling.forwards import forward_columns
+from ..modeling.tasks import tasks_of
 from . import runner
 from .dummies import dummy_batches as random_batches
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
@@ -101,6 +102,9 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
             names = {name for entry in classes.values() for name in ([entry] if isinstance(entry, str) else entry)}
             if task in supported and cls.__name__ in names:
                 return task + PAST if task + PAST in supported else task
+    listed = next((entry.name for entry in tasks_of(model) if entry.name in supported), None)
+    if listed is not None:
+        return listed
     raise ValueError(
         f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
     )
@@ -230,7 +234,9 @@ def _follow_(config: OnnxConfig, model: PreTrainedModel, task: str, batches: Seq
         {
             "inputs": inputs,
             "outputs": outputs,
-            "generate_dummy_inputs": lambda self, **_: {name: batch[name] for name in inputs},
+            "generate_dummy_inputs": lambda self, framework="pt", **_: {
+                name: batch[name].numpy() if framework == "np" else batch[name] for name in inputs
+            },
         },
     )
 

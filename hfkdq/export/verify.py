@@ -25,7 +25,6 @@ MAX_BATCHES = 8
 # Decoding token by token takes a call for each.
 MAX_ROWS, MAX_TOKENS = 2, 32
 COMPARE_BATCH_SIZE = 8
-MADE_UP = "made-up inputs"
 
 
 @dataclass(frozen=True)
