@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -139,7 +138,7 @@ class Reader:
         return rows, encode, default_data_collator, column
 
     def _audio(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
-        extractor = copy.copy(getattr(self.processor, "feature_extractor", self.processor))
+        extractor = getattr(self.processor, "feature_extractor", self.processor)
         column, rate = self._only(rows, Audio, "audio"), extractor.sampling_rate
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:

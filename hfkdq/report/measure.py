@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import (
     EvalPrediction,
@@ -81,9 +83,10 @@ def measure(
             times = iter(
                 time_engines([call for calls in timed for call in calls], threads=threads, rounds=latency_rounds)
             )
-            latencies = [total_latency([(next(times), 1) for _ in calls]) for calls in timed]
+            latencies = [total_latency([(next(times), 1) for _ in calls]) if calls else None for calls in timed]
             engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
-    inputs = {name: list(array.shape) for name, array in timed[len(models) - 1][0].inputs.items()}
+        example = evaluation.first_example(student)
+    inputs = {name: list(array.shape) for name, array in example.items()}
     timing = {"device": "cpu", "threads": threads, "rounds": latency_rounds, "inputs": inputs}
     return {
         "engines": tuple(engines),
@@ -114,13 +117,19 @@ def _measure_torch(
         parameters=sum(value.numel() for key, value in model.named_parameters() if key in saved),
         sparsity=sum(int((weight == 0).sum()) for weight in weights) / total if total else None,
     )
-    return engine, [TimedEngine(name, torch_call, folder, evaluation.first_example(model))]
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        logger.warning(f"The {name} is not timed: its class, {type(model).__name__}, is not known to another process.")
+        return engine, []
+    example = evaluation.first_example(model)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # the first token, as the files are timed on
+        example.setdefault("decoder_input_ids", np.zeros((1, 1), np.int64))
+    return engine, [TimedEngine(name, torch_call, folder, example)]
 
 
 def _measure_onnx(
     name: str, student: PreTrainedModel, folder: Path, facts: dict[str, Any], evaluation: Evaluation
 ) -> tuple[Engine, list[TimedEngine]]:
-    files = open_files(folder, facts["task"])
+    files = open_files(folder, facts.get("task", ""))
     if facts.get("weight_type") == "int8" and not multiplies_exactly():
         logger.warning(
             f"{folder} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
@@ -162,7 +171,7 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        wanted = {"an ONNX file": any(folder.glob("*.onnx")), export_file(folder).name: export_file(folder).is_file()}
+        wanted = {"model.onnx": any(folder.glob("*.onnx")), export_file(folder).name: export_file(folder).is_file()}
         missing = [what for what, is_there in wanted.items() if not is_there]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")

@@ -17,6 +17,7 @@ from hfkdq.export.job import _check_parity
 from hfkdq.export.rope import rope_by_length
 from hfkdq.export.verify import Parity, in_same_order
 
+from .. import tiny
 from ..families import FAMILIES
 
 SIZES = dict(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -237,3 +238,69 @@ def test_positions_follow_the_length_of_each_text(kind, tmp_path):
                 "position_ids": torch.arange(length).repeat(2, 1),
             }
             assert difference(folder, model, given) < 1e-3
+
+
+def test_a_detector_is_measured_on_labels_that_are_dictionaries(tmp_path):
+    model = tiny.yolos().eval()
+    size = model.config.image_size
+    size = size if isinstance(size, (list, tuple)) else [size, size]
+    row = {
+        "pixel_values": torch.randn(3, *size),
+        "labels": {"boxes": torch.rand(1, 4), "class_labels": torch.tensor([0])},
+    }
+    seen = []
+
+    def collate(rows):
+        pixels = torch.stack([one["pixel_values"] for one in rows])
+        return {"pixel_values": pixels, "labels": [one["labels"] for one in rows]}
+
+    def metrics(prediction):
+        # As the Trainer has them: losses by name, logits, boxes.
+        seen.append([getattr(value, "shape", None) for value in prediction.predictions[:3]])
+        return {"map": 0.5}
+
+    data = dict(eval_dataset=[row] * 4, data_collator=collate, compute_metrics=metrics)
+    folder, facts = written(model, tmp_path, metric="map", max_drop=0.02, **data)
+    assert facts["metrics"]["drop"] == 0
+    CompressionReport.measure(student=model, onnx=folder, latency_rounds=0, **data)
+    assert len(seen) == 4
+    assert all(shapes == seen[0] and shapes[0] is None for shapes in seen)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_files_that_generate_are_reported(family, tmp_path):
+    model = FAMILIES[family].make()
+    rows = [{"input_ids": list(range(3, 12)), "labels": list(range(3, 12))}] * 4
+    data = dict(
+        eval_dataset=rows, data_collator=tf.default_data_collator, compute_metrics=lambda prediction: {"one": 1.0}
+    )
+    folder, _ = written(model, tmp_path)
+    report = CompressionReport.measure(student=model, onnx=folder, latency_rounds=0, **data)
+    assert report.engines[-1].metrics == {"one": 1.0}
+    assert report.engines[-1].size == sum(file.stat().st_size for file in folder.glob("*.onnx*"))
+
+
+def test_float16_leaves_no_weights_beside_its_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")
+    folder, facts = written(FAMILIES["bert"].make(), tmp_path, quantization="float16")
+    files = {file.name: file.stat().st_size for file in folder.glob("*.onnx*")}
+    assert files.pop("model.onnx.data", 0) == 0  # which v5 wants to be there
+    assert (list(files), sum(files.values())) == (["model.onnx"], facts["bytes"])
+
+
+def test_a_layer_that_is_called_twice_counts_once(tmp_path):
+    torch.manual_seed(0)
+    model = tf.AlbertForSequenceClassification(
+        tf.AlbertConfig(**{**SIZES, "num_hidden_layers": 2}, embedding_size=16)
+    ).eval()
+    ids = pairs()["input_ids"]
+    _, facts = written(model, tmp_path, quantization="int8", calibration=[{"input_ids": ids.numpy()}])
+    assert facts["fused_linears"] <= facts["quantized_linears"]
+
+
+@pytest.mark.parametrize("flag", ["return_dict", "torchscript"])
+def test_tuples_and_autocast_change_nothing(flag, tmp_path):
+    model = FAMILIES["bert"].make(**{flag: flag == "torchscript"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, facts = written(model, tmp_path)
+    assert facts["outputs"] == ["logits"]
