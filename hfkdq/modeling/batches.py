@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
-from transformers.image_processing_utils import ImageProcessingMixin
 from transformers.utils import logging
 
 from .forwards import forward_columns
@@ -66,7 +65,10 @@ def make_batches(
     if selects and is_ours:
         data = data.remove_columns([name for name in columns if name not in kept])
     if data_collator is None:
-        pads = hasattr(processing_class, "pad") and not isinstance(processing_class, ImageProcessingMixin)
+        made = getattr(
+            processing_class, "model_input_names", ()
+        )  # image processors pad images, which the Trainer does not
+        pads = hasattr(processing_class, "pad") and ("input_ids" in made or "pixel_values" not in made)
         data_collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
     collate = data_collator
     if selects and not is_ours:
