@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..modeling.forwards import forward_columns
 from ..modeling.masks import Batch
 from ..modeling.tasks import TASKS
+from .defaults import neutral
 from .dummies import tokenizer_outputs
 from .protocol import PAST
-from .runtime import neutral
 
 Tensors = dict[str, Tensor]
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "input_values")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .defaults import Array
 from .protocol import PAST
-from .runtime import Array, OnnxSession
+from .runtime import OnnxSession
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # A decoder without and with a cache in one file, and a model that is one file.
