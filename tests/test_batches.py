@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of a user's data: what quantization, pruning and export make of data sets of every form."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, YolosImageProcessor
 
-from hfkdq.modeling.batches import make_batches
+from hfkdq.modeling.batches import make_batches, on_device
 
 from . import tiny
 
@@ -77,3 +78,47 @@ def test_examples_that_make_no_batch_say_what_to_pass():
 def test_batches_that_were_given_stay_as_they_are():
     given = [{"input_ids": torch.ones(1, 3)}]
     assert make_batches(tiny.bert(), given, 2, None, None) is given
+
+
+class Pictures(torch.utils.data.Dataset):
+    """A data set of torch's, with labels."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"pixel_values": np.ones((1, 8, 8), np.float32), "labels": 0, "name": "a picture"}
+
+
+class Numbered:
+    """The same without a class of torch's."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index >= 3:
+            raise IndexError(index)
+        return Pictures()[index]
+
+
+@pytest.mark.parametrize("data", [Pictures, Numbered])
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_has_a_length_and_numbers_holds_examples(data, labels):
+    batches = list(make_batches(tiny.vit(), data(), 2, None, None, labels=labels))
+    assert [len(batch["pixel_values"]) for batch in batches] == [2, 1]
+    assert all(("labels" in batch) == labels and "name" not in batch for batch in batches)
+
+
+def test_an_image_processor_that_can_pad_does_not():
+    data = Dataset.from_dict({"pixel_values": np.ones((3, 1, 8, 8), np.float32)}).with_format("torch")
+    batches = list(make_batches(tiny.vit(), data, 2, None, YolosImageProcessor()))
+    assert [len(batch["pixel_values"]) for batch in batches] == [2, 1]
+
+
+@pytest.mark.parametrize("form", [np.asarray, lambda value: value.tolist()])
+def test_arrays_and_lists_are_put_on_the_device_as_tensors(form):
+    batch = {"input_ids": form(torch.ones(2, 3, dtype=torch.int64)), "labels": [{"boxes": torch.ones(1)}]}
+    (placed,) = on_device(tiny.bert(), [batch], "Calibrating")
+    assert torch.equal(placed["input_ids"], torch.ones(2, 3, dtype=torch.int64))
+    assert placed["labels"] is batch["labels"]

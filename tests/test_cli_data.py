@@ -11,6 +11,8 @@ import torch
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image
 from PIL import Image as Picture
 from transformers import (
+    RobertaConfig,
+    RobertaForSequenceClassification,
     ViTImageProcessor,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
@@ -108,6 +110,16 @@ def test_texts_become_what_the_tokenizer_makes_of_them(tmp_path):
     torch.testing.assert_close(batch["attention_mask"], expected["attention_mask"])
 
 
+def test_texts_are_as_long_as_positions_that_begin_behind_padding_allow(tmp_path):
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=18, pad_token_id=1,
+    )  # fmt: skip
+    path = saved({"text": ["w9 " * 100]}, tmp_path / "rows.parquet")
+    (batch,) = batches(reader(RobertaForSequenceClassification(config), processor=tiny.tokenizer(10**30)), path)
+    assert batch["input_ids"].shape[1] == 16
+
+
 def test_two_columns_are_pairs_and_long_texts_are_cut(tmp_path):
     path = saved({"a": TEXTS, "b": ["w9 " * 100] * 3, "c": TEXTS}, tmp_path / "rows.parquet")
     (batch,) = batches(reader(columns=["c", "b"]), path)
@@ -176,7 +188,7 @@ def test_sounds_are_brought_to_the_rate_of_the_model_and_mixed_down():
         samples_of({"bytes": b"OggS", "path": None}, 8000)
 
 
-def test_batches_of_sounds_have_no_mask_as_files_take_none(tmp_path):
+def test_batches_of_sounds_have_the_mask_that_their_extractor_makes(tmp_path):
     tones = [np.sin(np.arange(length) / 9) for length in (1600, 1200)]
     rows = Dataset.from_dict(
         {"sound": [{"bytes": wav(t, 16000), "path": None} for t in tones], "label": ["blue", "red"]}
@@ -186,7 +198,7 @@ def test_batches_of_sounds_have_no_mask_as_files_take_none(tmp_path):
     model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**{**tiny.wav2vec2_config().to_diff_dict(), **names}))
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     (batch,) = batches(Reader(model, extractor, None, None), tmp_path / "rows.parquet")
-    assert set(batch) == {"input_values"}
+    assert batch["attention_mask"].sum(1).tolist() == [1600, 1200]
     normal = [(t - t.mean()) / t.std() for t in tones]
     np.testing.assert_allclose(batch["input_values"][0].numpy(), normal[0], atol=1e-3)
     np.testing.assert_allclose(batch["input_values"][1].numpy(), np.pad(normal[1], (0, 400)), atol=1e-3)

@@ -5,6 +5,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -319,6 +320,10 @@ def test_base_model_comes_from_the_configuration_if_it_names_one(folder, tmp_pat
         student = tiny.bert(seed=1)
         student.config._name_or_path = name
         assert measure(folder, student=student).base_model == expected
+    student.save_pretrained(tmp_path / "runs" / "teacher")
+    student = type(student).from_pretrained("runs/teacher")
+    shutil.rmtree(tmp_path / "runs")  # which was no model on the Hub
+    assert measure(folder, student=student).base_model is None
     assert measure(folder, base_model="me/other").base_model == "me/other"
 
 

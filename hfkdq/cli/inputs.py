@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from datasets import Audio, Dataset, Image, Value
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 
@@ -101,7 +101,7 @@ class Reader:
     def _texts(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         columns = self._text_columns(rows)
-        longest = self.max_length or _longest(tokenizer, self.model.config)
+        longest = self.max_length or _longest(tokenizer, self.model)
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = (batch[name] for name in columns)
@@ -138,9 +138,7 @@ class Reader:
         return rows, encode, default_data_collator, column
 
     def _audio(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
-        extractor = copy.copy(getattr(self.processor, "feature_extractor", self.processor))
-        if self.model.main_input_name == "input_values":
-            extractor.return_attention_mask = False  # no file of such a model takes one
+        extractor = getattr(self.processor, "feature_extractor", self.processor)
         column, rate = self._only(rows, Audio, "audio"), extractor.sampling_rate
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -187,9 +185,15 @@ def _names(rows: Dataset) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
 
 
-def _longest(tokenizer: Any, config: Any) -> int | None:
+def _longest(tokenizer: Any, model: PreTrainedModel) -> int | None:
     """How many tokens the model takes; `None` if nothing says so."""
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    # Positions of RoBERTa's kind begin after that of padding.
+    limits += [
+        table.num_embeddings - table.padding_idx - 1
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None and "position" in name.rpartition(".")[2]
+    ]
     known = [limit for limit in limits if limit is not None and 0 < limit < 10**6]
     return min(known, default=None)
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..files import check_new, staged
@@ -20,10 +21,12 @@ from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task
+from .inputs import Tensors, brought_names, completed, generates, made_up, usual_names
 from .job import ExportJob, plain_copy
 from .precisions import AUTO, FLOAT, Precision, precision_of
 from .protocol import Backend
-from .record import EXPORT_FACTS
+from .record import EXPORT_FACTS, MADE_UP
+from .rope import beyond_original
 from .selection import MAX_DROP, write_best
 from .validation import BATCH_SIZE, Quality, Timing
 from .verify import COMPARE_BATCH_SIZE, Collator, sample_batches
@@ -55,6 +58,7 @@ def export_onnx(
     allow_drop: bool = False,
     latency_rounds: int = 3,
     threads: int | None = None,
+    inputs: Batch | None = None,
 ) -> Path:
     """Writes a model as ONNX files that were run, compared with it and timed, next to its checkpoint.
 
@@ -77,7 +81,8 @@ def export_onnx(
             within 5 %; it needs `eval_dataset`.
         processing_class (tokenizer or processor, *optional*): saved beside the model, and pads the data.
         calibration (`datasets.Dataset` or iterable of `dict`, *optional*): examples, or batches of tensors, as the
-            model takes them. The file is compared on the first 8 batches; random inputs of two sizes serve by default.
+            model takes them. The file has their columns as inputs, and is compared on the first 8 batches; by default on
+            those of `eval_dataset`, else on `inputs`, else on made-up inputs of two sizes.
         data_collator (`DataCollator`, *optional*): makes batches of `calibration` and `eval_dataset`. As the Trainer
             does by default.
         task (`str`, *optional*): Optimum's name of the task. Read off the model's class by default.
@@ -107,6 +112,8 @@ def export_onnx(
             turn of about half a second, each in a process of its own; 0 leaves latency out. A float32 file is not timed.
             A model that generates is timed part by part, for 32 tokens in all.
         threads (`int`, *optional*): threads of each file while it is timed. As many as PyTorch uses by default.
+        inputs (`dict`, *optional*): a batch of what the model takes, for a class of one's own that takes what cannot be made
+            up, where there are no data. The file has the inputs of this batch, by name.
 
     Returns:
         `Path`: the folder. It has another number at its end if somebody has made `folder` while this was at work.
@@ -145,6 +152,8 @@ def export_onnx(
     timing, quality = Timing(latency_rounds, threads), None
     with ExitStack() as stack:
         staging = stack.enter_context(staged(folder))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
         if compute_metrics is not None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             evaluation = Evaluation(
@@ -160,9 +169,12 @@ def export_onnx(
                 # Merging names the layers that bitsandbytes had quantized in the spec.
                 precision = precision_of(quantized_spec(model) or trained)
         task = resolve_task(backend, model, task)
-        batches, rest = _batches(backend, model, task, calibration, processing_class, data_collator)
+        evaluated = None if quality is None else quality.evaluation
+        batches, source, rest = _batches(
+            backend, model, task, calibration, evaluated, inputs, processing_class, data_collator
+        )
         job = ExportJob(
-            plain_copy(model), backend, task, target, tolerance, processing_class, batches, rest, quality,
+            plain_copy(model), backend, task, target, tolerance, processing_class, batches, source, rest, quality,
             Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type,
         )  # fmt: skip
         if quality is not None:
@@ -201,14 +213,36 @@ def _batches(
     model: PreTrainedModel,
     task: str,
     calibration: Any,
+    evaluated: Evaluation | None,
+    inputs: Any,
     processing_class: Any,
     collator: Collator | None,
-) -> tuple[Sequence[Batch], Iterator[Batch]]:
-    """The batches that files are compared on, and those that come after them."""
-    if calibration is None:
-        return backend.dummy_batches(model, task), iter(())
-    rest = iter(make_batches(model, calibration, COMPARE_BATCH_SIZE, collator, processing_class, labels=False))
-    return sample_batches(rest, model), rest
+) -> tuple[Sequence[Tensors], str, Iterator[Batch]]:
+    """The batches that files are traced with and compared on, where they come from, and those of `calibration` after them."""
+    brought = [] if generates(model, task) else brought_names(model, processing_class)
+    rest: Iterator[Batch] = iter(())
+    found: dict[str, list[Tensors]] = {}
+    if calibration is not None:
+        how = (COMPARE_BATCH_SIZE, collator, processing_class)
+        rest = iter(make_batches(model, calibration, *how, labels=False))
+        found["calibration"] = sample_batches(rest, model)
+    if evaluated is not None:
+        found["eval_dataset"] = sample_batches(evaluated.batches(model, COMPARE_BATCH_SIZE), model, "eval_dataset")
+    if inputs is not None:
+        found["inputs"] = sample_batches(iter([inputs]), model, "inputs")
+    if not found:
+        random = made_up(model, backend.dummy_batches(model, task), brought)
+        return beyond_original(model, random), MADE_UP, rest
+    given = {name for batches in found.values() for name in batches[0]}
+    source, batches = next(iter(found.items()))
+    batches = [completed(batch, [*usual_names(model), *given]) for batch in batches]
+    lost = sorted(given - set(batches[0]))
+    if lost:
+        raise ValueError(
+            f"eval_dataset or inputs bring {', '.join(lost)}, which the model takes and {source} lacks. Files have one set of "
+            "inputs: give both the same columns."
+        )
+    return beyond_original(model, batches), source, rest
 
 
 def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Path, allow_drop: bool) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from ..facts import read_facts
 from ..modeling.forwards import base_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
+from .exporters_tasks import own_task
+from .inputs import is_own
 from .protocol import PAST, Backend
 
 TARGETS = ("onnxruntime", "standard")
@@ -78,7 +80,8 @@ def require_ranges(model: PreTrainedModel) -> Iterator[None]:
 
 def resolve_task(backend: Backend, model: PreTrainedModel, task: str | None) -> str:
     """The task as the backend resolves it, without a cache where heads were pruned layer by layer."""
-    resolved = backend.resolve_task(model, task)
+    resolved = own_task(model, task) if is_own(model) else None
+    resolved = backend.resolve_task(model, task) if resolved is None else resolved
     shapes = read_facts(model).get("shapes", {}).get("tensors", {})
     if not resolved.endswith(PAST) or not any("attn" in name or "attention" in name.lower() for name in shapes):
         return resolved

@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from .inputs import beside_tokens
 from .protocol import PAST
 from .runner import DECODER, DECODER_WITH_PAST, ENCODER, SINGLE
 
@@ -74,6 +75,8 @@ def _decoder(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Part:
     }
     if positions:
         inputs["position_ids"] = torch.arange(_PAST_LENGTH, _PAST_LENGTH + _LENGTH).repeat(size, 1)
+    for name in beside_tokens(batch):
+        inputs[name] = batch[name][:, :1].expand(-1, _LENGTH)
     outputs = call(input_ids=ids[:, :1].expand(-1, _PAST_LENGTH), use_cache=True)
     inputs["past_key_values"] = _tensors(outputs.past_key_values)
     return Part(SINGLE, model, forward, inputs)

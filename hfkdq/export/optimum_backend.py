@@ -4,22 +4,32 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from accelerate.utils import find_tied_parameters
-from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx import OnnxConfig
+from optimum.exporters.onnx.convert import export
+from optimum.exporters.onnx.utils import _get_submodels_and_onnx_configs
 from optimum.exporters.tasks import TasksManager
 from optimum.onnx import merge_decoders, remove_duplicate_weights_from_tied_info
-from optimum.utils import DEFAULT_DUMMY_SHAPES
+from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedConfig
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..modeling.forwards import forward_columns
+from ..modeling.tasks import tasks_of
 from . import runner
+from .dummies import dummy_batches as random_batches
+from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
 from .optimum_attention import PlainAttention
 from .protocol import PAST
+from .runner import SINGLE
 from .silence import silent_and_seeded
 
 __all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
@@ -92,6 +102,9 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
             names = {name for entry in classes.values() for name in ([entry] if isinstance(entry, str) else entry)}
             if task in supported and cls.__name__ in names:
                 return task + PAST if task + PAST in supported else task
+    listed = next((entry.name for entry in tasks_of(model) if entry.name in supported), None)
+    if listed is not None:
+        return listed
     raise ValueError(
         f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
     )
@@ -99,19 +112,30 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
 
 def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
     """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
+    constructor = _constructor(model, task.removesuffix(PAST))
+    if constructor is None:
+        return random_batches(model, task)
     with silent_and_seeded():
-        constructor = TasksManager.get_exporter_config_constructor(
-            "onnx", model=model, task=task.removesuffix(PAST), library_name="transformers"
-        )
         config, shapes = constructor(model.config), _shapes(model)
         length = shapes["sequence_length"]
         sizes = ({"batch_size": 8}, {"batch_size": 3, "sequence_length": length // 2})
-        batches = [config.generate_dummy_inputs(framework="pt", **{**shapes, **size}) for size in sizes]
+        try:
+            batches = [config.generate_dummy_inputs(framework="pt", **{**shapes, **size}) for size in sizes]
+        except IndexError:  # where it would read the sizes off a processor
+            return random_batches(model, task)
     # The random positions that it draws are none that a text has.
-    return [{name: value for name, value in batch.items() if name != "position_ids"} for batch in batches]
+    accepted = forward_columns(model) - {"position_ids"}
+    return [{name: value for name, value in batch.items() if name in accepted} for batch in batches]
 
 
-def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
+def trace(
+    model: PreTrainedModel,
+    folder: Path,
+    task: str,
+    batches: Sequence[Mapping[str, Tensor]] | None = None,
+    *,
+    fold_constants: bool,
+) -> list[Path]:
     """Writes `model` as `model.onnx`, or as one file for each part of an encoder-decoder that generates.
 
     These are `encoder_model.onnx`, `decoder_model.onnx` and, with a cache, `decoder_with_past_model.onnx`, which `finish`
@@ -121,26 +145,100 @@ def trace(model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bo
     for module in model.modules():
         if hasattr(module, "attn_implementation"):
             module.attn_implementation = "eager"  # type: ignore[assignment]
-    with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work:
-        # Optimum looks for tokenizers where the model came from, which may be a Hub id; here it finds none.
-        model.config._name_or_path = work
-        with PlainAttention():
-            onnx_export_from_model(
-                model,
-                work,
-                task=task,
+    samples = [dict(batch) for batch in batches or dummy_batches(model, task)]
+    with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work, PlainAttention():
+        for name, (part, config) in _parts(model, task, samples).items():
+            path = Path(work, f"{name}.onnx")
+            export(
+                part,
+                config,
+                path,
                 opset=OPSET,
-                do_validation=False,
+                input_shapes={**DEFAULT_DUMMY_SHAPES, **_shapes(model)},
                 do_constant_folding=fold_constants,
-                no_post_process=True,
-                **_shapes(model),
+                disable_dynamic_axes_fix=is_own(model),
             )
-        for path in Path(work).glob("*.onnx"):
             if path.name != ENCODER:
                 _tie_weights(model, path)
         # Files of more than 2 GB have their weights beside them.
         files = [file.replace(folder / file.name) for file in Path(work).glob("*.onnx*")]
     return sorted(file for file in files if file.suffix == ".onnx")
+
+
+def _parts(
+    model: PreTrainedModel, task: str, batches: Sequence[dict[str, Tensor]]
+) -> dict[str, tuple[PreTrainedModel, OnnxConfig]]:
+    """What is traced for each file, and its configuration; a model that is one file is traced on the batches."""
+    parts: dict[str, tuple[PreTrainedModel, OnnxConfig]] = {SINGLE: (model, _OwnConfig(model.config, task="default"))}
+    if _constructor(model, task) is not None:
+        _, parts = _get_submodels_and_onnx_configs(
+            model, task, monolith=False, custom_onnx_configs={}, custom_architecture=False, _variant="default",
+            library_name="transformers",
+        )  # fmt: skip
+    if list(parts) == [SINGLE] and not task.endswith(PAST):
+        _follow_(parts[SINGLE][1], model, task, batches)
+    elif list(parts) == [SINGLE] and beside_tokens(batches[0]):
+        _add_inputs_(parts[SINGLE][1], beside_tokens(batches[0]))
+    return parts
+
+
+def _add_inputs_(config: Any, names: Sequence[str]) -> None:
+    """Has the configuration of a decoder take more than Optimum's for each token."""
+    base = type(config)
+
+    def dummies(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        given = base.generate_dummy_inputs(self, *args, **kwargs)
+        return {**given, **dict.fromkeys(names, given["input_ids"] * 0)}
+
+    axes = {**config.inputs, **dict.fromkeys(names, config.inputs["input_ids"])}
+    config.__class__ = type(base.__name__, (base,), {"inputs": axes, "generate_dummy_inputs": dummies})
+
+
+def _constructor(model: PreTrainedModel, task: str) -> Any:
+    """What makes Optimum's configuration of an architecture for a task; `None` if it has none."""
+    try:
+        return TasksManager.get_exporter_config_constructor(
+            "onnx", model=model, task=task, library_name="transformers"
+        )
+    except (KeyError, ValueError, AttributeError):
+        return None
+
+
+class _OwnConfig(OnnxConfig):
+    """Of an architecture that Optimum does not know."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    inputs: dict[str, dict[int, str]] = {}  # noqa: RUF012
+    outputs: dict[str, dict[int, str]] = {}  # noqa: RUF012
+
+
+def _follow_(config: OnnxConfig, model: PreTrainedModel, task: str, batches: Sequence[dict[str, Tensor]]) -> None:
+    """Has a configuration of Optimum's take the inputs of the batches, by name, and give the outputs that come of them."""
+    batch, any_size = to_trace(batches), takes_any_size(model, task)
+    with torch.no_grad():
+        output = model(**batch)
+    names = list(file_outputs(model, output, task))
+    if not is_own(model):
+        names = [name for name in output if name in config.outputs] or names
+    order = [*(name for name in inspect.signature(model.forward).parameters if name in batch), *batch]
+    inputs = {name: config.inputs.get(name) or axes_of(name, batches, task, any_size) for name in dict.fromkeys(order)}
+    lengths = {batch[name].shape[axis]: known for name, axes in inputs.items() for axis, known in axes.items() if axis}
+    outputs = {
+        name: config.outputs.get(name)
+        or {0: "batch_size"} | {axis: lengths[n] for axis, n in enumerate(output[name].shape) if axis and n in lengths}
+        for name in names
+    }
+    config.__class__ = type(
+        type(config).__name__,
+        (type(config),),
+        {
+            "inputs": inputs,
+            "outputs": outputs,
+            "generate_dummy_inputs": lambda self, framework="pt", **_: {
+                name: batch[name].numpy() if framework == "np" else batch[name] for name in inputs
+            },
+        },
+    )
 
 
 def _tie_weights(model: PreTrainedModel, path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -27,13 +28,23 @@ class Backend(Protocol):
     def dummy_batches(self, model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
         """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
 
-    def trace(self, model: PreTrainedModel, folder: Path, task: str, *, fold_constants: bool) -> list[Path]:
+    def trace(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        task: str,
+        batches: Sequence[Mapping[str, Tensor]] | None = None,
+        *,
+        fold_constants: bool,
+    ) -> list[Path]:
         """Writes `model` into an existing folder; the files.
 
         Args:
             model (`PreTrainedModel`): a float32 model on the CPU, in eval mode. Its configuration may be changed.
             folder (`Path`): where to.
             task (`str`): as `resolve_task` gave it.
+            batches (list of `dict[str, torch.Tensor]`, *optional*): what the model takes; a file has these inputs, by name.
+                The random ones by default.
             fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
         """
 

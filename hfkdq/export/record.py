@@ -12,6 +12,8 @@ from ..schema import FreeText, check, read_file
 EXPORT_FACTS = "export_facts.json"
 # Of earlier releases; reports of measurements have this name too.
 FORMER_NAME = "report.json"
+MADE_UP = "made-up inputs"
+"""What files were compared on where there were no data."""
 EXPORT_AGAIN = "Export the model again with export_onnx"
 
 
@@ -76,6 +78,7 @@ class Export(TypedDict, total=False):
     max_abs_logit: float | None
     top1_agreement: float | None
     tolerance: float | None
+    compared_on: FreeText
     quantized_linears: int
     fused_linears: int
     weight_type: FreeText

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .defaults import Array
 from .protocol import PAST
-from .runtime import Array, OnnxSession
+from .runtime import OnnxSession
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # A decoder without and with a cache in one file, and a model that is one file.
 MERGED, SINGLE = "decoder_model_merged", "model"
+_OWN = ("input_ids", "attention_mask", "position_ids", "use_cache_branch")
 # A model that generates is timed for so many tokens.
 TOKENS = 32
 
@@ -60,7 +62,12 @@ class GeneratingFiles:
         self._sessions = {name: OnnxSession(path) for name, path in self._paths.items()}
         self._encodes, self.has_cache = ENCODER in self._sessions, task.endswith(PAST)
         encoder = self._sessions.get(ENCODER)
-        self.input_names = [*encoder.input_names, "decoder_input_ids"] if encoder else ["input_ids", "attention_mask"]
+        single = [] if encoder else self._sessions[SINGLE].input_names
+        # What else there is to know of each token, as its type.
+        self._beside = [name for name in single if name not in _OWN and not name.startswith("past_key_values")]
+        self.input_names = (
+            [*encoder.input_names, "decoder_input_ids"] if encoder else ["input_ids", "attention_mask", *self._beside]
+        )
         self.output_names = ["logits"]
         self._tokens = "decoder_input_ids" if self._encodes else "input_ids"
 
@@ -83,6 +90,7 @@ class GeneratingFiles:
         ids = np.zeros((1, 2), np.int64) if self._encodes else np.pad(example["input_ids"], [(0, 0), (0, 1)])
         longer = () if self._encodes else ("attention_mask", "position_ids")
         given = {name: value for name, value in example.items() if name not in longer}
+        given |= {name: np.pad(given[name], [(0, 0), (0, 1)], mode="edge") for name in self._beside if name in given}
         last = ids.shape[1] - 1
         calls = [Call("encoder", self._paths[ENCODER], given)] if self._encodes else []
         steps = self._steps({**given, self._tokens: ids if self.has_cache else ids[:, :last]}, last)
@@ -115,6 +123,7 @@ class GeneratingFiles:
             inputs["use_cache_branch"] = np.array([start > 0])
             if not self._encodes:
                 inputs.update(_places(arrays, ids, start, end))
+                inputs.update({name: arrays[name][:, start:end] for name in self._beside if name in arrays})
             outputs = self._sessions[name](inputs)
             yield name, inputs, outputs
             for key, value in outputs.items():

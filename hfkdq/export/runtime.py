@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-Array = np.ndarray[Any, Any]
+from .defaults import Array, neutral
+
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32}
-_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 
 
 class OnnxSession:
@@ -29,6 +30,7 @@ class OnnxSession:
 
     Raises:
         ValueError: `threads` is less than 1, or there is no such file.
+        RuntimeError: ONNX Runtime does not load it.
 
     Example:
         ```python
@@ -48,7 +50,9 @@ class OnnxSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with _in_plain_words(path):
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._path = path
         self._types = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
@@ -61,28 +65,43 @@ class OnnxSession:
 
         Args:
             inputs (`Mapping[str, np.ndarray]`): an array per input; what the file does not take is ignored. As a
-                Transformers model does, a missing `attention_mask` counts as ones, missing `token_type_ids` as zeros,
-                and missing `position_ids` as the numbers from 0.
+                Transformers model does, a missing `attention_mask` or `pixel_mask` counts as ones, missing
+                `token_type_ids` as zeros, and missing `position_ids` as the numbers from 0.
 
         Returns:
             `dict[str, np.ndarray]`: an array per output.
 
         Raises:
             ValueError: another input of the file is missing.
+            RuntimeError: ONNX Runtime stops, as where the file works for some lengths alone.
             TypeError: an array cannot become what the file takes without loss of kind, as floats for integers.
         """
         feed = {name: self._fill(name, inputs) for name in self.input_names}
-        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
+        with _in_plain_words(self._path):
+            return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
     def _fill(self, name: str, inputs: Mapping[str, Array]) -> Array:
         if name in inputs:
             return inputs[name].astype(self._types[name], casting="same_kind", copy=False)
-        if name in _DEFAULTS and "input_ids" in inputs:
-            return np.full(inputs["input_ids"].shape, _DEFAULTS[name], self._types[name])
-        if name == "position_ids" and "input_ids" in inputs:
-            shape = inputs["input_ids"].shape
-            return np.broadcast_to(np.arange(shape[-1], dtype=self._types[name]), shape)
+        value = neutral(name, inputs)
+        if value is not None:
+            return value.astype(self._types[name])
         raise ValueError(f"The file takes {', '.join(self.input_names)}; {name} is missing: got {', '.join(inputs)}.")
+
+
+@contextmanager
+def _in_plain_words(path: str | Path) -> Iterator[None]:
+    """Makes one sentence of ONNX Runtime's own errors, which are of no common class."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise RuntimeError(
+            f"ONNX Runtime cannot run {Path(path).name}: {told}. If it was exported just now, this architecture cannot be exported "
+            "for all sizes of its inputs: the tracer took some of them for constants."
+        ) from error
 
 
 def onnx_call(path: str, inputs: Mapping[str, Array], threads: int) -> Callable[[], Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..measuring.evaluation import Evaluation, Runner, Scores
-from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines
+from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines, total_latency
 from .precisions import FLOAT
 from .verify import run_torch
 
@@ -194,9 +194,4 @@ class Timed:
     @property
     def whole(self) -> Latency:
         """All calls together: a sum of medians, and of minima."""
-        found = self.parts.values()
-        return Latency(
-            median_ms=sum(latency.median_ms * times for latency, times in found),
-            min_ms=sum(latency.min_ms * times for latency, times in found),
-            calls=min(latency.calls for latency, _ in found),
-        )
+        return total_latency(self.parts.values())

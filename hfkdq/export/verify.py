@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +14,10 @@ from transformers import PreTrainedModel
 
 from ..measuring.evaluation import Runner
 from ..modeling.batches import check_columns
+from ..modeling.forwards import return_dict_kwargs
 from ..modeling.masks import Batch
+from .inputs import Tensors, is_label, model_inputs
+from .rope import rope_by_length
 
 Collator = Callable[[list[Any]], Batch]
 # Enough to see every code path and a few hundred logits; more would only cost time.
@@ -30,7 +32,8 @@ class Parity:
     """How far an ONNX file is from the torch model, over all outputs and all positions that are not padding.
 
     `top1_agreement` is the share of positions where both have the largest logit at the same place, `None` without classes;
-    `batches` has for each batch the shapes of its inputs and its largest difference.
+    `batches` has for each batch the shapes of its inputs and its largest difference, `by_output` for each output its largest
+    difference and its largest value.
     """
 
     samples: int
@@ -39,51 +42,47 @@ class Parity:
     max_abs_logit: float
     top1_agreement: float | None
     batches: list[dict[str, Any]]
+    by_output: dict[str, dict[str, float]]
 
 
-def sample_batches(batches: Iterator[Batch], model: PreTrainedModel) -> list[Batch]:
-    """The first batches of an iterator, as many as a comparison needs.
+def sample_batches(batches: Iterator[Batch], model: PreTrainedModel, name: str = "calibration") -> list[Tensors]:
+    """What the model takes of the first batches of an iterator, as many as a comparison needs.
 
     `TypeError` if one of them is no batch, `ValueError` if there is none, or it has nothing for the model.
     """
     samples = list(islice(batches, MAX_BATCHES))
     if not samples:
-        raise ValueError(
-            "calibration is empty: there is nothing to compare the exported file on. Give it some batches."
-        )
+        raise ValueError(f"{name} is empty: there is nothing to compare the exported file on. Give it some batches.")
     wrong = next((batch for batch in samples if not isinstance(batch, Mapping)), None)
     if wrong is not None:
         raise TypeError(
-            f"calibration must be a datasets.Dataset or an iterable of batches (dictionaries of tensors), "
+            f"{name} must be a data set with a length or an iterable of batches (dictionaries of tensors), "
             f"got an iterable of {type(wrong).__name__}."
         )
     for batch in samples:
         check_columns(batch, batch, model)
-    return samples
+    return [model_inputs(model, batch) for batch in samples]
 
 
-def beginning(batch: Batch) -> Batch:
-    """The first tokens of the first texts of a batch, without labels: enough to see a cache at work."""
+def beginning(batch: Mapping[str, Tensor]) -> Tensors:
+    """The first tokens of the first texts of a batch: enough to see a cache at work."""
     texts = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
-    length = torch.as_tensor(batch[texts]).shape[1] if texts in batch else 0
+    length = batch[texts].shape[1] if texts in batch else 0
 
-    def cut(name: str, value: Any) -> Tensor:
-        rows = torch.as_tensor(value)[:MAX_ROWS]
+    def cut(name: str, value: Tensor) -> Tensor:
+        rows = value[:MAX_ROWS]
         is_text = name.startswith("decoder_") == (texts != "input_ids") and rows.ndim == 2 and rows.shape[1] == length
         return rows[:, :MAX_TOKENS] if is_text else rows
 
-    return {name: cut(name, value) for name, value in batch.items() if name != "labels"}
+    return {name: cut(name, value) for name, value in batch.items() if not is_label(name)}
 
 
 @torch.no_grad()
-def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[Tensors]:
     """The outputs of a model, in eval mode on the CPU, on each batch by name; labels are left out."""
-    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
-    results = []
-    for batch in batches:
-        outputs = model(**{name: torch.as_tensor(value).cpu() for name, value in batch.items() if name in accepted})
-        results.append({name: value for name, value in outputs.items() if isinstance(value, Tensor)})
-    return results
+    with rope_by_length(model):
+        found = [model(**model_inputs(model, batch), **return_dict_kwargs(model)) for batch in batches]
+    return [{name: value for name, value in one.items() if isinstance(value, Tensor)} for one in found]
 
 
 def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping[str, Tensor]]) -> Parity:
@@ -91,11 +90,12 @@ def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping
 
     `RuntimeError` if one of them gives NaN or infinity, or the file has an output that torch has not, or of another shape.
     """
-    samples, peak, total, count, agree, places = 0, 0.0, 0.0, 0, 0, 0
+    samples, total, count, agree, places = 0, 0.0, 0, 0, 0
+    by_output: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     for batch, wanted in zip(batches, expected, strict=True):
         inputs = {name: torch.as_tensor(value).cpu() for name, value in batch.items()}
-        outputs = runner(inputs)
+        outputs = in_same_order(runner(inputs), wanted)
         samples += len(next(iter(inputs.values())))
         largest = 0.0
         # Positions of an encoder-decoder are those of the decoder.
@@ -103,7 +103,10 @@ def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping
         for name, array in outputs.items():
             want, got = _aligned(name, wanted, array, mask)
             difference = (want - got).abs()
-            largest, peak = max(largest, float(difference.max())), max(peak, float(want.abs().max()))
+            largest = max(largest, float(difference.max()))
+            own = by_output.setdefault(name, {"max_abs_diff": 0.0, "max_abs": 0.0})
+            own["max_abs_diff"] = max(own["max_abs_diff"], float(difference.max()))
+            own["max_abs"] = max(own["max_abs"], float(want.abs().max()))
             total, count = total + float(difference.sum()), count + difference.numel()
             if name == "logits" and want.shape[-1] > 1:
                 agree += int((want.argmax(-1) == got.argmax(-1)).sum())
@@ -114,10 +117,27 @@ def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping
         samples=samples,
         max_abs_diff=max(row["max_abs_diff"] for row in rows),
         mean_abs_diff=total / count,
-        max_abs_logit=peak,
+        max_abs_logit=max(own["max_abs"] for own in by_output.values()),
         top1_agreement=agree / places if places else None,
         batches=rows,
+        by_output=by_output,
     )
+
+
+def in_same_order(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a detector with its queries in the order of others, as their order is free; other outputs as they are."""
+    names = [name for name in ("logits", "pred_boxes") if name in got and name in wanted]
+    if len(names) < 2 or any(got[name].shape != wanted[name].shape for name in names):
+        return dict(got)
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:  # without it detectors are not trained either
+        return dict(got)
+    theirs, ours = (torch.cat([one[name].float() for name in names], -1) for one in (wanted, got))
+    distances = torch.cdist(theirs, ours).nan_to_num(nan=1e9)  # (batch, queries, queries)
+    order = torch.stack([torch.as_tensor(linear_sum_assignment(one)[1]) for one in distances.numpy()])
+    rows = torch.arange(len(order))[:, None]
+    return {name: value[rows, order] if name in names else value for name, value in got.items()}
 
 
 def _aligned(name: str, expected: Mapping[str, Tensor], got: Tensor, mask: Any) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import denumpify_detensorize
 from transformers.utils import logging
 
@@ -109,6 +110,13 @@ class Evaluation:
         tops = trainer.top_classes if isinstance(trainer, RunnerTrainer) else []
         return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64))
 
+    def batches(self, model: PreTrainedModel, batch_size: int) -> Iterator[dict[str, Any]]:
+        """The batches of the data set, with what an encoder-decoder makes of the labels."""
+        trainer = self.trainer(model, batch_size=batch_size)
+        for batch in trainer.get_eval_dataloader(self.dataset):
+            labels = [batch[name] for name in trainer.label_names if name in batch]
+            yield _with_decoder_inputs(model, dict(batch), labels)
+
     def first_example(self, model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
         """The first example as a batch of one, without labels."""
         trainer = self.trainer(model, batch_size=1)
@@ -127,28 +135,53 @@ class RunnerTrainer(Trainer):
         super().__init__(**kwargs)
         self._runner = runner
         self.top_classes: list[Tensor] = []
+        self._names: list[str] | None = None
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        batch = {name: _on_cpu(value) for name, value in inputs.items() if isinstance(value, Tensor)}
-        labels = tuple(batch.pop(name) for name in self.label_names if name in batch)
-        if len(labels) == 1 and "decoder_input_ids" not in batch and hasattr(model, _SHIFT):
-            batch["decoder_input_ids"] = getattr(model, _SHIFT)(labels[0])  # as the model itself does
-        outputs = self._runner(batch)
+        labels = tuple(inputs[name] for name in self.label_names if inputs.get(name) is not None)
+        batch = {
+            name: _on_cpu(value)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and name not in self.label_names
+        }
+        outputs = self._runner(_with_decoder_inputs(model, batch, labels))
         self.top_classes += [_top_classes(value, labels) for name, value in outputs.items() if name in _CLASSES]
-        return None, _alone(tuple(outputs.values())), _alone(labels)
+        if any(not isinstance(entry, Tensor) for entry in labels):
+            outputs = self._in_place(model, inputs, outputs)
+        return None, _alone(tuple(outputs.values())), _alone(nested_detach(labels))
+
+    def _in_place(self, model: nn.Module, inputs: Any, outputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The outputs at the places that the Trainer has them at, where a model that has labels gives others before them."""
+        if self._names is None:
+            with torch.no_grad():
+                self._names = [name for name in model(**self._prepare_inputs(inputs)) if name != "loss"]
+        last = max((self._names.index(name) for name in outputs if name in self._names), default=-1)
+        return {name: outputs.get(name, {}) for name in self._names[: last + 1]} | dict(outputs)
 
 
-def _top_classes(logits: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+def _with_decoder_inputs(model: nn.Module, batch: dict[str, Any], labels: Sequence[Any]) -> dict[str, Any]:
+    """A batch with the decoder's inputs that the model itself makes of the labels."""
+    if (
+        len(labels) == 1
+        and isinstance(labels[0], Tensor)
+        and "decoder_input_ids" not in batch
+        and hasattr(model, _SHIFT)
+    ):
+        return {**batch, "decoder_input_ids": getattr(model, _SHIFT)(labels[0])}
+    return batch
+
+
+def _top_classes(logits: Tensor, labels: tuple[Any, ...]) -> Tensor:
     """The likeliest classes, flat, without the places whose label says that they do not count."""
-    if logits.shape[-1] == 1:
+    if logits.shape[-1] == 1 or any(not isinstance(entry, Tensor) for entry in labels):
         return torch.zeros(0, dtype=torch.int64)
     tops = logits.argmax(-1)  # logits without their last axis
     return tops[labels[0] != -100] if labels and labels[0].shape == tops.shape else tops.flatten()
 
 
-def _alone(values: tuple[Tensor, ...]) -> Any:
+def _alone(values: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values or None
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,3 +175,13 @@ def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -
             time.sleep(SETTLE_SECONDS)
             timings[index] += worker.time(TURN_SECONDS)
     return [Latency(median_ms=statistics.median(ms), min_ms=min(ms), calls=len(ms)) for ms in timings]
+
+
+def total_latency(found: Iterable[tuple[Latency, int]]) -> Latency:
+    """The latency of several calls, each so many times: a sum of medians, and of minima."""
+    found = list(found)
+    return Latency(
+        median_ms=sum(latency.median_ms * times for latency, times in found),
+        min_ms=sum(latency.min_ms * times for latency, times in found),
+        calls=min(latency.calls for latency, _ in found),
+    )

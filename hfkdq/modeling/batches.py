@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
@@ -31,7 +33,8 @@ def make_batches(
 
     Args:
         model (`PreTrainedModel`): its forward signature tells which columns to keep.
-        data (`datasets.Dataset`, `datasets.IterableDataset` or iterable of `dict`): examples, or batches.
+        data (`datasets.Dataset`, `datasets.IterableDataset`, `torch.utils.data.Dataset` or iterable of `dict`): examples,
+            or batches.
         batch_size (`int`): examples in a batch.
         data_collator (`Callable`, *optional*): makes a batch of examples. It gets all columns where the model takes none of
             them, as where it makes inputs of images.
@@ -44,9 +47,10 @@ def make_batches(
     Raises:
         ValueError: the data set has not the columns that the model takes; while batches are made, its examples make none.
     """
-    if not isinstance(data, (Dataset, IterableDataset)):
+    is_ours = isinstance(data, (Dataset, IterableDataset))
+    if not is_ours and not _has_examples(data):
         return data
-    columns = list(data.column_names or next(iter(data)))
+    columns = list((data.column_names if is_ours else None) or next(iter(data)))
     accepted = forward_columns(model)
     if labels:
         accepted |= {"label", "label_ids"}
@@ -55,13 +59,32 @@ def make_batches(
     kept = [name for name in columns if name in accepted]
     # A transform makes the model's columns out of others, which must still be there.
     is_transformed = getattr(data, "format", {}).get("type") == "custom"
-    if not is_transformed and (data_collator is None or model.main_input_name in kept):
+    selects = not is_transformed and (data_collator is None or model.main_input_name in kept)
+    if selects:
         check_columns(kept, columns, model)
+    if selects and is_ours:
         data = data.remove_columns([name for name in columns if name not in kept])
     if data_collator is None:
-        pads = hasattr(processing_class, "pad")
+        made = getattr(
+            processing_class, "model_input_names", ()
+        )  # image processors pad images, which the Trainer does not
+        pads = hasattr(processing_class, "pad") and ("input_ids" in made or "pixel_values" not in made)
         data_collator = DataCollatorWithPadding(processing_class) if pads else default_data_collator
-    return _Collated(DataLoader(data, batch_size=batch_size, collate_fn=data_collator))
+    collate = data_collator
+    if selects and not is_ours:
+        wanted, given = set(kept), data_collator
+
+        def collate(examples: list[Any]) -> Batch:
+            return given([{name: one[name] for name in one if name in wanted} for one in examples])
+
+    return _Collated(DataLoader(data, batch_size=batch_size, collate_fn=collate))
+
+
+def _has_examples(data: Any) -> bool:
+    """Whether these are examples and no batches: a data set of torch's, or what has a length and numbers as one does."""
+    if isinstance(data, torch.utils.data.Dataset):
+        return True
+    return hasattr(data, "__len__") and hasattr(data, "__getitem__") and not hasattr(data, "__iter__")
 
 
 class _Collated:
@@ -113,6 +136,14 @@ def check_batch(batch: Mapping[str, Any], number: int) -> None:
             )
 
 
+def _placed(value: Any, model: PreTrainedModel) -> Any:
+    """A tensor, or the array or lists of numbers that stand for one, on the model's device."""
+    if isinstance(value, (np.ndarray, list)):
+        with contextlib.suppress(ValueError, TypeError, RuntimeError):  # lists of dictionaries, as labels of detectors
+            value = torch.as_tensor(value)
+    return value.to(model.device) if torch.is_tensor(value) else value
+
+
 def on_device(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[dict[str, Any]]:
     """The batches on the model's device, checked, with a progress bar.
 
@@ -123,6 +154,6 @@ def on_device(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[d
     count = 0
     for count, batch in enumerate(logging.tqdm(batches, desc=what, unit="batch"), start=1):
         check_batch(batch, count)
-        yield {k: value.to(model.device) if torch.is_tensor(value) else value for k, value in batch.items()}
+        yield {name: _placed(value, model) for name, value in batch.items()}
     if not count:
         raise ValueError("The calibration data hold no batch, so there is nothing to measure on. Give at least one.")

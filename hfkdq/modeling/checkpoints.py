@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from ..files import refuse_missing
 from ..schema import brief, check_depth
@@ -25,11 +26,12 @@ def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}
 
 
-def load_config(path: str, **kwargs: Any) -> PretrainedConfig:
+def load_config(path: str, config_class: type[PretrainedConfig] | None = None, **kwargs: Any) -> PretrainedConfig:
     """The configuration of a checkpoint; its files are looked through first, if it is a folder.
 
     Args:
         path (`str`): a folder or a model id on the Hub.
+        config_class (`type`, *optional*): its class, where it is one of the user's own.
         kwargs (*optional*): of `from_pretrained`; those that say where files are count.
 
     Raises:
@@ -44,6 +46,8 @@ def load_config(path: str, **kwargs: Any) -> PretrainedConfig:
         check_json(folder, ["config.json", "generation_config.json", INDEX])
         _check_weights(folder)
     try:
+        if config_class is not None:
+            return config_class.from_pretrained(path, **hub_arguments(kwargs))
         # Without False Transformers asks at the terminal whether to run the code of a checkpoint.
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **hub_arguments(kwargs))
     except (OSError, ValueError, ImportError):
@@ -97,20 +101,29 @@ def check_json(folder: Path, names: Iterable[str]) -> None:
 
 
 def checkpoint_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of Transformers that a checkpoint's configuration names.
+    """The class that a checkpoint's configuration names: of Transformers, or registered with one of its Auto classes.
 
     Raises:
-        ValueError: it names none, or one that Transformers does not have.
+        ValueError: it names none, or one that is neither.
     """
     names = config.architectures or []
     name = names[0] if isinstance(names, list) and names else None
     model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    registered = {cls.__name__: cls for cls in _registered(type(config))}
+    model_class = registered.get(str(name), model_class)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ValueError(
             f"The configuration names {names!r:.200} as its architecture, which transformers {transformers.__version__} does "
-            "not have. Load the model yourself, with the code it was made with."
+            "not have. Load the model yourself, with the code it was made with; a class of your own that is registered with "
+            "an Auto class (AutoModelFor....register) is found."
         )
     return model_class
+
+
+def _registered(config_class: type) -> list[type]:
+    """The classes of the user's own that were registered with an Auto class for a configuration."""
+    mappings = [getattr(one, "_extra_content", {}).get(config_class) for one in vars(modeling_auto).values()]
+    return [cls for entry in mappings if entry for cls in (entry if isinstance(entry, tuple) else (entry,))]
 
 
 def _check_configured(folder: Path) -> None:

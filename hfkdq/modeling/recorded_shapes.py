@@ -41,12 +41,18 @@ def has_recorded_shapes(config: PretrainedConfig) -> bool:
     return "shapes" in read_facts(config)
 
 
-def load_checkpoint(path: str, config: PretrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_checkpoint(
+    path: str,
+    config: PretrainedConfig | None = None,
+    model_class: type[PreTrainedModel] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """The model of a checkpoint: of the class that its configuration names, with the shapes that it records.
 
     Args:
         path (`str`): a folder or a model id on the Hub.
         config (`PretrainedConfig`, *optional*): the configuration, if it is loaded already.
+        model_class (`type`, *optional*): the class, where it is one of the user's own.
         kwargs (*optional*): passed to `from_pretrained`.
 
     Raises:
@@ -54,7 +60,8 @@ def load_checkpoint(path: str, config: PretrainedConfig | None = None, **kwargs:
     """
     if config is None:
         config = load_config(path, **kwargs)
-    model_class = checkpoint_class(config)
+    if model_class is None:
+        model_class = checkpoint_class(config)
     record = read_facts(config).get("shapes")
     if record is None:
         return load_weights(model_class, path, **kwargs)

@@ -139,19 +139,24 @@ def _check_ranges(model: PreTrainedModel) -> None:
         raise ValueError(f"The model does not stay finite on the calibration data. {error}") from error
 
 
-def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
+def load_quantized(
+    path: str, model: PreTrainedModel | type[PreTrainedModel] | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Loads a checkpoint together with the fake quantizers that its configuration records.
 
     The same logits as the model that was saved, bit for bit; `from_pretrained` loads the same weights without them.
 
     Args:
         path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
+        model (`PreTrainedModel` or its class, *optional*): a class of your own, or a model of it, that is not registered
+            with an Auto class. A model stays as it is; another of its class is returned.
         kwargs (*optional*): passed to `from_pretrained`; `dtype` is that of the file by default.
 
     Returns:
         `PreTrainedModel`: the quantized model, in eval mode.
 
     Raises:
+        TypeError: `model` is neither.
         ValueError: the configuration records no quantization, or names no class of Transformers.
 
     Example:
@@ -161,13 +166,16 @@ def load_quantized(path: str, **kwargs: Any) -> PreTrainedModel:
         model = load_quantized("out/checkpoint-500")
         ```
     """
-    config = load_config(path, **kwargs)
+    own = type(model) if isinstance(model, PreTrainedModel) else model
+    if own is not None and not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
+        raise TypeError(f"model must be a PreTrainedModel or a class of them, got {type(model).__name__}.")
+    config = load_config(path, None if own is None else own.config_class, **kwargs)
     recorded = recorded_quantization(config)
     if recorded is None:
         raise ValueError(
             f"The configuration of {path} records no quantization by hfkdq. Load it with from_pretrained, and "
             "quantize it with quantize(model, spec, calibration)."
         )
-    model = load_checkpoint(path, config, **{"dtype": "auto", **kwargs})
+    loaded = load_checkpoint(path, config, own, **{"dtype": "auto", **kwargs})
     spec, record = recorded
-    return restore_record_(prepare_qat_(model, spec_of_former(model, spec, record)), record).eval()
+    return restore_record_(prepare_qat_(loaded, spec_of_former(loaded, spec, record)), record).eval()

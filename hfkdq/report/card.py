@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 
 from ..export.precisions import DYNAMIC, recorded_precision
+from ..export.record import MADE_UP
 from ..facts import describe_facts
 from ..modeling.tasks import task_of
 from ..secrets import redact
@@ -183,6 +184,8 @@ def _export(report: ReportData) -> str:
             f". Of its {parity['quantized_linears']} quantized layers that are matrix products, ONNX Runtime ran "
             f"{parity['fused_linears']} on integers where it was exported"
         )
+    if parity.get("compared_on") == MADE_UP:
+        line += ". It was compared with the model on made-up inputs, as there were no data"
     return f"{line}."
 
 

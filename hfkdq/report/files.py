@@ -109,7 +109,17 @@ def check_beside(report: ReportData, path: Path) -> None:
 
 def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The record of an export without private values and without what a report has elsewhere."""
-    others = ("metrics", "latency", "choice", "batches", "incremental_decode", "step_by_step", "files", "model")
+    others = (
+        "metrics",
+        "latency",
+        "choice",
+        "batches",
+        "by_output",
+        "incremental_decode",
+        "step_by_step",
+        "files",
+        "model",
+    )
     return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
 

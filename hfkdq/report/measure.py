@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import (
     EvalPrediction,
@@ -24,11 +26,11 @@ from transformers.utils import logging
 
 from ..export.graph import multiplies_exactly
 from ..export.record import export_file, read_export
-from ..export.runner import SingleFile
+from ..export.runner import open_files
 from ..export.runtime import onnx_call
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
-from ..measuring.latency import TimedEngine, check_counts, time_engines
+from ..measuring.latency import TimedEngine, check_counts, time_engines, total_latency
 from ..measuring.torch_engine import torch_call
 from ..modeling.tasks import task_of
 from .data import Engine, row_name
@@ -80,9 +82,13 @@ def measure(
             engines.append(row[0])
             timed.append(row[1])
         if latency_rounds:
-            latencies = time_engines(timed, threads=threads, rounds=latency_rounds)
+            times = iter(
+                time_engines([call for calls in timed for call in calls], threads=threads, rounds=latency_rounds)
+            )
+            latencies = [total_latency([(next(times), 1) for _ in calls]) if calls else None for calls in timed]
             engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
-    inputs = {name: list(array.shape) for name, array in timed[len(models) - 1].inputs.items()}
+        example = evaluation.first_example(student)
+    inputs = {name: list(array.shape) for name, array in example.items()}
     timing = {"device": "cpu", "threads": threads, "rounds": latency_rounds, "inputs": inputs}
     return {
         "engines": tuple(engines),
@@ -98,7 +104,7 @@ def measure(
 
 def _measure_torch(
     name: str, model: PreTrainedModel, evaluation: Evaluation, folder: Path
-) -> tuple[Engine, TimedEngine]:
+) -> tuple[Engine, list[TimedEngine]]:
     metrics = evaluation.metrics(name, model)
     model.save_pretrained(folder)
     # Learned ranges of fake quantizers are parameters in memory, but not of the checkpoint.
@@ -113,27 +119,38 @@ def _measure_torch(
         parameters=sum(value.numel() for key, value in model.named_parameters() if key in saved),
         sparsity=sum(int((weight == 0).sum()) for weight in weights) / total if total else None,
     )
-    return engine, TimedEngine(name, torch_call, folder, evaluation.first_example(model))
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        logger.warning(f"The {name} is not timed: its class, {type(model).__name__}, is not known to another process.")
+        return engine, []
+    example = evaluation.first_example(model)
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # the first token, as the files are timed on
+        example.setdefault("decoder_input_ids", np.zeros((1, 1), np.int64))
+    return engine, [TimedEngine(name, torch_call, folder, example)]
 
 
 def _measure_onnx(
     name: str, student: PreTrainedModel, folder: Path, facts: dict[str, Any], evaluation: Evaluation
-) -> tuple[Engine, TimedEngine]:
-    file = folder / "model.onnx"
+) -> tuple[Engine, list[TimedEngine]]:
+    files = open_files(folder, facts.get("task", ""))
     if facts.get("weight_type") == "int8" and not multiplies_exactly():
         logger.warning(
-            f"{file} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
+            f"{folder} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
             "is worse than on one with VNNI. Export with weight_type='uint8' for this one."
         )
     engine = Engine(
         name=name,
         kind="onnx",
-        metrics=evaluation.metrics(name, student, SingleFile(file)),
-        size=sum(part.stat().st_size for part in folder.glob("model.onnx*")),
+        metrics=evaluation.metrics(name, student, files),
+        size=sum(part.stat().st_size for part in folder.glob("*.onnx*")),
         parity=public_parity(facts),
         files=facts["files"],
     )
-    return engine, TimedEngine(name, onnx_call, file, evaluation.first_example(student))
+    # Of a model that generates it is the prompt that is timed, as in torch; next tokens are in the record of the export.
+    calls = [call for call in files.calls(evaluation.first_example(student)) if call.part != "next token"]
+    labels = [name if len(calls) == 1 else f"{name}, {call.part}" for call in calls]
+    return engine, [
+        TimedEngine(label, onnx_call, call.path, call.inputs) for label, call in zip(labels, calls, strict=True)
+    ]
 
 
 def _check_models(models: Mapping[str, Any]) -> None:
@@ -156,7 +173,8 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        missing = [file.name for file in (folder / "model.onnx", export_file(folder)) if not file.is_file()]
+        wanted = {"model.onnx": any(folder.glob("*.onnx")), export_file(folder).name: export_file(folder).is_file()}
+        missing = [what for what, is_there in wanted.items() if not is_there]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")
         if name in taken:
@@ -175,7 +193,10 @@ def _task(model: PreTrainedModel) -> str | None:
 
 
 def hub_id(model: PreTrainedModel) -> str | None:
-    """The Hub id in the model's configuration, unless what stands there is a local folder."""
-    name = str(getattr(model.config, "_name_or_path", ""))
+    """The Hub id in the model's configuration, unless what stands there is or was a local folder."""
+    config = model.config
+    name = str(getattr(config, "_name_or_path", ""))
     looks_like_one = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and "/checkpoint-" not in name
-    return name if looks_like_one and not Path(name).exists() else None
+    # What was read from a file has a version, and a commit if the file came from the Hub.
+    is_local = config.transformers_version is not None and not getattr(config, "_commit_hash", None)
+    return name if looks_like_one and not is_local and not Path(name).exists() else None

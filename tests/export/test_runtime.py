@@ -48,6 +48,14 @@ def test_mask_and_token_types_have_the_defaults_of_transformers(path):
     np.testing.assert_array_equal(out["sum"], [[50, 60]])
 
 
+def test_errors_of_onnx_runtime_are_told_in_a_sentence(path, tmp_path):
+    with pytest.raises(RuntimeError, match=r"cannot run model.onnx: .*cannot be exported for all sizes"):
+        OnnxSession(path)({"input_ids": np.ones((2, 3)).astype(int), "attention_mask": np.ones((2, 4)).astype(int)})
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(RuntimeError, match=r"cannot run broken.onnx: "):
+        OnnxSession(tmp_path / "broken.onnx")
+
+
 def test_bad_input(path, tmp_path):
     session = OnnxSession(path)
     with pytest.raises(ValueError, match="input_ids is missing: got attention_mask"):

@@ -14,7 +14,12 @@ MAX_BYTES = 2**31 - 2**26
 def load_graph(path: Path) -> ir.Model:
     """Reads a file, with the weights that lie beside it."""
     model = ir.load(path)
-    ir.external_data.load_to_model(model)  # what is written to the same place would be gone from there
+    # What is written to the same place would be gone from there.
+    ir.external_data.load_to_model(model)
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            if isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().copy()))
     return model
 
 
@@ -26,3 +31,6 @@ def save_graph(model: ir.Model, path: Path, suffix: str = "_data") -> None:
     names = [f"{path.name}.data", f"{path.name}_data"]
     beside = next((name for name in names if path.with_name(name).exists()), f"{path.name}{suffix}")
     ir.save(model, path, external_data=beside if size > MAX_BYTES else None)
+    for name in names:
+        if size <= MAX_BYTES or name != beside:
+            path.with_name(name).unlink(missing_ok=True)  # weights of the file before, to which nothing refers now
