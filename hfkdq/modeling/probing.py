@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 try:
-    from transformers.initialization import no_init_weights
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
 except ImportError:  # Transformers 4
     from transformers.modeling_utils import no_init_weights  # type: ignore[no-redef,attr-defined,unused-ignore]
 

@@ -103,7 +103,7 @@ class Probe:
                 f"Parts of {type(model).__name__} lie on disk, so it was not tried. Load it without device_map."
             )
         dtype = torch.float64 if model.num_parameters() <= _IN_DOUBLE else model.dtype
-        twin = copy.deepcopy(model).to("cpu", dtype).eval()
+        twin = cast(Any, copy.deepcopy(model)).to("cpu", dtype).eval()
         if model.dtype != torch.float32:  # its tables of positions may be rounded; those of a loaded model are not
             for name, buffer in _built_buffers(model).items():
                 owner, _, last = name.rpartition(".")

@@ -106,10 +106,11 @@ def _width_candidates(
             # The code truncates the product, so a ratio between two that fit is safe from rounding.
             fields[name] = value * share * (1.0 + 1e-9)
             continue
-        counts = {count for target, count in zip(targets, kept, strict=True) if target.units == value}
-        if len(values) > 1:  # an encoder and a decoder with widths of their own
-            part = name.partition("_")[0]
-            counts = {c for target, c in zip(targets, kept, strict=True) if f".{part}." in f".{target.name}."}
+        counts = {
+            round(value * count / target.units)  # shared experts may be several times as wide
+            for target, count in zip(targets, kept, strict=True)
+            if isinstance(target, GroupTarget) and target.group.field == name
+        }
         if len(counts) == 1:
             fields[name] = counts.pop()
     return [fields]
