@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as data_field
@@ -61,7 +60,7 @@ class CountedStack:
     def bound_to(self) -> list[int]:
         """Places of layers, from 0, that hold other tensors than a layer built at their place would, and so cannot go."""
         names = [frozenset(name for name, _ in layer.named_parameters()) for layer in self.layers]
-        usual = Counter(names).most_common(1)[0][0]
+        usual = max(names, key=lambda own: (names.count(own), own == names[-1]))
         return [place for place, own in enumerate(names) if own != usual and not self._can_go(place)]
 
     def _can_go(self, place: int) -> bool:
@@ -263,9 +262,10 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
         return None
     marker = f".{count}."
     prefixes = {key.partition(marker)[0] for key in after.keys() - before.keys() if marker in key}
-    if len(prefixes) != 1 or before.keys() - after.keys():
+    where = prefixes.pop() if len(prefixes) == 1 else ""
+    added = after.keys() - before.keys()  # of that layer alone: one more stage changes others too
+    if not all(key.startswith(f"{where}{marker}") for key in added) or before.keys() - after.keys():
         return None
-    where = prefixes.pop()
     layers = dict(model.named_modules()).get(where)
     if not isinstance(layers, nn.ModuleList):
         return None

@@ -34,9 +34,12 @@ def refit_(layer: nn.Module, old: nn.Module, new: nn.Module) -> None:
     `new` is a layer that was built under the new number; `layer` may be the one or the other. The scale of attention (GPT-2,
     ImageGPT) goes into the queries, the lambda of DiffLlama into its vectors and its output layer.
     """
+    places, former = dict(layer.named_modules()), dict(old.named_modules())
     for name, built in new.named_modules():
-        module = layer.get_submodule(name)
-        before, after = _numbers_of(old.get_submodule(name)), _numbers_of(built)
+        if name not in former or name not in places:
+            continue
+        module = places[name]
+        before, after = _numbers_of(former[name]), _numbers_of(built)
         if before.get("scaling") != after.get("scaling"):
             _scale_queries_(module, before["scaling"] / after["scaling"])
         if before.get("lambda_init") != after.get("lambda_init"):

@@ -78,38 +78,38 @@ class Probe:
     """
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> None:
-        self.twin = self.twin_of(model)
-        for made in [*_made_batches(model), *([batch] if batch else [])]:
-            self.batch = {
-                key: value.to("cpu", self.twin.dtype if value.is_floating_point() else value.dtype)
-                for key, value in made.items()
-                if torch.is_tensor(value) and key != "labels"
-            }
-            try:
-                if self.outputs(self.twin):
-                    return
-            except Exception:  # whatever a class raises for inputs that are not its own
-                continue
+        small = model.num_parameters() <= _IN_DOUBLE
+        for self._dtype in (torch.float64, model.dtype) if small else (model.dtype,):
+            self.twin = self.twin_of(model)
+            for made in [*_made_batches(model), *([batch] if batch else [])]:
+                self.batch = {
+                    key: value.to("cpu", self._dtype if value.is_floating_point() else value.dtype)
+                    for key, value in made.items()
+                    if torch.is_tensor(value) and key != "labels"
+                }
+                try:
+                    if self.outputs(self.twin):
+                        return
+                except Exception:  # whatever a class raises for inputs, or a precision, that are not its own
+                    continue
         raise ValueError(
             f"{type(model).__name__} ran on none of the batches that are made up for it, so what becomes of it was not "
             "compared. Run it before and after on a batch of your own."
         )
 
-    @staticmethod
-    def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    def twin_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Such a copy of a model."""
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError(
                 f"Parts of {type(model).__name__} lie on disk, so it was not tried. Load it without device_map."
             )
-        dtype = torch.float64 if model.num_parameters() <= _IN_DOUBLE else model.dtype
-        twin = cast(Any, copy.deepcopy(model)).to("cpu", dtype).eval()
+        twin = cast(Any, copy.deepcopy(model)).to("cpu", self._dtype).eval()
         if model.dtype != torch.float32:  # its tables of positions may be rounded; those of a loaded model are not
             for name, buffer in _built_buffers(model).items():
                 owner, _, last = name.rpartition(".")
                 module = twin.get_submodule(owner)
                 if last in module._non_persistent_buffers_set and last in module._buffers:
-                    module._buffers[last] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+                    module._buffers[last] = buffer.to(self._dtype) if buffer.is_floating_point() else buffer
         if "flash" in str(getattr(twin.config, "_attn_implementation", "")):
             twin.set_attn_implementation("sdpa")
         return twin
