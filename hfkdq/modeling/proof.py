@@ -134,7 +134,8 @@ class Probe:
             model.generation_config = GenerationConfig()
         with tempfile.TemporaryDirectory() as folder, _silent():
             model.save_pretrained(folder)
-            loaded = load(folder, dtype=model.dtype, **_attention_of(model))
+            eager = getattr(model.config, "_attn_implementation", None) == "eager"  # others are not for every backbone
+            loaded = load(folder, dtype=model.dtype, **({"attn_implementation": "eager"} if eager else {}))
             return self.outputs(loaded.eval())
 
 
@@ -163,11 +164,6 @@ def _built_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
             return dict(type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32).named_buffers())
     except Exception:  # not every model is what its configuration says
         return {}
-
-
-def _attention_of(model: PreTrainedModel) -> dict[str, str]:
-    chosen = getattr(model.config, "_attn_implementation", None)
-    return {"attn_implementation": chosen} if isinstance(chosen, str) else {}
 
 
 def _made_batches(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
