@@ -44,7 +44,8 @@ def make_student(
     `student.config.hfkdq["student"]`. Neither the teacher nor the random number generator is touched.
 
     With `num_layers`, layer `i` of `S` (counted from 1) is layer `round(i * T / S)` of the teacher's `T`, halves
-    rounded up: evenly spaced, the last one always among them. Starting from copied layers is the way of Sanh et al.,
+    rounded up: evenly spaced, the last one always among them; where a layer has no other place (the first of ModernBERT) or no
+    configuration says so, the nearest that can be. Starting from copied layers is the way of Sanh et al.,
     "DistilBERT, a distilled version of BERT" (2019). Of an encoder-decoder, encoder and decoder are cut apart, and what is
     not said stays whole: Gandhi et al., "Distil-Whisper" (2023), keep the encoder and two layers of the decoder. To choose
     layers by what they matter, or to cut width, use [`prune`].
@@ -63,8 +64,8 @@ def make_student(
 
     Raises:
         TypeError: `teacher` is no `PreTrainedModel`.
-        ValueError: both or neither of a number and its layers, one of them out of range, a teacher without a
-            clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
+        ValueError: both or neither of a number and its layers, one of them out of range, layers that would compute
+            something else in the student, a teacher without a clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
 
     Example:
         ```python

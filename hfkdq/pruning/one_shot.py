@@ -57,7 +57,8 @@ def prune(
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: the spec does not fit the model, or data are missing. The model is then as it was.
+        ValueError: the spec does not fit the model, a copy pruned so computes something else, or data are missing. The model
+            is then as it was.
 
     Example:
         ```python
