@@ -9,9 +9,24 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .facts import record_fact
-from .modeling import CountedStack, config_with, evenly_spaced_layers, fields_of_depth, find_layer_stacks
+from .modeling import (
+    CountedStack,
+    Probe,
+    bypass_,
+    config_with,
+    differing,
+    evenly_spaced_layers,
+    find_layer_stacks,
+    has_recorded_shapes,
+    load_checkpoint,
+    refit_,
+)
+from .schema import brief
+
+logger = logging.get_logger(__name__)
 
 
 def make_student(
@@ -29,7 +44,8 @@ def make_student(
     `student.config.hfkdq["student"]`. Neither the teacher nor the random number generator is touched.
 
     With `num_layers`, layer `i` of `S` (counted from 1) is layer `round(i * T / S)` of the teacher's `T`, halves
-    rounded up: evenly spaced, the last one always among them. Starting from copied layers is the way of Sanh et al.,
+    rounded up: evenly spaced, the last one always among them; where a layer has no other place (the first of ModernBERT) or no
+    configuration says so, the nearest that can be. Starting from copied layers is the way of Sanh et al.,
     "DistilBERT, a distilled version of BERT" (2019). Of an encoder-decoder, encoder and decoder are cut apart, and what is
     not said stays whole: Gandhi et al., "Distil-Whisper" (2023), keep the encoder and two layers of the decoder. To choose
     layers by what they matter, or to cut width, use [`prune`].
@@ -48,8 +64,8 @@ def make_student(
 
     Raises:
         TypeError: `teacher` is no `PreTrainedModel`.
-        ValueError: both or neither of a number and its layers, one of them out of range, a teacher without a
-            clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
+        ValueError: both or neither of a number and its layers, one of them out of range, layers that would compute
+            something else in the student, a teacher without a clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
 
     Example:
         ```python
@@ -76,27 +92,105 @@ def make_student(
         )
     if len(stacks) > 1 and first == second == (None, None):
         raise ValueError("Say what to keep: num_layers of the encoder, num_decoder_layers of the decoder, or both.")
-    kept = []
+    kept, even = [], []
     for stack, (number, chosen) in zip(stacks, (first, second), strict=False):
+        total = len(stack)
         if len(stacks) > 1 and number is None and chosen is None:
-            kept.append(list(range(1, len(stack) + 1)))
+            kept.append(list(range(1, total + 1)))
         else:
-            kept.append(_evenly_spaced(number, len(stack)) if chosen is None else _checked(chosen, number, len(stack)))
-    fields: dict[str, Any] = {}
-    for stack, numbers in zip(stacks, kept, strict=True):
-        fields |= fields_of_depth(teacher.config, len(stack), [number - 1 for number in numbers], stack.field)
-    # Built on the CPU, so that its generator is the only one to put back.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        student = type(teacher)._from_config(config_with(teacher.config, **fields), dtype=teacher.dtype)
-    student.to(teacher.device)
-    _copy_weights(teacher, student, stacks, kept)
-    if getattr(teacher, "generation_config", None) is not None:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+            kept.append(_evenly_spaced(number, total) if chosen is None else _checked(chosen, number, total))
+        if chosen is None and not stack.is_sayable([layer - 1 for layer in kept[-1]]):
+            kept[-1] = _nearest(stack, kept[-1])
+        even.append(chosen is None)
+    kept += [list(range(1, len(stack) + 1)) for stack in stacks[2:]]
+    try:
+        student = _copied(teacher, stacks, kept)
+    except _OtherTensors:
+        if not any(even):
+            raise
+        for i, free in enumerate(even):
+            kept[i] = _nearest(stacks[i], kept[i]) if free else kept[i]
+        student = _copied(teacher, stacks, kept)
+    _prove(teacher, student, stacks, kept)
     fact: dict[str, Any] = {"teacher_layers": len(stacks[0]), "layers": kept[0]}
     if len(stacks) > 1:
         fact |= {"teacher_decoder_layers": len(stacks[1]), "decoder_layers": kept[1]}
     record_fact(student, "student", fact)
     return student.eval()
+
+
+class _OtherTensors(ValueError):
+    """Layers hold other tensors than their places in the student have."""
+
+
+def _copied(teacher: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]) -> PreTrainedModel:
+    """A model of the layers `kept` of each stack, with the weights of the teacher."""
+    fields: dict[str, Any] = {}
+    for stack, numbers in zip(stacks, kept, strict=True):
+        fields |= stack.fields([number - 1 for number in numbers])
+    # Built on the CPU, so that its generator is the only one to put back.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        student = type(teacher)._from_config(config_with(teacher.config, **fields), dtype=teacher.dtype)
+    student.to(teacher.device)
+    _copy_weights(teacher, student, stacks, kept)
+    for stack, numbers in zip(stacks, kept, strict=True):
+        for layer, number in zip(stack.in_model(student), numbers, strict=True):
+            refit_(layer, stack.layers[number - 1], layer)
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
+
+
+def _nearest(stack: CountedStack, numbers: list[int]) -> list[int]:
+    """As many layers, as near to `numbers` as may be, with those that can stand nowhere else."""
+    bound = stack.bound_to()
+    if len(bound) > len(numbers):
+        raise ValueError(
+            f"{stack.name} needs {len(numbers)} layers and more: {', '.join(str(place + 1) for place in bound)} hold tensors "
+            "that no other place has."
+        )
+    costs = [[float(abs(layer + 1 - number)) for layer in range(len(stack))] for number in numbers]
+    chosen = stack.choose(costs, bound) or [number - 1 for number in numbers]
+    return [layer + 1 for layer in chosen]
+
+
+def _prove(
+    teacher: PreTrainedModel, student: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]
+) -> None:
+    """Compares a student, as it is and as it is loaded again, with the teacher whose other layers hand on their input.
+
+    Raises:
+        ValueError: they compute different things.
+    """
+    name = type(teacher).__name__
+    try:
+        probe = Probe(teacher)
+    except ValueError as error:
+        logger.warning(f"The student was not compared with its teacher: {error}")
+        return
+    for stack, numbers in zip(stacks, kept, strict=True):
+        for place, layer in enumerate(stack.in_model(probe.twin)):
+            bypass_(layer, place + 1 not in numbers)
+    copied, plain = probe.twin_of(student), not has_recorded_shapes(student.config)
+    try:
+        expected, found = probe.outputs(probe.twin), probe.outputs(copied)
+        wrong = None if any(stack.beside for stack in stacks) else differing(found, expected)
+        wrong = wrong or differing(
+            probe.reloaded(copied, type(copied).from_pretrained if plain else load_checkpoint), found
+        )
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {brief(error)}"
+    if wrong is not None:
+        raise ValueError(
+            f"A {name} of layers {', '.join(map(str, kept))} would not compute what these layers of the teacher do ({wrong}): "
+            "what a layer computes follows from its number. Choose layers that keep their order in the pattern of the "
+            "configuration, such as a whole period."
+        )
+    if not plain:
+        logger.warning(
+            f"No configuration of {name} describes layers {', '.join(map(str, kept))}: from_pretrained will refuse what is "
+            "saved of the student, and hfkdq.load_pruned loads it."
+        )
 
 
 def _evenly_spaced(count: int | None, total: int) -> list[int]:
@@ -142,19 +236,33 @@ def _copy_weights(
             if old is None:
                 continue
             name = places[old] + name.removeprefix(old)
-        elif name in beside:  # of YOLOS: one for each place between two layers
-            tensor = tensor[[number - 1 for number in kept[0][:-1]]]
+        elif name in beside:
+            tensor = _along_depth(tensor, len(stacks[0]), [number - 1 for number in kept[0]])
         weights[name] = tensor
     expected = student.state_dict()
     for stack in stacks:
         for name in expected.keys() - weights.keys():  # what the first layer holds for all (T5: position biases)
             if name.startswith(f"{stack.name}.0.") and name in source:
                 weights[name] = source[name]
-    differing = sorted(weights.keys() ^ expected.keys())
-    if differing:
+    wrong = sorted(weights.keys() ^ expected.keys())
+    bound = {stack.name: stack.bound_to() for stack in stacks} if wrong else {}
+    told = "; ".join(f"{', '.join(str(i + 1) for i in places)} of {name}" for name, places in bound.items() if places)
+    if told:
+        raise _OtherTensors(
+            f"{wrong[0]} is not where the student has its layer: some layers of {type(teacher).__name__} hold tensors that no "
+            f"other place has. Choose layers among which are {told}."
+        )
+    if wrong:
         raise ValueError(
-            f"The teacher and a plain {type(student).__name__} differ in {len(differing)} tensors, such as "
-            f"{', '.join(differing[:3])}. Make the student from the plain floating-point model, before adapters or "
+            f"The teacher and a plain {type(student).__name__} differ in {len(wrong)} tensors, such as "
+            f"{', '.join(wrong[:3])}. Make the student from the plain floating-point model, before adapters or "
             "quantizers are added to it."
         )
     student.load_state_dict(weights)
+
+
+def _along_depth(tensor: torch.Tensor, total: int, kept: list[int]) -> torch.Tensor:
+    """What is left of a tensor with an entry for each layer, for each place between two (YOLOS), or for every state."""
+    dim, size = next((dim, size) for dim, size in enumerate(tensor.shape) if abs(size - total) < 2)
+    chosen = {total - 1: kept[:-1], total: kept, total + 1: [0, *(place + 1 for place in kept)]}[size]
+    return tensor.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=tensor.device))

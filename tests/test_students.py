@@ -15,8 +15,7 @@ from transformers import (
 )
 
 from hfkdq.facts import read_facts, record_fact
-from hfkdq.modeling import find_layer_stack, find_layer_stacks
-from hfkdq.pruning.bypass import bypass_
+from hfkdq.modeling import bypass_, find_layer_stack, find_layer_stacks
 from hfkdq.students import make_student
 
 from . import tiny

@@ -103,8 +103,8 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
             if task in supported and cls.__name__ in names:
                 return task + PAST if task + PAST in supported else task
     listed = next((entry.name for entry in tasks_of(model) if entry.name in supported), None)
-    if listed is not None:
-        return listed
+    if listed is not None or len(supported) == 1:
+        return listed or supported[0]
     raise ValueError(
         f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
     )

@@ -4,20 +4,33 @@
 Read from configurations and structure where these tell it, from small tables of names where they do not.
 """
 
+from .bypass import bypass_
 from .channels import find_channels
 from .checkpoints import check_json, checkpoint_class, hub_arguments, load_config
 from .heads import ATTENTION_INPUTS, find_heads
 from .hidden_width import HIDDEN_FAMILIES, find_hidden, hidden_field, norms_of
 from .layers import (
     DEPTH_FIELDS,
+    PER_LAYER_FIELDS,
     CountedStack,
     evenly_spaced_layers,
-    fields_of_depth,
     find_layer_stack,
     find_layer_stacks,
 )
 from .neurons import WIDTH_FIELDS, find_neurons, width_fields
-from .probing import PER_LAYER_FIELDS, Numbers, Shapes, build_model, build_shapes, config_with, numbers_of, shapes_of
+from .numbering import refit_
+from .probing import (
+    Numbers,
+    Shapes,
+    build_empty,
+    build_model,
+    build_shapes,
+    config_with,
+    numbers_of,
+    set_fields_,
+    shapes_of,
+)
+from .proof import Probe, differing
 from .recorded_shapes import has_recorded_shapes, load_checkpoint, record_shapes
 from .units import Slice, UnitGroup, resize_
 
@@ -29,16 +42,19 @@ __all__ = [
     "WIDTH_FIELDS",
     "CountedStack",
     "Numbers",
+    "Probe",
     "Shapes",
     "Slice",
     "UnitGroup",
+    "build_empty",
     "build_model",
     "build_shapes",
+    "bypass_",
     "check_json",
     "checkpoint_class",
     "config_with",
+    "differing",
     "evenly_spaced_layers",
-    "fields_of_depth",
     "find_channels",
     "find_heads",
     "find_hidden",
@@ -53,7 +69,9 @@ __all__ = [
     "norms_of",
     "numbers_of",
     "record_shapes",
+    "refit_",
     "resize_",
+    "set_fields_",
     "shapes_of",
     "width_fields",
 ]

@@ -3,71 +3,145 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import field as data_field
+from functools import reduce
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .probing import PER_LAYER_FIELDS, build_shapes, config_with
+from ..schema import brief
+from .numbering import PerLayer
+from .probing import Shapes, build_shapes, config_with, nested_configs
 
 DEPTH_FIELDS = ("num_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers")
 """Configuration fields that hold a number of layers; an alias of another one comes last."""
+
+PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "attention_window")
+"""Lists with one entry per layer; others are found by what a model with one layer more needs."""
+
+_LAYER_NUMBERS = (
+    "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices",
+    "window_block_indices", "residual_block_indices", "global_attn_indexes", "hybrid_layer_ids",
+)  # fmt: skip
+"""Lists of numbers of layers, from 0."""
+
+_FIRST_LAYERS = ("first_k_dense_replace",)
+"""How many layers at the beginning are of another kind."""
+
+_PERIOD = "global_attn_every_n_layers"
 
 
 @dataclass(frozen=True)
 class CountedStack:
     """A stack of layers: its dotted name, its modules, and the configuration field that holds their number.
 
-    `beside` names tensors outside of the stack whose shape depends on that number.
+    `beside` names tensors outside of the stack whose shape depends on that number, and `lists` the fields with an entry per
+    layer. The name of a field in a configuration within another has dots: `"text_config.num_hidden_layers"`.
     """
 
     name: str
     layers: nn.ModuleList
     field: str
     beside: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    model: PreTrainedModel = data_field(repr=False, default=None)  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return len(self.layers)
 
+    def fields(self, kept: Sequence[int]) -> dict[str, Any]:
+        """The fields of the configuration for the layers `kept`, by place from 0."""
+        return _fields_of(self.model.config, self.field, len(self), kept, self.lists)
+
     def bound_to(self) -> list[int]:
-        """Places of layers, from 0, that hold tensors which the others lack, and so cannot go."""
-        names = [{name for name, _ in layer.named_parameters()} for layer in self.layers]
-        common = set.intersection(*names)
-        return [i for i, own in enumerate(names) if own - common]
+        """Places of layers, from 0, that hold other tensors than a layer built at their place would, and so cannot go."""
+        names = [frozenset(name for name, _ in layer.named_parameters()) for layer in self.layers]
+        usual = max(names, key=lambda own: (names.count(own), own == names[-1]))
+        return [place for place, own in enumerate(names) if own != usual and not self._can_go(place)]
+
+    def _can_go(self, place: int) -> bool:
+        kept = [other for other in range(len(self)) if other != place]
+        whole = build_shapes(self.model, config_with(self.model.config))
+        built = build_shapes(self.model, config_with(self.model.config, **self.fields(kept)))
+        return renumbered(whole, {self.name: kept}).keys() == built.keys()
+
+    def in_model(self, model: nn.Module) -> Any:
+        """The same stack of another model of the class."""
+        return model.get_submodule(self.name)
+
+    def is_sayable(self, kept: Sequence[int]) -> bool:
+        """Whether plain `from_pretrained` could build the layers `kept`."""
+        return not any(isinstance(value, PerLayer) for value in self.fields(kept).values())
+
+    def choose(
+        self, costs: Sequence[Sequence[float]], bound: Sequence[int] = (), plain: bool = True
+    ) -> list[int] | None:
+        """The layers of least cost, with all that are `bound`, that a configuration can say (`plain`); `None` if none.
+
+        `costs[place][layer]` is what it costs that `layer` stands at `place`, of as many places as will be left.
+        """
+        count = len(costs)
+        period = self._period() if plain else None
+        patterns: list[list[bool] | None] = (
+            [None] if period is None else [[p % n == 0 for p in range(count)] for n in range(1, count + 1)]
+        )
+        found: list[tuple[float, list[int]]] = []
+        for pattern in patterns:
+            best: list[tuple[float, list[int]]] = [(0.0, [])] * (len(self) + 1)  # of the layers before each
+            for place, row in enumerate(costs):
+                following: list[tuple[float, list[int]]] = [(math.inf, [])]
+                for layer in range(len(self)):
+                    total = best[layer][0] + row[layer] - 1e9 * (layer in bound)
+                    fits = pattern is None or pattern[place] == (layer % (period or 1) == 0)
+                    taken = (total, [*best[layer][1], layer]) if fits else (math.inf, [])
+                    following.append(min(following[-1], taken, key=lambda entry: entry[0]))
+                best = following
+            if math.isfinite(best[-1][0]) and set(bound) <= set(best[-1][1]):
+                found.append(best[-1])
+        return min(found, key=lambda entry: entry[0])[1] if found else None
+
+    def _period(self) -> Any:
+        return _period_of(_owner(self.model.config, self.field)[1])
 
 
-def fields_of_depth(config: PretrainedConfig, count: int, kept: list[int], field: str) -> dict[str, Any]:
-    """The fields of `config` for the layers `kept`, by place from 0, of the `count` that `field` counts."""
-    fields: dict[str, Any] = {field: len(kept)}
-    for name in PER_LAYER_FIELDS:
-        values = vars(config).get(name)
-        if isinstance(values, (list, tuple)) and len(values) == count:
-            fields[name] = [values[place] for place in kept]
-    return fields
+def renumbered(shapes: Shapes, kept_of: dict[str, list[int]]) -> Shapes:
+    """`shapes` by the names that tensors have when of some stacks the layers `kept_of` are left."""
+    found = {}
+    for name, shape in shapes.items():
+        new: str | None = name
+        for stack, kept in kept_of.items():
+            if name.startswith(f"{stack}."):
+                place, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+                new = f"{stack}.{kept.index(int(place))}{dot}{rest}" if int(place) in kept else None
+        if new is not None:
+            found[new] = shape
+    return found
 
 
 def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
     """The stacks of layers whose number the configuration holds: one, or an encoder and a decoder.
 
-    The tensors that a model with one layer more has are those of that layer, and tell where the stack is.
+    The tensors that a model with one layer more has are those of that layer, and tell where the stack is. Configurations
+    within the configuration count as well, in the order of the modules: texts and images of CLIP, images and texts of LLaVA.
 
     Raises:
         ValueError: there is none.
     """
-    known = {*model.config.to_dict(), *(getattr(model.config, "attribute_map", None) or {})}
     stacks: dict[str, CountedStack] = {}
-    for field in DEPTH_FIELDS:
-        count = getattr(model.config, field, None) if field in known else None
-        if type(count) is not int:
-            continue
-        stack = _stack_of(model, field, count)
+    reasons: list[str] = []
+    for name, count in _counts(model.config):
+        stack = _stack_of(model, name, count, reasons)
         if stack is not None:
             stacks.setdefault(stack.name, stack)
     if not stacks:
+        reason = f": no other number could be tried, {'; '.join(reasons)}," if reasons else ""
         raise ValueError(
             f"{type(model).__name__} has no stack of layers that {type(model.config).__name__} counts (as one of "
-            f"{', '.join(DEPTH_FIELDS)}), so whole layers cannot be removed."
+            f"{', '.join(DEPTH_FIELDS)}){reason} so whole layers cannot be removed."
         )
     order = list(dict(model.named_modules()))
     return sorted(stacks.values(), key=lambda stack: order.index(stack.name))
@@ -98,21 +172,102 @@ def evenly_spaced_layers(count: int, total: int) -> list[int]:
     return [(2 * i * total + count) // (2 * count) for i in range(1, count + 1)]
 
 
-def _stack_of(model: PreTrainedModel, field: str, count: int) -> CountedStack | None:
-    """The list that grows by one layer when `field` does."""
-    longer = fields_of_depth(model.config, count, [*range(count), count - 1], field)
+def _counts(config: PretrainedConfig) -> Iterator[tuple[str, int]]:
+    """Dotted names of the fields that count layers, with their values."""
+    for prefix, inner in nested_configs(config):
+        known = {*inner.to_dict(), *(getattr(inner, "attribute_map", None) or {})}
+        for name in DEPTH_FIELDS:
+            count = getattr(inner, name, None) if name in known else None
+            if type(count) is int:
+                yield prefix + name, count
+
+
+def _owner(config: PretrainedConfig, name: str) -> tuple[str, PretrainedConfig]:
+    """The configuration that holds a field, and what the names of its fields begin with."""
+    *path, _ = name.split(".")
+    return "".join(f"{part}." for part in path), reduce(getattr, path, config)
+
+
+def _period_of(config: PretrainedConfig) -> Any:
+    """Every how many layers one is of another kind, where the configuration has no list instead."""
+    return None if "layer_types" in vars(config) else vars(config).get(_PERIOD)
+
+
+def read_periods_(config: PretrainedConfig) -> bool:
+    """Gives what was written in place of a period its meaning again; whether there was any."""
+    written = vars(config).get(_PERIOD)
+    if isinstance(written, list):
+        setattr(config, _PERIOD, PerLayer(written))
+    return isinstance(written, list)
+
+
+def _fields_of(
+    config: PretrainedConfig, name: str, count: int, kept: Sequence[int], lists: Sequence[str]
+) -> dict[str, Any]:
+    """The fields of `config` for the layers `kept` of the `count` that the field `name` counts; layers may come twice."""
+    prefix, owner = _owner(config, name)
+    held = vars(owner)
+    fields: dict[str, Any] = {key: type(held[key])(held[key][place] for place in kept) for key in lists}
+    if "attention_layers" in fields and "attention_types" in held:
+        fields["attention_types"] = [[fields["attention_layers"], 1]]
+    for key in _LAYER_NUMBERS:
+        if isinstance(held.get(key), (list, tuple)):
+            fields[key] = [place for place, layer in enumerate(kept) if layer in held[key]]
+    step = held.get("decoder_sparse_step", 1)
+    if type(step) is int and step > 1 and "mlp_only_layers" in fields:
+        sparse = [layer not in held["mlp_only_layers"] and (layer + 1) % step == 0 for layer in kept]
+        fields |= {"mlp_only_layers": [i for i, own in enumerate(sparse) if not own], "decoder_sparse_step": 1}
+    for key in _FIRST_LAYERS:
+        if type(held.get(key)) is int:
+            fields[key] = sum(layer < held[key] for layer in kept)
+    period = _period_of(owner)
+    if period is not None:
+        rests = [layer % period for layer in kept]
+        tried = [*([period] if type(period) is int else []), *range(1, len(kept) + 1)]
+        fits = [n for n in tried if all((p % n == 0) == (rest == 0) for p, rest in enumerate(rests))]
+        fields[_PERIOD] = fits[0] if fits else PerLayer(rests)
+    stages = held.get("stage_names")
+    if isinstance(stages, list) and len(stages) == count + 1:  # what comes out of a backbone, and after which layer
+        after = [sum(layer < index % (count + 1) for layer in kept) for index in held.get("_out_indices") or ()]
+        names = [stages[0], *(f"stage{i}" for i in range(1, len(kept) + 1))]
+        chosen = list(dict.fromkeys(after))
+        fields |= {"stage_names": names, "_out_indices": chosen, "_out_features": [names[i] for i in chosen]}
+    return {name: len(kept), **{prefix + key: value for key, value in fields.items()}}
+
+
+def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str]) -> CountedStack | None:
+    """The list that grows by one layer when the field `name` does."""
+    held = vars(_owner(model.config, name)[1])
+    lists = [key for key, value in held.items() if isinstance(value, (list, tuple)) and len(value) == count]
+    lists = [key for key in lists if key not in _LAYER_NUMBERS]
+    problems: dict[str, str] = {}
+
+    def longer(keys: list[str]) -> Shapes | None:
+        fields = _fields_of(model.config, name, count, [*range(count), count - 1], keys)
+        try:
+            return build_shapes(model, config_with(model.config, **fields))
+        except Exception as error:  # whatever a class raises for a configuration that it cannot be made from
+            problems[name] = f"{name}={count + 1}: {brief(error)}"
+            return None
+
+    after = longer(lists)
+    lists = [key for key in lists if key in PER_LAYER_FIELDS or longer([k for k in lists if k != key]) != after]
     try:
-        before = build_shapes(model, config_with(model.config, **{field: count}))
-        after = build_shapes(model, config_with(model.config, **longer))
-    except Exception:  # whatever a class raises for a configuration that it cannot be made from
+        before = build_shapes(model, config_with(model.config, **{name: count}))
+    except Exception as error:
+        problems[name] = f"{name}={count}: {brief(error)}"
+        after = None
+    if after is None:
+        reasons.append(problems[name])
         return None
     marker = f".{count}."
-    prefixes = {name.partition(marker)[0] for name in after.keys() - before.keys() if marker in name}
-    if len(prefixes) != 1 or before.keys() - after.keys():
+    prefixes = {key.partition(marker)[0] for key in after.keys() - before.keys() if marker in key}
+    where = prefixes.pop() if len(prefixes) == 1 else ""
+    added = after.keys() - before.keys()  # of that layer alone: one more stage changes others too
+    if not all(key.startswith(f"{where}{marker}") for key in added) or before.keys() - after.keys():
         return None
-    name = prefixes.pop()
-    layers = dict(model.named_modules()).get(name)
+    layers = dict(model.named_modules()).get(where)
     if not isinstance(layers, nn.ModuleList):
         return None
-    beside = [tensor for tensor, shape in before.items() if after[tensor] != shape]
-    return CountedStack(name, layers, field, tuple(beside))
+    beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
+    return CountedStack(where, layers, name, beside, tuple(lists), model)

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
-"""Configuration fields that hold a list with one entry per layer."""
+try:
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
+except ImportError:  # Transformers 4
+    from transformers.modeling_utils import no_init_weights  # type: ignore[no-redef,attr-defined,unused-ignore]
 
 HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Under which names attention modules keep the size of a head."""
@@ -33,33 +37,47 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def nested_configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
+    """`config` and those within it, each with what its dotted name begins with: `""`, `"text_config."`."""
+    yield prefix, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from nested_configs(value, f"{prefix}{name}.")
+
+
+def set_fields_(config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    """Gives fields of `config` other values, by dotted names."""
+    for name, value in fields.items():
+        *path, last = name.split(".")
+        setattr(reduce(getattr, path, config), last, value)
+
+
 def config_with(config: PretrainedConfig, **fields: Any) -> PretrainedConfig:
     """A copy of `config` with other values, without what was recorded of the model."""
     config = copy.deepcopy(config)
     vars(config).pop("hfkdq", None)
-    for name, value in fields.items():
-        setattr(config, name, value)
+    set_fields_(config, fields)
     return config
 
 
-def build_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:
-    """Shapes of a model of the same class made from `config`; no memory is taken and nothing is drawn at random.
+def build_empty(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the same class made from `config`; no memory is taken and nothing is drawn at random.
 
     Raises:
         Exception: whatever the class raises for a configuration that it cannot be made from.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return shapes_of(type(model)._from_config(config))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
+        return type(model)._from_config(config)
+
+
+def build_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:
+    """Shapes of the tensors of such a model."""
+    return shapes_of(build_empty(model, config))
 
 
 def build_model(model: PreTrainedModel, config: PretrainedConfig) -> tuple[Shapes, Numbers]:
-    """Shapes and numbers (as [`numbers_of`] gives them) of a model of the same class made from `config`.
-
-    Raises:
-        Exception: whatever the class raises for a configuration that it cannot be made from.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        built = type(model)._from_config(config)
+    """Shapes and numbers (as [`numbers_of`] gives them) of such a model."""
+    built = build_empty(model, config)
     return shapes_of(built), numbers_of(built)
 
 

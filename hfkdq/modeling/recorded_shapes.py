@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..facts import read_facts, record_fact
 from ..schema import brief
 from .checkpoints import checkpoint_class, load_config, load_weights
+from .layers import read_periods_
 from .probing import COUNTED, Numbers, build_shapes, config_with, shapes_of
 from .units import resize_
 
@@ -38,7 +39,7 @@ def record_shapes(model: PreTrainedModel, counts: Numbers) -> bool:
 
 def has_recorded_shapes(config: PretrainedConfig) -> bool:
     """Whether plain `from_pretrained` cannot load a model with this configuration."""
-    return "shapes" in read_facts(config)
+    return "shapes" in read_facts(config) or read_periods_(config)
 
 
 def load_checkpoint(
@@ -60,6 +61,8 @@ def load_checkpoint(
     """
     if config is None:
         config = load_config(path, **kwargs)
+    if read_periods_(config):
+        kwargs["config"] = config
     if model_class is None:
         model_class = checkpoint_class(config)
     record = read_facts(config).get("shapes")

@@ -72,12 +72,14 @@ class UnitGroup:
         slices (tuple of `Slice`): all that belongs to them.
         counts (tuple of `(name, module, attribute, per unit)`): integers that modules keep of them, such as a number of
             heads, and what one unit adds to each.
+        field (`str`): the field of the configuration that decides how many, for neurons.
     """
 
     name: str
     units: int
     slices: tuple[Slice, ...]
     counts: tuple[tuple[str, nn.Module, str, int], ...] = ()
+    field: str = ""
 
     def of_role(self, role: str) -> tuple[Slice, ...]:
         """The slices of modules that compute (`"output"`) or read (`"input"`) the units."""

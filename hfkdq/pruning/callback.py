@@ -17,8 +17,9 @@ from ..facts import drop_fact
 from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
+from .finishing import count_parameters, finish_, rehearse
 from .importance import collect_importance_
-from .one_shot import check_prunable, count_parameters, finish_
+from .one_shot import check_prunable
 from .progress import UNFINISHED, Progress
 from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget, find_targets
 
@@ -133,6 +134,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         check_prunable(model, self.spec, find_targets(model, self.spec))
+        rehearse(model, self.spec, self._calibration)
         if self._bounded and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end would choose among models of different sparsity. Leave it out: with at_least or "

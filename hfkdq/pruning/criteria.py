@@ -247,11 +247,18 @@ def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
 
 
 def check_criterion(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses means without a bias that could take them.
+    """Refuses means without a bias that could take them, and activations that no module of its own reads.
 
     Raises:
-        ValueError: `cut="mean"`, and a module that reads units has no bias, or is a convolution.
+        ValueError: `cut="mean"`, and a module that reads units has no bias, or is a convolution; `criterion="activation"` or
+            `cut="mean"`, and the units are neurons of experts in one tensor.
     """
+    for target in targets if spec.criterion == "activation" or spec.cut == "mean" else ():
+        if isinstance(target, GroupTarget) and target.group.field and not target.group.of_role("input"):
+            raise ValueError(
+                f"{target.name} holds all experts in one tensor, so that what their neurons give is not seen. Use "
+                "criterion='magnitude', 'taylor' or 'fisher' and another cut than 'mean' for this model."
+            )
     if spec.cut != "mean":
         return
     for target in targets:

@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
-from .one_shot import check_prunable, count_parameters, prune
+from .finishing import count_parameters, finish_, mask_at_random, rehearse
+from .one_shot import check_prunable
 from .targets import find_targets
 
 _HALVINGS = 10
@@ -115,14 +116,15 @@ def _largest(model: PreTrainedModel, spec: PruningSpec) -> float:
     fewest = min(target.units for target in targets)
     largest = min(spec.sparsity or 0.0, 1.0 - 1.0 / fewest)
     check_prunable(model, dataclasses.replace(spec, sparsity=largest), targets)
+    rehearse(model, dataclasses.replace(spec, sparsity=largest))
     return largest
 
 
 def _pruned(model: PreTrainedModel, spec: PruningSpec, sparsity: float) -> PreTrainedModel:
-    chosen = dataclasses.replace(
-        spec, sparsity=sparsity, criterion="random", cut="remove", ranking="local", plain_checkpoint=False
-    )
-    return prune(copy.deepcopy(model), chosen)
+    pruned = copy.deepcopy(model)
+    spec = dataclasses.replace(spec, sparsity=sparsity, ranking="local", plain_checkpoint=False)
+    finish_(pruned, mask_at_random(pruned, spec), 0)
+    return pruned
 
 
 @torch.no_grad()

@@ -34,6 +34,15 @@ def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
                 f"sparsity={sparsity} would leave {kept} of the {target.units} units ({spec.structure}) of {target.name or 'the model'}"
                 f"{', of which some cannot go' if _protected(target) else ''}. Choose a smaller sparsity."
             )
+        if (
+            isinstance(target, LayerTarget)
+            and spec.removes
+            and target.best([0.0] * target.units, max(kept, 1)) is None
+        ):
+            raise ValueError(
+                f"No {kept} layers of {target.name} are in a pattern that the configuration can say. Choose another sparsity, or "
+                "plain_checkpoint=False and load the result with hfkdq.load_pruned."
+            )
         n_m = spec.kept_of
         if n_m is not None and isinstance(target, WeightTarget) and target.shape[1] % n_m[1]:
             raise ValueError(
@@ -90,8 +99,12 @@ class Masks:
     def _ranked(self, i: int) -> Tensor:
         """Scores with pruned units below all others and protected ones above them."""
         scores = self.importance.scores(i).masked_fill(self.pruned[i], -torch.inf)
-        for place in _protected(self.targets[i]):
-            scores[place] = torch.inf
+        target = self.targets[i]
+        if isinstance(target, LayerTarget):  # those that will be left at the end stay, and others before
+            left = units_kept(target.units, self.spec.sparsity or 0.0)
+            alone = self.spec.ranking == "local" or len(self.targets) == 1
+            kept = target.best(scores.tolist(), left) if alone else None
+            scores[list(target.protected if kept is None else kept)] = torch.inf
         return scores
 
     def _grow(self, i: int, count: int) -> None:

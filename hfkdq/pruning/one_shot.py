@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..facts import read_facts, record_fact, refresh_facts
-from ..modeling import record_shapes
+from ..facts import read_facts
 from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
+from .finishing import count_parameters, finish_, record_pruning, rehearse
 from .importance import collect_importance_
 from .masks import Masks, check_counts, units_kept
-from .removal import described_config, remove_layers_, remove_units_
-from .targets import LayerTarget, PruningTarget, WeightTarget, find_targets
+from .removal import described_config
+from .targets import LayerTarget, PruningTarget, find_targets
 from .vocabulary import prune_vocabulary
 
 
@@ -57,7 +57,8 @@ def prune(
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: the spec does not fit the model, or data are missing. The model is then as it was.
+        ValueError: the spec does not fit the model, a copy pruned so computes something else, or data are missing. The model
+            is then as it was.
 
     Example:
         ```python
@@ -74,6 +75,7 @@ def prune(
         return _prune_vocabulary(model, spec, calibration, processing_class)
     targets = find_targets(model, spec)
     check_prunable(model, spec, targets)
+    rehearse(model, spec, calibration)
     importance = ImportanceStatistics(targets, spec)
     masks = Masks(targets, spec, importance)
     if importance.needs_gradients or importance.needs_activations:
@@ -127,48 +129,6 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
         raise ValueError(problem)
 
 
-def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
-    """Removes the pruned units from the model, for good, and records it."""
-    spec, targets = masks.spec, masks.targets
-    units = sum(target.units for target in targets)
-    masks.apply_()
-    gone = sum(masks.counts())
-    if isinstance(targets[0], WeightTarget):
-        zeros = [target.reduce(lambda part: part.values.detach().abs()) == 0 for target in targets]
-        gone = sum(int(entries.sum()) for entries in zeros)
-    masks.lift_()
-    if spec.removes and gone:
-        if spec.structure == "layer":
-            remove_layers_(model, targets, masks.pruned)
-        else:
-            config, _ = described_config(
-                model, spec, targets, [t.units - c for t, c in zip(targets, masks.counts(), strict=True)]
-            )
-            counts = remove_units_(model, targets, masks.pruned)
-            facts = read_facts(model)
-            for name, value in vars(config).items():
-                if vars(model.config).get(name) != value and name != "hfkdq":
-                    setattr(model.config, name, value)
-            if facts:
-                model.config.hfkdq = facts
-            record_shapes(model, counts)
-        refresh_facts(model)
-    _record(model, spec, gone / units, before)
-
-
-def _record(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int) -> None:
-    fact: dict[str, Any] = {
-        "spec": spec.to_dict(),
-        "achieved_sparsity": achieved,
-        "parameters_before": before,
-        "parameters_after": count_parameters(model),
-    }
-    former = read_facts(model).get("pruning")
-    if former is not None:
-        fact["earlier"] = [*former.pop("earlier", []), former]
-    record_fact(model, "pruning", fact)
-
-
 def _prune_vocabulary(model: PreTrainedModel, spec: PruningSpec, corpus: Any, tokenizer: Any) -> PreTrainedModel:
     """`structure="vocab"`: the rarest tokens of a corpus, model and tokenizer together."""
     if corpus is None or tokenizer is None:
@@ -180,11 +140,5 @@ def _prune_vocabulary(model: PreTrainedModel, spec: PruningSpec, corpus: Any, to
     largest = None if spec.sparsity is None else units_kept(tokens, spec.sparsity)
     column = "text" if "text" in (getattr(corpus, "column_names", None) or ()) else None
     prune_vocabulary(model, tokenizer, corpus, column=column, max_size=largest)
-    _record(model, spec, 1.0 - len(tokenizer) / tokens, before)
+    record_pruning(model, spec, 1.0 - len(tokenizer) / tokens, before)
     return model
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Parameters that the model is saved with: what only training needs (projections, scales) is not among them."""
-    saved = model.state_dict().keys()
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in saved)

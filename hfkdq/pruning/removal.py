@@ -14,20 +14,22 @@ from ..facts import read_facts, record_fact
 from ..modeling import (
     Numbers,
     Shapes,
+    build_empty,
     build_model,
+    bypass_,
     config_with,
-    fields_of_depth,
     has_recorded_shapes,
     hidden_field,
     numbers_of,
     record_shapes,
+    refit_,
     resize_,
+    set_fields_,
     shapes_of,
     width_fields,
 )
 from ..protocols import FollowsPruning
 from ..specs import PruningSpec
-from .bypass import bypass_
 from .targets import GroupTarget, LayerTarget, PruningTarget
 
 _HEAD_FIELDS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
@@ -83,7 +85,8 @@ def _candidates(
         if len(shares) != 1:
             return []
         share = shares.pop()
-        names = [n for n in (*_HEAD_FIELDS, *_HEAD_FIELDS_OF_PARTS) if n in config.to_dict()]
+        known = config.to_dict()
+        names = [n for n in (*_HEAD_FIELDS, *_HEAD_FIELDS_OF_PARTS) if type(known.get(n)) is int]
         heads = {name: round(getattr(config, name) * share) for name in names}
         if isinstance(getattr(config, "num_key_value_heads", None), int):
             heads["num_key_value_heads"] = round(config.num_key_value_heads * share)
@@ -103,10 +106,11 @@ def _width_candidates(
             # The code truncates the product, so a ratio between two that fit is safe from rounding.
             fields[name] = value * share * (1.0 + 1e-9)
             continue
-        counts = {count for target, count in zip(targets, kept, strict=True) if target.units == value}
-        if len(values) > 1:  # an encoder and a decoder with widths of their own
-            part = name.partition("_")[0]
-            counts = {c for target, c in zip(targets, kept, strict=True) if f".{part}." in f".{target.name}."}
+        counts = {
+            round(value * count / target.units)  # shared experts may be several times as wide
+            for target, count in zip(targets, kept, strict=True)
+            if isinstance(target, GroupTarget) and target.group.field == name
+        }
         if len(counts) == 1:
             fields[name] = counts.pop()
     return [fields]
@@ -188,25 +192,22 @@ def slice_(model: nn.Module, old: Tensor, dim: int, kept: Tensor) -> list[nn.Mod
 
 def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> None:
     """Removes layers from their stacks, and says in the configuration how many are left and which they were."""
-    kept_of: dict[str, list[int]] = {}
-    for target, mask in zip(targets, pruned, strict=True):
-        if not isinstance(target, LayerTarget):
-            continue
-        stack = target.stack
-        kept = (~mask).nonzero().flatten().tolist()
+    stacks = [target.stack for target in targets if isinstance(target, LayerTarget)]
+    kept_of = {stack.name: (~mask).nonzero().flatten().tolist() for stack, mask in zip(stacks, pruned, strict=True)}
+    fields: dict[str, Any] = {}
+    for stack in stacks:
+        fields |= stack.fields(kept_of[stack.name])
+    built = build_empty(model, config_with(model.config, **fields))
+    set_fields_(model.config, fields)
+    for stack in stacks:
         for layer in stack.layers:
             bypass_(layer, False)
             vars(layer).pop("bypassed", None)
-        for name, value in fields_of_depth(model.config, len(stack), kept, stack.field).items():
-            setattr(model.config, name, value)
-        layers = nn.ModuleList([stack.layers[place] for place in kept])
+        layers = nn.ModuleList([stack.layers[place] for place in kept_of[stack.name]])
+        for layer, new in zip(layers, stack.in_model(built), strict=True):
+            refit_(layer, layer, new)
         owner, _, name = stack.name.rpartition(".")
         setattr(model.get_submodule(owner), name, layers)
-        for place, layer in enumerate(layers):
-            for module in layer.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = place  # type: ignore[assignment]
-        kept_of[stack.name] = kept
     shapes = read_facts(model).get("shapes")
     if shapes is not None:  # by names of layers, which have other numbers now
         counts = {_renumbered(name, kept_of): numbers for name, numbers in shapes["counts"].items()}

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from ..facts import read_facts
 from ..modeling import (
     CountedStack,
     UnitGroup,
+    bypass_,
     find_channels,
     find_heads,
     find_hidden,
@@ -25,7 +26,6 @@ from ..modeling import (
 )
 from ..modeling.units import CONVOLUTIONS
 from ..specs import PruningSpec, module_matches, unmatched
-from .bypass import bypass_
 from .masked_norms import mask_norm_
 
 WEIGHTED = (nn.Linear, Conv1D, *CONVOLUTIONS)
@@ -171,7 +171,12 @@ class LayerTarget:
     """The layers of one stack. One that is pruned returns its input unchanged."""
 
     stack: CountedStack
-    protected: tuple[int, ...] = field(default=())
+    protected: tuple[int, ...] = ()
+    plain: bool = True
+
+    def best(self, scores: Sequence[float], count: int) -> list[int] | None:
+        """The `count` layers of the largest scores that can be left; `None` if no such layers can."""
+        return self.stack.choose([[-score for score in scores]] * count, self.protected, self.plain)
 
     @property
     def name(self) -> str:
@@ -244,7 +249,9 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
             "unshare_layers_(model) before."
         )
     if spec.structure == "layer":
-        targets = [LayerTarget(stack, tuple(stack.bound_to())) for stack in find_layer_stacks(model)]
+        targets = [
+            LayerTarget(stack, tuple(stack.bound_to()), spec.plain_checkpoint) for stack in find_layer_stacks(model)
+        ]
     elif spec.structure == "hidden":
         group = find_hidden(model)
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]

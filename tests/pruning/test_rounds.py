@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
 
 from hfkdq import PruningCallback, PruningSpec, fit_sparsity, prune
 from hfkdq.facts import read_facts
-from hfkdq.pruning.one_shot import count_parameters
+from hfkdq.pruning.finishing import count_parameters
 
 from .. import tiny
 from ..families import FAMILIES

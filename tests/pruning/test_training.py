@@ -23,8 +23,7 @@ from hfkdq import (
     load_pruned,
 )
 from hfkdq.facts import read_facts
-from hfkdq.modeling import find_heads
-from hfkdq.pruning.bypass import bypass_
+from hfkdq.modeling import bypass_, find_heads
 from hfkdq.pruning.targets import find_targets
 
 from .. import tiny

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two models compute the same, found by running them on one made-up batch in float64."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .forwards import forward_columns, full_precision, return_dict_kwargs
+from .probing import nested_configs
+
+_IN_DOUBLE = 5 * 10**8
+"""Parameters up to which a copy in float64 is made; larger models are compared in their own precision."""
+
+_SHARES = {torch.float64: 2e-6, torch.float32: 1e-3}
+"""By precision, what may differ of the largest number: where norms are masked, some factors are rounded to float32."""
+
+_LONGEST = 520
+"""Tokens of the batch at most: windows of up to 256 tokens are seen."""
+
+
+class _Doubled(TorchFunctionMode):
+    """Makes float64 of every float32 that a model asks for by name, as norms and softmax do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+@contextmanager
+def _in_double(model: PreTrainedModel) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    if model.dtype != torch.float64:
+        yield
+        return
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubled():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Transformers says nothing while a copy is saved and loaded."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class Probe:
+    """A copy of a model on the CPU in eval mode, in float64 if it is not too large, and a batch that it takes.
+
+    Args:
+        model (`PreTrainedModel`): the model, which is not touched.
+        batch (`dict`, *optional*): a batch to try where none that is made up fits.
+
+    Raises:
+        ValueError: the model takes no batch that is known.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> None:
+        small = model.num_parameters() <= _IN_DOUBLE
+        for self._dtype in (torch.float64, model.dtype) if small else (model.dtype,):
+            self.twin = self.twin_of(model)
+            for made in [*_made_batches(model), *([batch] if batch else [])]:
+                self.batch = {
+                    key: value.to("cpu", self._dtype if value.is_floating_point() else value.dtype)
+                    for key, value in made.items()
+                    if torch.is_tensor(value) and key != "labels"
+                }
+                try:
+                    if self.outputs(self.twin):
+                        return
+                except Exception:  # whatever a class raises for inputs, or a precision, that are not its own
+                    continue
+        raise ValueError(
+            f"{type(model).__name__} ran on none of the batches that are made up for it, so what becomes of it was not "
+            "compared. Run it before and after on a batch of your own."
+        )
+
+    def twin_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Such a copy of a model."""
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"Parts of {type(model).__name__} lie on disk, so it was not tried. Load it without device_map."
+            )
+        twin = cast(Any, copy.deepcopy(model)).to("cpu", self._dtype).eval()
+        if model.dtype != torch.float32:  # its tables of positions may be rounded; those of a loaded model are not
+            for name, buffer in _built_buffers(model).items():
+                owner, _, last = name.rpartition(".")
+                module = twin.get_submodule(owner)
+                if last in module._non_persistent_buffers_set and last in module._buffers:
+                    module._buffers[last] = buffer.to(self._dtype) if buffer.is_floating_point() else buffer
+        if "flash" in str(getattr(twin.config, "_attn_implementation", "")):
+            twin.set_attn_implementation("sdpa")
+        return twin
+
+    @torch.no_grad()
+    def outputs(self, model: PreTrainedModel) -> list[Tensor]:
+        """The floating-point tensors that `model` gives for the batch."""
+        arguments = dict(self.batch, **return_dict_kwargs(model))
+        if "use_cache" in forward_columns(model):
+            arguments["use_cache"] = False
+        if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+            cast(Any, model).set_experts_implementation("eager")  # others have no float64
+        with torch.random.fork_rng(devices=[]), _in_double(model), full_precision(model):
+            torch.manual_seed(0)
+            found = model(**arguments)
+        values = [value for value in found.values() if torch.is_tensor(value)]
+        return [value for value in values if value.is_floating_point()]
+
+    def reloaded(self, model: PreTrainedModel, load: Callable[..., Any]) -> list[Tensor]:
+        """The same of `model` as `load` reads it again from disk."""
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config = GenerationConfig()
+        with tempfile.TemporaryDirectory() as folder, _silent():
+            model.save_pretrained(folder)
+            eager = getattr(model.config, "_attn_implementation", None) == "eager"  # others are not for every backbone
+            loaded = load(folder, dtype=model.dtype, **({"attn_implementation": "eager"} if eager else {}))
+            return self.outputs(loaded.eval())
+
+
+def differing(found: Sequence[Tensor], expected: Sequence[Tensor], kept: Tensor | None = None) -> str | None:
+    """By how much outputs differ where that is more than rounding; `kept` are the channels left of narrower outputs."""
+    if len(found) != len(expected):
+        return f"{len(found)} outputs where {len(expected)} are expected"
+    for one, other in zip(found, expected, strict=True):
+        if kept is not None and one.shape != other.shape and other.shape[-1:] == kept.shape:
+            other = other[..., kept.to(other.device)]
+        if one.shape != other.shape:
+            return f"an output of shape {tuple(one.shape)} where {tuple(other.shape)} is expected"
+        finite = other.isfinite()
+        if not torch.equal(one.isfinite(), finite):
+            return "numbers that are not finite"
+        if bool(finite.any()):
+            largest = float((one - other)[finite].abs().max())
+            if largest > _SHARES.get(one.dtype, 0.05) * max(1.0, float(other[finite].abs().max())):
+                return f"by up to {largest:.2g}"
+    return None
+
+
+def _built_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return dict(type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32).named_buffers())
+    except Exception:  # not every model is what its configuration says
+        return {}
+
+
+def _made_batches(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Batches that models of this kind take, the likeliest first."""
+    generator = torch.Generator().manual_seed(0)
+    takes, config = forward_columns(model), model.config
+    configs = [inner for _, inner in nested_configs(config)]
+    main = model.main_input_name
+    found: dict[str, Tensor] = {}
+    if main == "input_values":
+        bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
+        if bins and "patch_size" in vars(config):
+            yield {main: torch.randn(2, int(frames or 1024), bins, generator=generator)}
+        yield {main: torch.randn(2, 4000, generator=generator)}
+        return
+    if main == "input_features":
+        frames = 2 * int(_first(configs, "max_source_positions") or 50)
+        bins = _first(configs, "num_mel_bins") or 80
+        found[main] = torch.randn(2, int(bins), frames, generator=generator)
+    if "pixel_values" in takes:
+        size = _first(configs, "image_size") or 64
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        channels = _first(configs, "num_channels") or 3
+        found["pixel_values"] = torch.randn(2, int(channels), int(height), int(width), generator=generator)
+    texts: list[str] = [name for name in ("input_ids", "decoder_input_ids") if name in takes]
+    if not getattr(config, "is_encoder_decoder", False) and main == "input_ids" and "decoder_input_ids" in texts:
+        texts.remove("decoder_input_ids")
+    if not texts:
+        yield found
+        return
+    targets = int(_first(configs, "max_target_positions") or 26) - 2
+    for length in _lengths(configs):
+        made: dict[str, Tensor] = {}
+        for name in texts:
+            made[name] = _token_ids(config, length if name == "input_ids" else min(length, targets, 24), generator)
+        if "attention_mask" in takes and "input_ids" in made:
+            made["attention_mask"] = torch.ones_like(made["input_ids"])
+            made["attention_mask"][-1, 2 * length // 3 :] = 0
+        yield {**found, **made}
+        if found and main == "input_ids":
+            yield made
+        yield {key: value for key, value in {**found, **made}.items() if key != "attention_mask"}
+
+
+def _first(configs: Sequence[PretrainedConfig], name: str) -> Any:
+    return next((value for config in configs if (value := vars(config).get(name)) is not None), None)
+
+
+def _lengths(configs: Sequence[PretrainedConfig]) -> list[int]:
+    """Longer than any local window, within the table of positions; and what a model says of its length itself."""
+    numbers: list[tuple[str, int]] = []
+    for config in configs:
+        for name, value in vars(config).items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            numbers += [(name, number) for number in values if type(number) is int and number > 0]
+    windows = [number for name, number in numbers if "window" in name or name == "local_attention"]
+    seen = [number for number in windows if 2 * number + 8 <= _LONGEST]
+    positions = [number for name, number in numbers if name in ("max_position_embeddings", "n_positions")]
+    longest = min([_LONGEST, *(number - 2 for number in positions if number > 2)])
+    own = [number for name, number in numbers if "seq_len" in name and number <= _LONGEST]
+    return [max(2, min(2 * max(seen, default=8) + 8, longest)), *own]
+
+
+def _token_ids(config: PretrainedConfig, length: int, generator: torch.Generator) -> Tensor:
+    """Ids of tokens that are not special, the end of the text last, as some classifiers look for it."""
+    text = config.get_text_config()
+    special = {
+        value
+        for _, inner in nested_configs(config)
+        for name, value in vars(inner).items()
+        if ("token_id" in name or "token_index" in name) and type(value) is int
+    }
+    vocabulary = int(getattr(text, "vocab_size", None) or 2)
+    plain = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special] or [0])
+    ids = plain[torch.randint(len(plain), (2, length), generator=generator)]
+    end = getattr(text, "eos_token_id", None)
+    if type(end) is int and end < vocabulary:
+        ids[:, -1] = end
+    return ids
