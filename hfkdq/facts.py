@@ -107,6 +107,13 @@ class LeftInFloat(TypedDict):
     modules: list[Name]
 
 
+class Digest(TypedDict):
+    """A hash of all weights, and their precisions."""
+
+    dtype: Name
+    blake2b: Name
+
+
 class Quantization(TypedDict, total=False):
     """A quantization: `spec` as `QuantizationSpec.to_dict` has it, with names for patterns; what quantizers know.
 
@@ -118,6 +125,7 @@ class Quantization(TypedDict, total=False):
     ranges: dict[Name, Range]
     unobserved: list[Name]
     left_in_float: LeftInFloat
+    digest: Digest
     weights: dict[Name, dict[str, Values]]
     weight_bits: dict[Name, Count]
     enabled: bool

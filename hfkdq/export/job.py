@@ -20,9 +20,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..facts import read_facts
 from ..modeling.masks import Batch
 from ..provenance import describe_files, describe_model
 from ..quantization import layer_class, means_the_same, quantize, quantized_spec, strip_quantizers_
+from ..quantization.records import warn_of_other_weights
 from ..specs import QuantizationSpec
 from ..version import __version__
 from .checks import require_ranges
@@ -210,6 +212,7 @@ class ExportJob:
         if spec is None:
             return self.float_model
         if means_the_same(self.model, spec):
+            warn_of_other_weights(self.model, read_facts(self.model).get("quantization", {}))
             return self.model
         data: Iterable[Batch] = chain(self.batches, (model_inputs(self.model, batch) for batch in self.rest))
         spec = _fitted(spec, self.float_model) if precision.is_fitted else spec

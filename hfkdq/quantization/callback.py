@@ -243,4 +243,4 @@ class QATCallback(TrainerCallback, ExportableState):
         steps_are_cut = args.gradient_accumulation_steps > 1
         if steps_are_cut:
             self._states = self._present()
-        record_ranges(model, live=not steps_are_cut)
+        record_ranges(model, live=not steps_are_cut, digest=False)

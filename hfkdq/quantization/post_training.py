@@ -26,6 +26,7 @@ from .records import (
     record_ranges,
     recorded_quantization,
     restore_record_,
+    warn_of_other_weights,
 )
 
 logger = logging.get_logger(__name__)
@@ -178,4 +179,5 @@ def load_quantized(
         )
     loaded = load_checkpoint(path, config, own, **{"dtype": "auto", **kwargs})
     spec, record = recorded
+    warn_of_other_weights(loaded, record)
     return restore_record_(prepare_qat_(loaded, spec_of_former(loaded, spec, record)), record).eval()

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..facts import read_facts, record_fact, refreshes_facts
 from ..protocols import FakeQuantized
@@ -27,6 +29,7 @@ from .naming import named_spec, quantized_modules, spec_of_record
 from .quantized_module import QuantizedModule
 from .weights import WeightQuantizer
 
+logger = logging.get_logger(__name__)
 FACT = "quantization"
 _AGAIN = "Save the model anew where it was made, or load its weights with from_pretrained and quantize them again."
 
@@ -163,17 +166,45 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
     return tensor
 
 
+def weights_digest(model: nn.Module) -> dict[str, str] | None:
+    """A hash of all weights, whatever their names, and their precisions; `None` where they are not all at hand."""
+    tensors = [
+        tensor for tensor in model.state_dict().values() if torch.is_tensor(tensor) and tensor.is_floating_point()
+    ]
+    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel() for tensor in tensors):
+        return None
+    rows: list[Any] = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors]
+    parts = {hashlib.blake2b(row).digest() for row in rows}
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    return {"dtype": "_".join(dtypes), "blake2b": hashlib.blake2b(b"".join(sorted(parts)), digest_size=16).hexdigest()}
+
+
+def warn_of_other_weights(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
+    """Warns where the ranges in a record were found with other weights than those of `model`."""
+    then = record.get("digest")
+    now = weights_digest(model) if then else None
+    if then and now and now != then and now["dtype"] == then["dtype"]:
+        logger.warning(
+            f"The weights of {type(model).__name__} have changed since the ranges of its activations were found, which may no "
+            "longer fit them. Find them anew: strip_quantizers_(model), then quantize(model, spec, calibration); or train "
+            "with QATCallback."
+        )
+
+
 @refreshes_facts
-def record_ranges(model: PreTrainedModel, live: bool = False) -> None:
+def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = True) -> None:
     """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
 
     `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
     reached the spec yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake
-    quantizers are off. A `live` record is that of the moment at which it is read or saved, as in a training.
+    quantizers are off. A `live` record is that of the moment at which it is read or saved, as in a training; others have
+    the `digest` of the weights that they belong to.
     """
     spec = quantized_spec(model)
     if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
-        record_fact(model, FACT, _LiveRecord(model, spec) if live else _state_of(model, spec))
+        found = _LiveRecord(model, spec) if live else _state_of(model, spec)
+        belongs = weights_digest(model) if digest and not live else None
+        record_fact(model, FACT, {**found, "digest": belongs} if belongs else found)
 
 
 class _LiveRecord(dict[str, Any]):

@@ -243,3 +243,29 @@ def test_inputs_that_no_calibration_data_reach_are_told(warned):
     quantize(model, QuantizationSpec(), [{"input_ids": IDS[:1, :2]}])
     if any("experts" in name for name in model.config.hfkdq["quantization"].get("unobserved", ())):  # one by one
         assert any("No calibration data reached" in text and "experts" in text for text in warned)
+
+
+def test_ranges_of_other_weights_are_told(tmp_path, warned):
+    model = tiny.bert()
+    quantize(model, QuantizationSpec(), [tiny.batch(model)])
+    model.save_pretrained(tmp_path / "a")
+    load_quantized(tmp_path / "a").save_pretrained(tmp_path / "again")
+    load_quantized(tmp_path / "again")
+    copy.deepcopy(model).half().save_pretrained(tmp_path / "half")  # the same ranges fit
+    load_quantized(tmp_path / "half")
+    strip_quantizers_(tied := quantize(tiny.bert_mlm(), QuantizationSpec(), [tiny.batch(tiny.bert_mlm())]))
+    prepare_qat_(tied, QuantizationSpec(activation_bits=None)).save_pretrained(tmp_path / "tied")
+    load_quantized(tmp_path / "tied")
+    assert not any("have changed" in text for text in warned)
+    plain = tf.BertForSequenceClassification.from_pretrained(tmp_path / "a")  # its configuration still has the record
+    with torch.no_grad():
+        plain.classifier.weight.mul_(2)
+    plain.save_pretrained(tmp_path / "trained")
+    load_quantized(tmp_path / "trained")
+    assert any("have changed since the ranges" in text for text in warned)
+    # What it advises.
+    again = strip_quantizers_(load_quantized(tmp_path / "trained"))
+    quantize(again, QuantizationSpec(), [tiny.batch(again)]).save_pretrained(tmp_path / "b")
+    warned.clear()
+    load_quantized(tmp_path / "b")
+    assert not warned
