@@ -32,7 +32,7 @@ from .probing import (
 )
 from .proof import Probe, differing
 from .recorded_shapes import has_recorded_shapes, load_checkpoint, record_shapes
-from .units import Slice, UnitGroup, resize_
+from .units import NoStructure, Slice, UnitGroup, resize_
 
 __all__ = [
     "ATTENTION_INPUTS",
@@ -41,6 +41,7 @@ __all__ = [
     "PER_LAYER_FIELDS",
     "WIDTH_FIELDS",
     "CountedStack",
+    "NoStructure",
     "Numbers",
     "Probe",
     "Shapes",

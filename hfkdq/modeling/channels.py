@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .units import Slice, UnitGroup, each
+from .units import NoStructure, Slice, UnitGroup, each
 
 _BOTTLENECKS = (("pwconv1", "pwconv2"),)
 
@@ -31,9 +31,9 @@ def find_channels(model: PreTrainedModel) -> list[UnitGroup]:
             if isinstance(getattr(module, first, None), nn.Linear):
                 groups.append(_linear(name, first, getattr(module, first), second, getattr(module, second)))
     if not groups:
-        raise ValueError(
+        raise NoStructure(
             f"{type(model).__name__} has no block of convolutions whose inner channels could go (those of ResNet and "
-            "ConvNeXt are known). structure='neuron' is for Transformer layers, structure='weight' for any."
+            "ConvNeXt are known)."
         )
     return groups
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .probing import HEAD_COUNTS, HEAD_SIZES, HEAD_WIDTHS
-from .units import Slice, UnitGroup, each, runs
+from .units import NoStructure, Slice, UnitGroup, each, runs
 
 ATTENTION_INPUTS = {
     "query": ("query", "q_proj", "q_lin", "query_proj", "q"),
@@ -49,9 +49,9 @@ def find_heads(model: PreTrainedModel) -> list[UnitGroup]:
     """
     found = [attention for name, module in model.named_modules() if (attention := _attention(model, name, module))]
     if not found:
-        raise ValueError(
+        raise NoStructure(
             f"{type(model).__name__} has no attention whose parts are known ({', '.join(ATTENTION_INPUTS['query'])} and so "
-            "on), so its heads cannot be pruned. Its neurons and weights can: structure='neuron' or 'weight'."
+            "on), so its heads cannot be pruned."
         )
     return _tied_by_biases(model, found)
 
@@ -85,18 +85,16 @@ def _attention(model: PreTrainedModel, name: str, module: nn.Module) -> Attentio
     reads = 0 if isinstance(output[1], Conv1D) else 1
     slices.append(Slice(output[0], output[1], "weight", reads, runs(units, per_unit)))
     if type(module).__name__ in _FIXED:
-        raise ValueError(
-            f"{name} ({type(module).__name__}) needs as many heads as its configuration says in this version of Transformers. "
-            "Its neurons and weights can be pruned: structure='neuron' or 'weight'."
+        raise NoStructure(
+            f"{name} ({type(module).__name__}) needs as many heads as its configuration says in this version of Transformers."
         )
     held = {id(entry.values) for entry in slices} | {id(p) for p in output[1].parameters()}
     others = [
         n for n, p in module.named_parameters() if id(p) not in held and heads in p.shape[-1:] and "bias_table" in n
     ]
     if others:
-        raise ValueError(
-            f"{name} has {', '.join(others)} beside its heads, which is not known to follow them, so they cannot be pruned. "
-            "Its neurons and weights can: structure='neuron' or 'weight'."
+        raise NoStructure(
+            f"{name} has {', '.join(others)} beside its heads, which is not known to follow them, so they cannot be pruned."
         )
     counts = [
         (name, module, field, heads // units) for field in HEAD_COUNTS if isinstance(getattr(module, field, None), int)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .heads import find_heads
 from .neurons import width_fields
 from .probing import config_with, doubled
-from .units import Slice, UnitGroup, each
+from .units import NoStructure, Slice, UnitGroup, each
 
 HIDDEN_FIELDS = ("hidden_size", "dim", "n_embd", "d_model")
 """Configuration fields that hold the hidden width."""
@@ -25,15 +25,14 @@ def hidden_field(config: PretrainedConfig) -> str:
         ValueError: a family for which it is not known that it can be changed, or a model that reads another's width.
     """
     if config.model_type not in HIDDEN_FAMILIES:
-        raise ValueError(
+        raise NoStructure(
             f"structure='hidden' is not supported for {config.model_type}: scales, position tables or group counts in its "
-            f"code depend on the hidden width, not only shapes. It is for {', '.join(HIDDEN_FAMILIES)}. "
-            "Use structure='neuron' or 'head' instead."
+            f"code depend on the hidden width, not only shapes. It is for {', '.join(HIDDEN_FAMILIES)}."
         )
     if getattr(config, "add_cross_attention", False):
-        raise ValueError(
+        raise NoStructure(
             "structure='hidden' is not supported with add_cross_attention=True: the cross-attention reads hidden states of "
-            "another model, whose width would not follow. Use structure='neuron' or 'head' instead."
+            "another model, whose width would not follow."
         )
     return next(name for name in HIDDEN_FIELDS if name in config.to_dict())
 

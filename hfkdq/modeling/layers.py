@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..schema import brief
 from .numbering import PerLayer
 from .probing import Shapes, build_shapes, config_with, nested_configs
+from .units import NoStructure
 
 DEPTH_FIELDS = ("num_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers")
 """Configuration fields that hold a number of layers; an alias of another one comes last."""
@@ -139,7 +140,7 @@ def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
             stacks.setdefault(stack.name, stack)
     if not stacks:
         reason = f": no other number could be tried, {'; '.join(reasons)}," if reasons else ""
-        raise ValueError(
+        raise NoStructure(
             f"{type(model).__name__} has no stack of layers that {type(model.config).__name__} counts (as one of "
             f"{', '.join(DEPTH_FIELDS)}){reason} so whole layers cannot be removed."
         )

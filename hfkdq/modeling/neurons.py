@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .probing import doubled, nested_configs
-from .units import CONVOLUTIONS, Slice, UnitGroup, each, runs
+from .units import CONVOLUTIONS, NoStructure, Slice, UnitGroup, each, runs
 
 WIDTH_FIELDS = (
     "intermediate_size", "hidden_dim", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_ratio",
@@ -35,7 +35,7 @@ def width_fields(config: PretrainedConfig) -> dict[str, Any]:
             values["n_inner"] = 4 * inner.n_embd
         found |= {prefix + name: value for name, value in values.items() if type(value) in (int, float)}
     if not found:
-        raise ValueError(
+        raise NoStructure(
             f"{type(config).__name__} has no feed-forward width: none of {', '.join(WIDTH_FIELDS)} is a number in it. "
             "Neuron pruning needs one, so that the pruned model can be described by its configuration."
         )
@@ -58,9 +58,9 @@ def find_neurons(model: PreTrainedModel) -> list[UnitGroup]:
         seen |= set(found)
         groups += _by_layer(model, field, found)
     if not groups:
-        raise ValueError(
+        raise NoStructure(
             f"No tensor of {type(model).__name__} follows {', '.join(width_fields(model.config))}, so its neurons cannot "
-            "be told from its other parts; structure='weight' can prune it."
+            "be told from its other parts."
         )
     return groups
 
@@ -108,9 +108,9 @@ def _checked(model: PreTrainedModel, field: str, layer: str, slices: list[Slice]
     whole = all(len(entry.positions) in (units, 2 * units) for entry in slices)
     if not whole or not _has_both_ends(slices) or (roles != {"input", "output"} and not _is_fused(slices[0].module)):
         names = ", ".join(f"{entry.name}.{entry.tensor} {tuple(entry.values.shape)}" for entry in slices[:4])
-        raise ValueError(
+        raise NoStructure(
             f"{layer or type(model).__name__}: {field} decides sizes of {names}, which are not all linear layers into "
-            "and out of the same neurons, so they cannot be pruned; structure='weight' can."
+            "and out of the same neurons, so they cannot be pruned."
         )
     paired = [replace(entry, positions=_positions(entry, units)) for entry in slices]
     return UnitGroup(layer, units, tuple(paired), field=field)

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+
+class NoStructure(ValueError):
+    """A model has nothing of a structure that could be pruned."""
+
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -19,9 +19,9 @@ from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
 from .finishing import count_parameters, finish_, rehearse
 from .importance import collect_importance_
-from .one_shot import check_prunable
+from .one_shot import check_prunable, targets_of
 from .progress import UNFINISHED, Progress
-from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget, find_targets
+from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +133,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        check_prunable(model, self.spec, find_targets(model, self.spec))
+        check_prunable(model, self.spec, targets_of(model, self.spec))
         rehearse(model, self.spec, self._calibration)
         if self._bounded and args.load_best_model_at_end:
             raise ValueError(
@@ -150,7 +150,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        targets = find_targets(model, self.spec)
+        targets = targets_of(model, self.spec)
         if optimizer is not None:
             _check_trained_by(optimizer, targets)
         check_prunable(model, self.spec, targets)

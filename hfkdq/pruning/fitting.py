@@ -20,8 +20,7 @@ from transformers.utils import logging
 from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
 from .finishing import count_parameters, finish_, mask_at_random, rehearse
-from .one_shot import check_prunable
-from .targets import find_targets
+from .one_shot import check_prunable, targets_of
 
 _HALVINGS = 10
 _CALLS = 15
@@ -112,7 +111,7 @@ def fit_sparsity(
 
 def _largest(model: PreTrainedModel, spec: PruningSpec) -> float:
     """The largest sparsity up to that of the spec at which no target is left empty."""
-    targets = find_targets(model, spec)
+    targets = targets_of(model, spec)
     fewest = min(target.units for target in targets)
     largest = min(spec.sparsity or 0.0, 1.0 - 1.0 / fewest)
     check_prunable(model, dataclasses.replace(spec, sparsity=largest), targets)

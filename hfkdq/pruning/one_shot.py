@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..facts import read_facts
+from ..modeling import NoStructure
 from ..modeling.batches import Batches, make_batches
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
@@ -18,6 +19,9 @@ from .masks import Masks, check_counts, units_kept
 from .removal import described_config
 from .targets import LayerTarget, PruningTarget, find_targets
 from .vocabulary import prune_vocabulary
+
+STRUCTURES = ("neuron", "head", "channel", "layer", "hidden")
+"""Those whose units leave the shapes of a model."""
 
 
 def prune(
@@ -73,7 +77,7 @@ def prune(
     """
     if spec.structure == "vocab":
         return _prune_vocabulary(model, spec, calibration, processing_class)
-    targets = find_targets(model, spec)
+    targets = targets_of(model, spec)
     check_prunable(model, spec, targets)
     rehearse(model, spec, calibration)
     importance = ImportanceStatistics(targets, spec)
@@ -95,6 +99,30 @@ def prune(
     masks.grow_to(spec.sparsity or 0.0)
     finish_(model, masks, before)
     return model
+
+
+def targets_of(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]:
+    """As `find_targets`; where the model lacks the structure, the error names those that it has."""
+    try:
+        return find_targets(model, spec)
+    except NoStructure as error:
+        found = [
+            structure for structure in STRUCTURES if structure != spec.structure and _fits(model, spec, structure)
+        ]
+        found.append("weight")
+        names = " or ".join(f"structure={structure!r}" for structure in found)
+        raise ValueError(f"{error} What fits this model: {names}.") from error
+
+
+def _fits(model: PreTrainedModel, spec: PruningSpec, structure: str) -> bool:
+    """Whether as many units of another structure could go, which is tried on a copy."""
+    other = PruningSpec(sparsity=spec.sparsity or 0.5, structure=structure, plain_checkpoint=spec.plain_checkpoint)
+    try:
+        check_prunable(model, other, find_targets(model, other))
+        rehearse(model, other)
+    except ValueError:
+        return False
+    return True
 
 
 def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[PruningTarget]) -> None:

@@ -2,6 +2,7 @@
 """What pruning and `make_student` leave is what they say, for layers, heads and neurons of models that are unlike most."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers as tf
 from hfkdq import PruningSpec, load_pruned, make_student, prune
 from hfkdq.facts import read_facts
 from hfkdq.modeling import bypass_, find_layer_stack, find_layer_stacks
+from tests.families import FAMILIES
 
 ON_V5 = int(tf.__version__.split(".")[0]) >= 5
 IDS = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -200,3 +202,23 @@ def test_experts_in_one_tensor_are_not_ranked_by_activations_that_nothing_reads(
     model = HEADS["sinks"]()
     with pytest.raises(ValueError, match="holds all experts in one tensor"):
         prune(model, PruningSpec(sparsity=0.5, structure="neuron", criterion="activation"), [{"input_ids": IDS}])
+
+
+def refusal(model, structure):
+    """Why a structure does not fit a model; nothing if it does."""
+    try:
+        prune(copy.deepcopy(model), PruningSpec(sparsity=0.5, structure=structure, plain_checkpoint=False))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("family", ["convnext", "resnet", "swin", "wav2vec2"])
+def test_a_refusal_advises_what_works(family):
+    model = FAMILIES[family].make()
+    told = {structure: refusal(model, structure) for structure in ("neuron", "head", "channel", "layer", "hidden")}
+    fits = {structure for structure, message in told.items() if not message} | {"weight"}
+    advised = [message.partition("What fits this model: ")[2] for message in told.values()]
+    assert any(advised)
+    for each in filter(None, advised):
+        assert set(re.findall(r"structure='(\w+)'", each)) == fits
