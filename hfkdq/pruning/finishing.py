@@ -22,9 +22,10 @@ from .targets import WeightTarget, find_targets
 logger = logging.get_logger(__name__)
 
 
-def mask_at_random(model: PreTrainedModel, spec: PruningSpec) -> Masks:
-    """The masks of `spec` for units that a generator chooses."""
-    spec = dataclasses.replace(spec, criterion="random", cut="remove")
+def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
+    """The masks of `spec`; where its criterion looks at data, a generator chooses."""
+    criterion = "magnitude" if spec.criterion == "magnitude" else "random"
+    spec = dataclasses.replace(spec, criterion=criterion, cut="remove")
     targets = find_targets(model, spec)
     masks = Masks(targets, spec, ImportanceStatistics(targets, spec))
     masks.grow_to(spec.sparsity or 0.0)
@@ -50,7 +51,7 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec, data: Any = None) -> Non
     twin = probe.twin
     step = "masked"
     try:
-        masks = mask_at_random(twin, spec)
+        masks = mask_without_data(twin, spec)
         masks.apply_()
         masked = probe.outputs(twin)
         step = "removed"

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
-from .finishing import count_parameters, finish_, mask_at_random, rehearse
+from .finishing import count_parameters, finish_, mask_without_data, rehearse
 from .one_shot import check_prunable, targets_of
 
 _HALVINGS = 10
@@ -122,7 +122,7 @@ def _largest(model: PreTrainedModel, spec: PruningSpec) -> float:
 def _pruned(model: PreTrainedModel, spec: PruningSpec, sparsity: float) -> PreTrainedModel:
     pruned = copy.deepcopy(model)
     spec = dataclasses.replace(spec, sparsity=sparsity, ranking="local", plain_checkpoint=False)
-    finish_(pruned, mask_at_random(pruned, spec), 0)
+    finish_(pruned, mask_without_data(pruned, spec), 0)
     return pruned
 
 

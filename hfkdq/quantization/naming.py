@@ -58,16 +58,20 @@ def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
     return spec
 
 
+def beyond_former(model: nn.Module) -> list[str]:
+    """The modules that can be quantized, or are, and that earlier releases left in floating point."""
+    tables = {id(module.weight) for _, module in plain_modules(model) if isinstance(module, nn.Embedding)}
+
+    def is_new(module: nn.Module) -> bool:
+        plain = type(module).plain_class if isinstance(module, QuantizedModule) else layer_class(module)
+        return plain not in CLASSES or (isinstance(module, nn.Linear) and id(module.weight) in tables)
+
+    return [name for name, module in _eligible(model).items() if is_new(module)]
+
+
 def spec_of_former(model: nn.Module, spec: QuantizationSpec, record: Mapping[str, Any]) -> QuantizationSpec:
     """The recorded spec of a checkpoint; one of an earlier release leaves out what that release could not quantize."""
-    if "left_in_float" in record:
-        return spec
-    tables = {id(module.weight) for _, module in plain_modules(model) if isinstance(module, nn.Embedding)}
-    new = [
-        name
-        for name, module in _eligible(model).items()
-        if layer_class(module) not in CLASSES or (isinstance(module, nn.Linear) and id(module.weight) in tables)
-    ]
+    new = [] if "left_in_float" in record else beyond_former(model)
     return replace(spec, exclude_modules=[*(spec.exclude_modules or ()), *new]) if new else spec
 
 

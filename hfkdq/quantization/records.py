@@ -25,7 +25,7 @@ from .activations import ActivationQuantizer
 from .attention import attention_quantizers
 from .layers import SmoothedModule, weight_quantizers_of
 from .left_in_float import describe_left
-from .naming import named_spec, quantized_modules, spec_of_record
+from .naming import beyond_former, named_spec, quantized_modules, spec_of_record
 from .quantized_module import QuantizedModule
 from .weights import WeightQuantizer
 
@@ -203,7 +203,7 @@ def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = Tru
     spec = quantized_spec(model)
     if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
         found = _LiveRecord(model, spec) if live else _state_of(model, spec)
-        belongs = weights_digest(model) if digest and not live else None
+        belongs = weights_digest(model) if found["ranges"] and digest and not live else None
         record_fact(model, FACT, {**found, "digest": belongs} if belongs else found)
 
 
@@ -234,7 +234,9 @@ def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
     unobserved = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
     if unobserved:
         fact["unobserved"] = unobserved
-    fact["left_in_float"] = describe_left(model)
+    left = describe_left(model)
+    if left["modules"] or beyond_former(model):
+        fact["left_in_float"] = left
     weights = weight_states(model)
     if weights:
         fact["weights"] = weights
