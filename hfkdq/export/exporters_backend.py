@@ -59,7 +59,9 @@ def _parts(model: PreTrainedModel, batch: dict[str, Tensor], task: str) -> list[
     call = model.forward
 
     def forward(**inputs: Tensor) -> Any:
-        return file_outputs(model, call(**inputs), task)
+        result = call(**inputs)
+        found = file_outputs(model, result, task)
+        return type(result)(**found)  # whose class the file names
 
     return [Part(SINGLE, model, forward, batch)]
 
