@@ -17,6 +17,8 @@ from .specs import PruningSpec, QuantizationSpec
 from .specs.base import as_text
 
 _MOST_TEXT = 2**27
+NOTABLE = 0.05
+"""Share of the parameters in floating point above which it is told."""
 _Recorder = TypeVar("_Recorder", bound=Callable[..., None])
 
 
@@ -338,7 +340,7 @@ def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) ->
     alone = " of weights alone" if "activation_bits" in spec and spec["activation_bits"] is None else ""
     text = f"Quantization{alone}: {QuantizationSpec.describe(spec, code)}"
     left = fact.get("left_in_float", {})
-    if left.get("share", 0.0) > 0.05:
+    if left.get("share", 0.0) > NOTABLE:
         text += f"; {left['share']:.0%} of the parameters stay in floating point, most of them in "
         text += ", ".join(map(code, left["modules"][:3]))
     if fact.get("unobserved"):

@@ -9,12 +9,11 @@ Integers that are equal but at ties are in `tests/export/test_ties.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from hfkdq.modeling.proof import in_double  # noqa: F401 - for whoever compares
 
 UNIT = 2.0**-24
 """What one rounding to float32 changes at most, as a share of the number."""
@@ -25,36 +24,12 @@ ROUNDED_NORMS = 16 * UNIT
 """Of float64 where norms round to float32 inside: two or three roundings in each of the about seven norms of a tiny model."""
 
 
-class _Doubled(TorchFunctionMode):
-    """Makes float64 of every float32 that a model asks for by name, as norms and softmax do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
-
-
 def doubled(model: Any) -> Any:
     """A copy of `model` in float64. Run it within `in_double`, as `Family.outputs` does.
 
     Two ways to the same numbers then differ by at most `DOUBLE` of the largest, and what differs by more is no rounding.
     """
     return copy.deepcopy(model).double()
-
-
-@contextmanager
-def in_double(model: Any) -> Iterator[None]:
-    """Where a model of float64 computes in float64 throughout; for a model of another kind it changes nothing."""
-    if model.dtype != torch.float64:
-        yield
-        return
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Doubled():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def batch_for(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class _Doubled(TorchFunctionMode):
 
 
 @contextmanager
-def _in_double(model: PreTrainedModel) -> Iterator[None]:
+def in_double(model: PreTrainedModel) -> Iterator[None]:
+    """Where a model of float64 computes in float64 throughout; for a model of another kind it changes nothing."""
     before = torch.get_default_dtype()
     if model.dtype != torch.float64:
         yield
@@ -123,7 +124,7 @@ class Probe:
             arguments["use_cache"] = False
         if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
             cast(Any, model).set_experts_implementation("eager")  # others have no float64
-        with torch.random.fork_rng(devices=[]), _in_double(model), full_precision(model):
+        with torch.random.fork_rng(devices=[]), in_double(model), full_precision(model):
             torch.manual_seed(0)
             found = model(**arguments)
         values = [value for value in found.values() if torch.is_tensor(value)]
@@ -131,9 +132,8 @@ class Probe:
 
     def reloaded(self, model: PreTrainedModel, load: Callable[..., Any]) -> list[Tensor]:
         """The same of `model` as `load` reads it again from disk; of several processes the first one tries it."""
-        if (
-            dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
-        ):  # Transformers 5 writes nothing there
+        # Transformers 5 writes nothing in the others.
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
             return self.outputs(model)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config = GenerationConfig()

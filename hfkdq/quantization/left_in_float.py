@@ -9,14 +9,13 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..specs import QuantizationSpec, module_matches
+from ..facts import NOTABLE
+from ..specs import QuantizationSpec, module_matches, override_matches
 from .adapters import plain_modules
 from .naming import quantized_modules
 from .quantized_module import QuantizedModule
 
 logger = logging.get_logger(__name__)
-# Above this share of the parameters it is worth a warning.
-NOTABLE = 0.05
 
 
 def left_in_float(model: nn.Module, chosen: Collection[nn.Module] = ()) -> dict[str, int]:
@@ -41,10 +40,12 @@ def left_out_unasked(model: nn.Module, spec: QuantizationSpec, chosen: Collectio
     if spec.target_modules is not None:
         return {}
     off = [pattern for pattern, changes in spec.overrides.items() if changes is None]
+    modules = dict(plain_modules(model))
     return {
         name: count
         for name, count in left_in_float(model, chosen).items()
-        if not module_matches(name, spec.exclude_modules) and not module_matches(name, off)
+        if not module_matches(name, spec.exclude_modules)
+        and not any(override_matches(each, name, modules[name]) for each in off)
     }
 
 

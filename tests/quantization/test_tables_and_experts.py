@@ -95,7 +95,7 @@ def test_tables_that_scale_or_shift_are_quantized_and_go_on_doing_so(name, bits,
     spec = QuantizationSpec(embedding_bits=bits, activation_bits=None, target_modules=r".*(embed_\w+|shared|wte)")
     prepare_qat_(model, spec)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    assert all(isinstance(table, QuantizedEmbedding) for table in tables if type(table).__name__ != "M2M100Sinusoidal")
+    assert all(isinstance(table, QuantizedEmbedding) for table in tables)
     expected = by_hand(**batch)[0]
     torch.testing.assert_close(model(**batch)[0], expected, rtol=0, atol=1e-5)
     model.save_pretrained(tmp_path)
@@ -241,8 +241,9 @@ def test_inputs_that_no_calibration_data_reach_are_told(warned):
     config = tf.MixtralConfig(**_SMALL, num_local_experts=8, num_experts_per_tok=1)
     model = tf.MixtralForCausalLM(config).eval()
     quantize(model, QuantizationSpec(), [{"input_ids": IDS[:1, :2]}])
-    if any("experts" in name for name in model.config.hfkdq["quantization"].get("unobserved", ())):  # one by one
-        assert any("No calibration data reached" in text and "experts" in text for text in warned)
+    if not any("experts" in name for name in model.config.hfkdq["quantization"].get("unobserved", ())):
+        pytest.skip("in this release of Transformers all experts are in one module")
+    assert any("No calibration data reached" in text and "experts" in text for text in warned)
 
 
 def test_ranges_of_other_weights_are_told(tmp_path, warned):
