@@ -19,6 +19,8 @@ from .specs.base import as_text
 _MOST_TEXT = 2**27
 NOTABLE = 0.05
 """Share of the parameters in floating point above which it is told."""
+AUXILIARY = "hfkdq_"
+"""What the names of modules begin with that a model has while it is trained, and never in its files."""
 _Recorder = TypeVar("_Recorder", bound=Callable[..., None])
 
 

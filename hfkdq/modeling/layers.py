@@ -123,6 +123,10 @@ def renumbered(shapes: Shapes, kept_of: dict[str, list[int]]) -> Shapes:
     return found
 
 
+def _tensors_of(shapes: Shapes, prefix: str) -> Shapes:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
 def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
     """The stacks of layers whose number the configuration holds: one, or an encoder and a decoder.
 
@@ -269,6 +273,11 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
         return None
     layers = dict(model.named_modules()).get(where)
     if not isinstance(layers, nn.ModuleList):
+        return None
+    # A stage of another width than any before is no layer among its like.
+    if not any(
+        _tensors_of(before, f"{where}.{place}.") == _tensors_of(after, f"{where}{marker}") for place in range(count)
+    ):
         return None
     beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
     return CountedStack(where, layers, name, beside, tuple(lists), model)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..facts import AUXILIARY
+
 
 class Projection(nn.Module):
     """Linear, but no `nn.Linear`: what quantizes or prunes the linear layers of the student must not see it."""
@@ -34,7 +36,7 @@ class Projections(nn.Module):
     student neither holds nor misses them; the trainer keeps them in a file of their own.
     """
 
-    NAME: ClassVar[str] = "hfkdq_projections"
+    NAME: ClassVar[str] = f"{AUXILIARY}projections"
 
     def __init__(self) -> None:
         super().__init__()

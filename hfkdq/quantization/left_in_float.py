@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..facts import NOTABLE
+from ..facts import AUXILIARY, NOTABLE
 from ..specs import QuantizationSpec, module_matches, override_matches
 from .adapters import plain_modules
 from .naming import quantized_modules
@@ -27,6 +27,8 @@ def left_in_float(model: nn.Module, chosen: Collection[nn.Module] = ()) -> dict[
     inside = {id(parameter) for module in quantized for parameter in module.parameters()}
     found: dict[str, int] = {}
     for name, module in plain_modules(model):
+        if name.startswith(AUXILIARY):
+            continue
         own = {} if isinstance(module, QuantizedModule) else dict(module.named_parameters(recurse=False))
         free = [p for p in own.values() if p.dim() > 1 and p.is_floating_point() and id(p) not in inside]
         inside |= set(map(id, free))  # what modules share counts once
@@ -52,15 +54,19 @@ def left_out_unasked(model: nn.Module, spec: QuantizationSpec, chosen: Collectio
 def describe_left(model: nn.Module) -> dict[str, Any]:
     """`{"share": of all parameters, "modules": the largest eight by name}`, JSON-ready."""
     found = left_in_float(model)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {"share": sum(found.values()) / max(total, 1), "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
+    return {"share": sum(found.values()) / _size(model), "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
+
+
+def _size(model: nn.Module) -> int:
+    return max(
+        1, sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(AUXILIARY))
+    )
 
 
 def tell_left_in_float(model: nn.Module, spec: QuantizationSpec) -> None:
     """Warns where a spec leaves a notable part of a prepared model in floating point without being asked to."""
     found = left_out_unasked(model, spec)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    share = sum(found.values()) / max(total, 1)
+    share = sum(found.values()) / _size(model)
     if share <= NOTABLE:
         return
     largest = sorted(found, key=found.__getitem__, reverse=True)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.utils import ModelOutput
 
+from ..facts import AUXILIARY
 from ..modeling.forwards import TEACHER_PREFIX, forward_columns, hide_training_queries
 from ..objectives import LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
@@ -77,7 +78,7 @@ class PeerParameters(nn.Module):
     neither holds nor misses the parameters.
     """
 
-    NAME: ClassVar[str] = "hfkdq_peer_parameters"
+    NAME: ClassVar[str] = f"{AUXILIARY}peer_parameters"
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         super().__init__()
