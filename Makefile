@@ -86,14 +86,16 @@ endef
 
 WORKERS ?= 2
 PYTEST := -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
-test: .venv/.dev .venv-v5/.dev ## all tests, on the optimum line and then on the v5 line; WORKERS=2 at a time
+SLOW := -m pytest -m "slow and not gpu" -n $(WORKERS) --dist worksteal
+test: .venv/.dev .venv-v5/.dev ## the tests, a sample of those with many cases; on the optimum line and then on v5; WORKERS=2 at a time
 	$(call both,$(O)/python $(PYTEST),$(V)/python $(PYTEST))
 
+coverage: export HFKDQ_TEST_CASES = all
 coverage: .venv/.dev ## the share of the lines that the tests of the optimum line run, printed, and as pages in build/coverage
 	$(O)/python $(PYTEST) --cov=hfkdq --cov-report=term --cov-report=html:build/coverage
 
-test-slow: .venv/.bench .venv-v5/.dev ## what is too long for every run, on the optimum line; exports on both
-	$(call both,$(O)/python -m pytest -m slow,$(V)/python -m pytest -m slow tests/export)
+test-slow: .venv/.bench .venv-v5/.dev ## what is too long for every run, and all cases that make test leaves out; both lines
+	$(call both,$(O)/python $(SLOW),$(V)/python $(SLOW))
 
 test-kernels: .venv/.dev .venv-v5/.dev ## the tests that compare numbers, under other kernels, threads and orders of sums; both lines
 	$(call both,bash tests/kernels.sh $(O)/python,bash tests/kernels.sh $(V)/python)

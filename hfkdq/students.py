@@ -81,7 +81,8 @@ def make_student(
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(
             f"make_student copies a Transformers PreTrainedModel, got {type(teacher).__name__}. "
-            "Unwrap the model first; merge adapters with merge_and_unload()."
+            "Unwrap the model first; merge adapters with merge_and_unload(). A student of a module of your own is a smaller "
+            "one that you build: any two models with the same outputs are teacher and student."
         )
     stacks = find_layer_stacks(teacher)
     first, second = (num_layers, layers), (num_decoder_layers, decoder_layers)

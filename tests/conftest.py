@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from transformers import set_seed
 
@@ -30,6 +31,8 @@ THREADS = int(os.environ.get("HFKDQ_TEST_THREADS", "1"))  # the models are tiny,
 NUMBERS = re.compile(
     r"equal\(|allclose|assert_close|approx\(|assert_array|\.abs\(|hexdigest|losses?\b|logits|launch|export_onnx"
 )
+SAMPLE = 8
+"""Of a test with more cases these many always run, spread evenly, on each line others; the rest runs in `make test-slow`."""
 DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -65,10 +68,21 @@ def _compares_numbers(path: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of modules that compare numbers are marked `numbers`, before `-m` chooses among them."""
+    """Tests of modules that compare numbers are marked `numbers`, cases beyond a sample `slow`, before `-m` chooses."""
+    cases = {}
     for item in items:
         if _compares_numbers(item.path):
             item.add_marker("numbers")
+        whole = item.get_closest_marker("every_case") or item.get_closest_marker("slow")
+        if os.environ.get("HFKDQ_TEST_CASES") != "all" and not whole:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    offset = 0.0 if transformers.__version__.startswith("4.") else 0.5
+    for found in cases.values():
+        if len(found) > SAMPLE:
+            kept = {int((place + offset) * len(found) / SAMPLE) for place in range(SAMPLE)}
+            for place, item in enumerate(found):
+                if place not in kept:
+                    item.add_marker("slow")
 
 
 def pytest_runtest_setup(item):

@@ -22,7 +22,7 @@ table=$(printf "%-14s %-32s %-48s %s" setting variable result seconds)
 for setting in ${SETTINGS:-default compatible mkl-avx2 aten-avx2 aten-default threads shuffled}; do
     echo "== $setting: ${variables[$setting]:-as it is}"
     start=$SECONDS
-    env ${variables[$setting]} "$python" -m pytest -q -m "numbers and not slow and not gpu" -n "${WORKERS:-2}" --dist worksteal "$@" 2>&1 \
+    env HFKDQ_TEST_CASES=all ${variables[$setting]} "$python" -m pytest -q -m "numbers and not slow and not gpu" -n "${WORKERS:-2}" --dist worksteal "$@" 2>&1 \
         | tee "$logs/$setting.log" | grep -aE "^(FAILED|ERROR) |^INTERNALERROR"
     status=${PIPESTATUS[0]}
     [ "$status" = 0 ] || failed=1

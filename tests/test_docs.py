@@ -10,6 +10,8 @@ import pytest
 
 import hfkdq
 
+pytestmark = pytest.mark.every_case
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "constraints").glob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -12,6 +12,8 @@ import pytest
 
 import hfkdq
 
+pytestmark = pytest.mark.every_case
+
 PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {

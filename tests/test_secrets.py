@@ -15,6 +15,8 @@ from hfkdq.secrets import find_secrets, find_secrets_in_file, redact, without_se
 
 from . import tiny
 
+pytestmark = pytest.mark.every_case
+
 HF = "hf_" + "A1b2C3d4" * 5
 B64 = "Ab1+/xyZ90" * 20
 SECRETS = {

@@ -7,6 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hfkdq.specs import PruningSpec, QuantizationScheme, QuantizationSpec, module_matches
 
+pytestmark = pytest.mark.every_case
+
 LINEAR, TABLE = nn.Linear(2, 2), nn.Embedding(2, 2)
 
 

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, send_to_dev
 
 from ..modeling.examples import NoExample, tried_on
 from ..modeling.forwards import base_of
+from ..modeling.own_modules import as_pretrained_
 from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher, weights_fingerprint
 from .codec import encode
 from .fingerprints import collator_name, processor_fingerprint
@@ -111,7 +112,7 @@ def cache_teacher_outputs(
             'device_map="auto" in a single process.'
         )
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
-    check_vocabulary(teacher, "The teacher", dataset)
+    check_vocabulary(as_pretrained_(teacher), "The teacher", dataset)
     collator = data_collator or default_collator(processing_class)
     source = Source(dataset, collator, teacher, remove_unused_columns)
     batch = collator(source.features(0, 1))

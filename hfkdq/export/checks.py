@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..facts import read_facts
 from ..modeling.forwards import base_of
+from ..modeling.own_modules import as_pretrained_
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
 from .exporters_tasks import own_task
@@ -24,7 +25,7 @@ WEIGHT_TYPES = ("auto", "int8", "uint8")
 
 def check_arguments(model: Any, tolerance: float | None, target: str, weight_type: str) -> None:
     """Refuses other objects than models in floating point (`TypeError`, `ValueError`) and impossible settings."""
-    if not isinstance(base_of(model), PreTrainedModel):
+    if not isinstance(base_of(as_pretrained_(model)), PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
         )

@@ -28,9 +28,21 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
 
 
+def body_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the pretrained base model under a head; `""` and the model itself where there is none."""
+    name = getattr(model, "base_model_prefix", "")
+    return (name, getattr(model, name)) if name and hasattr(model, name) else ("", model)
+
+
 def forward_columns(model: nn.Module) -> set[str]:
     """Names of what the forward pass of `model` takes."""
     return set(inspect.signature(base_of(model).forward).parameters)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward pass of `model` can be called with an argument of this name."""
+    parameters = inspect.signature(base_of(model).forward).parameters
+    return name in parameters or any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def return_dict_kwargs(model: nn.Module) -> dict[str, Any]:

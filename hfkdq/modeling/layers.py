@@ -275,9 +275,8 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
     if not isinstance(layers, nn.ModuleList):
         return None
     # A stage of another width than any before is no layer among its like.
-    if not any(
-        _tensors_of(before, f"{where}.{place}.") == _tensors_of(after, f"{where}{marker}") for place in range(count)
-    ):
+    new = _tensors_of(after, f"{where}{marker}").items()
+    if not any(new <= _tensors_of(before, f"{where}.{place}.").items() for place in range(count)):
         return None
     beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
     return CountedStack(where, layers, name, beside, tuple(lists), model)

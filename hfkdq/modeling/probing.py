@@ -16,6 +16,9 @@ try:
 except ImportError:  # Transformers 4
     from transformers.modeling_utils import no_init_weights  # type: ignore[no-redef,attr-defined,unused-ignore]
 
+undrawn = no_init_weights
+"""While it lasts, models are made without values drawn for their weights."""
+
 HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Under which names attention modules keep the size of a head."""
 
@@ -66,7 +69,7 @@ def build_empty(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedM
     Raises:
         Exception: whatever the class raises for a configuration that it cannot be made from.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), no_init_weights():
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), undrawn():
         return type(model)._from_config(config)
 
 

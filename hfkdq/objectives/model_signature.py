@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..modeling.examples import is_given, probe
-from ..modeling.forwards import base_of
+from ..modeling.forwards import base_of, takes
 from ..modeling.tasks import class_names, is_listed
 
 
@@ -73,12 +73,16 @@ class ModelSignature:
             ValueError: the model returns none, or they were not written down.
         """
         if "hidden_states" not in self._shapes and self._model is not None:
-            states = getattr(probe(self._model, output_hidden_states=True), "hidden_states", None)
+            is_asked = takes(self._model, "output_hidden_states")
+            states = (
+                getattr(probe(self._model, output_hidden_states=True), "hidden_states", None) if is_asked else None
+            )
             self._shapes["hidden_states"] = [tuple(state.shape) for state in states or ()]
         states = self._shapes.get("hidden_states")
         if not states:
             raise ValueError(
-                f"{self.model_class} returns no hidden states under that name, so they cannot be compared. Of "
+                f"{self.model_class} returns no hidden states under that name, so they cannot be compared. A model of your own "
+                "returns them as hidden_states where its forward pass is called with output_hidden_states=True. Of "
                 "encoder-decoders this release distils the logits alone: LogitKD(). Cached outputs hold them if "
                 "cache_teacher_outputs was asked to: hidden_states=[layers]."
             )
@@ -124,7 +128,8 @@ def signature_of(model: Any) -> ModelSignature:
 def _attention_maps(model: PreTrainedModel) -> tuple[torch.Tensor, ...] | None:
     with warnings.catch_warnings():  # That there are none is what is asked here.
         warnings.simplefilter("ignore")
-        maps = getattr(probe(model, output_attentions=True), "attentions", None)
+        is_asked = takes(model, "output_attentions")
+        maps = getattr(probe(model, output_attentions=True), "attentions", None) if is_asked else None
     layers = getattr(model.config, "num_hidden_layers", None)
     if not maps or any(m is None for m in maps) or (layers is not None and len(maps) != layers):
         return None

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..facts import read_facts, record_fact
+from ..modeling.own_modules import as_pretrained_
 from ..specs import ModulePatterns, module_matches, unmatched
 
 FACT = "clustering"
@@ -73,7 +74,7 @@ def cluster_weights(
 
         ```
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(as_pretrained_(model), PreTrainedModel):
         raise TypeError(f"cluster_weights needs a Transformers PreTrainedModel, got {type(model).__name__}.")
     if isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 2:
         raise ValueError(f"clusters={clusters!r} must be an integer of at least 2, such as 32.")

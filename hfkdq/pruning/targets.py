@@ -24,6 +24,8 @@ from ..modeling import (
     find_neurons,
     norms_of,
 )
+from ..modeling.forwards import body_of
+from ..modeling.own_modules import as_pretrained_
 from ..modeling.units import CONVOLUTIONS
 from ..specs import PruningSpec, module_matches, unmatched
 from .masked_norms import mask_norm_
@@ -234,7 +236,7 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         ValueError: nothing matches, the architecture lacks the structure, layers share their weights, or a weight is
             not a plain floating-point tensor.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(as_pretrained_(model), PreTrainedModel):
         raise TypeError(
             f"Pruning needs a Transformers PreTrainedModel, got {type(model).__name__}. "
             "Merge adapters with merge_and_unload() before pruning."
@@ -289,7 +291,8 @@ def _matching_modules(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[s
         try:
             prefixes = tuple(f"{stack.name}." for stack in find_layer_stacks(model))
         except ValueError:  # a network of convolutions: its body
-            prefixes = ("" if model.base_model is model else f"{model.base_model_prefix}.",)
+            body, _ = body_of(model)
+            prefixes = (f"{body}." if body else "",)
         chosen = [(name, module) for name, module in modules if name.startswith(prefixes)]
     else:
         chosen = [(name, module) for name, module in modules if module_matches(name, spec.target_modules)]

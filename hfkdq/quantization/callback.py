@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
+from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationSpec
 from .batch_norm import fold_batch_norm_
 from .convert import prepare_qat_, strip_quantizers_
@@ -120,7 +121,7 @@ class QATCallback(TrainerCallback, ExportableState):
     ) -> None:
         if model is None:
             return
-        if self.fold_batch_norm and quantized_spec(model) is None:
+        if self.fold_batch_norm and quantized_spec(as_pretrained_(model)) is None:
             fold_batch_norm_(model)
         prepare_qat_(model, self.spec)
         self.schedule.at(0.0).apply_(model)
@@ -128,7 +129,7 @@ class QATCallback(TrainerCallback, ExportableState):
     def on_train_begin(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        late = quantized_spec(model) is None
+        late = quantized_spec(as_pretrained_(model)) is None
         prepare_qat_(model, self.spec)
         if late and learned_parameters(model):
             strip_quantizers_(model)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..facts import drop_fact
+from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
 from ..specs.quantization import is_quantizable
 from .adapters import (
@@ -69,7 +70,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     """
     if not isinstance(spec, QuantizationSpec):
         raise TypeError(f"spec must be a QuantizationSpec, got {type(spec).__name__}.")
-    check_adapters(model)
+    check_adapters(as_pretrained_(model))
     present = quantized_spec(model)
     if present is not None and not means_the_same(model, spec):
         raise ValueError(

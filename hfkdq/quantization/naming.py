@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ..modeling.forwards import base_of
+from ..modeling.forwards import base_of, body_of
 from ..schema import Name, brief, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches
 from ..specs.quantization import is_quantizable
@@ -26,8 +26,7 @@ _named: WeakKeyDictionary[nn.Module, tuple[Any, QuantizationSpec]] = WeakKeyDict
 def head_modules(model: nn.Module) -> set[int]:
     """Identities of the linear layers of the head: outside the pretrained base model, and output embeddings."""
     model = base_of(model)
-    base = getattr(model, "base_model", model)
-    inside = {id(module) for module in base.modules()}
+    inside = {id(module) for module in body_of(model)[1].modules()}
     heads = {id(module) for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside}
     try:
         output: Any = model.get_output_embeddings()  # type: ignore[operator]

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling import load_checkpoint, load_config
 from ..modeling.batches import Batches, make_batches, on_device
 from ..modeling.forwards import evaluating
+from ..modeling.own_modules import as_pretrained_, own_class
 from ..specs import QuantizationSpec
 from .convert import prepare_qat_, strip_quantizers_
 from .corrections import correct_biases_, smooth_
@@ -73,7 +75,7 @@ def quantize(
         model.save_pretrained("int8")
         ```
     """
-    if quantized_spec(model) is not None:
+    if quantized_spec(as_pretrained_(model)) is not None:
         raise ValueError(
             f"{type(model).__name__} already has fake quantizers. Remove them first with strip_quantizers_(model)."
         )
@@ -141,7 +143,7 @@ def _check_ranges(model: PreTrainedModel) -> None:
 
 
 def load_quantized(
-    path: str, model: PreTrainedModel | type[PreTrainedModel] | None = None, **kwargs: Any
+    path: str, model: nn.Module | type[PreTrainedModel] | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """Loads a checkpoint together with the fake quantizers that its configuration records.
 
@@ -149,8 +151,8 @@ def load_quantized(
 
     Args:
         path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
-        model (`PreTrainedModel` or its class, *optional*): a class of your own, or a model of it, that is not registered
-            with an Auto class. A model stays as it is; another of its class is returned.
+        model (`PreTrainedModel` or its class, or `nn.Module`, *optional*): a class of your own, or a model of it, that is
+            not registered with an Auto class. A model stays as it is; another of its class is returned.
         kwargs (*optional*): passed to `from_pretrained`; `dtype` is that of the file by default.
 
     Returns:
@@ -167,9 +169,7 @@ def load_quantized(
         model = load_quantized("out/checkpoint-500")
         ```
     """
-    own = type(model) if isinstance(model, PreTrainedModel) else model
-    if own is not None and not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
-        raise TypeError(f"model must be a PreTrainedModel or a class of them, got {type(model).__name__}.")
+    own = own_class(model)
     config = load_config(path, None if own is None else own.config_class, **kwargs)
     recorded = recorded_quantization(config)
     if recorded is None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..modeling.batches import Batches, check_batch, make_batches
 from ..modeling.forwards import evaluating
+from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationSpec
 from .adapters import has_adapters
 from .allocation import BitAllocation, choose_bits
@@ -85,7 +86,7 @@ def suggest_bits(
         ```
     """
     spec = QuantizationSpec() if spec is None else spec
-    _check(model, bits, max_batches)
+    _check(as_pretrained_(model), bits, max_batches)
     choices = BitChoices.of(model, spec, bits)
     limit = choices.limit(budget)
     sample = _sample(make_batches(model, data, batch_size, data_collator, processing_class), max_batches)

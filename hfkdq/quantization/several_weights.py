@@ -50,6 +50,7 @@ class _Recurrent(SeveralWeights):
     _gates: int
     _flat_weights: Any
     _flat_weights_names: Any
+    _update_flat_weights: Any
 
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         self.weight_quantizers = nn.ModuleDict(
@@ -61,6 +62,7 @@ class _Recurrent(SeveralWeights):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._update_flat_weights()  # the layer itself would put its weights back where one is another since the last pass
         kept, values = self._flat_weights, self._values()
         self._flat_weights = [
             values.get(name, weight) for name, weight in zip(self._flat_weights_names, kept, strict=True)

@@ -32,6 +32,7 @@ from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.latency import TimedEngine, check_counts, time_engines, total_latency
 from ..measuring.torch_engine import torch_call
+from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import task_of
 from .data import Engine, row_name
 from .environment import describe_environment
@@ -155,7 +156,7 @@ def _measure_onnx(
 
 def _check_models(models: Mapping[str, Any]) -> None:
     for name, model in models.items():
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(as_pretrained_(model), PreTrainedModel):
             raise TypeError(f"The {name} must be a PreTrainedModel in memory, got {type(model).__name__}.")
         if getattr(model, "is_quantized", False):
             raise ValueError(

@@ -24,6 +24,7 @@ from ..modeling.forwards import (
     output_kwargs,
     return_dict_kwargs,
 )
+from ..modeling.own_modules import as_pretrained_
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
 from .base import Indices, Teacher, TeacherSource, refuse_shared_parameters
 from .fingerprints import fingerprint
@@ -84,7 +85,7 @@ def as_source(given: Any) -> TeacherSource:
     """A teacher that a user gave, models and their names wrapped; raises `TypeError` for anything else."""
     source = given if isinstance(given, TeacherSource) else FrozenSource(given)
     model = getattr(source, "model", source.frozen_model)
-    if not (isinstance(base_of(model), PreTrainedModel) or source.to_load or source.copies_student):
+    if not (isinstance(base_of(as_pretrained_(model)), PreTrainedModel) or source.to_load or source.copies_student):
         raise TypeError(
             "teacher_model must be a PreTrainedModel, the Hub id or folder of one, an EMATeacher, a CoTrainedTeacher, "
             f"or a dict of such by name, got {type(model).__name__}."

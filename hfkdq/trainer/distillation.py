@@ -15,6 +15,7 @@ from ..facts import record_fact
 from ..modeling.examples import NoExample, tried_on
 from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns, hide_training_queries
 from ..modeling.masks import Batch
+from ..modeling.own_modules import as_pretrained_
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, Teacher, TeacherSource
@@ -241,10 +242,10 @@ def prepare_student_(student: Any) -> None:
     Raises:
         TypeError: it is no Transformers model.
     """
-    if not isinstance(base_of(student), PreTrainedModel):
+    if not isinstance(base_of(as_pretrained_(student)), PreTrainedModel):
         raise TypeError(
             f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "
-            "PreTrainedModel, or a PeftModel around one."
+            "PreTrainedModel, a PeftModel around one, or a module of your own that takes and returns dictionaries."
         )
     for module in student.modules():
         # On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights that run without gradient, for a kernel that passes

@@ -574,11 +574,17 @@ def test_a_teacher_in_the_student_is_refused(training_arguments):
 
 def test_a_student_that_is_no_transformers_model_is_refused(training_arguments):
     class Module(torch.nn.Module):
-        def forward(self, input_ids, labels=None):
-            return {"loss": input_ids.sum()}
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
 
-    with pytest.raises(TypeError, match="the student is a Module"):
-        make_trainer(training_arguments(), [LogitKD()], Module())
+        def forward(self, input_ids, labels=None):
+            return {"loss": self.scale * input_ids.sum()}
+
+    with pytest.raises(TypeError, match="the student is a Linear"):
+        make_trainer(training_arguments(), [LogitKD()], torch.nn.Linear(2, 2))
+    with pytest.raises((TypeError, ValueError), match=r"Module.* logits"):
+        make_trainer(training_arguments(), [LogitKD()], Module()).train()
 
 
 def test_data_parallelism_within_a_process_is_refused(training_arguments):
