@@ -114,7 +114,12 @@ def resize_(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, CONVOLUTIONS):
+        if module.groups > 1:  # which go as a whole
+            module.groups = module.groups * weight.shape[0] // module.out_channels
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * weight.shape[0] // module.num_channels
+        module.num_channels = weight.shape[0]
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.num_features = weight.shape[0]
     elif isinstance(module, nn.LayerNorm):

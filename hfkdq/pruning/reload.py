@@ -13,14 +13,16 @@ from .progress import UNFINISHED
 from .sharing import restore_sharing_
 
 
-def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
+def load_pruned(path: str, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> PreTrainedModel:
     """Loads a checkpoint with the shapes that its configuration records, layer by layer, and the layers that are shared.
 
-    No code comes from the checkpoint: the class is that of Transformers, built with smaller tensors. What plain
+    No code comes from the checkpoint: the class is that of Transformers, or yours, built with smaller tensors. What plain
     `from_pretrained` can load, this loads as well.
 
     Args:
         path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
+        model_class (`type`, *optional*): the class of the model, where it is one of your own that is registered with no
+            Auto class.
         kwargs (*optional*): passed to `from_pretrained`; `dtype` is that of the file by default.
 
     Returns:
@@ -37,7 +39,7 @@ def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
         model = load_pruned("out/pruned")
         ```
     """
-    config = load_config(path, **kwargs)
+    config = load_config(path, getattr(model_class, "config_class", None), **kwargs)
     unfinished = read_facts(config).get(UNFINISHED)
     if unfinished is not None:
         raise ValueError(
@@ -45,4 +47,4 @@ def load_pruned(path: str, **kwargs: Any) -> PreTrainedModel:
             "another model than the one that was trained: go on with trainer.train(resume_from_checkpoint=...), or save the "
             "model when the training has ended."
         )
-    return restore_sharing_(load_checkpoint(path, config, **{"dtype": "auto", **kwargs}))
+    return restore_sharing_(load_checkpoint(path, config, model_class, **{"dtype": "auto", **kwargs}))

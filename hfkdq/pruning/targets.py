@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -257,8 +258,12 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
     elif spec.structure in ("neuron", "head", "channel"):
         _check_floating(model)
-        find = {"neuron": find_neurons, "head": find_heads, "channel": find_channels}[spec.structure]
-        targets = [GroupTarget(group) for group in _matching(model, spec, find(model))]
+        finders: dict[str, Callable[[PreTrainedModel], list[UnitGroup]]] = {
+            "neuron": find_neurons,
+            "head": find_heads,
+            "channel": partial(find_channels, everywhere=spec.target_modules is not None),
+        }
+        targets = [GroupTarget(group) for group in _matching(model, spec, finders[spec.structure](model))]
     else:
         modules = _matching_modules(model, spec)
         first = {id(module.weight): name for name, module in reversed(modules)}  # of those that share a weight
