@@ -22,6 +22,7 @@ from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
 from .finishing import count_parameters, finish_, rehearse
 from .importance import collect_importance_
+from .left_unpruned import tell_left_unpruned
 from .one_shot import check_prunable, targets_of
 from .progress import UNFINISHED, Progress
 from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget
@@ -147,8 +148,10 @@ class PruningCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         with self._tried(model):
-            check_prunable(model, self.spec, targets_of(model, self.spec))
+            targets = targets_of(model, self.spec)
+            check_prunable(model, self.spec, targets)
             rehearse(model, self.spec)
+            tell_left_unpruned(model, self.spec, targets)
         if self._bounded and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end would choose among models of different sparsity. Leave it out: with at_least or "

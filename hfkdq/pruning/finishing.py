@@ -14,6 +14,7 @@ from ..modeling import Probe, differing, has_recorded_shapes, load_checkpoint, r
 from ..schema import brief
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics
+from .left_unpruned import describe_left, left_unpruned, share_reached
 from .masks import Masks
 from .removal import described_config, remove_layers_, remove_units_
 from .targets import WeightTarget, find_targets
@@ -66,6 +67,9 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec) -> None:
 def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
     """Removes the pruned units from the model, for good, and records it."""
     spec, targets = masks.spec, masks.targets
+    left = left_unpruned(model, spec, targets)
+    told = {"left_unpruned": describe_left(model, left)} if left else {}
+    reached = share_reached(targets, left)
     units = sum(target.units for target in targets)
     masks.apply_()
     gone = sum(masks.counts())
@@ -89,16 +93,17 @@ def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
                 model.config.hfkdq = facts
             record_shapes(model, counts)
         refresh_facts(model)
-    record_pruning(model, spec, gone / units, before)
+    record_pruning(model, spec, gone / units * reached, before, **told)
 
 
-def record_pruning(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int) -> None:
+def record_pruning(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int, **more: Any) -> None:
     """Records what was done, with what was recorded of prunings before."""
     fact: dict[str, Any] = {
         "spec": spec.to_dict(),
         "achieved_sparsity": achieved,
         "parameters_before": before,
         "parameters_after": count_parameters(model),
+        **more,
     }
     former = read_facts(model).get("pruning")
     if former is not None:

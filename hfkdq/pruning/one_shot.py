@@ -16,6 +16,7 @@ from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
 from .finishing import count_parameters, finish_, record_pruning, rehearse
 from .importance import collect_importance_
+from .left_unpruned import tell_left_unpruned
 from .masks import Masks, check_counts, units_kept
 from .removal import described_config
 from .targets import LayerTarget, PruningTarget, find_targets
@@ -42,7 +43,7 @@ def prune(
     so that `from_pretrained` loads the saved model like any other. What a configuration cannot describe is refused,
     unless `spec.plain_checkpoint` is false: then [`load_pruned`] loads it. Single weights become zero.
     What was done is recorded in `model.config.hfkdq["pruning"]`: `spec`, `achieved_sparsity` (measured, share of the
-    units that were up for pruning), `parameters_before` and `parameters_after` (of the model as it is saved), and
+    units that were up for pruning, and of the weights in `left_unpruned`, which were meant and not known how to prune), `parameters_before` and `parameters_after` (of the model as it is saved), and
     `earlier`, the same of each pruning before, if there was one.
 
     Args:
@@ -89,6 +90,7 @@ def prune(
         targets = targets_of(model, spec)
         check_prunable(model, spec, targets)
         rehearse(model, spec)
+        tell_left_unpruned(model, spec, targets)
     importance = ImportanceStatistics(targets, spec)
     masks = Masks(targets, spec, importance)
     if importance.needs_gradients or importance.needs_activations:
