@@ -215,7 +215,7 @@ class Following(TorchDispatchMode):
                 numbers = torch.zeros(int(known.max()) + 1, dtype=torch.float64)
                 numbers[known] = 1.0 + order.double() / len(known)
                 stands = {
-                    id(value): numbers[labels]
+                    id(value): torch.empty_like(value, dtype=torch.float64).copy_(numbers[labels])
                     for value, labels in zip(owners, together, strict=True)
                     if labels is not None
                 }
@@ -225,6 +225,8 @@ class Following(TorchDispatchMode):
                 except Exception:  # whatever an operation raises that is not for such numbers
                     return None
                 decoded.append([_decoded(value, known, order) for value in found])
+                if not any(value is not None for value in decoded[-1]):
+                    return None
             for place, (one, other) in enumerate(zip(*decoded, strict=True)):
                 if one is None or other is None:
                     continue  # indices and the like

@@ -92,5 +92,5 @@ def _groups(model: PreTrainedModel, following: Following) -> list[UnitGroup]:
             slices.append(Slice(owner, model.get_submodule(owner), tensor, dim, positions))
         computing = [entry.name for entry in slices if entry.role == "output"]
         if len(members) > 1 and computing and any(entry.role == "input" for entry in slices):
-            groups.append(UnitGroup(computing[0], len(members), tuple(slices)))
+            groups.append(UnitGroup(computing[0], len(members), tuple(slices), followed=True))
     return groups

@@ -78,6 +78,8 @@ class UnitGroup:
         counts (tuple of `(name, module, attribute, per unit)`): integers that modules keep of them, such as a number of
             heads, and what one unit adds to each.
         field (`str`): the field of the configuration that decides how many, for neurons.
+        followed (`bool`): whether a batch has shown what goes together. Such units go by the names of what computes them, as a
+            layer may read several groups.
     """
 
     name: str
@@ -85,6 +87,12 @@ class UnitGroup:
     slices: tuple[Slice, ...]
     counts: tuple[tuple[str, nn.Module, str, int], ...] = ()
     field: str = ""
+    followed: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names that patterns may have for it: its own, and those of its layers."""
+        return [self.name, *(entry.name for entry in (self.of_role("output") if self.followed else self.slices))]
 
     def of_role(self, role: str) -> tuple[Slice, ...]:
         """The slices of modules that compute (`"output"`) or read (`"input"`) the units."""

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> dict[str, int]:
-    """How many weights, parameters with more than one axis, by the name of their module.
+    """How many weights, parameters with more than one axis, by the name of their module, where they are a notable part.
 
     They lie in the layers of a stack. Of neurons and heads they are those of neither; of single weights those of modules that
     are no linear layer and no convolution, such as experts in one tensor. Other structures reach all that they are for,
@@ -41,12 +41,13 @@ def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[P
         if name.startswith(layers) and id(values) not in known:
             owner = name.rpartition(".")[0]
             found[owner] = found.get(owner, 0) + values.numel()
-    return found
+    return found if _share(model, found) > NOTABLE else {}
 
 
 def share_reached(targets: Sequence[PruningTarget], left: dict[str, int]) -> float:
     """The share that targets have of all weights that a spec is for."""
-    reached = {id(part.values): part.values.numel() for target in targets for part in target.parts}
+    parts = (part.values for target in targets for part in target.parts)
+    reached = {id(values): values.numel() for values in parts if values.dim() > 1}
     return sum(reached.values()) / max(1, sum(reached.values()) + sum(left.values()))
 
 
@@ -56,9 +57,9 @@ def describe_left(model: PreTrainedModel, left: dict[str, int]) -> dict[str, obj
 
 
 def tell_left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> None:
-    """Warns where it is a notable part of the model."""
+    """Warns where there is such a part."""
     left = left_unpruned(model, spec, targets)
-    if _share(model, left) <= NOTABLE:
+    if not left:
         return
     largest = sorted(left, key=left.__getitem__, reverse=True)
     told = ", ".join(f"{name} ({type(model.get_submodule(name)).__name__}, {left[name]:,})" for name in largest[:4])

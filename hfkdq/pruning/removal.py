@@ -81,7 +81,7 @@ def _candidates(
     if spec.structure == "hidden":
         return [{hidden_field(config): kept[0]}]
     if spec.structure == "neuron":
-        followed = any(isinstance(target, GroupTarget) and not target.group.field for target in targets)
+        followed = any(isinstance(target, GroupTarget) and target.group.followed for target in targets)
         return [] if followed else _width_candidates(model, targets, kept)
     if spec.structure == "head":
         if len(shares) != 1:

@@ -278,10 +278,10 @@ def _matching(model: PreTrainedModel, spec: PruningSpec, groups: list[UnitGroup]
     """The groups in modules that the patterns of the spec name, by their own name or that of one of their layers."""
 
     def named(group: UnitGroup, patterns: object) -> bool:
-        return any(module_matches(n, patterns) for n in (group.name, *(s.name for s in group.slices)))  # type: ignore[arg-type]
+        return any(module_matches(name, patterns) for name in group.names)  # type: ignore[arg-type]
 
     chosen = [g for g in groups if spec.target_modules is None or named(g, spec.target_modules)]
-    _check_excluded(model, spec, [n for g in groups for n in (g.name, *(s.name for s in g.slices))])
+    _check_excluded(model, spec, [name for group in groups for name in group.names])
     chosen = [g for g in chosen if not named(g, spec.exclude_modules)]
     if not chosen:
         raise _nothing_matches(model, spec, [group.name for group in groups])
