@@ -18,7 +18,7 @@ from .specs.base import as_text
 
 _MOST_TEXT = 2**27
 NOTABLE = 0.05
-"""Share of the parameters in floating point above which it is told."""
+"""Share of the parameters in floating point, or not pruned, above which it is told."""
 AUXILIARY = "hfkdq_"
 """What the names of modules begin with that a model has while it is trained, and never in its files."""
 _Recorder = TypeVar("_Recorder", bound=Callable[..., None])
@@ -74,12 +74,13 @@ class Distillation(TypedDict, total=False):
 
 
 class Pruning(TypedDict, total=False):
-    """A pruning: `spec` as `PruningSpec.to_dict` has it."""
+    """A pruning: `spec` as `PruningSpec.to_dict` has it; `left_unpruned` is what it was meant for and did not reach."""
 
     spec: PruningSettings
     achieved_sparsity: float
     parameters_before: Count
     parameters_after: Count
+    left_unpruned: Left
     earlier: list[Pruning]
 
 
@@ -104,8 +105,8 @@ class Values(TypedDict):
     float32: Annotated[Any, _is_base64]
 
 
-class LeftInFloat(TypedDict):
-    """Share of the parameters in weights that are not quantized, and the largest of their modules."""
+class Left(TypedDict):
+    """Share of the parameters in weights that are not quantized, or not pruned, and the largest of their modules."""
 
     share: float
     modules: list[Name]
@@ -128,7 +129,7 @@ class Quantization(TypedDict, total=False):
     spec: QuantizationSettings
     ranges: dict[Name, Range]
     unobserved: list[Name]
-    left_in_float: LeftInFloat
+    left_in_float: Left
     digest: Digest
     weights: dict[Name, dict[str, Values]]
     weight_bits: dict[Name, Count]
@@ -306,10 +307,19 @@ def _parameters(fact: Mapping[str, Any]) -> str:
     return f". Parameters: {short_count(before)} before, {short_count(after)} after" if before > after > 0 else ""
 
 
+def _describe_left(left: Mapping[str, Any], what: str, code: Callable[..., str]) -> str:
+    if left.get("share", 0.0) <= NOTABLE:
+        return ""
+    return (
+        f"; {left['share']:.0%} of the parameters {what}, most of them in {', '.join(map(code, left['modules'][:3]))}"
+    )
+
+
 def _describe_pruning(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
     if "achieved_sparsity" not in fact:
         return ""
     how = PruningSpec.describe(fact.get("spec", {}), code)
+    how += _describe_left(fact.get("left_unpruned", {}), "are left as they were", code)
     return f"Pruning: {fact['achieved_sparsity']:.1%} {how}{_parameters(fact)}"
 
 
@@ -341,10 +351,7 @@ def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) ->
         return ""
     alone = " of weights alone" if "activation_bits" in spec and spec["activation_bits"] is None else ""
     text = f"Quantization{alone}: {QuantizationSpec.describe(spec, code)}"
-    left = fact.get("left_in_float", {})
-    if left.get("share", 0.0) > NOTABLE:
-        text += f"; {left['share']:.0%} of the parameters stay in floating point, most of them in "
-        text += ", ".join(map(code, left["modules"][:3]))
+    text += _describe_left(fact.get("left_in_float", {}), "stay in floating point", code)
     if fact.get("unobserved"):
         text += f"; {len(fact['unobserved']):,} activations that no data reached have no range"
     if fact.get("weight_bits"):

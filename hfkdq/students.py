@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .modeling import (
     load_checkpoint,
     refit_,
 )
+from .modeling.examples import tried_on
+from .modeling.masks import Batch
 from .schema import brief
 
 logger = logging.get_logger(__name__)
@@ -36,6 +39,7 @@ def make_student(
     layers: Sequence[int] | None = None,
     num_decoder_layers: int | None = None,
     decoder_layers: Sequence[int] | None = None,
+    example_inputs: Batch | None = None,
 ) -> PreTrainedModel:
     """A model like `teacher` with fewer layers, all weights copied from it.
 
@@ -58,6 +62,8 @@ def make_student(
             increasing order. Give either this or `num_layers`.
         num_decoder_layers (`int`, *optional*): as `num_layers`, of the decoder of an encoder-decoder.
         decoder_layers (sequence of `int`, *optional*): as `layers`, of the decoder of an encoder-decoder.
+        example_inputs (`dict`, *optional*): a batch as your collator makes it, on which student and teacher are compared
+            where none that is made up from the configuration fits.
 
     Returns:
         `PreTrainedModel`: the student.
@@ -65,7 +71,7 @@ def make_student(
     Raises:
         TypeError: `teacher` is no `PreTrainedModel`.
         ValueError: both or neither of a number and its layers, one of them out of range, layers that would compute
-            something else in the student, a teacher without a clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
+            something else in the student, no batch to compare them on, a teacher without a clear stack of layers, or one with other tensors than its class has by itself (adapters, quantizers).
 
     Example:
         ```python
@@ -112,7 +118,8 @@ def make_student(
         for i, free in enumerate(even):
             kept[i] = _nearest(stacks[i], kept[i]) if free else kept[i]
         student = _copied(teacher, stacks, kept)
-    _prove(teacher, student, stacks, kept)
+    with tried_on(example_inputs, teacher):
+        _prove(teacher, student, stacks, kept)
     fact: dict[str, Any] = {"teacher_layers": len(stacks[0]), "layers": kept[0]}
     if len(stacks) > 1:
         fact |= {"teacher_decoder_layers": len(stacks[1]), "decoder_layers": kept[1]}
@@ -164,21 +171,16 @@ def _prove(
         ValueError: they compute different things.
     """
     name = type(teacher).__name__
-    try:
-        probe = Probe(teacher)
-    except ValueError as error:
-        logger.warning(f"The student was not compared with its teacher: {error}")
-        return
+    probe = Probe(teacher)
     for stack, numbers in zip(stacks, kept, strict=True):
         for place, layer in enumerate(stack.in_model(probe.twin)):
             bypass_(layer, place + 1 not in numbers)
+    by_shapes = partial(load_checkpoint, model_class=type(student))
     copied, plain = probe.twin_of(student), not has_recorded_shapes(student.config)
     try:
         expected, found = probe.outputs(probe.twin), probe.outputs(copied)
         wrong = None if any(stack.beside for stack in stacks) else differing(found, expected)
-        wrong = wrong or differing(
-            probe.reloaded(copied, type(copied).from_pretrained if plain else load_checkpoint), found
-        )
+        wrong = wrong or differing(probe.reloaded(copied, type(copied).from_pretrained if plain else by_shapes), found)
     except Exception as error:
         wrong = f"{type(error).__name__}: {brief(error)}"
     if wrong is not None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
 from transformers.utils import logging
 
+from .examples import random_state_kept
 from .forwards import forward_columns
 from .masks import Batch
 
@@ -78,6 +79,16 @@ def make_batches(
             return given([{name: one[name] for name in one if name in wanted} for one in examples])
 
     return _Collated(DataLoader(data, batch_size=batch_size, collate_fn=collate))
+
+
+def first_batch(batches: Batches | None) -> Batch | None:
+    """The first of batches that can be gone through again; `None` where there is none, or it cannot be made."""
+    if batches is None or isinstance(batches, Iterator):
+        return None
+    with contextlib.suppress(Exception), random_state_kept():  # what is wrong with them is told where they are needed
+        batch = next(iter(batches), None)
+        return batch if isinstance(batch, Mapping) else None
+    return None
 
 
 def _has_examples(data: Any) -> bool:

@@ -8,19 +8,41 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .layers import find_layer_stacks
+from .tracing import traced_channels
 from .units import NoStructure, Slice, UnitGroup, each
 
 _BOTTLENECKS = (("pwconv1", "pwconv2"),)
 
 
-def find_channels(model: PreTrainedModel) -> list[UnitGroup]:
-    """The inner channels of every block: computed by one convolution or linear layer and read by the next alone.
+def find_channels(model: PreTrainedModel, everywhere: bool = False) -> list[UnitGroup]:
+    """The inner channels of every block of a known shape, or all channels that a batch shows can go.
 
-    Channels that a residual connection adds to others have no such block and stay.
+    Known are blocks whose channels one convolution or linear layer computes and the next alone reads; what a residual
+    connection adds to others stays in them. In a model of other blocks, what is added to one another goes together. The
+    convolutions beside a stack of layers, which embed its inputs, are looked at `everywhere` alone.
 
     Raises:
-        ValueError: no block of a known shape, or one with grouped convolutions.
+        NoExample: there is no batch to follow.
+        ValueError: there is nothing of the kind.
     """
+    try:
+        return _known_channels(model)
+    except ValueError:
+        found = traced_channels(model) if everywhere or not _has_layers(model) else []
+        if not found:
+            raise
+        return found
+
+
+def _has_layers(model: PreTrainedModel) -> bool:
+    try:
+        return bool(find_layer_stacks(model))
+    except ValueError:
+        return False
+
+
+def _known_channels(model: PreTrainedModel) -> list[UnitGroup]:
     groups = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential) and len(module) > 1 and all(_convolution(child) for child in module):
@@ -32,8 +54,8 @@ def find_channels(model: PreTrainedModel) -> list[UnitGroup]:
                 groups.append(_linear(name, first, getattr(module, first), second, getattr(module, second)))
     if not groups:
         raise NoStructure(
-            f"{type(model).__name__} has no block of convolutions whose inner channels could go (those of ResNet and "
-            "ConvNeXt are known)."
+            f"{type(model).__name__} has no block of convolutions whose inner channels could go. Those beside a stack of layers "
+            "are looked at where target_modules names them."
         )
     return groups
 

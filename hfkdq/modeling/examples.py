@@ -48,6 +48,15 @@ def is_given() -> bool:
     return _GIVEN.get() is not None
 
 
+def given_to(model: Any) -> dict[str, Any] | None:
+    """What `model` reads of the batch of [`tried_on`], without labels; `None` where there is none."""
+    given = _GIVEN.get()
+    if given is None:
+        return None
+    base, (batch, student) = base_of(model), given
+    return model_inputs(base, batch, set(find_labels(type(base))), as_teacher=base is not student)
+
+
 def probe(model: Any, **request: bool) -> Any:
     """The output of `model` in eval mode for the batch of [`tried_on`], or for a made-up one.
 
@@ -57,16 +66,13 @@ def probe(model: Any, **request: bool) -> Any:
     Raises:
         NoExample: the model does not run on it.
     """
-    base, given = base_of(model), _GIVEN.get()
+    base = base_of(model)
     try:
-        if given is None:
-            return _run(model, _made_up(base), request)
-        batch, student = given
-        labels = set(find_labels(type(base)))
-        return _run(model, model_inputs(base, batch, labels, as_teacher=base is not student), request)
+        given = given_to(model)
+        return _run(model, _made_up(base) if given is None else given, request)
     except Exception as error:
         raise NoExample(
-            f"{type(base).__name__} does not run on {'a made-up example' if given is None else 'the batch it is tried on'} "
+            f"{type(base).__name__} does not run on {'the batch it is tried on' if is_given() else 'a made-up example'} "
             f"({type(error).__name__}: {error}), so what it returns is not known before training. Give the trainer a batch "
             "that it runs on, as your collator makes it: example_inputs=batch."
         ) from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .probing import doubled, nested_configs
+from .tracing import traced_neurons
 from .units import CONVOLUTIONS, NoStructure, Slice, UnitGroup, each, runs
 
 WIDTH_FIELDS = (
@@ -37,7 +38,7 @@ def width_fields(config: PretrainedConfig) -> dict[str, Any]:
     if not found:
         raise NoStructure(
             f"{type(config).__name__} has no feed-forward width: none of {', '.join(WIDTH_FIELDS)} is a number in it. "
-            "Neuron pruning needs one, so that the pruned model can be described by its configuration."
+            "Nor does it compute anything by a linear layer that linear layers alone read."
         )
     return found
 
@@ -45,12 +46,24 @@ def width_fields(config: PretrainedConfig) -> dict[str, Any]:
 def find_neurons(model: PreTrainedModel) -> list[UnitGroup]:
     """The neurons of every layer, as one group for each width field and layer.
 
-    A tensor's dimension belongs to the neurons if it doubles when the model is made with twice the width.
+    A tensor's dimension belongs to the neurons if it doubles when the model is made with twice the width. Where no known
+    field tells, a batch shows what is computed by linear layers and read by linear layers alone.
 
     Raises:
-        ValueError: no width in the configuration, or a layer whose neurons are not all computed and read by linear
-            layers or convolutions.
+        NoExample: there is no such field, and no batch to follow.
+        ValueError: there are no neurons, or a layer of a known width has others than linear layers and convolutions
+            at both ends of them.
     """
+    try:
+        return _neurons_of_fields(model)
+    except NoStructure:
+        found = traced_neurons(model)
+        if not found:
+            raise
+        return found
+
+
+def _neurons_of_fields(model: PreTrainedModel) -> list[UnitGroup]:
     groups: list[UnitGroup] = []
     seen: set[tuple[str, int]] = set()  # a field may have a second name
     for field, value in width_fields(model.config).items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two models compute the same, found by running them on one made-up batch in float64."""
+"""Whether two models compute the same, found by running them on one batch in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .forwards import forward_columns, full_precision, return_dict_kwargs
+from .examples import NoExample, given_to
+from .forwards import as_output, forward_columns, full_precision, return_dict_kwargs
 from .probing import nested_configs
 
 _IN_DOUBLE = 5 * 10**8
@@ -71,19 +72,21 @@ def _silent() -> Iterator[None]:
 class Probe:
     """A copy of a model on the CPU in eval mode, in float64 if it is not too large, and a batch that it takes.
 
+    The batch is made up, or, where none that is made up fits, that of [`tried_on`].
+
     Args:
         model (`PreTrainedModel`): the model, which is not touched.
-        batch (`dict`, *optional*): a batch to try where none that is made up fits.
 
     Raises:
-        ValueError: the model takes no batch that is known.
+        NoExample: the model takes no batch that is known.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        given = given_to(model)
         small = model.num_parameters() <= _IN_DOUBLE
         for self._dtype in (torch.float64, model.dtype) if small else (model.dtype,):
             self.twin = self.twin_of(model)
-            for made in [*_made_batches(model), *([batch] if batch else [])]:
+            for made in [*_made_batches(model), *([given] if given else [])]:
                 self.batch = {
                     key: value.to("cpu", self._dtype if value.is_floating_point() else value.dtype)
                     for key, value in made.items()
@@ -94,16 +97,17 @@ class Probe:
                         return
                 except Exception:  # whatever a class raises for inputs, or a precision, that are not its own
                     continue
-        raise ValueError(
-            f"{type(model).__name__} ran on none of the batches that are made up for it, so what becomes of it was not "
-            "compared. Run it before and after on a batch of your own."
+        raise NoExample(
+            f"{type(model).__name__} runs on none of the batches that are made up for it"
+            f"{'' if given is None else ', nor on the one given'}, so what would become of it cannot be tried. Give a batch that "
+            "it runs on, as your collator makes it: example_inputs=batch. Its outputs must have names."
         )
 
     def twin_of(self, model: PreTrainedModel) -> PreTrainedModel:
         """Such a copy of a model."""
         if any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError(
-                f"Parts of {type(model).__name__} lie on disk, so it was not tried. Load it without device_map."
+            raise NoExample(
+                f"Parts of {type(model).__name__} lie on disk, so it cannot be tried. Load it without device_map."
             )
         twin = cast(Any, copy.deepcopy(model)).to("cpu", self._dtype).eval()
         if model.dtype != torch.float32:  # its tables of positions may be rounded; those of a loaded model are not
@@ -116,9 +120,14 @@ class Probe:
             twin.set_attn_implementation("sdpa")
         return twin
 
-    @torch.no_grad()
     def outputs(self, model: PreTrainedModel) -> list[Tensor]:
         """The floating-point tensors that `model` gives for the batch."""
+        values = [value for value in self.run(model).values() if torch.is_tensor(value)]
+        return [value for value in values if value.is_floating_point()]
+
+    @torch.no_grad()
+    def run(self, model: PreTrainedModel) -> Mapping[str, Any]:
+        """All that `model` gives for the batch, by name."""
         arguments = dict(self.batch, **return_dict_kwargs(model))
         if "use_cache" in forward_columns(model):
             arguments["use_cache"] = False
@@ -126,9 +135,7 @@ class Probe:
             cast(Any, model).set_experts_implementation("eager")  # others have no float64
         with torch.random.fork_rng(devices=[]), in_double(model), full_precision(model):
             torch.manual_seed(0)
-            found = model(**arguments)
-        values = [value for value in found.values() if torch.is_tensor(value)]
-        return [value for value in values if value.is_floating_point()]
+            return cast(Mapping[str, Any], as_output(model(**arguments)))
 
     def reloaded(self, model: PreTrainedModel, load: Callable[..., Any]) -> list[Tensor]:
         """The same of `model` as `load` reads it again from disk; of several processes the first one tries it."""

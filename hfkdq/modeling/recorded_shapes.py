@@ -60,7 +60,7 @@ def load_checkpoint(
         ValueError: the configuration names no class of Transformers, the record does not fit it, or a file is damaged.
     """
     if config is None:
-        config = load_config(path, **kwargs)
+        config = load_config(path, getattr(model_class, "config_class", None), **kwargs)
     if read_periods_(config):
         kwargs["config"] = config
     if model_class is None:

@@ -78,6 +78,8 @@ class UnitGroup:
         counts (tuple of `(name, module, attribute, per unit)`): integers that modules keep of them, such as a number of
             heads, and what one unit adds to each.
         field (`str`): the field of the configuration that decides how many, for neurons.
+        followed (`bool`): whether a batch has shown what goes together. Such units go by the names of what computes them, as a
+            layer may read several groups.
     """
 
     name: str
@@ -85,6 +87,12 @@ class UnitGroup:
     slices: tuple[Slice, ...]
     counts: tuple[tuple[str, nn.Module, str, int], ...] = ()
     field: str = ""
+    followed: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names that patterns may have for it: its own, and those of its layers."""
+        return [self.name, *(entry.name for entry in (self.of_role("output") if self.followed else self.slices))]
 
     def of_role(self, role: str) -> tuple[Slice, ...]:
         """The slices of modules that compute (`"output"`) or read (`"input"`) the units."""
@@ -114,7 +122,12 @@ def resize_(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, CONVOLUTIONS):
+        if module.groups > 1:  # which go as a whole
+            module.groups = module.groups * weight.shape[0] // module.out_channels
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * weight.shape[0] // module.num_channels
+        module.num_channels = weight.shape[0]
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         module.num_features = weight.shape[0]
     elif isinstance(module, nn.LayerNorm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..facts import drop_fact
-from ..modeling.batches import Batches, make_batches
+from ..modeling.batches import Batches, first_batch, make_batches
+from ..modeling.examples import tried_on
+from ..modeling.masks import Batch
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
 from .finishing import count_parameters, finish_, rehearse
 from .importance import collect_importance_
+from .left_unpruned import tell_left_unpruned
 from .one_shot import check_prunable, targets_of
 from .progress import UNFINISHED, Progress
 from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget
@@ -60,11 +64,13 @@ class PruningCallback(TrainerCallback, ExportableState):
         batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
         data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
         processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
+        example_inputs (`dict`, *optional*): a batch as your collator makes it, on which a copy is tried where none that is
+            made up from the configuration fits, as [`prune`] does; by default the first one of `calibration`.
 
     Raises:
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
         ValueError: a bound without `spec.rounds`, or the criterion `"teacher"` without data; as training is set up, the
-            spec does not fit the model, has more rounds than steps, or the checkpoint is one of another spec.
+            spec does not fit the model or there is no batch to try it on, has more rounds than steps, or the checkpoint is one of another spec.
         RuntimeError: as training starts, the optimizer does not hold the weights to prune. A `Trainer` that has
             removed units once cannot train again; make a new one.
 
@@ -93,6 +99,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         batch_size: int = 8,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         processing_class: Any = None,
+        example_inputs: Batch | None = None,
     ) -> None:
         if isinstance(spec, dict):
             spec = PruningSpec.from_dict(spec)
@@ -118,6 +125,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.metric, self.at_least, self.at_most = metric, at_least, at_most
         self._calibration, self._teacher = calibration, teacher_model
         self._how = (batch_size, data_collator, processing_class)
+        self._example = example_inputs
         self._progress: Progress | None = None
         self._judging = False
         self._evaluates_first: bool | None = None
@@ -130,11 +138,20 @@ class PruningCallback(TrainerCallback, ExportableState):
     def _bounded(self) -> bool:
         return self.at_least is not None or self.at_most is not None
 
+    def _tried(self, model: Any) -> AbstractContextManager[None]:
+        example = self._example
+        if example is None and self._calibration is not None and isinstance(model, PreTrainedModel):
+            example = first_batch(make_batches(model, self._calibration, *self._how))
+        return tried_on(example, model)
+
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        check_prunable(model, self.spec, targets_of(model, self.spec))
-        rehearse(model, self.spec, self._calibration)
+        with self._tried(model):
+            targets = targets_of(model, self.spec)
+            check_prunable(model, self.spec, targets)
+            rehearse(model, self.spec)
+            tell_left_unpruned(model, self.spec, targets)
         if self._bounded and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end would choose among models of different sparsity. Leave it out: with at_least or "
@@ -150,7 +167,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        targets = targets_of(model, self.spec)
+        with self._tried(model):
+            targets = targets_of(model, self.spec)
         if optimizer is not None:
             _check_trained_by(optimizer, targets)
         check_prunable(model, self.spec, targets)

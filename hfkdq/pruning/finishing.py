@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..facts import read_facts, record_fact, refresh_facts
 from ..modeling import Probe, differing, has_recorded_shapes, load_checkpoint, record_shapes
 from ..schema import brief
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics
+from .left_unpruned import describe_left, left_unpruned, share_reached
 from .masks import Masks
 from .removal import described_config, remove_layers_, remove_units_
 from .targets import WeightTarget, find_targets
-
-logger = logging.get_logger(__name__)
 
 
 def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
@@ -32,22 +30,16 @@ def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
     return masks
 
 
-def rehearse(model: PreTrainedModel, spec: PruningSpec, data: Any = None) -> None:
+def rehearse(model: PreTrainedModel, spec: PruningSpec) -> None:
     """Prunes a copy of `model`, and compares it masked, with the units taken out, and loaded again.
 
-    `data` are batches, of which the first is tried where no made-up one fits.
-
     Raises:
-        ValueError: they compute different things. Where the model could not be run, a warning tells.
+        NoExample: there is no batch that it could be run on.
+        ValueError: they compute different things.
     """
     if not spec.removes or not spec.sparsity:
         return
-    first = data[0] if isinstance(data, Sequence) and data and isinstance(data[0], Mapping) else None
-    try:
-        probe = Probe(model, first)
-    except ValueError as error:
-        logger.warning(f"Pruning by structure={spec.structure!r} goes on untried: {error}")
-        return
+    probe = Probe(model)
     twin = probe.twin
     step = "masked"
     try:
@@ -60,7 +52,8 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec, data: Any = None) -> Non
         wrong = differing(removed, masked, ~masks.pruned[0].cpu() if spec.structure == "hidden" else None)
         if wrong is None:
             step = "loaded again"
-            load = load_checkpoint if has_recorded_shapes(twin.config) else type(twin).from_pretrained
+            by_shapes = partial(load_checkpoint, model_class=type(twin))
+            load = by_shapes if has_recorded_shapes(twin.config) else type(twin).from_pretrained
             wrong = differing(probe.reloaded(twin, load), removed)
     except Exception as error:  # whatever a class raises that cannot run so
         wrong = f"{type(error).__name__}: {brief(error)}"
@@ -74,6 +67,9 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec, data: Any = None) -> Non
 def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
     """Removes the pruned units from the model, for good, and records it."""
     spec, targets = masks.spec, masks.targets
+    left = left_unpruned(model, spec, targets)
+    told = {"left_unpruned": describe_left(model, left)} if left else {}
+    reached = share_reached(targets, left)
     units = sum(target.units for target in targets)
     masks.apply_()
     gone = sum(masks.counts())
@@ -97,16 +93,17 @@ def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
                 model.config.hfkdq = facts
             record_shapes(model, counts)
         refresh_facts(model)
-    record_pruning(model, spec, gone / units, before)
+    record_pruning(model, spec, gone / units * reached, before, **told)
 
 
-def record_pruning(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int) -> None:
+def record_pruning(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int, **more: Any) -> None:
     """Records what was done, with what was recorded of prunings before."""
     fact: dict[str, Any] = {
         "spec": spec.to_dict(),
         "achieved_sparsity": achieved,
         "parameters_before": before,
         "parameters_after": count_parameters(model),
+        **more,
     }
     former = read_facts(model).get("pruning")
     if former is not None:

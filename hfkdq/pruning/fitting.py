@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..modeling.examples import tried_on
 from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
 from .finishing import count_parameters, finish_, mask_without_data, rehearse
@@ -52,7 +53,7 @@ def fit_sparsity(
             15 calls in turn with the unpruned model, in PyTorch and in this process.
         cost (`Callable`, *optional*): at most 1.0 of a measure of your own: from a pruned copy to a number, such as its
             time in ONNX Runtime divided by what you can afford.
-        inputs (`dict`, *optional*): a batch, for `flops` and `latency`.
+        inputs (`dict`, *optional*): a batch, for `flops` and `latency`, and for a model that no made-up batch fits.
 
     Returns:
         `PruningSpec`: `spec` with the sparsity found.
@@ -97,15 +98,16 @@ def fit_sparsity(
     whole = 1.0 if name == "latency" else measure(model)  # which is measured as a share of the model's own
     bound = target * whole if name in ("parameters", "flops", "latency") and target < 1 else target
     spec = dataclasses.replace(spec, sparsity=0.95 if spec.sparsity is None else spec.sparsity)
-    low, high = 0.0, _largest(model, spec)
-    if measure(_pruned(model, spec, high)) > bound:
-        raise ValueError(
-            f"Even at sparsity {high:.3f} the {name} would be more than {bound:g} (of {whole:g}). Choose a larger target, or prune "
-            "another structure besides."
-        )
-    for _ in logging.tqdm(range(_HALVINGS), desc=f"Finding the sparsity for {name}"):
-        middle = (low + high) / 2
-        low, high = (low, middle) if measure(_pruned(model, spec, middle)) <= bound else (middle, high)
+    with tried_on(inputs, model):
+        low, high = 0.0, _largest(model, spec)
+        if measure(_pruned(model, spec, high)) > bound:
+            raise ValueError(
+                f"Even at sparsity {high:.3f} the {name} would be more than {bound:g} (of {whole:g}). Choose a larger target, "
+                "or prune another structure besides."
+            )
+        for _ in logging.tqdm(range(_HALVINGS), desc=f"Finding the sparsity for {name}"):
+            middle = (low + high) / 2
+            low, high = (low, middle) if measure(_pruned(model, spec, middle)) <= bound else (middle, high)
     return dataclasses.replace(spec, sparsity=high)
 
 

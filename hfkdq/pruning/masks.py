@@ -53,7 +53,8 @@ def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
             for entry in target.group.of_role("input"):
                 try:
                     if isinstance(entry.module, FollowsPruning):
-                        entry.module.check_inputs(kept * entry.positions.shape[1])
+                        gone = (target.units - kept) * entry.positions.shape[1]
+                        entry.module.check_inputs(entry.values.shape[entry.dim] - gone)
                 except ValueError as error:
                     raise ValueError(f"{entry.name}: {error}") from error
 

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..facts import read_facts
 from ..modeling import NoStructure
-from ..modeling.batches import Batches, make_batches
+from ..modeling.batches import Batches, first_batch, make_batches
+from ..modeling.examples import tried_on
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
 from .finishing import count_parameters, finish_, record_pruning, rehearse
 from .importance import collect_importance_
+from .left_unpruned import tell_left_unpruned
 from .masks import Masks, check_counts, units_kept
 from .removal import described_config
 from .targets import LayerTarget, PruningTarget, find_targets
@@ -33,6 +35,7 @@ def prune(
     batch_size: int = 8,
     data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
     processing_class: Any = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Prunes `model` in place, without training.
 
@@ -40,7 +43,7 @@ def prune(
     so that `from_pretrained` loads the saved model like any other. What a configuration cannot describe is refused,
     unless `spec.plain_checkpoint` is false: then [`load_pruned`] loads it. Single weights become zero.
     What was done is recorded in `model.config.hfkdq["pruning"]`: `spec`, `achieved_sparsity` (measured, share of the
-    units that were up for pruning), `parameters_before` and `parameters_after` (of the model as it is saved), and
+    units that were up for pruning, and of the weights in `left_unpruned`, which were meant and not known how to prune), `parameters_before` and `parameters_after` (of the model as it is saved), and
     `earlier`, the same of each pruning before, if there was one.
 
     Args:
@@ -55,14 +58,17 @@ def prune(
         data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
         processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`; for
             `structure="vocab"` the tokenizer, which is changed along with the model.
+        example_inputs (`dict`, *optional*): a batch as your collator makes it, on which a copy is tried where none that is
+            made up from the configuration fits; by default the first one of `calibration`. What goes out of the shapes
+            of a model of your own is found by following it.
 
     Returns:
         `PreTrainedModel`: the same model.
 
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
-        ValueError: the spec does not fit the model, a copy pruned so computes something else, or data are missing. The model
-            is then as it was.
+        ValueError: the spec does not fit the model, a copy pruned so computes something else, there is no batch to try it
+            on, or data are missing. The model is then as it was.
 
     Example:
         ```python
@@ -77,9 +83,14 @@ def prune(
     """
     if spec.structure == "vocab":
         return _prune_vocabulary(model, spec, calibration, processing_class)
-    targets = targets_of(model, spec)
-    check_prunable(model, spec, targets)
-    rehearse(model, spec, calibration)
+    batches = None
+    if calibration is not None:
+        batches = make_batches(model, calibration, batch_size, data_collator, processing_class)
+    with tried_on(first_batch(batches) if example_inputs is None else example_inputs, model):
+        targets = targets_of(model, spec)
+        check_prunable(model, spec, targets)
+        rehearse(model, spec)
+        tell_left_unpruned(model, spec, targets)
     importance = ImportanceStatistics(targets, spec)
     masks = Masks(targets, spec, importance)
     if importance.needs_gradients or importance.needs_activations:
@@ -88,12 +99,11 @@ def prune(
                 "criterion='movement' is learned while the model is trained: use PruningCallback. Without training "
                 "'taylor' uses the same product of weight and gradient."
             )
-        if calibration is None:
+        if batches is None:
             raise ValueError(
                 f"criterion={spec.criterion!r} with cut={spec.cut!r} looks at data: give calibration, batches of model inputs or "
                 "a datasets.Dataset. criterion='magnitude' with cut='remove' needs none."
             )
-        batches = make_batches(model, calibration, batch_size, data_collator, processing_class)
         collect_importance_(model, importance, batches, teacher_model)
     before = count_parameters(model)
     masks.grow_to(spec.sparsity or 0.0)

@@ -18,7 +18,7 @@ from .sharing import restore_sharing_
 def load_pruned(path: str, model: nn.Module | type[PreTrainedModel] | None = None, **kwargs: Any) -> PreTrainedModel:
     """Loads a checkpoint with the shapes that its configuration records, layer by layer, and the layers that are shared.
 
-    No code comes from the checkpoint: the class is that of Transformers, built with smaller tensors. What plain
+    No code comes from the checkpoint: the class is that of Transformers, or yours, built with smaller tensors. What plain
     `from_pretrained` can load, this loads as well.
 
     Args:

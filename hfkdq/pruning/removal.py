@@ -14,6 +14,7 @@ from ..facts import read_facts, record_fact
 from ..modeling import (
     Numbers,
     Shapes,
+    Slice,
     build_empty,
     build_model,
     bypass_,
@@ -64,7 +65,7 @@ def _planned(model: PreTrainedModel, targets: Sequence[PruningTarget], kept: Seq
             continue
         for entry in target.group.slices:
             for name in names.get(id(entry.values), []):
-                shapes[name][entry.dim] = count * entry.positions.shape[1]
+                shapes[name][entry.dim] -= (target.units - count) * entry.positions.shape[1]
         for name, _, attribute, per_unit in target.group.counts:
             if name in numbers:
                 numbers[name][attribute] = count * per_unit
@@ -80,7 +81,8 @@ def _candidates(
     if spec.structure == "hidden":
         return [{hidden_field(config): kept[0]}]
     if spec.structure == "neuron":
-        return _width_candidates(model, targets, kept)
+        followed = any(isinstance(target, GroupTarget) and target.group.followed for target in targets)
+        return [] if followed else _width_candidates(model, targets, kept)
     if spec.structure == "head":
         if len(shares) != 1:
             return []
@@ -157,20 +159,26 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
     module, the integers that it keeps of its shapes, as they are now.
     """
     counts: Numbers = {}
+    found: dict[tuple[int, int], tuple[Slice, Tensor]] = {}  # targets may have their units side by side in one tensor
     names = {module: name for name, module in model.named_modules()}
     for target, mask in zip(targets, pruned, strict=True):
         if not isinstance(target, GroupTarget):
             continue
         left = (~mask).cpu()
         for entry in target.group.slices:
-            kept = entry.positions[left].flatten().sort().values
-            slice_(model, entry.values, entry.dim, kept)
-            if isinstance(entry.module, FollowsPruning) and entry.role == "output" and entry.tensor == "weight":
-                entry.module.keep_outputs_(kept)
+            whole = torch.ones(entry.values.shape[entry.dim], dtype=torch.bool)
+            found.setdefault((id(entry.values), entry.dim), (entry, whole))[1][entry.positions[~left].flatten()] = (
+                False
+            )
         for _, module, attribute, per_unit in target.group.counts:
             setattr(module, attribute, int(left.sum()) * per_unit)
             if module in names:  # its layer may have gone, or have another number, since the targets were found
                 counts.setdefault(names[module], {})[attribute] = int(left.sum()) * per_unit
+    for entry, left in found.values():
+        kept = left.nonzero().flatten()
+        slice_(model, entry.values, entry.dim, kept)
+        if isinstance(entry.module, FollowsPruning) and entry.role == "output" and entry.tensor == "weight":
+            entry.module.keep_outputs_(kept)
     return counts
 
 

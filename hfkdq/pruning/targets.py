@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -259,8 +260,12 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
     elif spec.structure in ("neuron", "head", "channel"):
         _check_floating(model)
-        find = {"neuron": find_neurons, "head": find_heads, "channel": find_channels}[spec.structure]
-        targets = [GroupTarget(group) for group in _matching(model, spec, find(model))]
+        finders: dict[str, Callable[[PreTrainedModel], list[UnitGroup]]] = {
+            "neuron": find_neurons,
+            "head": find_heads,
+            "channel": partial(find_channels, everywhere=spec.target_modules is not None),
+        }
+        targets = [GroupTarget(group) for group in _matching(model, spec, finders[spec.structure](model))]
     else:
         modules = _matching_modules(model, spec)
         first = {id(module.weight): name for name, module in reversed(modules)}  # of those that share a weight
@@ -275,10 +280,10 @@ def _matching(model: PreTrainedModel, spec: PruningSpec, groups: list[UnitGroup]
     """The groups in modules that the patterns of the spec name, by their own name or that of one of their layers."""
 
     def named(group: UnitGroup, patterns: object) -> bool:
-        return any(module_matches(n, patterns) for n in (group.name, *(s.name for s in group.slices)))  # type: ignore[arg-type]
+        return any(module_matches(name, patterns) for name in group.names)  # type: ignore[arg-type]
 
     chosen = [g for g in groups if spec.target_modules is None or named(g, spec.target_modules)]
-    _check_excluded(model, spec, [n for g in groups for n in (g.name, *(s.name for s in g.slices))])
+    _check_excluded(model, spec, [name for group in groups for name in group.names])
     chosen = [g for g in chosen if not named(g, spec.exclude_modules)]
     if not chosen:
         raise _nothing_matches(model, spec, [group.name for group in groups])

@@ -24,10 +24,13 @@ class PruningSpec(Serializable):
     | `"block"` | blocks of weights | zeros |
     | `"neuron"` | neurons of the feed-forward layers | smaller and faster |
     | `"head"` | attention heads, with the keys they share | smaller and faster |
-    | `"channel"` | inner channels of convolutional blocks | smaller and faster |
+    | `"channel"` | channels of convolutions with all that they are added to; of ResNet and ConvNeXt those inside a block | smaller and faster |
     | `"layer"` | whole layers | smaller and faster |
     | `"hidden"` | channels of the hidden width, through all layers | smaller and faster |
     | `"vocab"` | tokens that a corpus does not use | smaller |
+
+    Where no name tells what a model is made of, as in a class of your own, neurons and channels are found by following a batch
+    through it: one made up from the configuration, or `example_inputs` of [`prune`] and [`PruningCallback`].
 
     Criteria, for a unit with the weights w, gradients g and inputs x; sums are over all weights, biases and norms of the unit,
     and E is the mean over batches (in training over optimizer steps, where one that lies 100 steps back counts a third):
@@ -69,7 +72,8 @@ class PruningSpec(Serializable):
         end (`float`, defaults to 0.7): progress at which the full sparsity is reached; the rest is recovery.
         pattern (`str`, *optional*): for `"n:m"`, `"2:4"` by default; for `"block"` rows x columns, `"4x4"` by default.
         target_modules (`str` or list of `str`, *optional*): which modules, in the grammar of PEFT. By default all linear
-            layers and convolutions of the layer stacks, all feed-forward layers, all attentions.
+            layers and convolutions of the layer stacks, all feed-forward layers, all attentions; convolutions beside a
+            stack of layers lose channels only where they are named.
         exclude_modules (`str` or list of `str`, *optional*): which of those to leave alone.
         plain_checkpoint (`bool`, defaults to `True`): refuse what the model's configuration cannot describe, so that
             `from_pretrained` loads the result. `False` allows it; [`load_pruned`] loads that.
