@@ -27,7 +27,7 @@ MIN_CHANNELS = 32
 class Lowered(nn.Module):
     """Base of what takes the place of a layer: it has the attributes that model code may read, such as kernel sizes."""
 
-    def __init__(self, layer: QuantizedModule) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
         own = vars(self)
         own.update(

@@ -169,7 +169,7 @@ class StoredExperts(nn.Module):
             weight = rows.reshape(turned)
             vars(self)[key] = weight.transpose(-1, -2) if is_transposed else weight
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the layer's own class
+            return super().forward(*args, **kwargs)
         finally:
             for key in self.shapes:
                 del vars(self)[key]
