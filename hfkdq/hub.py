@@ -13,14 +13,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 from transformers.utils import logging
 
+from .files import sha256_of
 from .provenance import weight_files
 from .secrets import redact
 from .uploads import Contents, check_secrets, collect
@@ -69,7 +71,9 @@ def push_to_hub(
     repository does not hold (weights are safetensors and ONNX alone), a link that leaves it, or a secret in any file, in
     a name or in the message; or if its ONNX files are not those of its `export_facts.json`, or of `report`. The repository
     is created where it does not exist. All local checks come before the first request, no local file is written, and a
-    push that failed can simply be repeated: what the Hub has already is not sent again. Where the Hub asks to wait
+    push that failed can simply be repeated: what the Hub has already is not sent again. The files of an earlier export that
+    the folder has no more go in the same commit, where they are still what their `export_facts.json` says; no other file
+    of the repository is touched. Where the Hub asks to wait
     (`Retry-After`, up to a minute), it is asked again, four times at most.
 
     Args:
@@ -123,15 +127,23 @@ def push_to_hub(
         full_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             _patiently(lambda: api.create_branch(full_id, branch=str(revision), exist_ok=True))
+        parent = None if revision is None else str(revision)
+        stale = _patiently(lambda: list(_stale_files(api, full_id, parent, folder)))
+        deletions = [CommitOperationDelete(path_in_repo=name) for name in stale]
         commit = _patiently(
             lambda: api.create_commit(
-                full_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+                full_id,
+                [*operations, *deletions],
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
             )
         )
     # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
     except Exception as error:
         raise RuntimeError(_explain(error, folder, repo_id, token)) from error
-    logger.info(f"Pushed {len(operations)} files of {folder} to {commit.commit_url}")
+    gone = f", where {', '.join(stale)} of an earlier push went" if stale else ""
+    logger.info(f"Pushed {len(operations)} files of {folder} to {commit.commit_url}{gone}")
     return commit
 
 
@@ -167,6 +179,33 @@ def _check_files(folder: Path, contents: Contents, report: CompressionReport | N
             check_export(place)
     if isinstance(report, CompressionReport):
         check_engine(report, folder)
+
+
+def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Iterator[str]:
+    """The files of an earlier export in the repository that the folder does not have, if nobody has changed them since."""
+    from .export.record import EXPORT_FACTS, read_export
+
+    listed = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    there = {file.path: file for file in listed if isinstance(file, RepoFile)}
+    for record in [PurePosixPath(path) for path in there if PurePosixPath(path).name == EXPORT_FACTS]:
+        with tempfile.TemporaryDirectory() as scratch:
+            api.hf_hub_download(repo_id, str(record), revision=revision, local_dir=scratch)
+            try:
+                recorded = read_export(Path(scratch, record.parent)).get("files", {})
+            except ValueError:  # which says of no file that it is ours
+                continue
+            for name, facts in recorded.items():
+                path = str(record.parent / name)
+                if path not in there or PurePosixPath(name).name != name or (folder / path).exists():
+                    continue
+                lfs = there[path].lfs
+                known = lfs.sha256 if lfs else sha256_of(
+                    api.hf_hub_download(repo_id, path, revision=revision, local_dir=scratch)
+                )  # fmt: skip
+                if known == facts["sha256"]:
+                    yield path
+        if not (folder / str(record)).exists():
+            yield str(record)
 
 
 def _report_files(report: CompressionReport, repo_id: str) -> Contents:

@@ -71,6 +71,12 @@ def object_id(path: str, data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def _pointer(path: str, data: bytes) -> dict[str, Any]:
+    """What the Hub says besides of a large file, which lies elsewhere."""
+    oid = object_id(path, data)
+    return {"lfs": {"oid": oid, "size": len(data), "pointerSize": 130}} if is_large(path, len(data)) else {}
+
+
 class HubServer:
     """The server and what it saw.
 
@@ -250,6 +256,8 @@ class HubServer:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile" and value["oid"] in self.large_files:
                 files[value["path"]] = self.large_files[value["oid"]]
+            elif line["key"] == "deletedFile" and value["path"] in files:
+                del files[value["path"]]
             else:
                 raise Refused(400, f"cannot commit {line['key']} {value['path']}")
         repository.messages.append(lines[0]["value"]["summary"])
@@ -275,7 +283,7 @@ class HubServer:
         if path and not inside:
             raise Refused(404, f"{path} does not exist", "EntryNotFound")
         return [
-            {"type": "file", "path": name, "size": len(data), "oid": object_id(name, data)}
+            {"type": "file", "path": name, "size": len(data), "oid": object_id(name, data), **_pointer(name, data)}
             for name, data in inside.items()
         ]
 
@@ -401,6 +409,9 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     For `from_pretrained` start a process with `hub_server.environment(...)`: transformers reads HF_HUB_OFFLINE once.
     """
     server = HubServer()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    for module in (constants, huggingface_hub.file_download):  # below 1.0 the latter has a copy
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # of functions such as create_repo
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

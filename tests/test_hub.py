@@ -467,6 +467,33 @@ def test_files_that_the_reports_are_about_pass(hub_server, folder):
     assert hub_server.commits == 1
 
 
+def test_files_of_an_earlier_export_go_with_the_next_push(hub_server, folder):
+    """And nothing that another hand has written or changed."""
+    large, small = [folder / "model.onnx_data", folder / "encoder_model.onnx"], folder / "model.onnx.data"
+    for file in (*large, small):
+        file.write_bytes(file.name.encode())
+    facts = {"kind": "int8", "files": describe_files(folder), "model": describe_model(tiny.bert())}
+    facts["files"]["../theirs.txt"] = facts["files"]["theirs.txt"] = facts["files"]["model.onnx_data"]
+    (folder / "theirs.txt").write_text("a file of the owner's")
+    (folder / "report.json").unlink()
+    (folder / "export_facts.json").write_text(json.dumps(facts))
+    own = {"export_facts.json": None, "theirs.txt": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hfkdq.hub._check_files", lambda *_: None)  # no record of ours names what was never there
+        push_to_hub(folder, "me/tiny")
+    repository = hub_server.repositories["me/tiny"]
+    repository.files()["encoder_model.onnx"] = b"changed by its owner"
+    for name in ("model.onnx_data", "encoder_model.onnx", "model.onnx.data", "theirs.txt", "export_facts.json"):
+        (folder / name).unlink()
+    exported(folder)
+    push_to_hub(folder, "me/tiny", ignore_patterns="model.safetensors")
+    gone = {"model.onnx_data", "model.onnx.data", "export_facts.json"}
+    assert repository.files().keys() == visible(folder).keys() | {"encoder_model.onnx", *own} - gone
+    assert hub_server.commits == 2
+    push_to_hub(folder, "me/tiny", create_pr=True, commit_message="Nothing to delete")
+    assert hub_server.commits == 2
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
 def test_files_of_another_export_are_refused(hub_server, folder, name):
     report = measured(folder)

@@ -82,9 +82,10 @@ def tokenizer_outputs(model: nn.Module) -> list[str]:
     """The inputs that the tokenizer of this architecture makes."""
     with suppress(KeyError):
         entry: Any = TOKENIZER_MAPPING[type(getattr(model, "config", None))]  # type: ignore[index]
-        classes = [one for one in (entry if isinstance(entry, tuple) else (entry,)) if one is not None]
-        if classes:
-            return list(classes[0].model_input_names)
+        for one in entry if isinstance(entry, tuple) else (entry,):
+            with suppress(ImportError):  # a class whose packages are not installed says nothing
+                if one is not None:
+                    return list(one.model_input_names)
     return ["input_ids", "attention_mask", "token_type_ids"]
 
 

@@ -19,6 +19,7 @@ from .exporters_generation import Part, generation_parts, part_axes
 from .exporters_tasks import resolve_task
 from .exporters_tracing import METADATA, OPSET, trace_file
 from .inputs import axes_of, file_outputs, generates, takes_any_size, to_trace
+from .lowering import lower_recurrent_
 from .runner import SINGLE
 
 __all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
@@ -38,6 +39,7 @@ def trace(
 
     `RuntimeError` if the tracer fixed an axis that has to vary.
     """
+    lower_recurrent_(model)
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
     if hasattr(getattr(model, "config", None), "use_cache"):

@@ -77,7 +77,8 @@ def _decoder(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Part:
         inputs["position_ids"] = torch.arange(_PAST_LENGTH, _PAST_LENGTH + _LENGTH).repeat(size, 1)
     for name in beside_tokens(batch):
         inputs[name] = batch[name][:, :1].expand(-1, _LENGTH)
-    outputs = call(input_ids=ids[:, :1].expand(-1, _PAST_LENGTH), use_cache=True)
+    # Of its own accord a layer with a sliding window would forget some; the mask hides them, however long the cache.
+    outputs = call(input_ids=ids[:, :1].expand(-1, _PAST_LENGTH), past_key_values=DynamicCache(), use_cache=True)
     inputs["past_key_values"] = _tensors(outputs.past_key_values)
     return Part(SINGLE, model, forward, inputs)
 

@@ -7,7 +7,7 @@ import copy
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -105,6 +105,7 @@ class ExportJob:
 
         `ValueError` if the model cannot be written so; `RuntimeError` if the files differ by more than the tolerance.
         """
+        from .axes import open_axes, prove_sizes, trials
         from .runner import GeneratingFiles, open_files
 
         reference = self._reference(precision)
@@ -119,6 +120,8 @@ class ExportJob:
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         written = self.write_files(precision, folder, reference)
+        axes = open_axes(folder, self.batches[0])
+        tried = list(trials(reference, self.batches, axes))
         runner = open_files(folder, self.task)
         self._check_inputs(reference, runner.input_names, expected)
         parity = compare(runner, self.batches, expected)
@@ -128,6 +131,10 @@ class ExportJob:
             steps = compare(runner.incremental_decode, [start], expected_start)
             _check_parity(steps, tolerance, precision.name, " where it adds token by token to its cache")
             written["incremental_decode"] = asdict(steps)
+        check = partial(_check_parity, tolerance=tolerance, name=precision.name)
+        written.update(prove_sizes(folder, runner, tried, axes, check))
+        if "fixed_axes" in written:
+            runner = open_files(folder, self.task)
         spec = quantized_spec(reference)
         facts = {
             "kind": precision.name,

@@ -20,22 +20,31 @@ class _Operator(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, name: str, attributes: dict[str, Any], compute: Callable[..., Tensor], *inputs: Any) -> Any:
         suffixes = {int: "i", float: "f", str: "s"}
-        return g.op(name, *inputs, **{f"{key}_{suffixes[type(value)]}": value for key, value in attributes.items()})
+        named = {f"{key}_{suffixes[type(value)]}": value for key, value in attributes.items() if key != "outputs"}
+        return g.op(name, *inputs, **named, outputs=attributes.get("outputs", 1))
 
 
 def onnx_op(
-    name: str, *inputs: Tensor, compute: Callable[..., Tensor], opset: int, **attributes: int | float
-) -> Tensor:
-    """Calls `compute(*inputs)` in torch, and is one operator of one output in an exported graph.
+    name: str,
+    *inputs: Tensor,
+    compute: Callable[..., Any],
+    opset: int,
+    outputs: int = 1,
+    **attributes: int | float | str,
+) -> Any:
+    """Calls `compute(*inputs)` in torch, and is one operator in an exported graph.
 
     `name` has its domain unless that is ONNX's own (`"com.microsoft::MatMulNBits"`), `opset` is the version of the domain.
-    `compute` gives the output, or in tracing its shape and type.
+    `compute` gives the output, a tuple where there are several `outputs`; in tracing only its shape and type matter.
     """
     if torch.compiler.is_exporting():
         like = compute(*inputs)
-        result: Tensor = torch.onnx.ops.symbolic(
-            name, inputs, dict(attributes), dtype=like.dtype, shape=like.shape, version=opset
+        if outputs == 1:
+            return torch.onnx.ops.symbolic(
+                name, inputs, dict(attributes), dtype=like.dtype, shape=like.shape, version=opset
+            )
+        dtypes, shapes = [one.dtype for one in like], [one.shape for one in like]
+        return torch.onnx.ops.symbolic_multi_out(
+            name, inputs, dict(attributes), dtypes=dtypes, shapes=shapes, version=opset
         )
-        return result
-    traced: Tensor = _Operator.apply(name, attributes, compute, *inputs)
-    return traced
+    return _Operator.apply(name, {**attributes, "outputs": outputs}, compute, *inputs)

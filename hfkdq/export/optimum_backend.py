@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import torch
 from accelerate.utils import find_tied_parameters
 from optimum.exporters.onnx import OnnxConfig
@@ -18,6 +19,7 @@ from optimum.exporters.onnx.convert import export
 from optimum.exporters.onnx.utils import _get_submodels_and_onnx_configs
 from optimum.exporters.tasks import TasksManager
 from optimum.onnx import merge_decoders, remove_duplicate_weights_from_tied_info
+from optimum.onnxruntime import ORTModelForCausalLM
 from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedConfig
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -36,8 +38,6 @@ __all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trac
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
-# Decoders whose `head_dim` its `ORTModelForCausalLM` reads.
-_OWN_WIDTH = ("gemma", "gemma3_text", "gemma3", "gpt_oss", "nemotron", "deepseek_v3")
 PACKAGES: tuple[str, ...] = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
     f"{name}.onnx" for name in (runner.ENCODER, runner.DECODER, runner.DECODER_WITH_PAST, runner.MERGED)
@@ -51,8 +51,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
     """
     supported = _supported_tasks(model)
     if task is None:
-        inferred = _inferred_task(model, supported)
-        return inferred if _runs_with_cache(model.config) else inferred.removesuffix(PAST)
+        return _inferred_task(model, supported)
     resolved: str = TasksManager.map_from_synonym(task)
     # Optimum has "seq2seq-lm" with and without "-with-past"; "summarization" says nothing of a cache.
     silent = resolved != task and TasksManager.map_from_synonym(task + PAST) == task + PAST
@@ -62,12 +61,6 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
         raise ValueError(
             f"Optimum cannot export {model.config.model_type!r} for the task {task!r}. It can for: "
             f"{', '.join(supported)}."
-        )
-    if resolved.endswith(PAST) and not _runs_with_cache(model.config):
-        raise ValueError(
-            f"ORTModelForCausalLM takes the heads of {model.config.model_type!r} together to be as wide as the model; here "
-            f"head_dim={model.config.head_dim}, with {model.config.num_attention_heads} heads for a width of "
-            f"{model.config.hidden_size}. Export it for {resolved.removesuffix(PAST)!r}, which works without a cache."
         )
     return resolved
 
@@ -249,7 +242,13 @@ def _tie_weights(model: PreTrainedModel, path: Path) -> None:
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
-    """Merges the two decoders that `trace` wrote into `decoder_model_merged.onnx`, if they can be merged."""
+    """Completes what `trace` wrote for the classes of Optimum that run it.
+
+    Two decoders become `decoder_model_merged.onnx`, if they can be merged, and a decoder by itself takes the empty cache
+    that `ORTModelForCausalLM` begins with.
+    """
+    if task.endswith(PAST) and (folder / f"{SINGLE}.onnx").is_file():
+        _take_empty_cache(folder / f"{SINGLE}.onnx", config)
     decoders = [folder / DECODER, folder / DECODER_WITH_PAST]
     if not all(path.is_file() for path in decoders) or not _can_be_merged(config):
         return
@@ -263,12 +262,33 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _runs_with_cache(config: PretrainedConfig) -> bool:
-    """Whether `ORTModelForCausalLM` gives a decoder a cache of its width."""
-    width = getattr(config, "head_dim", None)
-    if not isinstance(width, int) or config.is_encoder_decoder or config.model_type in _OWN_WIDTH:
-        return True
-    return bool(width * config.num_attention_heads == config.hidden_size)
+def _take_empty_cache(path: Path, config: PretrainedConfig) -> None:
+    """Leaves heads and width of a decoder's past open where `ORTModelForCausalLM` begins with others than the model has.
+
+    It takes them from the width of the model and the heads of its queries for most architectures. Those of a cache without
+    tokens do not matter: ONNX Runtime joins the first keys and values to nothing.
+    """
+    model = onnx.load(path, load_external_data=False)
+    pasts = [value for value in model.graph.input if value.name.startswith("past_key_values")]
+    begun = _begun_cache(config)
+    for value in pasts:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 4 and None not in begun and (dims[1].dim_value, dims[3].dim_value) != begun:
+            dims[1].dim_param, dims[3].dim_param = "key_value_heads", "head_width"
+    onnx.save(model, path)
+
+
+def _begun_cache(config: PretrainedConfig) -> tuple[int | None, int | None]:
+    """Heads and width of the empty cache that `ORTModelForCausalLM` makes, which does not ask its file for them."""
+    value = onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, [1])
+    graph = onnx.helper.make_graph([], "none", [value], [value])
+    file = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    with silent_and_seeded(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "none.onnx")
+        onnx.save(file, path)
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        model = ORTModelForCausalLM(config=config, session=session, model_save_dir=folder)
+    return tuple(getattr(model, name, None) for name in ("num_key_value_heads", "embed_size_per_head"))  # type: ignore[return-value]
 
 
 def _can_be_merged(config: PretrainedConfig) -> bool:

@@ -145,10 +145,14 @@ class GeneratingFiles:
 
     def _empty(self, name: str, size: int) -> dict[str, Array]:
         """A cache of no tokens; a merged decoder, which does not look at it then, wants one."""
-        shapes = self._sessions[name].input_shapes
-        kept = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values")}
-        tokens = int(self._encodes)
-        return {key: np.zeros((size, shape[1], tokens, shape[3]), np.float32) for key, shape in kept.items()}
+        session, tokens = self._sessions[name], int(self._encodes)
+        kept = {key: shape for key, shape in session.input_shapes.items() if key.startswith("past_key_values")}
+        # An input may leave open what the output that grows from it says.
+        grown = {key: session.output_shapes.get(key.replace("past_key_values", "present"), kept[key]) for key in kept}
+        sizes = {
+            key: [a if isinstance(a, int) else b for a, b in zip(kept[key], grown[key], strict=True)] for key in kept
+        }
+        return {key: np.zeros((size, shape[1], tokens, shape[3]), np.float32) for key, shape in sizes.items()}
 
 
 def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:

@@ -27,6 +27,7 @@ class OnnxSession:
         input_names (`list[str]`): what a call takes.
         output_names (`list[str]`): what a call returns, in the order of the file.
         input_shapes (`dict[str, list]`): the shape of each input, with names for the axes that vary.
+        output_shapes (`dict[str, list]`): that of each output.
 
     Raises:
         ValueError: `threads` is less than 1, or there is no such file.
@@ -58,6 +59,9 @@ class OnnxSession:
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
         self.input_shapes: dict[str, list[int | str]] = {
             value.name: value.shape for value in self._session.get_inputs()
+        }
+        self.output_shapes: dict[str, list[int | str]] = {
+            value.name: value.shape for value in self._session.get_outputs()
         }
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

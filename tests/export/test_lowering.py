@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from hfkdq.export.lowering import lower_quantizers_
 from hfkdq.export.lowering.layers import FoldedConv, IntegerConv1d
 from hfkdq.export.lowering.weights import pack, unpack
-from hfkdq.quantization import activation_ranges, prepare_qat_, quantize, quantized_modules
+from hfkdq.quantization import activation_ranges, quantize, quantized_modules
 from hfkdq.quantization.layers import swap_in_
 from hfkdq.quantization.records import set_enabled_, set_weight_bits_
 from hfkdq.specs import QuantizationSpec
@@ -117,14 +117,6 @@ def test_excluded_modules_stay():
     lower_quantizers_(model)
     assert type(model.classifier) is nn.Linear
     assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
-
-
-def test_recurrent_layers_are_refused():
-    model = tiny.bert()
-    model.rnn = nn.GRU(4, 4)
-    prepare_qat_(model, QuantizationSpec(activation_bits=None))
-    with pytest.raises(ValueError, match=r"rnn has recurrent weights .* exclude_modules=\['rnn'\]"):
-        lower_quantizers_(model)
 
 
 def test_a_model_from_the_middle_of_its_training_is_refused():

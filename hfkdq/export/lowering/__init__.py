@@ -15,26 +15,26 @@ from ...quantization import (
     QuantizedConv2d,
     QuantizedEmbedding,
     QuantizedExperts,
+    QuantizedGRU,
     QuantizedLinear,
+    QuantizedLSTM,
     QuantizedModule,
     quantized_modules,
 )
 from .activations import ActivationQDQ
 from .layers import FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
+from .several_weights import Recurrent, StoredExperts, lower_recurrent_
 
-__all__ = ["check_lowerable", "lower_quantizers_"]
-
-_LOWERABLE = (QuantizedLinear, QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding)
+__all__ = ["check_lowerable", "lower_quantizers_", "lower_recurrent_"]
 
 
 def check_lowerable(model: PreTrainedModel) -> None:
-    """Refuses recurrent modules, and fake quantizers that are off yet or wider yet than their spec."""
+    """Refuses states with a projection, and fake quantizers that are off yet or wider yet than their spec."""
     for name, module in quantized_modules(model).items():
-        if not isinstance(module, _LOWERABLE):
-            kind = "expert" if isinstance(module, QuantizedExperts) else "recurrent"
+        if getattr(module, "proj_size", 0):
             raise ValueError(
-                f"{name} has {kind} weights ({type(module).__name__}), which this release does not write. "
-                f"load_quantized runs them in torch; exclude_modules={[name]} leaves them in floating point, "
+                f"{name} projects its states (proj_size={module.proj_size}), which ONNX's LSTM does not. "
+                f"load_quantized runs it in torch; exclude_modules={[name]} leaves it in floating point, "
                 'and quantization="float32" exports the float weights of the whole model.'
             )
         if not module.fake_quantize_enabled:
@@ -79,6 +79,10 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime", un
             lowered = FoldedConv(module)
         elif isinstance(module, QuantizedEmbedding):
             lowered = tables[module]
+        elif isinstance(module, (QuantizedLSTM, QuantizedGRU)):
+            lowered = Recurrent(module)
+        elif isinstance(module, QuantizedExperts):
+            lowered = StoredExperts.of(module)
         for name in names[module]:
             model.set_submodule(name, lowered)
     for attention in [module for module in model.modules() if isinstance(module, AttentionQuantizer)]:

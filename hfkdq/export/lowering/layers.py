@@ -18,16 +18,16 @@ from ...quantization import (
 )
 from ..operators import onnx_op
 from .activations import ActivationQDQ, dequantize, quantize
-from .weights import StoredWeight, unpack
+from .weights import StoredWeight, WideWeight, stored_weight, unpack
 
 # Fewer channels of a convolution's input make windows too narrow for products of bytes to pay.
 MIN_CHANNELS = 32
 
 
-class _Lowered(nn.Module):
+class Lowered(nn.Module):
     """Base of what takes the place of a layer: it has the attributes that model code may read, such as kernel sizes."""
 
-    def __init__(self, layer: QuantizedModule) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
         own = vars(self)
         own.update(
@@ -39,7 +39,7 @@ class _Lowered(nn.Module):
 _OF_QUANTIZERS = ("quantization_spec", "quantization_scheme", "fake_quantize_enabled", "adapter")
 
 
-class _Linear(_Lowered):
+class _Linear(Lowered):
     """Base of linear layers: smoothing, the grid of the input, the bias."""
 
     factors: Tensor | None
@@ -54,7 +54,7 @@ class _Linear(_Lowered):
         return self.input(values if self.factors is None else values / self.factors)
 
 
-class _Codes(_Lowered):
+class _Codes(Lowered):
     """Codes of a weight, a byte each, transposed as MatMul wants them: (inputs, out_channels)."""
 
     codes: Tensor
@@ -111,7 +111,8 @@ class NBitLinear(_Linear):
 
     def __init__(self, linear: QuantizedLinear | QuantizedConv1D) -> None:
         super().__init__(linear)
-        self.weight = StoredWeight(linear, transposed=isinstance(linear, QuantizedConv1D))
+        transposed = isinstance(linear, QuantizedConv1D)
+        self.weight = StoredWeight(linear.weight_quantizer, linear.effective_weight(), transposed)
         self.block_size, packed, scale, zero_point = self.weight.blocks()
         for name, value in (("packed", packed), ("scale", scale), ("zero_point", zero_point)):
             self.register_buffer(name, value)
@@ -203,7 +204,7 @@ class IntegerConv1d(_Codes):
         return values.transpose(1, 2)
 
 
-class FoldedConv(_Lowered):
+class FoldedConv(Lowered):
     """A convolution whose weight is small in the file, and made floating point when the file is loaded."""
 
     def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
@@ -224,7 +225,7 @@ class FoldedConv(_Lowered):
         return output
 
 
-class StoredEmbedding(_Lowered, nn.Embedding):
+class StoredEmbedding(Lowered, nn.Embedding):
     """A table that gathers the codes of rows and what they are multiplied with."""
 
     def __init__(self, embedding: QuantizedEmbedding, unsigned: bool = False) -> None:
@@ -247,24 +248,5 @@ class StoredEmbedding(_Lowered, nn.Embedding):
 
 def _stored(module: QuantizedModule, unsigned: bool = False) -> WideWeight | StoredWeight:
     """The weight of a module in as few bits as it has."""
-    if module.weight_quantizer.bits == 16:
-        return WideWeight(module)
-    return StoredWeight(module, transposed=isinstance(module, QuantizedConv1D), unsigned=unsigned)
-
-
-class WideWeight(nn.Module):
-    """A weight of 16 bits."""
-
-    stored: Tensor
-
-    def __init__(self, module: QuantizedModule) -> None:
-        super().__init__()
-        weight = module.effective_weight().detach()
-        weight = weight.t() if isinstance(module, QuantizedConv1D) else weight.reshape(len(weight), -1)
-        self.register_buffer("stored", weight.to(getattr(torch, module.quantization_scheme.storage_dtype)))
-
-    def values(self) -> Tensor:
-        return self.stored.float()
-
-    def rows(self, index: Tensor) -> Tensor:
-        return nn.functional.embedding(index, self.stored).float()
+    transposed = isinstance(module, QuantizedConv1D)
+    return stored_weight(module.weight_quantizer, module.effective_weight(), transposed, unsigned)

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...quantization import QuantizedModule
+from ...quantization import WeightQuantizer
 from ...quantization.grids import Grid, expand
 
 # Neighbours that share a scale where a channel is one group; MatMulNBits wants a power of two.
@@ -20,7 +20,8 @@ class StoredWeight(nn.Module):
 
     `packed` is (channels, bytes): int8 codes as they are, narrower or unsigned ones in uint8; `scale` and `zero_point` are
     (channels or 1, groups). `bits` of a stored code are 2, 4 or 8; `offset` was added to make narrow codes unsigned.
-    `transposed`: output channels are the last axis of the module's weight; `unsigned`: int8 codes become uint8 too.
+    `transposed`: output channels are the last axis of the weight; `unsigned`: int8 codes become uint8 too. The channels of
+    a weight with gates are these.
     """
 
     packed: Tensor
@@ -28,12 +29,14 @@ class StoredWeight(nn.Module):
     zero_point: Tensor | None
     codebook: Tensor | None
 
-    def __init__(self, module: QuantizedModule, transposed: bool = False, unsigned: bool = False) -> None:
+    def __init__(
+        self, quantizer: WeightQuantizer, weight: Tensor, transposed: bool = False, unsigned: bool = False
+    ) -> None:
         super().__init__()
-        quantizer = module.weight_quantizer
         self.grid: Grid = quantizer.grid
-        codes = module.integer_weight()
-        codes = codes.t().contiguous() if transposed else codes.reshape(len(codes), -1)
+        codes = quantizer.codes(weight)
+        codes = codes.transpose(-1, -2) if transposed else codes
+        codes = codes.reshape(quantizer.gates or len(codes), -1)
         self.channels, self.inputs = codes.shape
         self.bits = next(bits for bits in (2, 4, 8) if bits >= quantizer.bits)
         self.offset = 2 ** (self.bits - 1) if self.grid.low < 0 and (self.bits < 8 or unsigned) else 0
@@ -42,7 +45,7 @@ class StoredWeight(nn.Module):
             "packed",
             pack(shifted, self.bits) if self.bits < 8 else shifted.to(codes.dtype if not self.offset else torch.uint8),
         )
-        scale, zero_point = quantizer.qparams(module.effective_weight())
+        scale, zero_point = quantizer.qparams(weight)
         self.register_buffer("scale", scale.squeeze(-1).clone())
         self.register_buffer("zero_point", None if zero_point is None else zero_point.squeeze(-1))
         codebook = getattr(quantizer, "codebook", None)
@@ -92,6 +95,33 @@ class StoredWeight(nn.Module):
         )
         zeros = None if zero_point is None else pack(zero_point.short(), self.bits).flatten()
         return size, packed, cast(Tensor, scale).flatten(), zeros
+
+
+class WideWeight(nn.Module):
+    """A weight of 16 bits, (channels, inputs)."""
+
+    stored: Tensor
+
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor, transposed: bool = False) -> None:
+        super().__init__()
+        rows = weight.detach().transpose(-1, -2) if transposed else weight.detach()
+        rows = rows.reshape(quantizer.gates or len(rows), -1)
+        self.register_buffer("stored", rows.to(getattr(torch, quantizer.scheme.storage_dtype)))
+
+    def values(self) -> Tensor:
+        return self.stored.float()
+
+    def rows(self, index: Tensor) -> Tensor:
+        return nn.functional.embedding(index, self.stored).float()
+
+
+def stored_weight(
+    quantizer: WeightQuantizer, weight: Tensor, transposed: bool = False, unsigned: bool = False
+) -> WideWeight | StoredWeight:
+    """A weight in as few bits as its quantizer gives it."""
+    if quantizer.bits == 16:
+        return WideWeight(quantizer, weight, transposed)
+    return StoredWeight(quantizer, weight, transposed, unsigned)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
