@@ -55,6 +55,7 @@ class Entry:
         labelled (`bool`): whether the class computes a loss by itself.
         does (`str`): its task, where hfkdq knows none of the class.
         objective (`Callable`): makes what distils it.
+        labels (`int`, *optional*): how many classes another head has than the settings say.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Entry:
     labelled: bool = True
     does: str = "own"
     objective: Callable[[], Any] = LogitKD
+    labels: int | None = None
 
     @property
     def task(self) -> str:
@@ -82,12 +84,19 @@ class Entry:
     def make(self, seed: int = 0) -> tf.PreTrainedModel:
         """The model with random weights, biases and norms included, in eval mode."""
         torch.manual_seed(seed)
+        return randomise_(self._class(self.model)(self.configuration()), seed)
+
+    def configuration(self) -> tf.PretrainedConfig:
+        """A new configuration of the settings."""
         settings = dict(self.settings)
         for name in self.nested:
             inner = dict(settings[name])
             settings[name] = tf.AutoConfig.for_model(inner.pop("model_type"), **inner)
         config = self._class(self.config)(**settings)
-        return randomise_(self._class(self.model)(config), seed)
+        if self.labels is not None:
+            config.num_labels = self.labels
+            config.pad_token_id = config.pad_token_id or 0
+        return config
 
     @staticmethod
     def _class(name: str) -> Any:

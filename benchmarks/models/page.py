@@ -10,6 +10,7 @@ from typing import Any
 
 from .cells import CELLS
 from .entries import ENTRIES, Entry
+from .tasks import PREFIX
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
@@ -74,7 +75,7 @@ def _cell(entry: Entry, name: str, cell: str, found: dict[str, Any], notes: _Not
     for line in LINES:
         results = found[line]["families"].get(name)
         if results is None:
-            signs.append(_ABSENT if found[line]["versions"] and name in found[line].get("absent", ()) else _NOT_RUN)
+            signs.append(_ABSENT if name in found[line].get("absent", ()) else _NOT_RUN)
             continue
         result = results.get(cell)
         if result is None:
@@ -92,12 +93,18 @@ def page(found: dict[str, Any] | None = None) -> str:
     notes = _Notes()
     parts = [_HEAD.format(families=len(ENTRIES), told=_told(found)).strip()]
     for group in dict.fromkeys(entry.group for entry in ENTRIES.values()):
-        heads = ["family", "task", *(_HEADS.get(cell, cell) for cell in CELLS)]
-        table = [f"| {' | '.join(heads)} |", "|---|---|" + ":-:|" * len(CELLS)]
+        heads = ["family", "task", "other tasks", *(_HEADS.get(cell, cell) for cell in CELLS)]
+        table = [f"| {' | '.join(heads)} |", "|---|---|---|" + ":-:|" * len(CELLS)]
         for name, entry in ENTRIES.items():
             if entry.group == group:
                 cells = [_cell(entry, name, cell, found, notes) for cell in CELLS]
-                table.append(f"| {entry.title} | {entry.task} | {' | '.join(cells)} |")
+                tasks = {
+                    name for line in LINES for name in found[line]["families"].get(name, {}) if name.startswith(PREFIX)
+                }
+                others = [
+                    f"{task.removeprefix(PREFIX)} {_cell(entry, name, task, found, notes)}" for task in sorted(tasks)
+                ]
+                table.append(f"| {entry.title} | {entry.task} | {', '.join(others)} | {' | '.join(cells)} |")
         parts.append(f"## {group}\n\n" + "\n".join(table))
     parts.append("## Why\n\n" + "\n".join(notes.lines()))
     return "\n\n".join(parts) + "\n"
@@ -138,7 +145,7 @@ of the ecosystem ([what they are](installation.md)). Where the lines differ, the
 {told}
 
 What the columns are: a student by `make_student` with half of the layers, distilled for a step, saved and loaded; a model of the
-same shape distilled for a step and evaluated; each structure of `PruningSpec`, pruned, saved and loaded with the same
+same shape distilled for a step and evaluated (for every other task that the family has a class for, too); each structure of `PruningSpec`, pruned, saved and loaded with the same
 outputs; `QATCallback` for a step, evaluated, saved, and the same outputs by `load_quantized`; ONNX files in float32, with int8 and
 with 4-bit weights, compared with the model by `export_onnx` on the same data.
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import hfkdq
 from .cells import CELLS
 from .entries import ENTRIES, Entry
 from .page import FAILS, LINES, REFUSED, WORKS, read, results_file
+from .tasks import PREFIX, TASKS, other_tasks
 
 PACKAGE = str(Path(hfkdq.__file__).parent)
 LINE = LINES[int(transformers.__version__.split(".")[0]) >= 5]
@@ -49,6 +51,8 @@ def is_refusal(error: Exception) -> bool:
 
 def run_cell(entry: Entry, cell: str) -> Result:
     """What comes of one cell."""
+    if cell.startswith(PREFIX):
+        return run_cell(other_tasks(entry)[cell.removeprefix(PREFIX)], "distillation")
     model = entry.make()
     before = state_of(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +112,9 @@ def apart(work: Callable[[], Result], seconds: float, is_loud: bool = False) -> 
     return {"result": FAILS, "why": f"not done in {seconds:.0f} seconds"}
 
 
-def run(families: Iterable[str], cells: Iterable[str], again: bool, seconds: float, is_loud: bool) -> None:
+def run(families: Iterable[str], cells: Sequence[str], again: bool, seconds: float, is_loud: bool) -> None:
     """Runs what has no result yet, and writes every result at once."""
+    gc.freeze()  # a training begins with a search for garbage, which would go through all that is imported
     for family in families:
         entry = ENTRIES[family]
         if not entry.exists:
@@ -117,7 +122,8 @@ def run(families: Iterable[str], cells: Iterable[str], again: bool, seconds: flo
             data["absent"] = sorted({*data.get("absent", ()), family})
             write_results(data)
             continue
-        for cell in cells:
+        others = [PREFIX + task for task in other_tasks(entry)] if TASKS in cells else []
+        for cell in [*(cell for cell in cells if cell != TASKS), *others]:
             if not again and cell in read(LINE)["families"].get(family, {}):
                 continue
             start = time.monotonic()
