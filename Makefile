@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels constraints clean
+.PHONY: help docs demo coverage test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-export bench-equality bench-kernels docs-models constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -160,6 +160,10 @@ bench-equality: .venv/.bench ## TEXT=folder of rotten_tomatoes: how equal an int
 
 bench-kernels: .venv/.dev ## which operators run an int8 encoder fastest
 	$(O)/python benchmarks/kernels.py
+
+docs-models: .venv/.dev .venv-v5/.dev ## docs/models.md: what works with every family; runs what has no result yet, on both lines
+	$(O)/python -m benchmarks.models $(MODELS)
+	$(V)/python -m benchmarks.models $(MODELS)
 
 # $(1): the file, $(2): what it pins, $(3): the extras, $(4): more options. UPGRADE= keeps what is pinned and adds what is missing.
 UPGRADE ?= --upgrade

@@ -27,6 +27,20 @@ _BOTH = dict(d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_h
              encoder_ffn_dim=48, decoder_ffn_dim=40, init_std=0.2)  # fmt: skip
 
 
+def randomise_(model: tf.PreTrainedModel, seed: int) -> tf.PreTrainedModel:
+    """Biases start as zeros and norms as ones, and what they hide would not be seen: random ones, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(generator=generator)
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class Family:
     """How to make a model, and which kind of inputs it takes."""
@@ -40,17 +54,7 @@ class Family:
         """The model with random weights, biases and norms included, in eval mode."""
         torch.manual_seed(seed)
         config = getattr(tf, self.config)(**{**self.settings, **changes})
-        model = getattr(tf, self.model)(config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():  # Biases start as zeros and norms as ones: what they hide would not be seen.
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.running_mean.normal_(generator=generator)
-                    module.running_var.uniform_(0.5, 2.0, generator=generator)
-        return model.eval()
+        return randomise_(getattr(tf, self.model)(config), seed)
 
     def batch(self, size: int = 2, seed: int = 0) -> dict[str, Tensor]:
         """Inputs of the model, without labels."""
