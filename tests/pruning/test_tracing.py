@@ -163,7 +163,7 @@ def test_what_no_table_of_names_knows_is_removed(name, structure, tmp_path):
     assert_same_in_double(logits(model), logits(masked))
     assert (logits(model) - dense).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
-    loaded = load_pruned(tmp_path, model_class=type(model))
+    loaded = load_pruned(tmp_path, model=type(model))
     assert type(loaded) is type(model)
     assert_same_in_double(logits(loaded), logits(model))
 
