@@ -17,7 +17,7 @@ from ..quantization import activation_quantizers, activation_ranges, means_the_s
 from ..specs import QuantizationSpec
 from .exporters_tasks import own_task
 from .inputs import is_own
-from .protocol import PAST, Backend
+from .protocol import PAST, Backend, UnknownArchitecture
 
 TARGETS = ("onnxruntime", "standard")
 WEIGHT_TYPES = ("auto", "int8", "uint8")
@@ -82,7 +82,12 @@ def require_ranges(model: PreTrainedModel) -> Iterator[None]:
 def resolve_task(backend: Backend, model: PreTrainedModel, task: str | None) -> str:
     """The task as the backend resolves it, without a cache where heads were pruned layer by layer."""
     resolved = own_task(model, task) if is_own(model) else None
-    resolved = backend.resolve_task(model, task) if resolved is None else resolved
+    try:
+        resolved = backend.resolve_task(model, task) if resolved is None else resolved
+    except UnknownArchitecture:  # what is one file is traced from a batch, as classes of one's own are
+        resolved = own_task(model, task)
+        if resolved is None:
+            raise
     shapes = read_facts(model).get("shapes", {}).get("tensors", {})
     if not resolved.endswith(PAST) or not any("attn" in name or "attention" in name.lower() for name in shapes):
         return resolved

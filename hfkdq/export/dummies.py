@@ -50,6 +50,9 @@ def _dummy_batch(
     else:
         shape = (size, 4, length) if task == "multiple-choice" else (size, length)
         batch = _texts(model, shape, generator)
+        vision = getattr(model.config, "vision_config", None)
+        if vision is not None and not hasattr(model.config, "image_token_id"):  # an encoder of each, as in CLIP
+            batch["pixel_values"] = torch.randn(size, *_image_shape(vision), generator=generator)
     takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
     if takes and model.config.is_encoder_decoder and task.removesuffix(PAST) in _DECODED:
         positions = getattr(model.config, "max_target_positions", length)
@@ -65,9 +68,9 @@ def _texts(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Gene
     pad = getattr(model.config, "pad_token_id", None) or 0
     batch = {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
     accepted = inspect.signature(model.forward).parameters
-    if "token_type_ids" in accepted and "token_type_ids" in tokenizer_outputs(model):
+    if "token_type_ids" in tokenizer_outputs(model):
         batch["token_type_ids"] = torch.zeros_like(ids)
-    return batch
+    return {name: value for name, value in batch.items() if name in accepted}
 
 
 def _token_ids(model: PreTrainedModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

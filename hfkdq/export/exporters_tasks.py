@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..modeling.tasks import TASKS, Task, is_bare, tasks_of
-from .protocol import PAST
+from .protocol import PAST, UnknownArchitecture
 
 OWN = "custom"
-"""The task of a class of one's own that is none of Transformers'."""
+"""The task of a model that is in none of the tables of Transformers."""
 
 # Other names that Optimum takes for the same tasks.
 _SYNONYMS = {
@@ -47,7 +47,7 @@ def resolve_task(model: PreTrainedModel, task: str | None) -> str:
     model_type, name = model.config.model_type, type(model).__name__
     if not supported:
         known = sorted({task.name for task in TASKS})
-        raise ValueError(
+        raise UnknownArchitecture(
             f"There is no ONNX export for the architecture {model_type!r} as {name}. "
             f"Load the model with the Auto class of one of these tasks: {', '.join(known)}."
         )

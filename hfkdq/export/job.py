@@ -25,6 +25,7 @@ from ..modeling.masks import Batch
 from ..provenance import describe_files, describe_model
 from ..quantization import layer_class, means_the_same, quantize, quantized_spec, strip_quantizers_
 from ..quantization.records import warn_of_other_weights
+from ..schema import brief
 from ..specs import QuantizationSpec
 from ..version import __version__
 from .checks import require_ranges
@@ -210,8 +211,14 @@ class ExportJob:
         return folder
 
     def _trace(self, model: PreTrainedModel, folder: Path, fold_constants: bool) -> list[Path]:
-        with rope_by_length(model):
-            return self.backend.trace(model, folder, self.task, self.batches, fold_constants=fold_constants)
+        try:
+            with rope_by_length(model):
+                return self.backend.trace(model, folder, self.task, self.batches, fold_constants=fold_constants)
+        except torch.onnx.OnnxExporterError as error:
+            raise RuntimeError(
+                f"PyTorch's exporter cannot write {type(model).__name__} ({type(error).__name__}: {brief(error)}). Nothing was "
+                "written; this is so of the float model too, in other tools as well."
+            ) from error
 
     def _reference(self, precision: Precision) -> PreTrainedModel:
         """The model in torch that computes what files of a precision are to compute."""

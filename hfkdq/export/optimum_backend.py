@@ -30,7 +30,7 @@ from . import runner
 from .dummies import dummy_batches as random_batches
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
 from .optimum_attention import PlainAttention
-from .protocol import PAST
+from .protocol import PAST, UnknownArchitecture
 from .runner import SINGLE
 from .silence import silent_and_seeded
 
@@ -73,7 +73,7 @@ def _supported_tasks(model: PreTrainedModel) -> list[str]:
     except KeyError as error:
         known = {name for task in TasksManager.get_all_tasks() for name in _model_types(task)}
         nearest = difflib.get_close_matches(model_type, sorted(known), n=3, cutoff=0.0)
-        raise ValueError(
+        raise UnknownArchitecture(
             f"Optimum has no ONNX export for the architecture {model_type!r}. The nearest names it has are "
             f"{', '.join(nearest)}."
         ) from error

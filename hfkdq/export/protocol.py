@@ -14,6 +14,10 @@ PAST = "-with-past"
 """The end of the names of tasks with a cache."""
 
 
+class UnknownArchitecture(ValueError):
+    """An exporter has nothing about a class of models, which may be traced from a batch all the same."""
+
+
 class Backend(Protocol):
     """An exporter: a module with these names."""
 

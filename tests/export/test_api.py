@@ -424,3 +424,17 @@ def test_two_exports_into_one_folder_lose_nothing(tmp_path, monkeypatch):
     assert export_onnx(model, tmp_path / "onnx", latency_rounds=0) == tmp_path / "onnx-2"
     assert (tmp_path / "onnx-2" / "model.onnx").is_file()
     assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["theirs"]
+
+
+def test_an_architecture_that_the_exporter_does_not_know_is_traced_from_a_batch(tmp_path):
+    """On both lines; equal to the model, as every export is. What PyTorch itself has no operators for is told in one line."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
+    batch = {"pixel_values": torch.randn(3, 3, 32, 32)}
+    assert (export_onnx(vision, tmp_path / "vision", inputs=batch, latency_rounds=0) / "model.onnx").is_file()
+    text = transformers.ErnieForSequenceClassification(transformers.ErnieConfig(**sizes, vocab_size=40)).eval()
+    assert (export_onnx(text, tmp_path / "text", latency_rounds=0) / "model.onnx").is_file()
+    config = transformers.FNetConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, intermediate_size=32)
+    with pytest.raises(RuntimeError, match=r"cannot write FNet.*fft.*Nothing was written"):
+        export_onnx(transformers.FNetForSequenceClassification(config).eval(), tmp_path / "fnet", latency_rounds=0)
+    assert not (tmp_path / "fnet").exists()

@@ -16,10 +16,12 @@ from torch import nn
 
 pytest.importorskip("transformers.exporters", reason="the exporter of Transformers 5")
 
+import transformers
 from onnxscript import optimizer
 from transformers import masking_utils
 from transformers.exporters import ExportedModel
 
+from hfkdq import export_onnx
 from hfkdq.export import exporters_backend as backend
 from hfkdq.export import exporters_tracing as tracing
 from hfkdq.export.exporters_generation import Part
@@ -327,3 +329,16 @@ def test_what_optimum_exports_is_exported_here_too(family, task, tmp_path):
     runner = open_files(tmp_path, task)
     for batch in backend.dummy_batches(model, task):
         assert share(model, runner, batch) < 1e-4
+
+
+def test_models_that_no_table_has_a_task_for_are_traced_from_a_batch(tmp_path):
+    """CLIP, whose made-up batch has texts and images, and its images alone, from a batch that is given."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    images = dict(sizes, image_size=16, patch_size=8)
+    text = dict(sizes, vocab_size=60, max_position_embeddings=20, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    whole = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=images))
+    alone = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**images))
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    for model, given, outputs in ((whole, {}, "logits_per_image"), (alone, {"inputs": batch}, "image_embeds")):
+        folder = export_onnx(model.eval(), tmp_path / outputs, latency_rounds=0, **given)
+        assert outputs in {value.name for value in onnx.load(folder / "model.onnx").graph.output}
