@@ -55,10 +55,9 @@ def traced_neurons(model: PreTrainedModel) -> list[UnitGroup]:
 def _traced(model: PreTrainedModel) -> tuple[list[UnitGroup], set[str]]:
     """All units that can go, in groups of those that lie in the same tensors, and the linear layers over maps."""
     probe = Probe(model)
-    parameters: dict[str, torch.Tensor] = {}
-    for name, values in probe.twin.state_dict(keep_vars=True).items():
-        if values.is_floating_point() and not any(values is other for other in parameters.values()):
-            parameters[name] = values
+    saved = {n: v for n, v in probe.twin.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
+    first = {id(values): name for name, values in reversed(saved.items()) if values.is_floating_point()}
+    parameters = {name: values for name, values in saved.items() if first.get(id(values)) == name}
     over_maps: set[str] = set()
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: over_maps.add(name) if args[0].dim() > 3 else None)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..facts import drop_fact
 from ..modeling.batches import Batches, first_batch, make_batches
-from ..modeling.examples import tried_on
+from ..modeling.examples import given_to, tried_on
 from ..modeling.masks import Batch
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
@@ -65,7 +65,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
         processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
         example_inputs (`dict`, *optional*): a batch as your collator makes it, on which a copy is tried where none that is
-            made up from the configuration fits, as [`prune`] does; by default the first one of `calibration`.
+            made up from the configuration fits, as [`prune`] does; by default that of the [`DistillationTrainer`], or the
+            first one of `calibration`.
 
     Raises:
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
@@ -139,10 +140,12 @@ class PruningCallback(TrainerCallback, ExportableState):
         return self.at_least is not None or self.at_most is not None
 
     def _tried(self, model: Any) -> AbstractContextManager[None]:
-        example = self._example
-        if example is None and self._calibration is not None and isinstance(model, PreTrainedModel):
-            example = first_batch(make_batches(model, self._calibration, *self._how))
-        return tried_on(example, model)
+        if self._example is None and isinstance(model, PreTrainedModel):
+            calibration = self._calibration
+            self._example = given_to(model)  # by a DistillationTrainer, while it is made
+            if self._example is None and calibration is not None:
+                self._example = first_batch(make_batches(model, calibration, *self._how))
+        return tried_on(self._example, model)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

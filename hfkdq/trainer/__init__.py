@@ -34,7 +34,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
         strict_resume (`bool`, defaults to `True`): refuse to resume from a checkpoint that was written with another
             teacher or other objectives; `False` warns instead.
         example_inputs (`dict`, *optional*): a batch as the collator makes it, on which objectives see what the models
-            return. By default an example made up of their configurations; where that does not do, the first rows of
+            return, and callbacks that prune try the student. By default an example made up of their configurations; where that does not do, the first rows of
             `train_dataset`, or of a stream the first batch of the training, before any weight changes.
 
     Raises:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..caching import CachedCollator
 from ..caching.teacher import cached_source
+from ..modeling.examples import tried_on
 from ..modeling.forwards import TEACHER_PREFIX
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, check_vocabulary
@@ -81,7 +82,8 @@ class DistillationMixin(_TrainerBase):
         self._window: Window | None = None  # of the gradient accumulation that runs
         self._running_step: RunningStep | None = None
         self._is_resumed = False
-        super().__init__(*args, **kwargs)
+        with tried_on(example_inputs, kwargs.get("model", args[0] if args else None)):  # callbacks try the model too
+            super().__init__(*args, **kwargs)
         arguments.keep_tokens_back_(self.args)
         if not self.objectives:
             return

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hfkdq import (
+    DistillationTrainer,
     PruningCallback,
     PruningSpec,
     QATCallback,
@@ -293,13 +294,13 @@ KINDS = {"input_ids": torch.randint(4, 60, (2, 8)), "kind": torch.ones(2, 8), "l
 HALF = PruningSpec(sparsity=0.5, structure="neuron", plain_checkpoint=False)
 
 
-def trainer(model, callback, tmp_path):
+def trainer(model, callback, tmp_path, cls=tf.Trainer, **given):
     arguments = tf.TrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True,
         save_strategy="no",
     )  # fmt: skip
     rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(8)]
-    return tf.Trainer(model, arguments, train_dataset=rows, callbacks=callback)
+    return cls(model, arguments, train_dataset=rows, callbacks=callback, **given)
 
 
 CALLS = {
@@ -308,6 +309,9 @@ CALLS = {
         model, HALF, parameters=0.95, inputs=example_inputs
     ),
     "callback": lambda model, tmp_path, **given: trainer(model, [PruningCallback(HALF, **given)], tmp_path),
+    "DistillationTrainer": lambda model, tmp_path, **given: trainer(
+        model, [PruningCallback(HALF)], tmp_path, DistillationTrainer, **given
+    ),
     "make_student": lambda model, tmp_path, **given: make_student(model, 2, **given),
 }
 
