@@ -61,6 +61,7 @@ class _Recurrent(SeveralWeights):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._update_flat_weights()  # else PyTorch does it below, after loading, and takes out what is put in here
         kept, values = self._flat_weights, self._values()
         self._flat_weights = [
             values.get(name, weight) for name, weight in zip(self._flat_weights_names, kept, strict=True)
