@@ -176,9 +176,6 @@ def qat(entry: Entry, model: PreTrainedModel, folder: Path) -> None:
 def _exported(precision: str) -> Callable[[Entry, PreTrainedModel, Path], None]:
     def cell(entry: Entry, model: PreTrainedModel, folder: Path) -> None:
         batch = {k: v for k, v in entry.batch().items() if k != "return_loss"}
-        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is not None:  # as DataCollatorForSeq2Seq does
-            batch["decoder_input_ids"] = shift(labels=batch["labels"])
         made = export_onnx(model, folder / "onnx", quantization=precision, calibration=[batch], latency_rounds=0)
         _expect(any(made.rglob("*.onnx")), "there is no file")
 

@@ -61,7 +61,8 @@ class _Recurrent(SeveralWeights):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._update_flat_weights()  # else PyTorch does it below, after loading, and takes out what is put in here
+        # Else PyTorch does it below, after loading, and takes out what is put in here.
+        self._update_flat_weights()  # type: ignore[operator]
         kept, values = self._flat_weights, self._values()
         self._flat_weights = [
             values.get(name, weight) for name, weight in zip(self._flat_weights_names, kept, strict=True)
