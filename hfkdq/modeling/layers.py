@@ -288,10 +288,10 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
     layers = dict(model.named_modules()).get(where)
     if not isinstance(layers, nn.ModuleList):
         return None
-    # A stage of another width than any before is no layer among its like.
-    if not any(
-        _tensors_of(before, f"{where}.{place}.") == _tensors_of(after, f"{where}{marker}") for place in range(count)
-    ):
+    # A stage of another width than any before is no layer among its like; the first layer may hold what serves all (T5).
+    like = _tensors_of(after, f"{where}{marker}").items()
+    others = [_tensors_of(before, f"{where}.{place}.").items() for place in range(count)]
+    if not any(like <= other or other <= like for other in others):
         return None
     beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
     return CountedStack(where, layers, name, beside, tuple(lists), model)
