@@ -56,9 +56,10 @@ def test_a_sign_per_line_and_each_reason_once():
         "student": {"result": WORKS},
         "head": {"result": REFUSED, "why": "BertForSequenceClassification has none."},
     }
+    alike = {**results, "head": {"result": REFUSED, "why": "RobertaForSequenceClassification has none."}}
     other = {"student": {"result": WORKS}, "head": {"result": FAILS, "why": "It crashes."}}
     found = {
-        "optimum": {"versions": {}, "families": {"bert": results, "roberta": results}},
+        "optimum": {"versions": {}, "families": {"bert": results, "roberta": alike}},
         "v5": {"versions": {}, "families": {"bert": other}, "absent": ["roberta"]},
     }
     rows = {line.split(" | ")[0]: line.split(" | ") for line in page(found).splitlines() if line.startswith("| ")}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,8 @@ class Entry:
         labelled (`bool`): whether the class computes a loss by itself.
         does (`str`): its task, where hfkdq knows none of the class.
         objective (`Callable`): makes what distils it.
+        counts (`bool`): whether a Trainer may tell the class how many labels a step has; BLIP and CLAP hand the number on
+            to a class that does not take it.
         labels (`int`, *optional*): how many classes another head has than the settings say.
     """
 
@@ -69,6 +72,7 @@ class Entry:
     does: str = "own"
     objective: Callable[[], Any] = LogitKD
     labels: int | None = None
+    counts: bool = True
 
     @property
     def task(self) -> str:
@@ -88,9 +92,9 @@ class Entry:
 
     def configuration(self) -> tf.PretrainedConfig:
         """A new configuration of the settings."""
-        settings = dict(self.settings)
+        settings = copy.deepcopy(self.settings)  # configurations take parts out of what they are given
         for name in self.nested:
-            inner = dict(settings[name])
+            inner = settings[name]
             settings[name] = tf.AutoConfig.for_model(inner.pop("model_type"), **inner)
         config = self._class(self.config)(**settings)
         if self.labels is not None:
@@ -296,7 +300,7 @@ ENTRIES: dict[str, Entry] = {
         **{k: v for k, v in V.items() if k != "image_size"}, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
         "max_length": 32, "num_mel_bins": 16}, b.patches),
     "clap": _speech("CLAP", "ClapModel", "ClapConfig", dict(
-        text_config=TEXT_PART, audio_config=_AUDIO_PART, projection_dim=16), b.clips),
+        text_config=TEXT_PART, audio_config=_AUDIO_PART, projection_dim=16), b.clips, counts=False),
     "clip": Entry("CLIP", "CLIPModel", "CLIPConfig", dict(
         text_config=TEXT_PART, vision_config=dict(V, projection_dim=16), projection_dim=16), b.image_and_text,
         "Several kinds of input"),
@@ -305,7 +309,7 @@ ENTRIES: dict[str, Entry] = {
     "blip": Entry("BLIP", "BlipForConditionalGeneration", "BlipConfig", dict(
         text_config=dict(TEXT_PART, encoder_hidden_size=32, sep_token_id=2), vision_config=V, projection_dim=16,
         image_text_hidden_size=16),
-        lambda: {**b.next_tokens(), **b.pixels()}, "Several kinds of input"),
+        lambda: {**b.next_tokens(), **b.pixels()}, "Several kinds of input", counts=False),
     "trocr": Entry("TrOCR", "VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", dict(
         encoder=dict(V, model_type="vit"), decoder=dict(
             ED, model_type="trocr", is_decoder=True, add_cross_attention=True, cross_attention_hidden_size=32),

@@ -98,9 +98,8 @@ def page(found: dict[str, Any] | None = None) -> str:
         for name, entry in ENTRIES.items():
             if entry.group == group:
                 cells = [_cell(entry, name, cell, found, notes) for cell in CELLS]
-                tasks = {
-                    name for line in LINES for name in found[line]["families"].get(name, {}) if name.startswith(PREFIX)
-                }
+                tried = (found[line]["families"].get(name, {}) for line in LINES)
+                tasks = {cell for results in tried for cell in results if cell.startswith(PREFIX)}
                 others = [
                     f"{task.removeprefix(PREFIX)} {_cell(entry, name, task, found, notes)}" for task in sorted(tasks)
                 ]

@@ -256,12 +256,26 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
             return None
 
     after = longer(lists)
-    lists = [key for key in lists if key in PER_LAYER_FIELDS or longer([k for k in lists if k != key]) != after]
     try:
         before = build_shapes(model, config_with(model.config, **{name: count}))
     except Exception as error:
         problems[name] = f"{name}={count}: {brief(error)}"
         after = None
+
+    def grows_alone(key: str) -> bool:
+        """Whether the list counts layers of its own, and is as long as this stack by chance."""
+        prefix, _ = _owner(model.config, name)
+        try:
+            longer_list = type(held[key])([*held[key], held[key][-1]])
+            return build_shapes(model, config_with(model.config, **{prefix + key: longer_list})) != before
+        except Exception:  # it has to be as long as the field says
+            return False
+
+    chance = [key for key in lists if key not in PER_LAYER_FIELDS and grows_alone(key)] if after is not None else []
+    if chance:
+        lists = [key for key in lists if key not in chance]
+        after = longer(lists)
+    lists = [key for key in lists if key in PER_LAYER_FIELDS or longer([k for k in lists if k != key]) != after]
     if after is None:
         reasons.append(problems[name])
         return None
@@ -274,9 +288,10 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
     layers = dict(model.named_modules()).get(where)
     if not isinstance(layers, nn.ModuleList):
         return None
-    # A stage of another width than any before is no layer among its like.
-    new = _tensors_of(after, f"{where}{marker}").items()
-    if not any(new <= _tensors_of(before, f"{where}.{place}.").items() for place in range(count)):
+    # A stage of another width than any before is no layer among its like; the first layer may hold what serves all (T5).
+    like = _tensors_of(after, f"{where}{marker}").items()
+    others = [_tensors_of(before, f"{where}.{place}.").items() for place in range(count)]
+    if not any(like <= other or other <= like for other in others):
         return None
     beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
     return CountedStack(where, layers, name, beside, tuple(lists), model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -184,44 +184,69 @@ def _made_batches(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     takes, config = forward_columns(model), model.config
     configs = [inner for _, inner in nested_configs(config)]
     main = model.main_input_name
-    found: dict[str, Tensor] = {}
-    if main == "input_values":
-        bins, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
-        if bins and "patch_size" in vars(config):
-            yield {main: torch.randn(2, int(frames or 1024), bins, generator=generator)}
-        yield {main: torch.randn(2, 4000, generator=generator)}
-        return
-    if main == "input_features":
-        frames = 2 * int(_first(configs, "max_source_positions") or 50)
-        bins = _first(configs, "num_mel_bins") or 80
-        found[main] = torch.randn(2, int(bins), frames, generator=generator)
-    if "pixel_values" in takes:
-        size = _first(configs, "image_size") or 64
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        channels = _first(configs, "num_channels") or 3
-        found["pixel_values"] = torch.randn(2, int(channels), int(height), int(width), generator=generator)
     texts: list[str] = [name for name in ("input_ids", "decoder_input_ids") if name in takes]
     if not getattr(config, "is_encoder_decoder", False) and main == "input_ids" and "decoder_input_ids" in texts:
         texts.remove("decoder_input_ids")
-    if not texts:
-        yield found
-        return
     targets = int(_first(configs, "max_target_positions") or 26) - 2
-    for length in _lengths(configs):
-        made: dict[str, Tensor] = {}
-        for name in texts:
-            made[name] = _token_ids(config, length if name == "input_ids" else min(length, targets, 24), generator)
-        if "attention_mask" in takes and "input_ids" in made:
-            made["attention_mask"] = torch.ones_like(made["input_ids"])
-            made["attention_mask"][-1, 2 * length // 3 :] = 0
-        yield {**found, **made}
-        if found and main == "input_ids":
-            yield made
-        yield {key: value for key, value in {**found, **made}.items() if key != "attention_mask"}
+    for shapes in _shapes(main, takes, configs):
+        found = {name: torch.randn(2, *shape, generator=generator) for name, shape in shapes.items()}
+        if not texts:
+            yield found
+            continue
+        for length in _lengths(configs):
+            made: dict[str, Tensor] = {}
+            for name in texts:
+                made[name] = _token_ids(config, length if name == "input_ids" else min(length, targets, 24), generator)
+            if "attention_mask" in takes and "input_ids" in made:
+                made["attention_mask"] = torch.ones_like(made["input_ids"])
+                made["attention_mask"][-1, 2 * length // 3 :] = 0
+            if "pixel_values" in found and "input_ids" in made:
+                yield from ({**found, **text} for text in _with_image(configs, made))
+            yield {**found, **made}
+            if found and main == "input_ids":
+                yield made
+            yield {key: value for key, value in {**found, **made}.items() if key != "attention_mask"}
 
 
-def _first(configs: Sequence[PretrainedConfig], name: str) -> Any:
-    return next((value for config in configs if (value := vars(config).get(name)) is not None), None)
+def _shapes(main: str, takes: Collection[str], configs: Sequence[PretrainedConfig]) -> Iterator[dict[str, list[int]]]:
+    """The shapes of one example of what is no text, by input."""
+    found: dict[str, list[int]] = {}
+    bins = _first(configs, "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") or 80
+    if "pixel_values" in takes:
+        size = _first(configs, "image_size") or 64
+        sides = size if isinstance(size, (tuple, list)) else (size, size)
+        found["pixel_values"] = [int(side) for side in (_first(configs, "num_channels") or 3, *sides)]
+    if main == "input_values":
+        frames = _first(configs, "max_length")
+        if "num_mel_bins" in vars(configs[0]) and "patch_size" in vars(configs[0]):
+            yield {main: [int(frames or 1024), int(bins)]}
+        yield {main: [4000]}
+    elif "input_features" in takes:
+        yield {**found, "input_features": [int(bins), 2 * int(_first(configs, "max_source_positions") or 50)]}
+        yield {**found, "input_features": [100, int(bins)]}
+        yield {**found, "input_features": [1, int(_first(configs, "spec_size") or 100), int(bins)]}
+    elif "past_values" in takes:
+        yield {"past_values": [int(_first(configs, name) or 1) for name in ("context_length", "num_input_channels")]}
+    else:
+        yield found
+        frames = _first(configs, "num_frames")
+        if found and frames:
+            yield {"pixel_values": [int(frames), *found["pixel_values"]]}
+
+
+def _with_image(configs: Sequence[PretrainedConfig], text: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A text that begins with the tokens that stand for the patches of an image, where a text has such."""
+    token = _first(configs, "image_token_id", "image_token_index")
+    size, patch = _first(configs, "image_size"), _first(configs, "patch_size")
+    if type(token) is int and type(size) is int and type(patch) is int:
+        for count in ((size // patch) ** 2, (size // patch) ** 2 + 1):
+            fronts = {name: torch.full((2, count), token if name == "input_ids" else 1) for name in text}
+            yield {name: torch.cat([fronts[name], value], dim=1) for name, value in text.items()}
+
+
+def _first(configs: Sequence[PretrainedConfig], *names: str) -> Any:
+    values = (vars(config).get(name) for name in names for config in configs)
+    return next((value for value in values if value is not None), None)
 
 
 def _lengths(configs: Sequence[PretrainedConfig]) -> list[int]:

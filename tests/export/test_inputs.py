@@ -306,3 +306,16 @@ def test_tuples_and_autocast_change_nothing(flag, tmp_path):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, facts = written(model, tmp_path)
     assert facts["outputs"] == ["logits"]
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper", "bart"])
+def test_a_decoder_reads_the_labels_of_a_batch_behind_its_start(family):
+    model = FAMILIES[family].make()
+    labels = torch.tensor([[7, 8, 9], [7, 8, -100]])
+    batch = {**FAMILIES[family].batch(), "labels": labels}
+    del batch["decoder_input_ids"]
+    start = model.config.decoder_start_token_id
+    assert model_inputs(model, batch)["decoder_input_ids"].tolist() == [[start, 7, 8], [start, 7, 8]]
+    given = {**batch, "decoder_input_ids": labels.clamp(min=0)}
+    assert model_inputs(model, given)["decoder_input_ids"].tolist() == labels.clamp(min=0).tolist()
+    assert "labels" not in model_inputs(model, batch)

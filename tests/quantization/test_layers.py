@@ -461,3 +461,14 @@ def test_traces_to_fused_operators_with_constant_scales(estimator):
     if estimator != "learned":
         layer.activation_quantizer.set_range(5.0, 0)
         assert torch.equal(traced(inputs), expected), "the traced scale is a constant"
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_quantized_from_the_first_call_after_loading(make):
+    """PyTorch gathers the weights anew where a parameter is another tensor than at the last call."""
+    layer, inputs = quantized(make(5, 6, batch_first=True), weight_bits=2).eval(), torch.randn(2, 4, 5)
+    expected = layer(inputs)[0]
+    loaded = quantized(make(5, 6, batch_first=True), weight_bits=2).eval()
+    loaded(inputs)
+    loaded.load_state_dict({k: v.clone() for k, v in layer.state_dict().items()}, assign=True)
+    assert torch.equal(loaded(inputs)[0], expected)

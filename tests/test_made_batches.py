@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is removed is tried on a copy; for that a batch is made up for every kind of input."""
+
+import pytest
+
+from benchmarks.models.entries import ENTRIES
+from hfkdq import PruningSpec, make_student, prune
+from hfkdq.modeling import Probe
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["moonshine", "speech2text", "wav2vec2-bert", "clap", "videomae", "timesformer", "patchtst", "whisper", "ast"],
+)
+def test_a_batch_is_made_up(family):
+    probe = Probe(ENTRIES[family].make())
+    assert all(value.isfinite().all() for value in probe.outputs(probe.twin))
+
+
+def test_a_text_with_an_image_runs_both_models():
+    """LLaVA computes nothing of an image that no token stands for."""
+    probe = Probe(ENTRIES["llava"].make())
+    assert "pixel_values" in probe.batch
+    before = probe.outputs(probe.twin)
+    probe.batch["pixel_values"] = -probe.batch["pixel_values"]
+    assert not probe.outputs(probe.twin)[0].equal(before[0])
+
+
+def test_heads_that_cannot_go_are_refused():
+    """Moonshine divides its width by the number of heads, which nothing but a run shows."""
+    model = ENTRIES["moonshine"].make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="tried on a copy"):
+        prune(model, PruningSpec(structure="head", sparsity=0.5, plain_checkpoint=False))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_list_that_is_as_long_as_a_stack_by_chance_is_none_of_its_fields():
+    """Two convolutions with a kernel size each, before two layers: Speech2Text."""
+    teacher = ENTRIES["speech2text"].make()
+    student = make_student(teacher, 1, num_decoder_layers=1)
+    assert len(student.model.encoder.layers) == len(student.model.decoder.layers) == 1
+    assert student.config.num_conv_layers == len(student.config.conv_kernel_sizes) == 2
