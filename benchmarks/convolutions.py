@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast convolutions run: ONNX float, our int8 file, the same with integer convolutions, and ONNX Runtime's own QDQ file.
 
-    python benchmarks/convolutions.py --rounds 12 --output out/convolutions.json
+    make bench-convolutions
 
 The models have random weights in the shapes of MobileNetV2 and ResNet-18. All files of a model are timed in turn, each in a
 process of its own; every round gives a ratio to the float file, of which the quartiles are told.
@@ -82,7 +82,7 @@ def files(model: tf.PreTrainedModel, folder: Path) -> dict[str, Path]:
 def measure(paths: dict[str, Path], rounds: int, threads: int) -> dict[str, Any]:
     """Milliseconds of every round, and the quartiles of its ratios to the float file."""
     picture = {"pixel_values": np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE)).astype(np.float32)}
-    engines = [TimedEngine(name, onnx_call, str(path), picture) for name, path in paths.items()]
+    engines = [TimedEngine(name, onnx_call, path, picture) for name, path in paths.items()]
     times: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(rounds):
         for name, latency in zip(paths, time_engines(engines, threads=threads, rounds=1), strict=True):
