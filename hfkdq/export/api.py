@@ -59,6 +59,7 @@ def export_onnx(
     latency_rounds: int = 3,
     threads: int | None = None,
     inputs: Batch | None = None,
+    integer_convolutions: bool = False,
 ) -> Path:
     """Writes a model as ONNX files that were run, compared with it and timed, next to its checkpoint.
 
@@ -114,6 +115,10 @@ def export_onnx(
         threads (`int`, *optional*): threads of each file while it is timed. As many as PyTorch uses by default.
         inputs (`dict`, *optional*): a batch of what the model takes, for a class of one's own that takes what cannot be made
             up, where there are no data. The file has the inputs of this batch, by name.
+        integer_convolutions (`bool`, defaults to `False`): compute convolutions of 8-bit weights and inputs in integers
+            where ONNX Runtime has a kernel: between two quantizers, with BatchNorm moved into scale and bias. Each bias is
+            then an integer too, and off by half a step of the products (input scale times weight scale) at most, which
+            torch does not imitate. By default weights become floats when the file is loaded, which is exact and slower.
 
     Returns:
         `Path`: the folder. It has another number at its end if somebody has made `folder` while this was at work.
@@ -144,6 +149,11 @@ def export_onnx(
     trained = quantized_spec(model)
     default = FLOAT if trained is None else trained
     precision = None if is_auto else precision_of(default if quantization is None else quantization)
+    if integer_convolutions and precision is not None and not precision.needs_calibration:
+        raise ValueError(
+            f"integer_convolutions=True needs 8-bit inputs of convolutions; {precision.name} has floats. Pass "
+            "quantization=QuantizationSpec(), or leave integer_convolutions out."
+        )
     check_new(folder)
     wanted = trained if precision is None else precision.spec
     if wanted is not None:
@@ -175,7 +185,7 @@ def export_onnx(
         )
         job = ExportJob(
             plain_copy(model), backend, task, target, tolerance, processing_class, batches, source, rest, quality,
-            Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type,
+            Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type, integer_convolutions,
         )  # fmt: skip
         if quality is not None:
             quality.begin(job.model, job.float_model)

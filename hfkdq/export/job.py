@@ -27,6 +27,7 @@ from ..quantization import layer_class, means_the_same, quantize, quantized_spec
 from ..quantization.records import warn_of_other_weights
 from ..schema import brief
 from ..specs import QuantizationSpec
+from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
 from .inputs import Tensors, model_inputs
@@ -73,6 +74,7 @@ class ExportJob:
         quality ([`Quality`], *optional*): measures a metric.
         scratch (`Path`): an existing folder for intermediate files.
         weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, the one that is exact on this processor.
+        integer_convolutions (`bool`): whether convolutions compute with integers.
     """
 
     model: PreTrainedModel
@@ -87,6 +89,7 @@ class ExportJob:
     quality: Quality | None
     scratch: Path
     weight_type: str = "auto"
+    integer_convolutions: bool = False
 
     @cached_property
     def float_model(self) -> PreTrainedModel:
@@ -182,16 +185,19 @@ class ExportJob:
         )
         if precision.has_integers:
             traced = _to_trace(reference)
-            quantized = lower_quantizers_(traced, target=self.target, unsigned=unsigned)
+            quantized = lower_quantizers_(
+                traced, target=self.target, unsigned=unsigned, integer_convolutions=self.integer_convolutions
+            )
             floats = sum(isinstance(module, (nn.Linear, Conv1D)) for module in traced.modules())
             files = self._trace(traced, folder, fold_constants=False)
         else:
             shutil.copytree(self._float_files, folder, dirs_exist_ok=True)
             files = [folder / file.name for file in sorted(self._float_files.glob("*.onnx"))]
+        convolutions = 0
         for file in files:
             if precision.before_fusion is not None:
                 precision.before_fusion(file)
-            improve(file, target=self.target, unsigned=unsigned)
+            convolutions += improve(file, target=self.target, unsigned=unsigned)
             if precision.after_fusion is not None:
                 precision.after_fusion(file)
         if precision.has_integers:
@@ -200,6 +206,8 @@ class ExportJob:
         self.backend.finish(folder, reference.config, self.task)
         if not precision.has_integers:
             return facts
+        if self.integer_convolutions:
+            facts["integer_convolutions"] = convolutions
         return {**facts, "quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
 
     @cached_property
@@ -250,6 +258,8 @@ def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
             inputs = len(module.weight) if isinstance(module, Conv1D) else module.in_features
             if inputs % spec.group_size:
                 overrides[name] = {"group_size": None}
+        elif any(size % spec.group_size for weight in expert_weights(module).values() for size in weight.shape[1:]):
+            overrides[name] = {"group_size": None}
     return replace(spec, overrides=overrides)
 
 

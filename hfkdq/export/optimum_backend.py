@@ -114,7 +114,7 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
         sizes = ({"batch_size": 8}, {"batch_size": 3, "sequence_length": length // 2})
         try:
             batches = [config.generate_dummy_inputs(framework="pt", **{**shapes, **size}) for size in sizes]
-        except IndexError:  # where it would read the sizes off a processor
+        except (IndexError, KeyError):  # where it would read the sizes off a processor, or off other names
             return random_batches(model, task)
     # The random positions that it draws are none that a text has.
     accepted = forward_columns(model) - {"position_ids"}

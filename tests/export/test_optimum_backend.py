@@ -366,6 +366,21 @@ def test_dummy_batches_are_the_same_at_every_call_and_leave_random_numbers_alone
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_model_whose_sizes_have_names_that_optimum_does_not_read_has_random_inputs():
+    stages = transformers.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1] * 4,
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = transformers.RTDetrConfig(
+        backbone_config=stages, encoder_in_channels=[8, 16, 16], d_model=32, decoder_layers=1
+    )
+    model = transformers.RTDetrForObjectDetection(config)
+    assert {batch["pixel_values"].shape[1] for batch in backend.dummy_batches(model, "object-detection")} == {3}
+
+
 def test_heads_of_another_width_than_the_model_keep_two_decoders(tmp_path):
     """As flan-t5-small has them; `ORTModelForSeq2SeqLM` starts a merged decoder with a past of the wrong width."""
     model = FAMILIES["t5"].make(d_kv=16, num_layers=2, num_decoder_layers=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 from .attention import fuse_attention
 from .convolutions import guard_convolutions
 from .deduplicate import deduplicate
+from .integer_convolutions import fuse_convolutions
 from .linears import count_fused_linears, fuse_linears
 from .precision import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
@@ -17,6 +18,7 @@ __all__ = [
     "deduplicate",
     "fix_shapes",
     "fuse_attention",
+    "fuse_convolutions",
     "fuse_linears",
     "improve",
     "make_unsigned",
@@ -28,14 +30,15 @@ __all__ = [
 ]
 
 
-def improve(path: Path, *, target: str, unsigned: bool = False) -> None:
+def improve(path: Path, *, target: str, unsigned: bool = False) -> int:
     """Rewrites a file by one that computes the same with fewer operators; with ONNX's own for `target="standard"`.
 
-    `unsigned` writes weights of integer products as uint8.
+    `unsigned` writes weights of integer products as uint8. Returns how many convolutions of codes have an integer bias.
     """
     model = load_graph(path)
     deduplicate(model)
     fix_shapes(model)
+    convolutions = fuse_convolutions(model)
     if target == "onnxruntime":
         fuse_linears(model)
         guard_convolutions(model)
@@ -45,3 +48,4 @@ def improve(path: Path, *, target: str, unsigned: bool = False) -> None:
         make_unsigned(model)
     deduplicate(model)
     save_graph(model, path)
+    return convolutions

@@ -17,8 +17,7 @@ def guard_convolutions(model: ir.Model) -> None:
     made: dict[ir.Value, ir.Value] = {}
     for node in [node for node in graph if node.op_type == "Conv"]:
         values = node.inputs[0]
-        source = values.producer() if values is not None else None
-        if values is None or source is None or source.op_type != "DequantizeLinear":
+        if values is None or not _is_dequantized(values) or _is_dequantized(node.inputs[1]):
             continue
         if values not in made:
             lowest = ir.val(f"{values.name}.lowest", const_value=ir.tensor(np.float32(np.finfo(np.float32).min)))
@@ -26,6 +25,11 @@ def guard_convolutions(model: ir.Model) -> None:
             clip = ir.node("Clip", [values, lowest], name=f"{values.name}.guard")
             clip.outputs[0].name, clip.outputs[0].type = f"{values.name}.guarded", values.type
             clip.outputs[0].shape = values.shape
-            graph.insert_after(source, clip)
+            graph.insert_after(values.producer(), clip)
             made[values] = clip.outputs[0]
         node.replace_input_with(0, made[values])
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"

@@ -70,13 +70,13 @@ def make_unsigned(model: ir.Model) -> int:
 
 
 def _is_weight_of_product(node: ir.Node) -> bool:
-    """Whether a node dequantizes a matrix for products alone, which ONNX Runtime makes integer products of."""
+    """Whether a node dequantizes a weight for products and convolutions alone, which ONNX Runtime computes in integers."""
     consumers = [use for output in node.outputs for use in output.consumers()]
     return (
         node.op_type == _DEQUANTIZE
         and len(node.inputs) == 3
         and bool(consumers)
-        and all(use.op_type in ("MatMul", "Gemm") and use.inputs[1] is node.outputs[0] for use in consumers)
+        and all(use.op_type in ("MatMul", "Gemm", "Conv") and use.inputs[1] is node.outputs[0] for use in consumers)
     )
 
 

@@ -22,7 +22,7 @@ from ...quantization import (
     quantized_modules,
 )
 from .activations import ActivationQDQ
-from .layers import FoldedConv, FoldedLinear, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
+from .layers import FoldedConv, FoldedLinear, IntegerConv, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
 from .several_weights import Recurrent, StoredExperts, lower_recurrent_
 
 __all__ = ["check_lowerable", "lower_quantizers_", "lower_recurrent_"]
@@ -50,12 +50,14 @@ def check_lowerable(model: PreTrainedModel) -> None:
             )
 
 
-def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime", unsigned: bool = False) -> int:
+def lower_quantizers_(
+    model: PreTrainedModel, *, target: str = "onnxruntime", unsigned: bool = False, integer_convolutions: bool = False
+) -> int:
     """Replaces every fake-quantized layer of a model on the CPU by one that holds integer codes, in place.
 
     It computes the same and can be traced, but no longer trained. Returns how many linear layers, and convolutions that are
     written as such, were replaced. Without `target="onnxruntime"` only ONNX's own operators are used; `unsigned` writes
-    tables that a head shares as uint8.
+    tables that a head shares as uint8; `integer_convolutions` keeps weights of convolutions codes while the file runs.
     """
     check_lowerable(model)
     linears = 0
@@ -76,7 +78,7 @@ def lower_quantizers_(model: PreTrainedModel, *, target: str = "onnxruntime", un
             lowered = IntegerConv1d(module)
             linears += 1
         elif isinstance(module, (QuantizedConv1d, QuantizedConv2d)):
-            lowered = FoldedConv(module)
+            lowered = IntegerConv(module) if integer_convolutions and IntegerConv.fits(module) else FoldedConv(module)
         elif isinstance(module, QuantizedEmbedding):
             lowered = tables[module]
         elif isinstance(module, (QuantizedLSTM, QuantizedGRU)):

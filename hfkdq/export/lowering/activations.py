@@ -24,13 +24,17 @@ def quantize(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return onnx_op("QuantizeLinear", values, scale, zero_point, compute=compute, opset=OPSET)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """`(codes - zero_point) * scale`, with one scale for all, or one for each column."""
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int = 1) -> Tensor:
+    """`(codes - zero_point) * scale`, with one scale for all, or one for each index along `axis`."""
+    ones = (1,) * (codes.dim() - 1) if axis == 0 else ()
 
     def compute(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        if scale.dim() and ones:
+            scale, zero_point = scale.reshape(-1, *ones), zero_point.reshape(-1, *ones)
         return (codes.float() - zero_point.float()) * scale
 
-    return onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=1)
+    result: Tensor = onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=axis)
+    return result
 
 
 class ActivationQDQ(nn.Module):

@@ -175,16 +175,12 @@ class IntegerConv1d(_Codes):
     @staticmethod
     def fits(conv: QuantizedConv1d) -> bool:
         """Whether a convolution can be written so, and has enough channels to be faster for it."""
-        scheme = conv.quantization_scheme
         return (
             conv.groups == 1
             and conv.in_channels >= MIN_CHANNELS
             and conv.padding_mode == "zeros"
             and not isinstance(conv.padding, str)
-            and scheme.weight_mapping == "linear"
-            and scheme.weight_bits <= 8
-            and scheme.group_size is None
-            and ActivationQDQ(conv.activation_quantizer).is_integer
+            and IntegerConv.fits(conv)
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -204,25 +200,52 @@ class IntegerConv1d(_Codes):
         return values.transpose(1, 2)
 
 
-class FoldedConv(Lowered):
-    """A convolution whose weight is small in the file, and made floating point when the file is loaded."""
+class _Conv(Lowered):
+    """Base of convolutions that stay such: the grid of the input, the bias."""
 
     def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
         super().__init__(conv)
         self.input = ActivationQDQ(conv.activation_quantizer)
-        self.stored = _stored(conv)
         self.bias = conv.bias
         self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.kind._conv_forward(self, self.input(input), self.weight, self.bias)  # type: ignore[arg-type]
+        return output
+
+
+class IntegerConv(_Conv, _Codes):
+    """A convolution of codes of its weight, (out_channels, in_channels / groups, *kernel_size), with codes of its input."""
+
+    def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
+        super().__init__(conv)
+        self._store(conv, conv.integer_weight())
+
+    @staticmethod
+    def fits(conv: QuantizedConv1d | QuantizedConv2d) -> bool:
+        """Whether there is an integer kernel for such codes."""
+        scheme = conv.quantization_scheme
+        is_linear = scheme.weight_mapping == "linear" and scheme.weight_bits <= 8 and scheme.group_size is None
+        return is_linear and ActivationQDQ(conv.activation_quantizer).is_integer
+
+    @property
+    def weight(self) -> Tensor:
+        """The values of the codes."""
+        return dequantize(self.codes, self.scale, self.zero_point, axis=0)
+
+
+class FoldedConv(_Conv):
+    """A convolution whose weight is small in the file, and made floating point when the file is loaded."""
+
+    def __init__(self, conv: QuantizedConv1d | QuantizedConv2d) -> None:
+        super().__init__(conv)
+        self.stored = _stored(conv)
         self.shape = tuple(conv.weight.shape)
 
     @property
     def weight(self) -> Tensor:
         """The values of the codes; some models ask their convolution for its precision."""
         return self.stored.values().reshape(self.shape)
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.kind._conv_forward(self, self.input(input), self.weight, self.bias)  # type: ignore[arg-type]
-        return output
 
 
 class StoredEmbedding(Lowered, nn.Embedding):
