@@ -319,3 +319,28 @@ def test_what_cannot_be_is_refused_and_the_module_left_alone(training_arguments,
         load_pruned(tmp_path, model=SmallCNN(16))
     with pytest.raises(ValueError, match="lacks"):
         load_pruned(tmp_path, model=SmallGRU())
+
+
+class Heard(nn.Module):
+    """A convolution before a recurrent layer, which transposes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(8, 12, 3), nn.Conv1d(12, 8, 3)
+        self.gru, self.head = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, input_features):
+        states = self.second(self.first(input_features.transpose(1, 2)).relu()).transpose(1, 2)
+        return {"logits": self.head(self.gru(states)[0].mean(1))}
+
+
+def test_channels_go_where_they_can_and_a_recurrent_layer_is_left(tmp_path):
+    batch = {"input_features": torch.randn(2, 12, 8)}
+    spec = PruningSpec(sparsity=0.5, structure="channel", plain_checkpoint=False)
+    model = prune(Heard(), spec, example_inputs=batch)
+    assert (model.first.out_channels, model.second.out_channels, model.gru.hidden_size) == (6, 8, 16)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load_pruned(tmp_path, model=Heard()), batch), logits_of(model, batch))
+    small = SmallGRU()
+    with pytest.raises(ValueError, match=r"What fits this model: structure='weight'"):
+        prune(small, spec, example_inputs=batch)

@@ -67,7 +67,13 @@ class Following(TorchDispatchMode):
                 self._unite(labels, torch.tensor(STAYS))
 
     def _of(self, value: Any) -> tuple[Tensor, ...]:
-        return self._labels.get(value, ()) if isinstance(value, Tensor) else ()
+        found: tuple[Tensor, ...] = self._labels.get(value, ()) if isinstance(value, Tensor) else ()
+        if any(labels.shape != value.shape for labels in found):  # it was given another shape in place, as in a GRU
+            self._labels[value] = ()
+            for labels in found:
+                self._unite(labels, torch.tensor(STAYS))
+            return ()
+        return found
 
     def _unite(self, one: Tensor, other: Tensor) -> None:
         """Makes labels one that lie at the same place."""
