@@ -136,7 +136,7 @@ of the ecosystem ([what they are](installation.md)). Where the lines differ, the
 |:-:|---|
 | ✓ | works |
 | ✓ʳ | works; the configuration of the family cannot say it, so `PruningSpec(plain_checkpoint=False)` makes it and `load_pruned` loads it |
-| no | refused before work starts, with the model unchanged; the number is that of the reason [below](#why) |
+| no | refused before work starts, with the model unchanged, a file where it was tried and is not equal; the number is that of the reason [below](#why) |
 | ✗ | fails, with the number of the reason |
 | · | the installed Transformers has not this class |
 | ? | not run |

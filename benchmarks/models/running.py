@@ -46,7 +46,9 @@ def same_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def is_refusal(error: Exception) -> bool:
     """Whether a line of hfkdq raised an error, of a kind that says what is wrong with what came."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, (ValueError, TypeError, NotImplementedError)) and raised_in.startswith(PACKAGE)
+    return isinstance(error, (ValueError, TypeError, NotImplementedError, RuntimeError)) and raised_in.startswith(
+        PACKAGE
+    )
 
 
 def run_cell(entry: Entry, cell: str) -> Result:

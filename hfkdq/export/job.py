@@ -31,7 +31,7 @@ from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
 from .inputs import Tensors, model_inputs
-from .lowering import check_lowerable, lower_quantizers_
+from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
 from .protocol import PAST, Backend
 from .rope import rope_by_length
@@ -185,6 +185,7 @@ class ExportJob:
         )
         if precision.has_integers:
             traced = _to_trace(reference)
+            leave_read_weights_(traced, self.batches[0])
             quantized = lower_quantizers_(
                 traced, target=self.target, unsigned=unsigned, integer_convolutions=self.integer_convolutions
             )

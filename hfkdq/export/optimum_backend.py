@@ -20,7 +20,7 @@ from optimum.exporters.onnx.utils import _get_submodels_and_onnx_configs
 from optimum.exporters.tasks import TasksManager
 from optimum.onnx import merge_decoders, remove_duplicate_weights_from_tied_info
 from optimum.onnxruntime import ORTModelForCausalLM
-from optimum.utils import DEFAULT_DUMMY_SHAPES, NormalizedConfig
+from optimum.utils import DEFAULT_DUMMY_SHAPES, DummyPastKeyValuesGenerator, NormalizedConfig
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -168,11 +168,30 @@ def _parts(
             model, task, monolith=False, custom_onnx_configs={}, custom_architecture=False, _variant="default",
             library_name="transformers",
         )  # fmt: skip
+    if list(parts) == [SINGLE] and task.endswith(PAST):
+        _fit_cache_(parts[SINGLE][1], model.config)
     if list(parts) == [SINGLE] and not task.endswith(PAST):
         _follow_(parts[SINGLE][1], model, task, batches)
     elif list(parts) == [SINGLE] and beside_tokens(batches[0]):
         _add_inputs_(parts[SINGLE][1], beside_tokens(batches[0]))
     return parts
+
+
+def _fit_cache_(config: Any, of: PretrainedConfig) -> None:
+    """Gives a decoder a cache with as many heads as its keys have, where Optimum takes those of its queries (Phi)."""
+    heads: Any = getattr(of.get_text_config(), "num_key_value_heads", None)
+    if config.DUMMY_PKV_GENERATOR_CLASS is not DummyPastKeyValuesGenerator or heads is None:
+        return
+
+    class Cache(DummyPastKeyValuesGenerator):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            width: int = self.__dict__["hidden_size"] // self.__dict__["num_attention_heads"]
+            self.num_attention_heads, self.hidden_size = heads, heads * (getattr(of, "head_dim", None) or width)
+
+    classes = tuple(Cache if c is DummyPastKeyValuesGenerator else c for c in config.DUMMY_INPUT_GENERATOR_CLASSES)
+    made = {"DUMMY_INPUT_GENERATOR_CLASSES": classes, "DUMMY_PKV_GENERATOR_CLASS": Cache}
+    config.__class__ = type(type(config).__name__, (type(config),), made)
 
 
 def _add_inputs_(config: Any, names: Sequence[str]) -> None:

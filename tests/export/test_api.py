@@ -438,3 +438,17 @@ def test_an_architecture_that_the_exporter_does_not_know_is_traced_from_a_batch(
     with pytest.raises(RuntimeError, match=r"cannot write FNet.*fft.*Nothing was written"):
         export_onnx(transformers.FNetForSequenceClassification(config).eval(), tmp_path / "fnet", latency_rounds=0)
     assert not (tmp_path / "fnet").exists()
+
+
+def test_weights_that_the_model_reads_without_a_call_stay_in_floating_point(tmp_path, caplog):
+    """WavLM's attention gives the weights of its layers to a function of PyTorch."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=12)
+    convolutions = dict(conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4)
+    config = transformers.WavLMConfig(**sizes, **convolutions, num_conv_pos_embedding_groups=2, num_buckets=8)
+    model = transformers.WavLMForCTC(config).eval()
+    sounds = [{"input_values": torch.randn(2, 800)}]
+    quantize(model, QuantizationSpec(activation_bits=None), sounds)
+    folder = export_onnx(model, tmp_path / "onnx", inputs=sounds[0], latency_rounds=0)
+    assert "never calls" in caplog.text
+    facts = json.loads((folder / "export_facts.json").read_text())
+    assert facts["max_abs_diff"] <= 1e-4 * facts["max_abs_logit"]

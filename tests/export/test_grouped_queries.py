@@ -24,6 +24,7 @@ CONFIGS = {
     "qwen3": lambda: tf.Qwen3Config(**_SMALL, head_dim=16),
     "gemma3": lambda: tf.Gemma3TextConfig(**_SMALL, head_dim=16, sliding_window=4, query_pre_attn_scalar=16),
     "smollm3": lambda: tf.SmolLM3Config(**_SMALL),
+    "phi": lambda: tf.PhiConfig(**_SMALL),
     "phi3": lambda: tf.Phi3Config(**_SMALL),
 }
 STEPS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -33,7 +34,7 @@ def cells():
     """Where only the widths of the cache differ, the other architectures are slow tests."""
     for family in CONFIGS:
         for kind in ("float32", "int8"):
-            quick = (family, kind) in (("qwen3", "int8"), ("phi3", "float32")) or (
+            quick = (family, kind) in (("qwen3", "int8"), ("phi3", "float32"), ("phi", "float32")) or (
                 family == "gemma3" and kind == "float32"
             )
             yield pytest.param(family, kind, marks=[] if quick else [pytest.mark.slow])

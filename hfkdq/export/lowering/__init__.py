@@ -23,9 +23,10 @@ from ...quantization import (
 )
 from .activations import ActivationQDQ
 from .layers import FoldedConv, FoldedLinear, IntegerConv, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
+from .read_weights import leave_read_weights_
 from .several_weights import Recurrent, StoredExperts, lower_recurrent_
 
-__all__ = ["check_lowerable", "lower_quantizers_", "lower_recurrent_"]
+__all__ = ["check_lowerable", "leave_read_weights_", "lower_quantizers_", "lower_recurrent_"]
 
 
 def check_lowerable(model: PreTrainedModel) -> None:
