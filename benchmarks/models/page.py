@@ -40,7 +40,10 @@ class _Notes:
 
     def number(self, why: str, entry: Entry, cell: str) -> int:
         text = _first_sentences(why)
-        key = re.sub(rf"{entry.model}|[\w./-]*\d[\w./-]*|\b\w+(?:[._]\w+)+\b", "#", text)
+        key = text.partition(" What fits this model:")[0]
+        # Classes, configurations, names of architectures and of modules, and numbers do not make another reason.
+        key = re.sub(r"\b(?:[A-Z]+[a-z0-9]+){2,}[A-Z]*\b|(?<= for )[\w-]+(?=:)|'[\w-]+'(?=\. The nearest)", "#", key)
+        key = re.sub(rf"{entry.model}|[\w./-]*\d[\w./-]*|\b\w+(?:[._]\w+)+\b", "#", key)
         self.texts.setdefault(key, text)
         places = self.where.setdefault(key, [])
         places += [place for place in [f"{entry.title}, {cell}"] if place not in places]
