@@ -7,7 +7,7 @@ import copy
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -135,8 +135,9 @@ class ExportJob:
             steps = compare(runner.incremental_decode, [start], expected_start)
             _check_parity(steps, tolerance, precision.name, " where it adds token by token to its cache")
             written["incremental_decode"] = asdict(steps)
-        check = partial(_check_parity, tolerance=tolerance, name=precision.name)
-        written.update(prove_sizes(folder, runner, tried, axes, check))
+        written.update(
+            prove_sizes(folder, runner, tried, axes, lambda found: _check_parity(found, tolerance, precision.name))
+        )
         if "fixed_axes" in written:
             runner = open_files(folder, self.task)
         spec = quantized_spec(reference)
