@@ -435,8 +435,12 @@ def test_an_architecture_that_the_exporter_does_not_know_is_traced_from_a_batch(
     text = transformers.ErnieForSequenceClassification(transformers.ErnieConfig(**sizes, vocab_size=40)).eval()
     assert (export_onnx(text, tmp_path / "text", latency_rounds=0) / "model.onnx").is_file()
     config = transformers.FNetConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, intermediate_size=32)
+    fourier = transformers.FNetForSequenceClassification(config).eval()
+    if transformers.__version__.startswith("5"):  # whose exporter has an operator for it
+        assert (export_onnx(fourier, tmp_path / "fnet", latency_rounds=0) / "model.onnx").is_file()
+        return
     with pytest.raises(RuntimeError, match=r"cannot write FNet.*fft.*Nothing was written"):
-        export_onnx(transformers.FNetForSequenceClassification(config).eval(), tmp_path / "fnet", latency_rounds=0)
+        export_onnx(fourier, tmp_path / "fnet", latency_rounds=0)
     assert not (tmp_path / "fnet").exists()
 
 
