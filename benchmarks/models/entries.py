@@ -54,7 +54,7 @@ class Entry:
         group (`str`): the part of the table.
         nested (`dict`): names of settings whose dictionaries are made configurations by `AutoConfig` first.
         labelled (`bool`): whether the class computes a loss by itself.
-        does (`str`): its task, where hfkdq knows none of the class.
+        does (`str`): its task, where hfkdq knows none of the class, or Transformers lacks the class.
         objective (`Callable`): makes what distils it.
         counts (`bool`): whether a Trainer may tell the class how many labels a step has; BLIP and CLAP hand the number on
             to a class that does not take it.
@@ -109,6 +109,7 @@ class Entry:
 
 def _text(title: str, stem: str, settings: dict[str, Any] = T, **kwargs: Any) -> Entry:
     batch = kwargs.pop("batch", b.classified_text)
+    kwargs.setdefault("does", "text-classification")
     return Entry(
         title, f"{stem}ForSequenceClassification", f"{stem}Config", settings, batch, "Text encoders", **kwargs
     )
@@ -130,7 +131,7 @@ def _image(title: str, stem: str, settings: dict[str, Any], size: int = 32, **kw
 
 
 def _detector(title: str, stem: str, settings: dict[str, Any], size: int = 64, **kwargs: Any) -> Entry:
-    model = f"{stem}ForObjectDetection"
+    model, kwargs = f"{stem}ForObjectDetection", {"does": "object-detection", **kwargs}
     return Entry(title, model, f"{stem}Config", settings, partial(b.boxes, size), "Detectors", **kwargs)
 
 
