@@ -251,6 +251,22 @@ def test_it_is_exported_and_reported(tmp_path):
     assert abs(student.metrics["accuracy"] - file.metrics["accuracy"]) <= 1 / len(data)
 
 
+class Unnamed(SmallGRU):
+    """Returns its logits alone."""
+
+    def forward(self, input_features, labels=None):
+        return super().forward(input_features)["logits"]
+
+
+def test_outputs_without_names_are_refused_before_anything_is_written(training_arguments, tmp_path):
+    with pytest.raises(TypeError, match=r"Unnamed returns a Tensor.*return a dictionary"):
+        export_onnx(Unnamed(), tmp_path / "onnx", inputs=batch_of(SmallGRU), latency_rounds=0)
+    assert not (tmp_path / "onnx").exists()
+    arguments = dict(train_dataset=rows(SmallGRU), teacher_model=SmallGRU(), objectives=[LogitKD()])
+    with pytest.raises(ValueError, match="Unnamed gives no logits"):
+        DistillationTrainer(Unnamed(), training_arguments(), **arguments)
+
+
 @dataclasses.dataclass
 class Sizes:
     width: int = 8

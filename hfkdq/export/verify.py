@@ -79,9 +79,18 @@ def beginning(batch: Mapping[str, Tensor]) -> Tensors:
 
 @torch.no_grad()
 def run_torch(model: PreTrainedModel, batches: Iterable[Batch]) -> list[Tensors]:
-    """The outputs of a model, in eval mode on the CPU, on each batch by name; labels are left out."""
+    """The outputs of a model, in eval mode on the CPU, on each batch by name; labels are left out.
+
+    `TypeError` if they have no names.
+    """
     with rope_by_length(model):
         found = [model(**model_inputs(model, batch), **return_dict_kwargs(model)) for batch in batches]
+    unnamed = next((one for one in found if not isinstance(one, Mapping)), None)
+    if unnamed is not None:
+        raise TypeError(
+            f"{type(model).__name__} returns a {type(unnamed).__name__}, so the outputs of a file would have no names. Let its "
+            'forward pass return a dictionary, such as {"logits": logits}.'
+        )
     return [{name: value for name, value in one.items() if isinstance(value, Tensor)} for one in found]
 
 
