@@ -307,6 +307,12 @@ def _parameters(fact: Mapping[str, Any]) -> str:
     return f". Parameters: {short_count(before)} before, {short_count(after)} after" if before > after > 0 else ""
 
 
+def left_of(found: Mapping[str, int], whole: int) -> dict[str, Any]:
+    """The fact [`Left`] of numbers of weights by module, of `whole` parameters: the largest eight modules are named."""
+    share = sum(found.values()) / max(1, whole)
+    return {"share": share, "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
+
+
 def _describe_left(left: Mapping[str, Any], what: str, code: Callable[..., str]) -> str:
     if left.get("share", 0.0) <= NOTABLE:
         return ""

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import AUXILIARY, NOTABLE
+from ..facts import AUXILIARY, NOTABLE, left_of
 from ..modeling import find_heads, find_layer_stacks, find_neurons
 from ..specs import PruningSpec
 from .targets import WEIGHTED, PruningTarget
@@ -51,9 +52,9 @@ def share_reached(targets: Sequence[PruningTarget], left: dict[str, int]) -> flo
     return sum(reached.values()) / max(1, sum(reached.values()) + sum(left.values()))
 
 
-def describe_left(model: PreTrainedModel, left: dict[str, int]) -> dict[str, object]:
+def describe_left(model: PreTrainedModel, left: dict[str, int]) -> dict[str, Any]:
     """`{"share": of all parameters, "modules": the largest eight by name}`, JSON-ready."""
-    return {"share": _share(model, left), "modules": sorted(left, key=left.__getitem__)[:-9:-1]}
+    return left_of(left, _size(model))
 
 
 def tell_left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> None:
@@ -83,6 +84,9 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _share(model: PreTrainedModel, left: dict[str, int]) -> float:
+    return float(left_of(left, _size(model))["share"])
+
+
+def _size(model: PreTrainedModel) -> int:
     saved = model.state_dict().keys()
-    whole = sum(values.numel() for name, values in model.named_parameters() if name in saved)
-    return sum(left.values()) / max(1, whole)
+    return sum(values.numel() for name, values in model.named_parameters() if name in saved)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from ..facts import AUXILIARY, NOTABLE
+from ..facts import AUXILIARY, NOTABLE, left_of
 from ..specs import QuantizationSpec, module_matches, override_matches
 from .adapters import plain_modules
 from .naming import quantized_modules
@@ -53,8 +53,7 @@ def left_out_unasked(model: nn.Module, spec: QuantizationSpec, chosen: Collectio
 
 def describe_left(model: nn.Module) -> dict[str, Any]:
     """`{"share": of all parameters, "modules": the largest eight by name}`, JSON-ready."""
-    found = left_in_float(model)
-    return {"share": sum(found.values()) / _size(model), "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
+    return left_of(left_in_float(model), _size(model))
 
 
 def _size(model: nn.Module) -> int:
