@@ -19,13 +19,13 @@ PACKAGE = Path(hfkdq.__file__).parent
 LEVELS = {
     "fields": -3, "protocols": -3, "schedules": -2,
     "files": -1, "schema": -1, "secrets": -1, "specs": -1, "version": -1,
-    "facts": 0, "losses": 0, "metrics": 0,
+    "facts": 0, "losses": 0,
     "modeling": 1, "provenance": 1,
-    "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "measuring": 2,
-    "export": 3, "teachers": 3,
-    "report": 4, "caching": 4,
-    "trainer": 5,
-    "uploads": 5, "hub": 6,
+    "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "metrics": 2,
+    "measuring": 3, "teachers": 3,
+    "export": 4, "caching": 4,
+    "report": 5, "trainer": 5, "uploads": 5,
+    "hub": 6,
     "demo": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}

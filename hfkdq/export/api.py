@@ -15,6 +15,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from ..files import check_new, staged
 from ..measuring.evaluation import Evaluation
+from ..metrics.tasks import metrics_for
 from ..modeling.batches import make_batches
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch
@@ -98,15 +99,17 @@ def export_onnx(
             `"auto"` tries whether int8 is exact on this processor, and takes uint8 if it is not.
         eval_dataset (`datasets.Dataset`, *optional*): labelled examples to measure the file and the model on, by the
             Trainer, as [`CompressionReport.measure`] does.
-        compute_metrics (`Callable`, *optional*): as for `Trainer`; needed with `eval_dataset`.
+        compute_metrics (`Callable`, *optional*): as for `Trainer`. By default the usual metrics of the model's task, which
+            [`metrics_for`](reference) lists.
         preprocess_logits_for_metrics (`Callable`, *optional*): as for `Trainer`: from the logits and labels of a batch to what
             is kept for `compute_metrics`, such as the likeliest tokens. The logits of a language model for 500 texts of
             128 tokens take 13 GB.
-        metric (`str`, *optional*): the key of its result that is bounded; needed if there are several.
-        greater_is_better (`bool`, defaults to `True`): whether a higher metric is better.
+        metric (`str`, *optional*): the key of its result that is bounded; needed if there are several, and `compute_metrics` is
+            not what [`metrics_for`] gives.
+        greater_is_better (`bool`, defaults to `True`): whether a higher metric is better. Known of the usual metrics.
         max_drop (`float`, *optional*): how much worse the metric of the file may be than that of the model as it is
             given (with fake quantizers if it has them; in torch, in float32), in the unit of the metric. Without it
-            nothing is refused; `"auto"` takes 0.01.
+            nothing is refused; `"auto"` takes 0.01 (1 for BLEU).
         allow_drop (`bool`, defaults to `False`): keep a file that drops more, with `"accepted": false` and the reason
             in its report, rather than refuse it.
         latency_rounds (`int`, defaults to 3): how often the file and the float32 file of the same model have their
@@ -159,6 +162,8 @@ def export_onnx(
     if wanted is not None:
         check_spec(model, wanted, calibration)
     _check_metric_arguments(eval_dataset, compute_metrics, metric, max_drop, allow_drop, is_auto)
+    if eval_dataset is not None and compute_metrics is None:
+        compute_metrics = metrics_for(base_of(model), processing_class, eval_dataset)
     timing, quality = Timing(latency_rounds, threads), None
     with ExitStack() as stack:
         staging = stack.enter_context(staged(folder))
@@ -170,8 +175,9 @@ def export_onnx(
                 eval_dataset, compute_metrics, processing_class, data_collator, BATCH_SIZE, scratch,
                 preprocess_logits_for_metrics,
             )  # fmt: skip
-            bound = MAX_DROP if is_auto and max_drop is None else max_drop
-            quality = Quality(evaluation, metric, greater_is_better, bound)
+            quality = Quality(evaluation, metric, greater_is_better, max_drop)
+            if is_auto and max_drop is None:
+                quality.max_drop = MAX_DROP * quality.evaluation.task.scale
         backend = load_backend()
         if base_of(model) is not model:
             model = merge_adapters(model)
@@ -206,14 +212,14 @@ def _check_metric_arguments(
     is_auto: bool,
 ) -> None:
     """Refuses arguments that lack another."""
-    given = {"eval_dataset=": eval_dataset is not None, "compute_metrics=": compute_metrics is not None}
-    if len(set(given.values())) > 1:
-        have, lack = sorted(given, key=lambda name: not given[name])
-        raise ValueError(f"{have} was given without {lack}; a metric needs both. Pass what the Trainer has.")
+    if eval_dataset is None and compute_metrics is not None:
+        raise ValueError(
+            "compute_metrics= was given without eval_dataset=; a metric needs both. Pass what the Trainer has."
+        )
     if eval_dataset is None:
         needy = {'quantization="auto"': is_auto, "max_drop=": max_drop is not None, "metric=": metric is not None}
         for name in (name for name, is_given in needy.items() if is_given):
-            raise ValueError(f"{name} needs eval_dataset= and compute_metrics=: there is nothing to measure on.")
+            raise ValueError(f"{name} needs eval_dataset=: there is nothing to measure on.")
     if allow_drop and max_drop is None and not is_auto:
         raise ValueError("allow_drop=True needs max_drop=: without a bound every drop is allowed.")
 

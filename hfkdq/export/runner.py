@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .defaults import Array
 from .protocol import PAST
@@ -84,6 +86,41 @@ class GeneratingFiles:
             raise ValueError("These files have no cache to decode with. Export with a task that ends in -with-past.")
         # A decoder beside an encoder starts with one token, another with a prompt.
         return self._logits(batch, 1 if self._encodes else max(1, np.shape(batch["input_ids"])[1] // 2))
+
+    def generate(self, model: Any, batch: Mapping[str, Tensor], **settings: Any) -> Tensor:
+        """The tokens that `model.generate(**batch, **settings)` writes where these files compute in place of the model.
+
+        Only an encoder and its decoder; without a cache, whose steps are compared when the files are written.
+        """
+        shared = self._encoded({name: value.cpu().numpy() for name, value in batch.items()})
+        states: Any
+        states, mask = (torch.from_numpy(value).to(model.device) for value in shared.values())
+        decoder, forward = self._sessions[self._decoder(0)], model.forward
+
+        @functools.wraps(forward)  # generate reads the signature
+        def compute(*_: Any, decoder_input_ids: Tensor, encoder_outputs: Any, **inputs: Any) -> Seq2SeqLMOutput:
+            seen = inputs.get("attention_mask")
+            given = {
+                "input_ids": decoder_input_ids,
+                "encoder_hidden_states": encoder_outputs[0],
+                "encoder_attention_mask": torch.ones(encoder_outputs[0].shape[:2], dtype=torch.long)
+                if seen is None
+                else seen,
+            }
+            arrays = {name: value.cpu().numpy() for name, value in given.items()}
+            name = self._decoder(0)
+            empty = {**self._empty(name, len(decoder_input_ids)), "use_cache_branch": np.array([False])}
+            logits: Any = torch.from_numpy(decoder({**arrays, **empty})["logits"]).to(model.device)
+            return Seq2SeqLMOutput(logits=logits)
+
+        masked = {"attention_mask": mask} if "attention_mask" in batch else {}
+        model.forward = compute
+        try:
+            with torch.no_grad():
+                outputs = BaseModelOutput(last_hidden_state=states)
+                return model.generate(encoder_outputs=outputs, **masked, use_cache=False, **settings).cpu()
+        finally:
+            del model.forward
 
     def calls(self, example: Mapping[str, Array]) -> list[Call]:
         """The timed calls: generating `TOKENS` tokens, or, without a cache, one; `example` is a batch of one."""

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..measuring.evaluation import Evaluation, Runner, Scores
 from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines, total_latency
+from ..metrics.tasks import LOWER_IS_BETTER
 from .precisions import FLOAT
 from .verify import run_torch
 
@@ -41,8 +42,10 @@ class Quality:
                 f"max_drop must be 0 or a positive number (in the unit of the metric), got {max_drop!r}. For a metric "
                 "that falls as models get better, pass greater_is_better=False."
             )
-        self.evaluation, self.metric = evaluation, metric
-        self.greater_is_better, self.max_drop = greater_is_better, max_drop
+        self.evaluation, self.metric = evaluation, metric or evaluation.task.metric or None
+        known = evaluation.task.metric != ""
+        self.greater_is_better = greater_is_better and not (known and self.metric in LOWER_IS_BETTER)
+        self.max_drop = max_drop
         self._known: list[tuple[PreTrainedModel, Scores]] = []
         self._measured: dict[str, dict[str, float]] = {}
 

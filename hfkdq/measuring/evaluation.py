@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,18 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import denumpify_detensorize
 from transformers.utils import logging
 
+from ..metrics.tasks import TaskMetrics
+from ..modeling.forwards import TEACHER_PREFIX, forward_columns, return_dict_kwargs
+
 logger = logging.get_logger(__name__)
 # Outputs whose last axis are classes, or the tokens where an answer begins and ends.
 _CLASSES = ("logits", "start_logits", "end_logits")
 _SHIFT = "prepare_decoder_input_ids_from_labels"
 Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Runs a batch, on the CPU and without labels, in place of a model: outputs by name."""
+"""Runs a batch, on the CPU and without labels, in place of a model: outputs by name. Where texts are generated, `runner.generate(model,
+batch, **settings)` writes them in place of `model.generate`."""
+NEW_TOKENS = 128
+"""How many tokens are generated at most for a model whose generation_config does not say."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Scores:
 class Evaluation:
     """How every engine is evaluated: the data, the metrics and a folder for what the Trainer may write.
 
-    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory.
+    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory. [`TaskMetrics`] as
+    `compute_metrics` bring it, and say what else is special about their task.
     """
 
     dataset: Any
@@ -52,6 +59,32 @@ class Evaluation:
     batch_size: int
     folder: str
     preprocess_logits: Callable[[Any, Any], Any] | None = None
+    keep_columns: bool = False
+    _first_predictions: list[Any] = field(default_factory=list)
+
+    @property
+    def task(self) -> TaskMetrics:
+        """How the task is measured."""
+        given: Any = self.compute_metrics
+        task = given if isinstance(given, TaskMetrics) else TaskMetrics(compute=given, metric="")
+        return task if self.preprocess_logits is None else replace(task, preprocess=self.preprocess_logits)
+
+    def of_teacher(self, student: PreTrainedModel) -> Evaluation:
+        """The same rows as a teacher with a tokenizer of its own reads them: its columns, `teacher_...`, and the labels."""
+        columns = getattr(self.dataset, "column_names", None) or []
+        if not any(name.startswith(TEACHER_PREFIX) for name in columns):
+            return self
+        kept = {*forward_columns(student), "label", "label_ids"}
+        others = [name for name in columns if name not in kept and not name.startswith(TEACHER_PREFIX)]
+        collate = self.trainer(student).data_collator
+
+        def theirs(rows: list[Any]) -> dict[str, Any]:
+            batch = collate(rows)
+            labels = {name: value for name, value in batch.items() if "label" in name or name.endswith("_positions")}
+            own = {name: value for name, value in batch.items() if name.startswith(TEACHER_PREFIX)}
+            return labels | {name.removeprefix(TEACHER_PREFIX): value for name, value in own.items()}
+
+        return replace(self, dataset=self.dataset.remove_columns(others), data_collator=theirs, keep_columns=True)
 
     def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
@@ -61,22 +94,25 @@ class Evaluation:
 
     def trainer(self, model: PreTrainedModel, runner: Runner | None = None, batch_size: int = 0) -> Trainer:
         """A plain Trainer around `model`, or a `RunnerTrainer` if there is a runner."""
-        on_cpu = model.device.type == "cpu"
+        on_cpu, task = model.device.type == "cpu", self.task
         args = TrainingArguments(
             output_dir=self.folder,
             per_device_eval_batch_size=batch_size or self.batch_size,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             # A transform makes the model's columns out of others, which must still be there.
-            remove_unused_columns=getattr(self.dataset, "format", {}).get("type") != "custom",
+            remove_unused_columns=not self.keep_columns
+            and getattr(self.dataset, "format", {}).get("type") != "custom",
+            eval_do_concat_batches=task.concat_batches,
             report_to=[],
             disable_tqdm=None if logging.is_progress_bar_enabled() else True,
         )
         settings = dict(
             model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
-            preprocess_logits_for_metrics=self.preprocess_logits,
+            preprocess_logits_for_metrics=task.preprocess,
         )  # fmt: skip
-        return Trainer(**settings) if runner is None else RunnerTrainer(runner, **settings)
+        is_plain = runner is None and task.prepare is None and not task.generates
+        return Trainer(**settings) if is_plain else RunnerTrainer(runner, task, **settings)
 
     def metrics(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> dict[str, float]:
         """What `compute_metrics` says of the engine, numbers only."""
@@ -93,13 +129,18 @@ class Evaluation:
             output = trainer.predict(self.dataset)
         finally:
             model.train(was_training)
-        if output.label_ids is None:
+        labels = output.label_ids
+        if labels is None and not self.task.needs_labels:
+            if not self._first_predictions:
+                self._first_predictions.append(output.predictions)
+            labels = self._first_predictions[0]
+        if labels is None:
             raise ValueError(
                 f"eval_dataset gives {type(model).__name__} no labels, so nothing can be measured. Its columns are "
                 f"{', '.join(getattr(self.dataset, 'column_names', [])) or 'unknown'}; name the labels 'labels'."
             )
         values = denumpify_detensorize(
-            dict(self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=output.label_ids)))
+            dict(self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=labels)))
         )
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
         if len(numbers) < len(values):
@@ -125,15 +166,15 @@ class Evaluation:
 
 
 class RunnerTrainer(Trainer):
-    """Evaluates a runner in place of the model that it stands for.
+    """Evaluates a runner in place of the model that it stands for, or the model itself where its task asks for more than its outputs.
 
     Attributes:
         top_classes (`list[torch.Tensor]`): of every batch, the likeliest classes at the places that have a label.
     """
 
-    def __init__(self, runner: Runner, **kwargs: Any) -> None:
+    def __init__(self, runner: Runner | None, task: TaskMetrics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._runner = runner
+        self._runner, self._task = runner, task
         self.top_classes: list[Tensor] = []
         self._names: list[str] | None = None
 
@@ -146,11 +187,35 @@ class RunnerTrainer(Trainer):
             for name, value in inputs.items()
             if isinstance(value, Tensor) and name not in self.label_names
         }
-        outputs = self._runner(_with_decoder_inputs(model, batch, labels))
+        if self._task.generates:
+            return None, self._generated(model, batch), _alone(nested_detach(labels))
+        outputs = self._outputs(model, _with_decoder_inputs(model, batch, labels))
         self.top_classes += [_top_classes(value, labels) for name, value in outputs.items() if name in _CLASSES]
-        if any(not isinstance(entry, Tensor) for entry in labels):
+        if self._task.prepare is not None:
+            outputs = self._task.prepare(model, batch, outputs)
+        elif any(not isinstance(entry, Tensor) for entry in labels):
             outputs = self._in_place(model, inputs, outputs)
         return None, _alone(tuple(outputs.values())), _alone(nested_detach(labels))
+
+    def _outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self._runner is not None:
+            return self._runner(batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**self._prepare_inputs(dict(batch)), **return_dict_kwargs(model))
+        return {name: _on_cpu(value) for name, value in outputs.items() if isinstance(value, Tensor)}
+
+    def _generated(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The tokens that are written for a batch, as `model.generation_config` says."""
+        config = model.generation_config
+        # 20 tokens are Transformers' own bound where nothing is said.
+        is_said = config.max_new_tokens is not None or config.max_length not in (None, 20)
+        settings = {} if is_said else {"max_new_tokens": NEW_TOKENS}
+        given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
+        writer = getattr(self._runner, "generate", None)
+        if writer is not None:
+            return writer(model, given, **settings)
+        with torch.no_grad():
+            return _on_cpu(model.generate(**self._prepare_inputs(given), **settings))
 
     def _in_place(self, model: nn.Module, inputs: Any, outputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """The outputs at the places that the Trainer has them at, where a model that has labels gives others before them."""

@@ -58,7 +58,7 @@ class CompressionReport(ReportData):
         student: PreTrainedModel,
         onnx: str | Path | Mapping[str, str | Path],
         eval_dataset: Dataset,
-        compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         teacher: PreTrainedModel | None = None,
         processing_class: Any = None,
@@ -82,10 +82,11 @@ class CompressionReport(ReportData):
             student ([`PreTrainedModel`]): the compressed model.
             onnx (`str`, `Path` or mapping of row names to them): folders that `export_onnx` wrote. The last one is
                 the file that the model card is about.
-            eval_dataset (`datasets.Dataset`): examples with labels, ready for the collator. Columns that the model does
+            eval_dataset (`datasets.Dataset`): examples with labels, ready for the collator. A teacher with a tokenizer of its own
+                reads the columns that begin with `teacher_`, which a [`TeacherCollator`] makes batches of. Columns that the model does
                 not take are left out, unless the data set has a transform of its own (`with_transform`).
-            compute_metrics (`Callable`): as for `Trainer`; `hfkdq.metrics.classification_metrics` is one. Values that
-                are not numbers are left out.
+            compute_metrics (`Callable`, *optional*): as for `Trainer`. By default the usual metrics of the student's task
+                ([`metrics_for`]). Values that are not numbers are left out.
             preprocess_logits_for_metrics (`Callable`, *optional*): as for `Trainer`: from the logits and labels of a batch
                 to what is kept for `compute_metrics`, such as the likeliest tokens.
             teacher ([`PreTrainedModel`], *optional*): the model that the ratios refer to; the student without one.

@@ -32,6 +32,7 @@ from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.latency import TimedEngine, check_counts, time_engines, total_latency
 from ..measuring.torch_engine import torch_call
+from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import task_of
 from .data import Engine, row_name
@@ -52,7 +53,7 @@ def measure(
     models: Mapping[str, PreTrainedModel],
     onnx: str | Path | Mapping[str, str | Path],
     eval_dataset: Any,
-    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]],
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None,
     processing_class: Any,
     data_collator: Any,
     batch_size: int,
@@ -65,6 +66,8 @@ def measure(
     check_counts(batch_size=(batch_size, 1), latency_rounds=(latency_rounds, 0), threads=(threads, 1))
     _check_models(models)
     student = models["student"]
+    if compute_metrics is None:
+        compute_metrics = metrics_for(student, processing_class, eval_dataset)
     folders = _onnx_folders(onnx, models)
     exported = {name: check_measured(folder, student) for name, folder in folders.items()}
     with tempfile.TemporaryDirectory() as temporary:
@@ -77,7 +80,8 @@ def measure(
         for name in bar:
             bar.set_postfix_str(name)
             if name in models:
-                row = _measure_torch(name, models[name], evaluation, Path(temporary, f"torch-{name}"))
+                how = evaluation if name == "student" else evaluation.of_teacher(student)
+                row = _measure_torch(name, models[name], how, Path(temporary, f"torch-{name}"))
             else:
                 row = _measure_onnx(name, student, folders[name], exported[name], evaluation)
             engines.append(row[0])
