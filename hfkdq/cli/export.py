@@ -71,7 +71,7 @@ def _add_data(group: Any) -> None:
     group.add_argument(
         "--eval-data", metavar="DATA",
         help="labelled rows that PyTorch and the file are measured on, named in the same way (split: validation, then "
-        "test); for classifiers of texts, images and audio, with the labels in label or labels",
+        "test): texts, pairs, lists of words, questions, translations, images, masks, boxes or sounds, with what the task's data sets have beside them",
     )  # fmt: skip
     group.add_argument("--eval-samples", type=int, metavar="N", help="rows of it, drawn likewise (default: all)")
     group.add_argument(
@@ -85,11 +85,13 @@ def _add_data(group: Any) -> None:
 
 def _add_validation(group: Any) -> None:
     group.add_argument(
-        "--metric", choices=("accuracy", "f1"), help="what may drop (default: accuracy; f1 is macro F1)"
+        "--metric",
+        metavar="NAME",
+        help="what may drop, one of the metrics of the model's task (default: the first; f1 of classifiers is macro F1)",
     )
     group.add_argument(
         "--max-drop", type=float, metavar="X",
-        help="refuse a file whose metric, in [0, 1], is lower than PyTorch's by more (default: refuse none; auto: 0.01)",
+        help="refuse a file whose metric is worse than PyTorch's by more, in its unit: [0, 1], BLEU 100 (default: refuse none; auto: a hundredth)",
     )  # fmt: skip
     group.add_argument("--allow-drop", action="store_true", help="keep such a file, and say so in its report")
     group.add_argument(
@@ -130,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
             given["calibration"] = reader.batches(options.calibration_data, CALIBRATION, options.calibration_samples)
         if options.eval_data is not None:
             given |= reader.evaluation(options.eval_data, EVALUATION, options.eval_samples)
-            given |= {"metric": options.metric or "accuracy", "max_drop": options.max_drop}
+            given |= {"metric": options.metric, "max_drop": options.max_drop}
         folder = export_onnx(
             model, folder, quantization=quantization, processing_class=processor, task=options.task,
             target=options.target, weight_type=options.weight_type, tolerance=options.tolerance, allow_drop=options.allow_drop,

@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Audio, Dataset, Image, Value
+from datasets import Audio, Dataset, Image
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
+from transformers.utils.generic import find_labels
 
 from ..export.verify import COMPARE_BATCH_SIZE
-from ..metrics import classification_metrics
+from ..measuring.evaluation import with_decoder_inputs
 from ..modeling.forwards import forward_columns
-from ..modeling.tasks import CLASSIFICATION, class_names, is_listed
 from .audio import decodable, samples_of
+from .columns import is_string, names_of, only, strings_of
 from .data import load_rows
-from .labels import LABELS, label_reader
+from .labelled import labelled, reads_whole_rows
+from .labels import LABELS
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Any]]
 _AUDIO_INPUTS = ("input_values", "input_features")
@@ -39,7 +41,14 @@ class Reader:
         self, model: PreTrainedModel, processor: Any, text_columns: list[str] | None, max_length: int | None
     ) -> None:
         self.model, self.processor = model, processor
-        self.text_columns, self.max_length = text_columns, max_length
+        self.text_columns = text_columns
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.longest = max_length or _longest(self.tokenizer, model)
+
+    def taken(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a processor's values that the model takes."""
+        accepted = forward_columns(self.model)
+        return {name: values for name, values in encoded.items() if name in accepted}
 
     def batches(self, where: str, preferred: tuple[str, ...], samples: int) -> Iterable[Any]:
         """Batches without labels.
@@ -48,32 +57,34 @@ class Reader:
             ValueError: the rows have nothing that the model could read.
         """
         rows, description = load_rows(where, preferred, samples)
-        rows, encode, collate, columns = self._encoder(rows)
+        collate: Callable[[list[Any]], Any]
+        if reads_whole_rows(self.model):
+            dataset, whole, columns = labelled(self, rows, description)
+            targets, kept = find_labels(type(self.model)), [*self.taken(dict.fromkeys(dataset.column_names))]
+            dataset = dataset.select_columns(kept) if kept else dataset  # none where a collator makes them
+
+            def collate(examples: list[Any]) -> dict[str, Any]:
+                batch = with_decoder_inputs(self.model, dict(whole(examples)))
+                return {name: value for name, value in batch.items() if name not in targets}
+
+        else:
+            rows, encode, collate, columns = self.encoder(rows)
+            dataset = rows.with_transform(encode)
         _say(f"Calibrating on {description}: {columns}")
-        return DataLoader(rows.with_transform(encode), batch_size=COMPARE_BATCH_SIZE, collate_fn=collate)
+        return DataLoader(dataset, batch_size=COMPARE_BATCH_SIZE, collate_fn=collate)
 
     def evaluation(self, where: str, preferred: tuple[str, ...], samples: int | None) -> dict[str, Any]:
-        """Labelled rows, their collator and the metrics, as arguments of `export_onnx`.
+        """Labelled rows and their collator, as arguments of `export_onnx`, which takes the usual metrics of the task.
 
         Raises:
-            ValueError: the model is no classifier, or the rows have no inputs or no labels for it.
+            ValueError: the command knows no data for the model's task, or the rows have no inputs or no labels for it.
         """
-        _check_classifier(self.model)
         rows, description = load_rows(where, preferred, samples)
-        read_labels = label_reader(rows, self.model.config, description)
-        rows, encode, collate, columns = self._encoder(rows)
+        dataset, collate, columns = labelled(self, rows, description)
         _say(f"Evaluating on {description}: {columns}")
+        return {"eval_dataset": dataset, "data_collator": collate}
 
-        def encode_labelled(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            return {**encode(batch), "labels": read_labels(batch)}
-
-        return {
-            "eval_dataset": rows.with_transform(encode_labelled),
-            "compute_metrics": classification_metrics,
-            "data_collator": collate,
-        }
-
-    def _encoder(self, rows: Dataset) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
+    def encoder(self, rows: Dataset) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
         """The rows as they are to be read, what makes inputs of them and batches of those, and the columns used."""
         main, accepted = self.model.main_input_name, forward_columns(self.model)
         if main in rows.column_names:
@@ -83,51 +94,47 @@ class Reader:
             return rows, lambda batch: {name: batch[name] for name in kept}, collate, ", ".join(kept)
         if self.processor is None:
             raise ValueError(
-                f"The checkpoint has no tokenizer or processor that makes {main} of the columns {_names(rows)}. Save it "
+                f"The checkpoint has no tokenizer or processor that makes {main} of the columns {names_of(rows)}. Save it "
                 "beside the model with save_pretrained."
             )
         if main == "input_ids" and not self.model.config.is_encoder_decoder:
-            return self._texts(rows, accepted)
+            return self._texts(rows)
         if main == "pixel_values":
             return self._images(rows, accepted)
         if main in _AUDIO_INPUTS and not self.model.config.is_encoder_decoder:
-            return self._audio(rows, accepted)
+            return self.sounds(rows)
         raise ValueError(
-            f"The command cannot make the inputs of {type(self.model).__name__} ({main}) of the columns {_names(rows)}: it "
+            f"The command cannot make the inputs of {type(self.model).__name__} ({main}) of the columns {names_of(rows)}: it "
             "knows texts, images and audio for models without a decoder of their own. Call export_onnx in Python, "
             "whose calibration takes batches of any kind."
         )
 
-    def _texts(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+    def _texts(self, rows: Dataset) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
         columns = self._text_columns(rows)
-        longest = self.max_length or _longest(tokenizer, self.model)
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = (batch[name] for name in columns)
-            encoded = tokenizer(*texts, truncation=longest is not None, max_length=longest)
-            return {name: values for name, values in encoded.items() if name in accepted}
+            return self.taken(self.tokenizer(*texts, truncation=self.longest is not None, max_length=self.longest))
 
-        return rows, encode, DataCollatorWithPadding(tokenizer), " and ".join(columns)
+        return rows, encode, DataCollatorWithPadding(self.tokenizer), " and ".join(columns)
 
     def _text_columns(self, rows: Dataset) -> list[str]:
-        strings = [name for name, feature in rows.features.items() if _is_string(feature)]
         if self.text_columns is not None:
-            wrong = [name for name in self.text_columns if name not in strings]
+            wrong = [name for name in self.text_columns if not is_string(rows.features.get(name))]
             if wrong:
-                raise ValueError(f"--text-columns {wrong[0]}: no column of strings; the columns are {_names(rows)}.")
+                raise ValueError(f"--text-columns {wrong[0]}: no column of strings; the columns are {names_of(rows)}.")
             return self.text_columns
-        found = [name for name in strings if name not in LABELS]
+        found = strings_of(rows)
         if len(found) not in (1, 2):
             raise ValueError(
                 f"{type(self.model).__name__} reads one or two columns of strings; there are {len(found)} of them in "
-                f"{_names(rows)}. Name those to use with --text-columns."
+                f"{names_of(rows)}. Name those to use with --text-columns."
             )
         return found
 
     def _images(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
         processor = getattr(self.processor, "image_processor", self.processor)
-        column = self._only(rows, Image, "images")
+        column = only(rows, Image, "images", self.model)
         mode = "L" if getattr(self.model.config, "num_channels", 3) == 1 else "RGB"
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -137,57 +144,21 @@ class Reader:
 
         return rows, encode, default_data_collator, column
 
-    def _audio(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
+    def sounds(self, rows: Dataset) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
+        """The rows, what makes inputs of their sounds, what makes batches of those, and the column."""
         extractor = getattr(self.processor, "feature_extractor", self.processor)
-        column, rate = self._only(rows, Audio, "audio"), extractor.sampling_rate
+        column, rate = only(rows, Audio, "audio", self.model), extractor.sampling_rate
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             encoded = extractor([samples_of(sound, rate) for sound in batch[column]], sampling_rate=rate)
-            return {name: list(values) for name, values in encoded.items() if name in accepted}
+            return self.taken({name: list(values) for name, values in encoded.items()})
 
         return decodable(rows, column, rate), encode, DataCollatorWithPadding(extractor), column
-
-    def _only(self, rows: Dataset, kind: type, what: str) -> str:
-        """The one column of a kind."""
-        found: list[str] = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-        if len(found) != 1:
-            raise ValueError(
-                f"{type(self.model).__name__} reads one column of {what} (datasets.{kind.__name__}); there are "
-                f"{len(found)} of them in {_names(rows)}."
-            )
-        return found[0]
-
-
-def _check_classifier(model: PreTrainedModel) -> None:
-    """Refuses what accuracy says nothing of."""
-    config = model.config
-    problem = getattr(config, "problem_type", None)
-    is_classifier = any(is_listed(name, *CLASSIFICATION) for name in class_names(model))
-    if not is_classifier or problem in ("regression", "multi_label_classification") or config.num_labels < 2:
-        raise ValueError(
-            f"--eval-data: the command can evaluate text-classification, image-classification and audio-classification "
-            f"with one label an example; {type(model).__name__} is none of these"
-            f"{f' ({problem})' if problem else ''}. export_onnx in Python measures any model, with the compute_metrics= "
-            "and the eval_dataset= of your Trainer."
-        )
-
-
-def _is_string(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
-def _names(rows: Dataset) -> str:
-    """The columns with their types."""
-    kinds = {
-        name: feature.dtype if isinstance(feature, Value) else type(feature).__name__
-        for name, feature in rows.features.items()
-    }
-    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
 
 
 def _longest(tokenizer: Any, model: PreTrainedModel) -> int | None:
     """How many tokens the model takes; `None` if nothing says so."""
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [getattr(tokenizer, "model_max_length", None), getattr(model.config, "max_position_embeddings", None)]
     # Positions of RoBERTa's kind begin after that of padding.
     limits += [
         table.num_embeddings - table.padding_idx - 1

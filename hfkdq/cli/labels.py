@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -29,12 +29,16 @@ def label_reader(
         raise ValueError(
             f"{description} have no column label or labels; their columns are {', '.join(rows.column_names)}."
         )
-    table = _table(rows.unique(column), rows.features[column], config, description)
+    table = label_table(rows.unique(column), rows.features[column], config, description)
     return lambda batch: [table[label] for label in batch[column]]
 
 
-def _table(found: list[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
-    """The number in the model of every label that occurs."""
+def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
+    """The number in the model of every label that occurs; `feature` is that of one label.
+
+    Raises:
+        ValueError: the model does not know one.
+    """
     known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if any(isinstance(label, str) for label in found):
         unknown = sorted({str(label) for label in found} - set(known))

@@ -155,8 +155,7 @@ class Evaluation:
         """The batches of the data set, with what an encoder-decoder makes of the labels."""
         trainer = self.trainer(model, batch_size=batch_size)
         for batch in trainer.get_eval_dataloader(self.dataset):
-            labels = [batch[name] for name in trainer.label_names if name in batch]
-            yield _with_decoder_inputs(model, dict(batch), labels)
+            yield with_decoder_inputs(model, dict(batch), trainer.label_names)
 
     def first_example(self, model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any]]:
         """The first example as a batch of one, without labels."""
@@ -189,7 +188,10 @@ class RunnerTrainer(Trainer):
         }
         if self._task.generates:
             return None, self._generated(model, batch), _alone(nested_detach(labels))
-        outputs = self._outputs(model, _with_decoder_inputs(model, batch, labels))
+        whole = with_decoder_inputs(model, dict(inputs), self.label_names)
+        if "decoder_input_ids" in whole:
+            batch["decoder_input_ids"] = _on_cpu(whole["decoder_input_ids"])
+        outputs = self._outputs(model, batch)
         self.top_classes += [_top_classes(value, labels) for name, value in outputs.items() if name in _CLASSES]
         if self._task.prepare is not None:
             outputs = self._task.prepare(model, batch, outputs)
@@ -226,16 +228,15 @@ class RunnerTrainer(Trainer):
         return {name: outputs.get(name, {}) for name in self._names[: last + 1]} | dict(outputs)
 
 
-def _with_decoder_inputs(model: nn.Module, batch: dict[str, Any], labels: Sequence[Any]) -> dict[str, Any]:
+def with_decoder_inputs(
+    model: nn.Module, batch: dict[str, Any], label_names: Sequence[str] = ("labels",)
+) -> dict[str, Any]:
     """A batch with the decoder's inputs that the model itself makes of the labels."""
-    if (
-        len(labels) == 1
-        and isinstance(labels[0], Tensor)
-        and "decoder_input_ids" not in batch
-        and hasattr(model, _SHIFT)
-    ):
-        return {**batch, "decoder_input_ids": getattr(model, _SHIFT)(labels[0])}
-    return batch
+    labels = [batch[name] for name in label_names if name in batch]
+    is_text = len(labels) == 1 and isinstance(labels[0], Tensor)
+    if not is_text or "decoder_input_ids" in batch or not hasattr(model, _SHIFT):
+        return batch
+    return {**batch, "decoder_input_ids": getattr(model, _SHIFT)(labels[0])}
 
 
 def _top_classes(logits: Tensor, labels: tuple[Any, ...]) -> Tensor:

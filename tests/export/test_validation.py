@@ -208,7 +208,6 @@ def test_an_encoder_decoder_is_measured_with_the_decoder_inputs_that_its_labels_
 
 QUALITY = dict(eval_dataset=tiny.text_dataset(4), compute_metrics=classification_metrics)
 REFUSED = {
-    "no metrics": (dict(eval_dataset=QUALITY["eval_dataset"]), "given without compute_metrics="),
     "no data": (dict(compute_metrics=classification_metrics), "given without eval_dataset="),
     "a bound on nothing": (dict(max_drop=0.1), "max_drop= needs eval_dataset="),
     "a name of nothing": (dict(metric="accuracy"), "metric= needs eval_dataset="),

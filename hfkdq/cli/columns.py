@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the columns of a data set hold, by their features."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from datasets import Dataset, LargeList, List, Value
+
+from .labels import LABELS
+
+_NUMBERS = re.compile(r"(^|_)(id|idx|ids|index|guid|uid|uuid)$", re.IGNORECASE)
+MASKS = re.compile("mask|label|annotation|segment", re.IGNORECASE)
+"""Names of columns whose images are no pictures, but the class of each pixel."""
+
+
+def strings_of(rows: Dataset) -> list[str]:
+    """Columns of texts: of strings that are no labels and no names of rows."""
+    return [
+        name
+        for name, feature in rows.features.items()
+        if is_string(feature) and name not in LABELS and not _NUMBERS.search(name)
+    ]
+
+
+def is_string(feature: Any) -> bool:
+    """Whether a column holds one text a row."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def lists_of(feature: Any) -> Any:
+    """The feature of the elements of a column of lists; `None` for another column."""
+    return feature.feature if isinstance(feature, (List, LargeList)) else None
+
+
+def only(rows: Dataset, kind: type, what: str, model: Any) -> str:
+    """The one column of a kind, such as `datasets.Image`.
+
+    Raises:
+        ValueError: there are none or several.
+    """
+    found: list[str] = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    found = [name for name in found if not MASKS.search(name)] if len(found) > 1 else found
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} reads one column of {what} (datasets.{kind.__name__}); there are {len(found)} of them in "
+            f"{names_of(rows)}."
+        )
+    return found[0]
+
+
+def names_of(rows: Dataset) -> str:
+    """The columns with their types, for an error."""
+    kinds = {
+        name: feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        for name, feature in rows.features.items()
+    }
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
