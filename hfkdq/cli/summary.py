@@ -26,15 +26,17 @@ from .messages import as_options
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keeps the tracer's notes to developers, and progress bars that nobody sees, off the terminal."""
-    is_seen = sys.stderr.isatty()
+    is_seen, verbosity = sys.stderr.isatty(), datasets.logging.get_verbosity()
     if not is_seen:
         logging.disable_progress_bar()
         datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            datasets.logging.set_verbosity_error()  # rows are encoded when they are read, which nothing caches
             yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not is_seen:
             logging.enable_progress_bar()
             datasets.enable_progress_bars()

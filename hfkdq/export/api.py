@@ -100,7 +100,7 @@ def export_onnx(
         eval_dataset (`datasets.Dataset`, *optional*): labelled examples to measure the file and the model on, by the
             Trainer, as [`CompressionReport.measure`] does.
         compute_metrics (`Callable`, *optional*): as for `Trainer`. By default the usual metrics of the model's task, which
-            [`metrics_for`](reference) lists.
+            [`metrics_for`] lists.
         preprocess_logits_for_metrics (`Callable`, *optional*): as for `Trainer`: from the logits and labels of a batch to what
             is kept for `compute_metrics`, such as the likeliest tokens. The logits of a language model for 500 texts of
             128 tokens take 13 GB.
