@@ -42,7 +42,8 @@ class Scores:
 class Evaluation:
     """How every engine is evaluated: the data, the metrics and a folder for what the Trainer may write.
 
-    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory.
+    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory;
+    `concat_batches` its `eval_do_concat_batches`, which hands over a list of batches where it is `False`.
     """
 
     dataset: Any
@@ -52,6 +53,7 @@ class Evaluation:
     batch_size: int
     folder: str
     preprocess_logits: Callable[[Any, Any], Any] | None = None
+    concat_batches: bool = True
 
     def __post_init__(self) -> None:
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "__getitem__"):
@@ -65,6 +67,7 @@ class Evaluation:
         args = TrainingArguments(
             output_dir=self.folder,
             per_device_eval_batch_size=batch_size or self.batch_size,
+            eval_do_concat_batches=self.concat_batches,
             use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
             # A transform makes the model's columns out of others, which must still be there.
@@ -76,7 +79,11 @@ class Evaluation:
             model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
             preprocess_logits_for_metrics=self.preprocess_logits,
         )  # fmt: skip
-        return Trainer(**settings) if runner is None else RunnerTrainer(runner, **settings)
+        trainer = Trainer(**settings) if runner is None else RunnerTrainer(runner, **settings)
+        if trainer.accelerator.num_processes == 1:
+            # Accelerate cuts all tensors of a last batch to as many rows as it has examples: the boxes of an image too.
+            trainer.gather_function = lambda data: data
+        return trainer
 
     def metrics(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> dict[str, float]:
         """What `compute_metrics` says of the engine, numbers only."""
