@@ -14,11 +14,9 @@ The data have a column `image`, and a column `objects` with lists `bbox`, as `[x
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from datasets import load_dataset
-from example_utils import parse, steps_and_terms, train_and_save
+from example_utils import annotated, collate_pictures, parse, steps_and_terms, train_and_save
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -39,13 +37,6 @@ class Arguments:
     tiny: bool = field(default=False, metadata={"help": "Made-up images and a small model, to try it in seconds."})
 
 
-def collate(rows: list[Any]) -> dict[str, Any]:
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": [row["labels"] for row in rows],  # images have different numbers of objects
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     # Images are read when they are needed, from a column that no model knows.
     args, training_args = parse(Arguments, argv, remove_unused_columns=False)
@@ -59,27 +50,12 @@ def main(argv: list[str] | None = None) -> None:
         processor = AutoImageProcessor.from_pretrained(args.teacher_model_name_or_path, size=size)
         teacher = AutoModelForObjectDetection.from_pretrained(args.teacher_model_name_or_path)
 
-    def encode(rows: Any) -> dict[str, Any]:
-        annotations = [
-            {
-                "image_id": 0,
-                "annotations": [
-                    {"bbox": box, "category_id": category, "area": box[2] * box[3], "iscrowd": 0}
-                    for box, category in zip(objects["bbox"], objects["category"], strict=True)
-                ],
-            }
-            for objects in rows["objects"]
-        ]
-        pictures = [image.convert("RGB") for image in rows["image"]]
-        batch = processor(images=pictures, annotations=annotations, return_tensors="pt")
-        return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
-
-    data = raw.with_transform(encode)
+    data = raw.with_transform(annotated(processor))
     if args.tiny:
-        fit(teacher, data["train"], collate, steps=60)
+        fit(teacher, data["train"], collate_pictures, steps=60)
     trainer = DistillationTrainer(
         make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
-        eval_dataset=data["test"], processing_class=processor, data_collator=collate, teacher_model=teacher,
+        eval_dataset=data["test"], processing_class=processor, data_collator=collate_pictures, teacher_model=teacher,
         objectives=[TaskLoss(), LogitKD(temperature=1.0)],
     )  # fmt: skip
     metrics = train_and_save(trainer)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from datasets import DatasetDict, load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -68,6 +70,35 @@ def tokenize(raw: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: i
         lambda rows: tokenizer(rows["text"], truncation=True, max_length=max_length),
         batched=True, remove_columns=["text"],
     )  # fmt: skip
+
+
+def annotated(processor: Any) -> Callable[[Any], dict[str, Any]]:
+    """Makes what a detector takes of rows with `image` and `objects`, when they are read."""
+
+    def encode(rows: Any) -> dict[str, Any]:
+        annotations = [
+            {
+                "image_id": 0,
+                "annotations": [
+                    {"bbox": box, "category_id": category, "area": box[2] * box[3], "iscrowd": 0}
+                    for box, category in zip(objects["bbox"], objects["category"], strict=True)
+                ],
+            }
+            for objects in rows["objects"]
+        ]
+        pictures = [image.convert("RGB") for image in rows["image"]]
+        batch = processor(images=pictures, annotations=annotations, return_tensors="pt")
+        return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
+
+    return encode
+
+
+def collate_pictures(rows: list[Any]) -> dict[str, Any]:
+    """A batch of annotated pictures, which have different numbers of objects."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": [row["labels"] for row in rows],
+    }
 
 
 def train_and_save(trainer: Trainer) -> dict[str, float] | None:

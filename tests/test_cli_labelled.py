@@ -153,6 +153,32 @@ def test_masks(tmp_path):
     assert set(run.metrics) == {"mean_iou", "accuracy"}
 
 
+@pytest.mark.parametrize("form", ["lists", "rows"])
+def test_boxes(tmp_path, form):
+    names = ["a", "b", "c"]
+    model = tiny.yolos()
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    boxes = [[[1.0, 2.0, 4.0, 8.0]], [[0.0, 0.0, 16.0, 16.0], [8.0, 8.0, 4.0, 4.0]], []]
+    kinds = [[1], [0, 2], []]
+    category, box = ClassLabel(names=["c", "b", "a"]), List(Value("float32"))
+    if form == "lists":
+        objects = [{"bbox": box, "category": kind} for box, kind in zip(boxes, kinds, strict=True)]
+        feature = {"bbox": List(box), "category": List(category)}
+    else:
+        objects = [
+            [{"bbox": b, "category": k} for b, k in zip(*both, strict=True)] for both in zip(boxes, kinds, strict=True)
+        ]
+        feature = List({"bbox": box, "category": category})
+    rows = Dataset.from_dict(
+        {"image": images(3), "objects": objects}, features=Features({"image": Image(), "objects": feature})
+    )
+    processor = tf.YolosImageProcessor(size={"height": 16, "width": 16}, do_pad=False)
+    run = Run(tmp_path, model, rows, processor=processor)
+    assert [one["class_labels"].tolist() for one in run.batch["labels"]] == [[1], [2, 0], []]  # by name
+    assert run.batch["labels"][0]["boxes"].tolist() == [[3 / 16, 6 / 16, 4 / 16, 8 / 16]]  # centre and size
+    assert {"map", "map_50", "map_75", "map_a"} <= set(run.metrics)
+
+
 def test_images_and_texts(tmp_path):
     vision = dict(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file
 
@@ -75,6 +76,7 @@ FAMILIES = [
     ("image_features", "--objective noise", {"task_loss", "noisy_kd", "adversarial_kd"}),
     ("speech_ctc", "", {"task_loss", "logit_kd"}),
     ("detector", "", {"task_loss", "logit_kd"}),
+    ("object_detection", "--num_student_layers 2 --neuron_sparsity 0.25", {"task_loss", "logit_kd", "box_kd"}),
 ]
 
 
@@ -206,3 +208,40 @@ def test_boxes_are_read_from_files(run, tmp_path, data_folder):
     assert rows[0].keys() - NO_TERMS == {"task_loss", "logit_kd"}
     assert all(math.isfinite(value) for value in rows[0].values())
     assert str(tmp_path / "out") in printed[-1]
+
+
+def test_the_precision_of_a_detector_is_that_of_its_file(run, tmp_path):
+    _, printed = run("object_detection", tmp_path, "--tiny", "--max_steps", "40", "--max_drop", "0")
+    rows = {row["name"]: row["metrics"] for row in json.loads((tmp_path / "report.json").read_text())["engines"]}
+    facts = json.loads((tmp_path / "onnx" / "export_facts.json").read_text())
+    assert list(rows) == ["teacher", "student", "ONNX int8"]
+    assert rows["ONNX int8"] == facts["metrics"]["onnx"]
+    assert rows["student"] == facts["metrics"]["torch"]
+    assert {"map", "map_50", "map_75", "map_red", "map_blue"} <= rows["teacher"].keys()
+    assert min(row["map"] for row in rows.values()) > 0.05
+    assert facts["quantized_linears"] > 0
+    assert "ONNX int8" in printed[-2]
+
+
+def test_parts_that_integers_ruin_are_found_by_measuring(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("object_detection")
+    model, pixels = tiny.yolos(), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(pixel_values=pixels).pred_boxes
+        # One column of the boxes' head alone reads numbers that leave no room for the others.
+        model.bbox_predictor.layers[1].weight[0] *= 3000
+
+    def score(quantized):
+        with torch.no_grad():
+            return -float((quantized.eval()(pixel_values=pixels).pred_boxes - before).abs().mean())
+
+    with torch.no_grad():
+        before = model(pixel_values=pixels).pred_boxes
+    assert not torch.equal(before, wanted)
+    batches = [{"pixel_values": pixels}]
+    assert example.parts_left_in_float(model, batches, score, max_drop=1.0) == []
+    left = example.parts_left_in_float(model, batches, score, max_drop=0.02)
+    assert left[0] == "bbox_predictor.layers"
+    sys.modules.pop("object_detection")
+    sys.modules.pop("example_utils")

@@ -53,6 +53,7 @@ def export_onnx(
     eval_dataset: Dataset | None = None,
     compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+    concat_batches: bool = True,
     metric: str | None = None,
     greater_is_better: bool = True,
     max_drop: float | None = None,
@@ -104,6 +105,8 @@ def export_onnx(
         preprocess_logits_for_metrics (`Callable`, *optional*): as for `Trainer`: from the logits and labels of a batch to what
             is kept for `compute_metrics`, such as the likeliest tokens. The logits of a language model for 500 texts of
             128 tokens take 13 GB.
+        concat_batches (`bool`, defaults to `True`): whether `compute_metrics` gets one array of all batches, or a list with
+            what each gave, as `TrainingArguments(eval_do_concat_batches=False)` hands over for detectors.
         metric (`str`, *optional*): the key of its result that is bounded; needed if there are several, and `compute_metrics` is
             not what [`metrics_for`] gives.
         greater_is_better (`bool`, defaults to `True`): whether a higher metric is better. Known of the usual metrics.
@@ -173,7 +176,7 @@ def export_onnx(
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             evaluation = Evaluation(
                 eval_dataset, compute_metrics, processing_class, data_collator, BATCH_SIZE, scratch,
-                preprocess_logits_for_metrics,
+                preprocess_logits_for_metrics, concat_batches,
             )  # fmt: skip
             quality = Quality(evaluation, metric, greater_is_better, max_drop)
             if is_auto and max_drop is None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,13 +30,17 @@ from ..specs import QuantizationSpec
 from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
-from .inputs import Tensors, model_inputs
+from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
 from .protocol import PAST, Backend
 from .rope import rope_by_length
 from .validation import Quality
 from .verify import Parity, beginning, compare, run_torch
+
+if TYPE_CHECKING:
+    from .axes import Trial
+    from .top_k import Choices
 
 # Outputs smaller than this differ by the rounding of what they are differences of.
 _ROUNDING = 1e-6
@@ -126,11 +130,16 @@ class ExportJob:
         written = self.write_files(precision, folder, reference)
         axes = open_axes(folder, self.batches[0])
         tried = list(trials(reference, self.batches, axes))
+        tolerance = precision.tolerance if self.tolerance is None else self.tolerance
+        choices = None
+        if not generates(reference, self.task):
+            expected, tried, choices = self._followed(folder, reference, expected, tried, tolerance)
+        if choices is not None:
+            written["top_k"] = asdict(choices)
         runner = open_files(folder, self.task)
         self._check_inputs(reference, runner.input_names, expected)
         parity = compare(runner, self.batches, expected)
-        tolerance = precision.tolerance if self.tolerance is None else self.tolerance
-        _check_parity(parity, tolerance, precision.name)
+        _check_parity(parity, tolerance, precision.name, choices=choices)
         if isinstance(runner, GeneratingFiles) and runner.has_cache:
             steps = compare(runner.incremental_decode, [start], expected_start)
             _check_parity(steps, tolerance, precision.name, " where it adds token by token to its cache")
@@ -161,6 +170,19 @@ class ExportJob:
         if self.quality is not None and scores is not None:
             facts["metrics"] = self.quality.of_file(reference, scores, runner)
         return facts
+
+    def _followed(
+        self, folder: Path, model: PreTrainedModel, expected: list[Tensors], tried: list[Trial], tolerance: float
+    ) -> tuple[list[Tensors], list[Trial], Choices | None]:
+        """What is expected of files, of batches and of trials, where torch keeps of the best what they keep."""
+        from .top_k import follow_choices
+
+        known = [(trial.batch, trial.expected) for trial in tried if trial.expected is not None]
+        batches, wanted = [*self.batches, *(b for b, _ in known)], [*expected, *(outputs for _, outputs in known)]
+        found, choices = follow_choices(folder, model, batches, wanted, tolerance)
+        rest = iter(found[len(expected) :])
+        tried = [trial if trial.expected is None else replace(trial, expected=next(rest)) for trial in tried]
+        return found[: len(expected)], tried, choices
 
     def _check_inputs(self, model: PreTrainedModel, taken: Sequence[str], expected: Sequence[Tensors]) -> None:
         """Refuses files that do not take what the data bring and the model reads."""
@@ -265,7 +287,16 @@ def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
     return replace(spec, overrides=overrides)
 
 
-def _check_parity(parity: Parity, tolerance: float, name: str, where: str = "") -> None:
+def _check_parity(
+    parity: Parity, tolerance: float, name: str, where: str = "", choices: Choices | None = None
+) -> None:
+    told = ""
+    if choices is not None and choices.not_followed:
+        told = (
+            f" It keeps others among its top k than torch does, with scores that differ by up to "
+            f"{choices.score_difference:.4g} of the largest: more than a tie. Leave what computes the scores in floating "
+            "point with exclude_modules; suggest_bits measures which module matters."
+        )
     for output, found in parity.by_output.items():
         bound = max(tolerance * found["max_abs"], _ROUNDING)
         if not found["max_abs_diff"] <= bound:
@@ -273,5 +304,5 @@ def _check_parity(parity: Parity, tolerance: float, name: str, where: str = "") 
                 f"The {name} ONNX file differs from the torch model{where} by up to {found['max_abs_diff']:.4g} in {output} "
                 f"({parity.samples} samples, largest {'logit' if output == 'logits' else 'value'} {found['max_abs']:.4g}); "
                 f"allowed is {bound:.4g} ({tolerance:g} of that). Nothing was written. Pass calibration= with real data if "
-                "this was measured on random inputs, or tolerance= if the difference is acceptable."
+                f"this was measured on random inputs, or tolerance= if the difference is acceptable.{told}"
             )

@@ -48,8 +48,9 @@ class Scores:
 class Evaluation:
     """How every engine is evaluated: the data, the metrics and a folder for what the Trainer may write.
 
-    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory. [`TaskMetrics`] as
-    `compute_metrics` bring it, and say what else is special about their task.
+    `preprocess_logits` is `Trainer`'s `preprocess_logits_for_metrics`, of whose results alone all are kept in memory;
+    `concat_batches` its `eval_do_concat_batches`, which hands over a list of batches where it is `False`. [`TaskMetrics`] as
+    `compute_metrics` bring both, and say what else is special about their task.
     """
 
     dataset: Any
@@ -59,6 +60,7 @@ class Evaluation:
     batch_size: int
     folder: str
     preprocess_logits: Callable[[Any, Any], Any] | None = None
+    concat_batches: bool = True
     keep_columns: bool = False
     _first_predictions: list[Any] = field(default_factory=list)
 
@@ -67,6 +69,7 @@ class Evaluation:
         """How the task is measured."""
         given: Any = self.compute_metrics
         task = given if isinstance(given, TaskMetrics) else TaskMetrics(compute=given, metric="")
+        task = replace(task, concat_batches=task.concat_batches and self.concat_batches)
         return task if self.preprocess_logits is None else replace(task, preprocess=self.preprocess_logits)
 
     def of_teacher(self, student: PreTrainedModel) -> Evaluation:
@@ -112,7 +115,11 @@ class Evaluation:
             preprocess_logits_for_metrics=task.preprocess,
         )  # fmt: skip
         is_plain = runner is None and task.prepare is None and not task.generates
-        return Trainer(**settings) if is_plain else RunnerTrainer(runner, task, **settings)
+        trainer = Trainer(**settings) if is_plain else RunnerTrainer(runner, task, **settings)
+        if trainer.accelerator.num_processes == 1:
+            # Accelerate cuts all tensors of a last batch to as many rows as it has examples: the boxes of an image too.
+            trainer.gather_function = lambda data: data
+        return trainer
 
     def metrics(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> dict[str, float]:
         """What `compute_metrics` says of the engine, numbers only."""

@@ -3,6 +3,7 @@
 
 from .answers import answer_features, answer_metrics
 from .classes import F1, Accuracy, MeanIoU, MultiLabelF1, classification_metrics
+from .detection import MeanAveragePrecision, detection_metrics
 from .tasks import TaskMetrics, metrics_for
 from .text import AnswerF1, Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
@@ -15,6 +16,7 @@ __all__ = [
     "Correlation",
     "EmbeddingSimilarity",
     "EntityF1",
+    "MeanAveragePrecision",
     "MeanIoU",
     "MultiLabelF1",
     "TaskMetrics",
@@ -22,5 +24,6 @@ __all__ = [
     "answer_features",
     "answer_metrics",
     "classification_metrics",
+    "detection_metrics",
     "metrics_for",
 ]

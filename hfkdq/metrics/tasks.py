@@ -18,6 +18,7 @@ from ..modeling.tasks import class_names, is_bare, is_listed
 from .answers import answer_metrics, has_answers, span_metrics
 from .base import IGNORED
 from .classes import MeanIoU, MultiLabelF1, classification_metrics
+from .detection import detection_metrics
 from .text import Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
 
@@ -76,6 +77,7 @@ def metrics_for(model: Any, processing_class: Any = None, dataset: Any = None) -
     | encoder-decoders of texts | `bleu`, `chrf` of generated texts |
     | speech to text, by CTC or generated | `wer`, `cer` (lower is better) |
     | segmentation with a class for each pixel | `mean_iou`, `accuracy` |
+    | detection | `map`, `map_50`, `map_75` and `map_<class>` |
     | embeddings | `spearman`, `retrieval`, `cosine` to the first model that is measured; no labels needed |
     | images and texts | `accuracy` of finding the text of an image among those of its batch; no labels needed |
 
@@ -276,6 +278,12 @@ def _first_label(dataset: Any) -> Any:
     return found[0].tolist() if found and hasattr(found[0], "tolist") else found[0] if found else None
 
 
+def _boxes(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
+    names = {int(number): str(name) for number, name in model.config.id2label.items()}
+    compute = detection_metrics(getattr(processor, "image_processor", processor), id2label=names)
+    return TaskMetrics(compute=compute, metric="map", concat_batches=False)
+
+
 # In the order of `modeling.tasks.TASKS`: a class that two tables list is for the first of them.
 _BY_TABLE: Mapping[str, Callable[[Any, Any, Any], TaskMetrics]] = {
     "SEQ_TO_SEQ_CAUSAL_LM": _translation,
@@ -286,6 +294,7 @@ _BY_TABLE: Mapping[str, Callable[[Any, Any, Any], TaskMetrics]] = {
     "QUESTION_ANSWERING": _answers,
     "MULTIPLE_CHOICE": _classifier,
     "IMAGE_CLASSIFICATION": _classifier,
+    "OBJECT_DETECTION": _boxes,
     "AUDIO_CLASSIFICATION": _classifier,
     "CTC": _ctc,
     "CAUSAL_LM": _language(1),

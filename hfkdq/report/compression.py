@@ -60,6 +60,7 @@ class CompressionReport(ReportData):
         eval_dataset: Dataset,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        concat_batches: bool = True,
         teacher: PreTrainedModel | None = None,
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
@@ -93,6 +94,8 @@ class CompressionReport(ReportData):
             processing_class (*optional*): tokenizer or processor, as for `Trainer`.
             data_collator (`Callable`, *optional*): as for `Trainer`, with the same default.
             batch_size (`int`, defaults to 32): examples in a batch for the metrics.
+            concat_batches (`bool`, defaults to `True`): whether `compute_metrics` gets one array of all batches, or a list
+                with what each gave, as `TrainingArguments(eval_do_concat_batches=False)` hands over for detectors.
             latency_rounds (`int`, defaults to 3): how often each engine has its turn of about half a second; 0 leaves
                 latency out.
             threads (`int`, *optional*): threads of each engine while it is timed. As many as PyTorch uses by default.
@@ -117,7 +120,7 @@ class CompressionReport(ReportData):
         measured = measure(
             {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}, onnx,
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, latency_rounds, threads,
-            preprocess_logits_for_metrics,
+            preprocess_logits_for_metrics, concat_batches,
         )  # fmt: skip
         report = cls(
             **measured, dataset=dataset, base_model=base_model or hub_id(student), license=license, language=language

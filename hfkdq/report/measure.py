@@ -60,6 +60,7 @@ def measure(
     latency_rounds: int,
     threads: int | None,
     preprocess_logits: Callable[[Any, Any], Any] | None = None,
+    concat_batches: bool = True,
 ) -> dict[str, Any]:
     """The measured fields of a report; `models` has the student last. `CompressionReport.measure` describes the rest."""
     threads = torch.get_num_threads() if threads is None else threads
@@ -73,7 +74,7 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         evaluation = Evaluation(
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer",
-            preprocess_logits,
+            preprocess_logits, concat_batches,
         )  # fmt: skip
         engines, timed = [], []
         bar = logging.tqdm([*models, *folders], desc="Quality")

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-import transformers as tf
 
 from hfkdq import BoxKD, CoTrainedTeacher, DistillationTrainer, LogitKD, TaskLoss
 from hfkdq.objectives.matching import matched_queries
@@ -62,21 +61,6 @@ def test_models_that_detect_nothing_in_common_are_refused(student, teacher, mess
         BoxKD().attach(student(), teacher())
 
 
-def rt_detr(seed, denoising, family="RTDetr"):
-    backbone = tf.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    config = getattr(tf, f"{family}Config")(
-        backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
-        encoder_hidden_dim=32, encoder_in_channels=[16, 16, 16], d_model=32, num_queries=6, decoder_in_channels=[32, 32, 32],
-        decoder_ffn_dim=48, encoder_ffn_dim=48, decoder_layers=2, decoder_attention_heads=4, encoder_attention_heads=4,
-        num_denoising=denoising, num_labels=3, freeze_backbone_batch_norms=False, dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
-    tf.set_seed(seed)
-    return getattr(tf, f"{family}ForObjectDetection")(config).eval()
-
-
 @pytest.mark.parametrize("family", ["RTDetr", "RTDetrV2"])
 def test_queries_of_noised_labels_have_no_part_in_the_match(family, training_arguments):
     """They stand before the others in training; the loss of the labels is theirs alone."""
@@ -88,7 +72,7 @@ def test_queries_of_noised_labels_have_no_part_in_the_match(family, training_arg
         pixels = torch.stack([row["pixel_values"] for row in features])
         return {"pixel_values": pixels, "labels": [row["labels"] for row in features]}
 
-    student, teacher = rt_detr(0, 20, family), rt_detr(1, 20, family)
+    student, teacher = tiny.rt_detr(0, 20, family), tiny.rt_detr(1, 20, family)
     given = []
     for peer in (teacher, CoTrainedTeacher(teacher)):
         trainer = DistillationTrainer(

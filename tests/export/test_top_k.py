@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of models that keep the best k of many: a tie that falls otherwise is no error, and an error is no tie."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hfkdq import QuantizationSpec, export_onnx
+from hfkdq.export.job import _check_parity
+from hfkdq.export.top_k import follow_choices
+from hfkdq.export.verify import Parity, run_torch
+
+from .. import tiny
+
+
+class BestConfig(PretrainedConfig):
+    model_type = "best_places"
+
+
+class Best(PreTrainedModel):
+    """Keeps the three places that score best; what it says of a place has nothing to do with the score."""
+
+    config_class = BestConfig
+    main_input_name = "input_features"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score, self.head = nn.Linear(4, 1, bias=False), nn.Linear(4, 3)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Those of torch."""
+
+    def forward(self, input_features, **_):
+        places = self.score(input_features).squeeze(-1).topk(3, dim=1).indices
+        return {"logits": self.head(input_features.gather(1, places[..., None].expand(-1, -1, 4)))}
+
+
+def best(shift):
+    """Two places of each example have scores that are `shift` apart."""
+    torch.manual_seed(0)
+    model = Best(BestConfig()).eval()
+    with torch.no_grad():
+        model.score.weight.copy_(torch.tensor([[1.0, shift, 0.0, 0.0]]))
+    return model
+
+
+def examples():
+    """The third and the fourth best of six places differ by the second number times its weight alone."""
+    rows = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1))
+    rows[..., 0] = torch.tensor([5.0, 4.0, 3.0, 3.0, 1.0, 0.0])
+    rows[..., 1] = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    return {"input_features": rows}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files that prefer the third of the two places."""
+    where = tmp_path_factory.mktemp("best") / "onnx"
+    return export_onnx(best(-1e-6), where, calibration=[examples()], latency_rounds=0)
+
+
+def test_torch_keeps_what_the_file_keeps_where_scores_are_tied(folder):
+    other = best(1e-6)
+    own, wanted = run_torch(other, [examples()]), run_torch(best(-1e-6), [examples()])
+    assert (own[0]["logits"] - wanted[0]["logits"]).abs().max() > 0.1
+    found, choices = follow_choices(folder, other, [examples()], own, tolerance=1e-4)
+    assert torch.equal(found[0]["logits"], wanted[0]["logits"])
+    assert (choices.rows, choices.other_rows, choices.not_followed) == (9, 3, 0)
+    assert choices.score_difference == pytest.approx(1e-6 / 5, rel=0.5)  # of the largest score, which is 5
+    assert sorted(path.name for path in folder.glob("*.onnx")) == ["model.onnx"]
+
+
+def test_what_scores_worse_is_no_tie(folder):
+    other = best(0.5)
+    own = run_torch(other, [examples()])
+    found, choices = follow_choices(folder, other, [examples()], own, tolerance=1e-4)
+    assert found == own
+    assert (choices.other_rows, choices.not_followed) == (3, 1)
+    assert choices.score_difference == pytest.approx(0.5 / 5)
+    parity = Parity(1, 1.0, 1.0, 1.0, None, [], {"logits": {"max_abs_diff": 1.0, "max_abs": 1.0}})
+    with pytest.raises(RuntimeError, match=r"differ by up to 0\.1 of the largest: more than a tie"):
+        _check_parity(parity, 1e-4, "float32", choices=choices)
+
+
+def test_a_file_that_chooses_elsewhere_or_nowhere_is_compared_as_it_is(folder, monkeypatch):
+    model, batch = best(0.5), examples()
+    own = run_torch(model, [batch])
+    monkeypatch.setattr(
+        Best, "forward", lambda self, input_features, **_: {"logits": self.head(input_features[:, :3])}
+    )
+    assert follow_choices(folder, model, [batch], own, 1e-4) == (own, None)
+
+
+@pytest.mark.parametrize("quantization", [None, QuantizationSpec()], ids=["float32", "int8"])
+def test_a_detector_of_two_stages_is_exported(quantization, tmp_path):
+    """Places whose boxes would leave the image all have one score."""
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    folder = export_onnx(
+        tiny.rt_detr(0, 0), tmp_path / "onnx", quantization=quantization, calibration=[{"pixel_values": pixels}],
+        latency_rounds=0,
+    )  # fmt: skip
+    facts = json.loads((folder / "export_facts.json").read_text())
+    assert facts["outputs"] == ["logits", "pred_boxes"]
+    assert facts["top_k"]["rows"] >= 4 * 6
+    assert facts["top_k"]["not_followed"] == 0
+    assert set(facts["by_output"]) == {"logits", "pred_boxes"}
