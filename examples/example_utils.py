@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from datasets import DatasetDict, load_dataset
+from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,6 +21,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from hfkdq import CompressionReport, export_onnx
 
 T = TypeVar("T")
 
@@ -108,6 +112,20 @@ def train_and_save(trainer: Trainer) -> dict[str, float] | None:
     trainer.save_model()
     trainer.save_state()
     return metrics if trainer.is_world_process_zero() else None
+
+
+def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, **settings: Any) -> None:
+    """Exports what was trained, measures teacher, student and file by the usual metrics of their task, and saves report and card."""
+    folder = Path(trainer.args.output_dir)
+    how = dict(
+        eval_dataset=data, processing_class=trainer.processing_class, data_collator=trainer.data_collator, **settings
+    )
+    file = export_onnx(trainer.model, folder / "onnx", latency_rounds=0, **how)
+    report = CompressionReport.measure(teacher=teacher, student=trainer.model, onnx=file, **how)
+    report.save(folder / "report.json")
+    (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
+    Console().print(report.table())
+    print(f"{steps_and_terms(trainer)}. Saved in {trainer.args.output_dir}.")
 
 
 def steps_and_terms(trainer: Trainer) -> str:

@@ -23,7 +23,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     LlamaConfig,
@@ -32,6 +34,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
@@ -59,13 +63,13 @@ def fit(model: PreTrainedModel, rows: Any, collate: Callable[[Any], Any] | None,
     return model.eval()
 
 
-def text_tokenizer(words: Sequence[str], template: str = "[CLS] $A [SEP]", letters: bool = False) -> PreTrainedTokenizerFast:  # fmt: skip
+def text_tokenizer(words: Sequence[str], template: str = "[CLS] $A [SEP]", pair: str | None = None, letters: bool = False) -> PreTrainedTokenizerFast:  # fmt: skip
     """A tokenizer that knows these words, or takes texts letter by letter."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*special, *words])}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single=template, pair=pair or "$A $B:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
@@ -97,6 +101,70 @@ def text_classification(
         )  # fmt: skip
         found.append(fit(BertForSequenceClassification(config), learned, DataCollatorWithPadding(tokenizer)))
     return raw, tokenizer, found
+
+
+def _bert(kind: Any, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> PreTrainedModel:
+    return kind(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=64, initializer_range=0.1, **settings,
+        )
+    )  # fmt: skip
+
+
+def named_entities() -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedModel]:
+    """Sentences of people and cities as lists of words, with a tag for each, and a BERT of random weights."""
+    tags = ["O", "B-person", "I-person", "B-city"]
+    rows: dict[str, list[Any]] = {"tokens": [], "ner_tags": []}
+    for first in ("Anna", "Bob", "Carla", "Dan"):
+        for family in ("", "Smith", "Berg"):
+            for verb in ("lives", "works"):
+                for city in ("Oslo", "Rome", "Lima"):
+                    person = [first, family] if family else [first]
+                    rows["tokens"].append([*person, verb, "in", city, "today"])
+                    rows["ner_tags"].append([*range(1, len(person) + 1), 0, 0, 3, 0])
+    features = Features(tokens=[Value("string")], ner_tags=[ClassLabel(names=tags)])
+    raw = Dataset.from_dict(rows, features=features).train_test_split(16, seed=0)
+    tokenizer = text_tokenizer(sorted({word for row in rows["tokens"] for word in row}))
+    labels = dict(id2label=dict(enumerate(tags)), label2id={name: number for number, name in enumerate(tags)})
+    return raw, tokenizer, _bert(BertForTokenClassification, tokenizer, **labels)
+
+
+def questions() -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedModel]:
+    """Where people live: contexts that are longer than a window, and a BERT of random weights."""
+    people, cities = ["Anna", "Bob", "Carla", "Dan"], ["Oslo", "Rome", "Lima", "Bonn"]
+    rng = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(80):
+        homes = dict(zip(people, rng.sample(cities, 4), strict=True))
+        context = " ".join(f"now {person} lives in {city} too" for person, city in homes.items())
+        person = people[number % 4]
+        answers = {"text": [homes[person]], "answer_start": [context.index(homes[person])]}
+        rows.append({"question": f"where lives {person}", "context": context, "answers": answers})
+    raw = DatasetDict(train=Dataset.from_list(rows[:64]), validation=Dataset.from_list(rows[64:]))
+    words = {word for row in rows for word in (row["context"] + " " + row["question"]).split()}
+    tokenizer = text_tokenizer(sorted(words), pair="[CLS] $A [SEP] $B:1 [SEP]:1")
+    return raw, tokenizer, _bert(BertForQuestionAnswering, tokenizer)
+
+
+def translations() -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedModel]:
+    """Sentences of three words in two languages of the same order, and a T5 of random weights."""
+    parts = [{"the": "das", "a": "ein"}, {"small": "kleine", "old": "alte", "red": "rote"}, {"house": "Haus", "dog": "Tier", "book": "Buch"}]  # fmt: skip
+    rows = [
+        {"en": f"{a} {b} {c}", "de": f"{parts[0][a]} {parts[1][b]} {parts[2][c]}"}
+        for a in parts[0] for b in parts[1] for c in parts[2]
+    ] * 4  # fmt: skip
+    raw = Dataset.from_list(rows).train_test_split(12, seed=0)
+    tokenizer = text_tokenizer(
+        sorted({word for part in parts for pair in part.items() for word in pair}), template="$A [SEP]"
+    )
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    model.generation_config.max_new_tokens = 8
+    return raw, tokenizer, model
 
 
 def _llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:

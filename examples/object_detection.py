@@ -19,17 +19,14 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from example_utils import annotated, collate_pictures, parse, steps_and_terms, train_and_save
-from rich.console import Console
+from example_utils import annotated, collate_pictures, parse, to_file, train_and_save
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel, Trainer
 
 from hfkdq import (
     BoxKD,
-    CompressionReport,
     DistillationTrainer,
     LogitKD,
     PruningCallback,
@@ -37,7 +34,6 @@ from hfkdq import (
     QATCallback,
     QuantizationSpec,
     TaskLoss,
-    export_onnx,
     make_student,
     quantize,
 )
@@ -136,20 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     if train_and_save(trainer) is None or training_args.world_size > 1:
         return  # times want a process that others leave alone
-    folder = Path(training_args.output_dir)
-    measured = dict(
-        eval_dataset=data["test"], processing_class=processor, data_collator=collate_pictures, compute_metrics=metrics,
-        concat_batches=False,
-    )  # fmt: skip
-    file = export_onnx(trainer.model, folder / "onnx", metric="map", latency_rounds=0, **measured)
-    report = CompressionReport.measure(teacher=teacher, student=trainer.model, onnx=file, batch_size=8, **measured)
-    report.save(folder / "report.json")
-    (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
-    Console().print(report.table())
-    print(
-        "Mean average precision: " + ", ".join(f"{row.name} {row.metrics['map']:.4f}" for row in report.engines) + "."
-    )
-    print(f"{steps_and_terms(trainer)}. Saved in {training_args.output_dir}.")
+    to_file(trainer, teacher, data["test"])
 
 
 if __name__ == "__main__":

@@ -75,15 +75,20 @@ FAMILIES = [
     ("image_features", "--objective feature_maps", {"task_loss", "feature_map_kd"}),
     ("image_features", "--objective noise", {"task_loss", "noisy_kd", "adversarial_kd"}),
     ("speech_ctc", "", {"task_loss", "logit_kd"}),
+    ("token_classification", "", {"task_loss", "logit_kd", "hidden_state_kd"}),
+    ("question_answering", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
+    ("translation", "", {"task_loss", "logit_kd"}),
+    ("embeddings", "", {"hidden_state_kd", "similarity_preserving_kd"}),
     ("detector", "", {"task_loss", "logit_kd"}),
     ("object_detection", "--num_student_layers 2 --neuron_sparsity 0.25", {"task_loss", "logit_kd", "box_kd"}),
 ]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """Runs an example in this process; returns the rows of its log with a loss, and what it printed last."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    # Not by monkeypatch, which would take away what ONNX Runtime's tools add to the path for themselves.
+    sys.path.insert(0, str(EXAMPLES))
 
     def main(script, out, *options):
         quiet = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "1e-3"]
@@ -92,6 +97,7 @@ def run(monkeypatch, capsys):
         return [row for row in history if "loss" in row], capsys.readouterr().out.splitlines()
 
     yield main
+    sys.path.remove(str(EXAMPLES))
     for path in EXAMPLES.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
@@ -107,7 +113,7 @@ def test_what_an_example_is_about_is_learned_and_saved(run, script, options, ter
     assert len(rows) == 4
     assert all(row.keys() - NO_TERMS == terms for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    for name in ("loss", "task_loss"):
+    for name in {"loss", "task_loss"} & rows[0].keys():
         assert rows[-1][name] < 0.97 * rows[0][name], name
     assert "20 steps" in printed[-2] + printed[-1]
     assert str(tmp_path) in printed[-1]
@@ -224,7 +230,8 @@ def test_the_precision_of_a_detector_is_that_of_its_file(run, tmp_path):
 
 
 def test_parts_that_integers_ruin_are_found_by_measuring(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    # Not by monkeypatch, which would take away what ONNX Runtime's tools add to the path for themselves.
+    sys.path.insert(0, str(EXAMPLES))
     example = importlib.import_module("object_detection")
     model, pixels = tiny.yolos(), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,0 +1,71 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Compress a model that finds answers in texts to an int8 file, and measure exact match and F1 of the answers of the file.
+
+    accelerate launch examples/question_answering.py --num_student_layers 3 --output_dir out/qa \
+        --teacher_model_name_or_path distilbert-base-uncased-distilled-squad --dataset path/to/folder
+
+    python examples/question_answering.py --tiny --learning_rate 1e-3 --output_dir out/qa
+
+The data are `question`, `context` and `answers`, as in SQuAD. Long contexts become windows that overlap (`--doc_stride`), and the best
+answer of all windows of a question counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from example_utils import parse, to_file, train_and_save
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
+
+from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss, make_student
+from hfkdq.metrics import answer_features, metrics_for
+
+
+@dataclass
+class Arguments:
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a QA model."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a folder of train.parquet and validation.parquet, as SQuAD has them."},
+    )
+    num_student_layers: int = field(default=1, metadata={"help": "Layers of the student, copied from the teacher."})
+    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
+    max_samples: int | None = field(default=None, metadata={"help": "Questions of each split. All by default."})
+    tiny: bool = field(default=False, metadata={"help": "Made-up questions and model, to try the script in seconds."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, training_args = parse(Arguments, argv)
+    if args.tiny:
+        from made_up import fit, questions
+
+        args.max_seq_length, args.doc_stride = 24, 8
+        raw, tokenizer, teacher = questions()
+    else:
+        raw = load_dataset(args.dataset)
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
+        teacher = AutoModelForQuestionAnswering.from_pretrained(args.teacher_model_name_or_path)
+    if args.max_samples is not None:
+        raw = raw.__class__({name: rows.select(range(min(args.max_samples, len(rows)))) for name, rows in raw.items()})
+    train, test = (
+        answer_features(raw[name], tokenizer, args.max_seq_length, args.doc_stride) for name in ("train", "validation")
+    )
+    collator = DataCollatorWithPadding(tokenizer)
+    if args.tiny:
+        inputs = ["input_ids", "attention_mask", "start_positions", "end_positions"]
+        fit(teacher, train.select_columns(inputs), collator, steps=120)
+    student = make_student(teacher, num_layers=args.num_student_layers)
+    trainer = DistillationTrainer(
+        student, training_args, train_dataset=train, eval_dataset=test, processing_class=tokenizer, data_collator=collator,
+        compute_metrics=metrics_for(student, tokenizer, test), teacher_model=teacher,
+        objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0)], callbacks=[QATCallback(QuantizationSpec())],
+    )  # fmt: skip
+    if train_and_save(trainer) is not None:
+        to_file(trainer, teacher, test)
+
+
+if __name__ == "__main__":
+    main()

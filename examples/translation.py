@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Compress a translator to int8 files of encoder and decoder, and measure BLEU of what the files write.
+
+    accelerate launch examples/translation.py --num_student_layers 3 --output_dir out/translation \
+        --teacher_model_name_or_path Helsinki-NLP/opus-mt-en-de --dataset path/to/folder
+
+    python examples/translation.py --tiny --learning_rate 2e-3 --output_dir out/translation
+
+The data are two columns of texts, `--source` and `--target`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import load_dataset
+from example_utils import parse, to_file, train_and_save
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss, make_student
+
+
+@dataclass
+class Arguments:
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a translator."}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a folder of train.parquet and test.parquet, with two columns of texts."},
+    )
+    source: str = field(default="en", metadata={"help": "The column to translate."})
+    target: str = field(default="de", metadata={"help": "The column with the translations."})
+    num_student_layers: int = field(
+        default=1, metadata={"help": "Layers of encoder and decoder of the student, copied from the teacher."}
+    )
+    max_seq_length: int = field(default=64, metadata={"help": "Tokens beyond this are cut off."})
+    max_samples: int | None = field(default=None, metadata={"help": "Texts of each split. All by default."})
+    tiny: bool = field(default=False, metadata={"help": "Made-up sentences and model, to try the script in seconds."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, training_args = parse(Arguments, argv)
+    if args.tiny:
+        from made_up import fit, translations
+
+        raw, tokenizer, teacher = translations()
+    else:
+        raw = load_dataset(args.dataset)
+        tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
+        teacher = AutoModelForSeq2SeqLM.from_pretrained(args.teacher_model_name_or_path)
+    if args.max_samples is not None:
+        raw = raw.__class__({name: rows.select(range(min(args.max_samples, len(rows)))) for name, rows in raw.items()})
+
+    def encode(rows: Any) -> Any:
+        settings = dict(truncation=True, max_length=args.max_seq_length)
+        return tokenizer(rows[args.source], text_target=rows[args.target], **settings)
+
+    data = raw.map(encode, batched=True, remove_columns=raw["train"].column_names)
+    collator = DataCollatorForSeq2Seq(tokenizer, teacher)
+    if args.tiny:
+        fit(teacher, data["train"], collator, steps=120)
+    trainer = DistillationTrainer(
+        make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
+        eval_dataset=data["test"], processing_class=tokenizer, data_collator=collator, teacher_model=teacher,
+        objectives=[TaskLoss(weight=0.5), LogitKD(temperature=1.0)], callbacks=[QATCallback(QuantizationSpec())],
+    )  # fmt: skip
+    if train_and_save(trainer) is not None:
+        to_file(trainer, teacher, data["test"])
+
+
+if __name__ == "__main__":
+    main()
