@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        to_file(trainer, teacher, data["test"])
+        to_file(trainer, teacher, data["test"], timed=not args.tiny)
 
 
 if __name__ == "__main__":

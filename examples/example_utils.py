@@ -114,14 +114,14 @@ def train_and_save(trainer: Trainer) -> dict[str, float] | None:
     return metrics if trainer.is_world_process_zero() else None
 
 
-def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, **settings: Any) -> None:
+def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool = True) -> None:
     """Exports what was trained, measures teacher, student and file by the usual metrics of their task, and saves report and card."""
     folder = Path(trainer.args.output_dir)
-    how = dict(
-        eval_dataset=data, processing_class=trainer.processing_class, data_collator=trainer.data_collator, **settings
-    )
+    how = dict(eval_dataset=data, processing_class=trainer.processing_class, data_collator=trainer.data_collator)
     file = export_onnx(trainer.model, folder / "onnx", latency_rounds=0, **how)
-    report = CompressionReport.measure(teacher=teacher, student=trainer.model, onnx=file, **how)
+    report = CompressionReport.measure(
+        teacher=teacher, student=trainer.model, onnx=file, latency_rounds=3 if timed else 0, **how
+    )
     report.save(folder / "report.json")
     (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
     Console().print(report.table())

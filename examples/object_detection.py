@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     if train_and_save(trainer) is None or training_args.world_size > 1:
         return  # times want a process that others leave alone
-    to_file(trainer, teacher, data["test"])
+    to_file(trainer, teacher, data["test"], timed=not args.tiny)
 
 
 if __name__ == "__main__":

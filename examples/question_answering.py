@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0)], callbacks=[QATCallback(QuantizationSpec())],
     )  # fmt: skip
     if train_and_save(trainer) is not None:
-        to_file(trainer, teacher, test)
+        to_file(trainer, teacher, test, timed=not args.tiny)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0), HiddenStateKD(layers=last)],
     )  # fmt: skip
     if train_and_save(trainer) is not None:
-        to_file(trainer, teacher, data["test"])
+        to_file(trainer, teacher, data["test"], timed=not args.tiny)
 
 
 if __name__ == "__main__":

@@ -62,13 +62,14 @@ def main(argv: list[str] | None = None) -> None:
     collator = DataCollatorForSeq2Seq(tokenizer, teacher)
     if args.tiny:
         fit(teacher, data["train"], collator, steps=120)
+    layers = args.num_student_layers
     trainer = DistillationTrainer(
-        make_student(teacher, num_layers=args.num_student_layers), training_args, train_dataset=data["train"],
+        make_student(teacher, num_layers=layers, num_decoder_layers=layers), training_args, train_dataset=data["train"],
         eval_dataset=data["test"], processing_class=tokenizer, data_collator=collator, teacher_model=teacher,
         objectives=[TaskLoss(weight=0.5), LogitKD(temperature=1.0)], callbacks=[QATCallback(QuantizationSpec())],
     )  # fmt: skip
     if train_and_save(trainer) is not None:
-        to_file(trainer, teacher, data["test"])
+        to_file(trainer, teacher, data["test"], timed=not args.tiny)
 
 
 if __name__ == "__main__":

@@ -246,3 +246,20 @@ def test_a_teacher_with_tensors_of_its_own_is_refused():
     teacher.classifier.activation_quantizer = nn.BatchNorm1d(1)
     with pytest.raises(ValueError, match=r"differ in 5 tensors, such as classifier\.activation_quantizer"):
         make_student(teacher, 2)
+
+
+def test_a_decoder_that_the_cache_cannot_hold_generates_without(caplog):
+    teacher = tiny.t5(layers=2)
+    ids = torch.tensor([[5, 6, 7, 3]])
+    with caplog.at_level("WARNING"):
+        student = make_student(teacher, num_layers=1)
+    assert "use_cache=False" in caplog.text
+    assert student.generate(ids, max_new_tokens=4).shape[1] <= 5
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        both = make_student(teacher, num_layers=1, num_decoder_layers=1)
+    assert not caplog.text
+    assert both.generation_config.use_cache is not False
+    with torch.no_grad():
+        cached, plain = (both.generate(ids, max_new_tokens=4, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)

@@ -137,6 +137,18 @@ class Probe:
             torch.manual_seed(0)
             return cast(Mapping[str, Any], as_output(model(**arguments)))
 
+    def writes(self, model: PreTrainedModel, use_cache: bool) -> bool:
+        """Whether an encoder-decoder generates two tokens for the batch."""
+        given = {name: value for name, value in self.batch.items() if not name.startswith("decoder_")}
+        settings = GenerationConfig.from_model_config(model.config)
+        settings.update(max_new_tokens=2, min_new_tokens=2, use_cache=use_cache)
+        try:
+            with torch.random.fork_rng(devices=[]), in_double(model), full_precision(model), _silent():
+                cast(Any, model).generate(**given, generation_config=settings)
+        except Exception:  # whatever a class raises
+            return False
+        return True
+
     def reloaded(self, model: PreTrainedModel, load: Callable[..., Any]) -> list[Tensor]:
         """The same of `model` as `load` reads it again from disk; of several processes the first one tries it."""
         # Transformers 5 writes nothing in the others.
