@@ -189,13 +189,13 @@ def _prove(
             "what a layer computes follows from its number. Choose layers that keep their order in the pattern of the "
             "configuration, such as a whole period."
         )
-    if copied.can_generate() and student.config.is_encoder_decoder and not probe.writes(copied, use_cache=True):
-        if probe.writes(copied, use_cache=False):
-            student.generation_config.use_cache = False  # type: ignore[union-attr]
-            logger.warning(
-                f"Transformers' cache takes the decoder of {name} for as deep as its encoder, and generate() fails with it. The student's "
-                "generation_config says use_cache=False; with num_decoder_layers no larger than num_layers it would be faster."
-            )
+    writes = copied.can_generate() and student.config.is_encoder_decoder
+    if writes and not probe.writes(copied, use_cache=True) and probe.writes(copied, use_cache=False):
+        student.generation_config.use_cache = False  # type: ignore[union-attr]
+        logger.warning(
+            f"Transformers' cache takes the decoder of {name} for as deep as its encoder, and generate() fails with it. The student's "
+            "generation_config says use_cache=False; with num_decoder_layers no larger than num_layers it would be faster."
+        )
     if not plain:
         logger.warning(
             f"No configuration of {name} describes layers {', '.join(map(str, kept))}: from_pretrained will refuse what is "
