@@ -121,10 +121,8 @@ class Digest(TypedDict):
 
 class Quantization(TypedDict, total=False):
     """A quantization: `spec` as `QuantizationSpec.to_dict` has it, with names for patterns; what quantizers know.
-
-    `unobserved` names the activations that have no range as no data has reached them. Records of earlier releases, which
-    left tied heads, scaled embeddings and experts of three axes in floating point, lack `left_in_float`.
-    """
+    `unobserved` names the activations that have no range as no data has reached them. Records of earlier releases,
+    which left tied heads, scaled embeddings and experts of three axes in floating point, lack `left_in_float`."""
 
     spec: QuantizationSettings
     ranges: dict[Name, Range]
@@ -186,10 +184,7 @@ class Facts(TypedDict, total=False):
 
 def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str, Any]:
     """A copy of all recorded facts, by topic (`"student"`, `"distillation"`, `"pruning"`, `"quantization"`, ...).
-
-    Raises:
-        ValueError: what stands there is damaged; it says where.
-    """
+    Raises `ValueError`: what stands there is damaged; it says where."""
     config = getattr(model_or_config, "config", model_or_config)
     facts = getattr(config, "hfkdq", None)
     if facts is None:

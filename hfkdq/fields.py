@@ -19,13 +19,9 @@ _WORDS: dict[Any, str] = {
 
 
 def check_fields(owner: Any) -> None:
-    """Refuses values of dataclass fields of another type than declared, and numbers that are not finite.
-
-    Fields of other types than numbers, texts and truth values are left to their owner.
-
-    Raises:
-        ValueError: saying which, what came and what was expected.
-    """
+    """Refuses values of dataclass fields of another type than declared, and numbers that are not finite. Fields of
+    other types than numbers, texts and truth values are left to their owner. Raises `ValueError`: saying which, what
+    came and what was expected."""
     try:
         hints = get_type_hints(type(owner))
     except NameError:  # types that were defined where nobody finds them

@@ -39,23 +39,15 @@ def looks_local(name: str) -> bool:
 
 
 def refuse_missing(name: str) -> None:
-    """Refuses a file or folder of this machine that is not there; an id on the Hub is left to be looked up.
-
-    Raises:
-        FileNotFoundError: it is not there.
-    """
+    """Refuses a file or folder of this machine that is not there; an id on the Hub is left to be looked up. Raises
+    `FileNotFoundError`: it is not there."""
     if looks_local(name) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"There is no file or folder {name}.")
 
 
 def check_new(folder: Path) -> None:
-    """Refuses a folder that is there, or that cannot be made.
-
-    Raises:
-        FileExistsError: `folder` exists.
-        NotADirectoryError: it lies below a file.
-        PermissionError: what it lies in cannot be written to.
-    """
+    """Refuses a folder that is there, or that cannot be made. Raises `FileExistsError`: `folder` exists. Raises
+    `NotADirectoryError`: it lies below a file. Raises `PermissionError`: what it lies in cannot be written to."""
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -89,13 +81,9 @@ class MarkedFiles:
         )
 
     def check(self, folder: Path, overwrite: bool) -> None:
-        """Refuses a folder with files in the way, unless an earlier run wrote them and they may be replaced.
-
-        Raises:
-            FileExistsError: naming what is in the way.
-            NotADirectoryError: `folder` is a file, or lies below one.
-            PermissionError: it cannot be written to.
-        """
+        """Refuses a folder with files in the way, unless an earlier run wrote them and they may be replaced. Raises
+        `FileExistsError`: naming what is in the way. Raises `NotADirectoryError`: `folder` is a file, or lies below
+        one. Raises `PermissionError`: it cannot be written to."""
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         if not there.is_dir():
             raise NotADirectoryError(f"{folder} cannot be written to: {there} is a file. Name another folder.")
@@ -153,15 +141,10 @@ def replacing(path: Path, may_be_lost: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, called `.NAME.hfkdq`, which is gone at the end, whatever happens.
-
-    It is locked while it is used. One that a killed process has left is emptied and used again. SIGTERM ends the process
-    only after the folder is gone, as Ctrl-C does. Parents that had to be made go too, unless something is in them then.
-
-    Raises:
-        FileExistsError: another process is at work on the same `folder`.
-        OSError: the folder cannot be made.
-    """
+    """An empty folder beside `folder`, called `.NAME.hfkdq`, which is gone at the end, whatever happens. It is locked
+    while it is used. One that a killed process has left is emptied and used again. SIGTERM ends the process only after
+    the folder is gone, as Ctrl-C does. Parents that had to be made go too, unless something is in them then. Raises
+    `FileExistsError`: another process is at work on the same `folder`. Raises `OSError`: the folder cannot be made."""
     place = folder.absolute().parent / f".{folder.name}.hfkdq"
     missing = [parent for parent in place.parents if not parent.exists()]
     with _ended_by_signals():
@@ -236,9 +219,8 @@ class Staging:
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Staging]:
     """A new folder, written in a [`workspace`], that becomes `folder` at the end and is gone if that is not reached.
-
-    If something of that name has come up meanwhile, the finished work is kept under the next free name, with a warning.
-    """
+    If something of that name has come up meanwhile, the finished work is kept under the next free name, with a
+    warning."""
     with workspace(folder) as files:
         staging = Staging(files, folder)
         yield staging

@@ -45,11 +45,8 @@ Count = Annotated[int, _is_count]
 
 
 def read_json(text: str) -> dict[str, Any]:
-    """The object in a JSON text, without numbers that are none, keys that occur twice, or endless nesting.
-
-    Raises:
-        ValueError: it is no such text; one line says why.
-    """
+    """The object in a JSON text, without numbers that are none, keys that occur twice, or endless nesting. Raises
+    `ValueError`: it is no such text; one line says why."""
     try:
         data = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
     except RecursionError:

@@ -166,10 +166,7 @@ def _prove(
     teacher: PreTrainedModel, student: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]
 ) -> None:
     """Compares a student, as it is and as it is loaded again, with the teacher whose other layers hand on their input.
-
-    Raises:
-        ValueError: they compute different things.
-    """
+    Raises `ValueError`: they compute different things."""
     name = type(teacher).__name__
     probe = Probe(teacher)
     for stack, numbers in zip(stacks, kept, strict=True):

@@ -64,10 +64,7 @@ _OTHER_REASON = "nothing that a model repository holds: {}"
 
 def collect(folder: Path, ignore_patterns: list[str] | str | None) -> Contents:
     """Every file of the folder by its path in the repository, without hidden ones and those that a pattern names.
-
-    Raises:
-        ValueError: one of them may not be published; the message names each, why, and what to do.
-    """
+    Raises `ValueError`: one of them may not be published; the message names each, why, and what to do."""
     found = _Found()
     contents: Contents = {}
     root = Path(os.path.realpath(folder))
@@ -87,10 +84,7 @@ def collect(folder: Path, ignore_patterns: list[str] | str | None) -> Contents:
 
 def check_secrets(folder: Path, contents: Contents, texts: Iterable[tuple[str, str]]) -> None:
     """Refuses secrets in the content of files, in their names and in other texts, given with what they are called.
-
-    Raises:
-        ValueError: there are some; the message says where, and never what.
-    """
+    Raises `ValueError`: there are some; the message says where, and never what."""
     places: dict[str, list[str]] = {}
     for called, text in [*texts, *((f"the name of {redact(name)}", name) for name in contents)]:
         for kind in find_secrets(text.encode(errors="backslashreplace")):

@@ -17,11 +17,9 @@ _LISTS = {"float16": "float16", "int8": "uint8", "int32": "int32"}
 
 
 def features_of(output: CachedOutput) -> dict[str, Any]:
-    """The types of the columns of an output.
-
-    One axis per example is a list; more are the bytes of the values, little-endian, the last axis fastest. Of int8
-    there is a scale and a minimum in float32 for every vector along the last axis.
-    """
+    """The types of the columns of an output. One axis per example is a list; more are the bytes of the values,
+    little-endian, the last axis fastest. Of int8 there is a scale and a minimum in float32 for every vector along the
+    last axis."""
     kind = datasets.Value("binary") if output.shape else datasets.List(datasets.Value(_LISTS[output.dtype]))
     found = {output.column: kind}
     scales = datasets.List(datasets.Value("float32"))
@@ -29,13 +27,9 @@ def features_of(output: CachedOutput) -> dict[str, Any]:
 
 
 def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:
-    """The cells of one example from its values, which are finite but for minus infinity in float16, `(positions, *output.shape)`, in float32 or int32.
-
-    float16 keeps 11 bits (a relative error up to 2^-11); int8 is off by half a scale at most, `(maximum - minimum) / 510`.
-
-    Raises:
-        OverflowError: values beyond the range of float16.
-    """
+    """The cells of one example from its values, which are finite but for minus infinity in float16, `(positions,
+    *output.shape)`, in float32 or int32. float16 keeps 11 bits (a relative error up to 2^-11); int8 is off by half a
+    scale at most, `(maximum - minimum) / 510`. Raises `OverflowError`: values beyond the range of float16."""
     more: dict[str, Any] = {}
     if output.dtype == "int8":
         values, scale, minimum = quantize(values)
@@ -51,11 +45,8 @@ def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:
 
 
 def decode(output: CachedOutput, row: Mapping[str, Any]) -> np.ndarray:
-    """The values of one example, `(positions, *output.shape)`: float16, float32 where they were int8, or int64.
-
-    Raises:
-        ValueError: the bytes are no whole number of positions.
-    """
+    """The values of one example, `(positions, *output.shape)`: float16, float32 where they were int8, or int64. Raises
+    `ValueError`: the bytes are no whole number of positions."""
     cell = row[output.column]
     if output.shape:
         flat = np.frombuffer(bytes(cell), dtype=_BYTES[output.dtype])

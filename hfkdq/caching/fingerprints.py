@@ -10,9 +10,7 @@ from typing import Any
 
 def processor_fingerprint(processor: Any) -> str | None:
     """Class of a tokenizer, image processor, feature extractor or processor of several, and a hash of what it holds.
-
-    How a tokenizer pads and truncates is left out: calling it changes that, and the rows are tokenized already.
-    """
+    How a tokenizer pads and truncates is left out: calling it changes that, and the rows are tokenized already."""
     if processor is None:
         return None
     return f"{type(processor).__name__} {short_hash(_contents(processor))}"

@@ -40,11 +40,8 @@ class Plan:
         return frozenset({"logits", *(["hidden_states"] if self.layers else [])})
 
     def cut(self, out: Any, batch: Mapping[str, Any], features: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-        """By column, the values of each row of a batch without its padding, in float32 or int32.
-
-        Raises:
-            ValueError: outputs at other positions than the mask has, or padding that nothing tells of.
-        """
+        """By column, the values of each row of a batch without its padding, in float32 or int32. Raises `ValueError`:
+        outputs at other positions than the mask has, or padding that nothing tells of."""
         found: dict[str, list[np.ndarray]] = {}
         for output in self.outputs:
             if output.column in found:
@@ -106,11 +103,8 @@ def make_plan(
     hidden_states: Sequence[int],
     dtype: Literal["float16", "int8"],
 ) -> Plan:
-    """Decides what is cached; arguments as of `cache_teacher_outputs`.
-
-    Raises:
-        ValueError: a head that is not known, a layer out of range, or a `top_k` that makes no sense for the head.
-    """
+    """Decides what is cached; arguments as of `cache_teacher_outputs`. Raises `ValueError`: a head that is not known,
+    a layer out of range, or a `top_k` that makes no sense for the head."""
     outline, outputs = signature_of(teacher), []
     # A base model, without a head, has hidden states alone.
     predicts = any(outline.shape(name) is not None for name in ("logits", "start_logits"))

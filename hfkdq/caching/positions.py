@@ -31,10 +31,8 @@ def _mask(batch: Batch, name: str) -> torch.Tensor | None:
 
 
 def own_positions(batch: Batch, kind: str, outline: ModelSignature) -> torch.Tensor | None:
-    """Non-padding positions of a batch, `(batch, positions)`, of the kind of `CachedOutput.positions`.
-
-    `outline`, of the teacher, tells how many frames it makes of samples. `None` where nothing tells what is padding.
-    """
+    """Non-padding positions of a batch, `(batch, positions)`, of the kind of `CachedOutput.positions`. `outline`, of
+    the teacher, tells how many frames it makes of samples. `None` where nothing tells what is padding."""
     attended = _mask(batch, "attention_mask")
     if kind == "attended":
         return attended
@@ -57,10 +55,9 @@ def _config_only_model(outline: ModelSignature) -> Any:
 
 
 def checked_inputs(batch: Batch, columns: Collection[str], decodes_labels: bool) -> tuple[str, ...]:
-    """Names of the inputs that row checks are over: those that the teacher reads, without the masks, which only cut them.
-
-    `columns` are those that its forward pass takes; `decodes_labels` says whether its decoder reads the labels.
-    """
+    """Names of the inputs that row checks are over: those that the teacher reads, without the masks, which only cut
+    them. `columns` are those that its forward pass takes; `decodes_labels` says whether its decoder reads the
+    labels."""
     labels = decodes_labels and isinstance(batch.get("labels"), torch.Tensor)
     made_of_labels = {"decoder_input_ids", "decoder_attention_mask"} if labels else set[str]()
     names = [name_in(batch, name) for name in sorted(set(columns) - made_of_labels) if not name.endswith("mask")]
@@ -69,11 +66,8 @@ def checked_inputs(batch: Batch, columns: Collection[str], decodes_labels: bool)
 
 
 def row_checks(batch: Batch, names: tuple[str, ...], rows: int, collator: Any) -> list[int]:
-    """One number per row: how many positions its inputs `names` have, times 2^32, and their CRC-32.
-
-    Raises:
-        ValueError: the batch, which `collator` made of so many rows, lacks an input or has another number of rows.
-    """
+    """One number per row: how many positions its inputs `names` have, times 2^32, and their CRC-32. Raises
+    `ValueError`: the batch, which `collator` made of so many rows, lacks an input or has another number of rows."""
     missing = [name for name in names if name not in batch]
     if missing:
         raise ValueError(

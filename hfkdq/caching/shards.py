@@ -30,11 +30,8 @@ _UNFINISHED = re.compile(rf"\.(part-\d{{5}}\.arrow|{re.escape(RECORD)})\.[0-9a-f
 
 
 def prepare_folder(folder: str | os.PathLike[str] | None, info: CacheInfo, accelerator: Accelerator) -> Path:
-    """The folder of the shards, with a record of what they depend on.
-
-    Raises:
-        ValueError: it holds shards that depend on something else, or on what cannot be read.
-    """
+    """The folder of the shards, with a record of what they depend on. Raises `ValueError`: it holds shards that depend
+    on something else, or on what cannot be read."""
     default = Path(datasets.config.HF_DATASETS_CACHE) / "hfkdq" / short_hash(info.key)
     place = default if folder is None else Path(folder)
     record = place / RECORD
@@ -89,10 +86,8 @@ def write_shards(
     batch_size: int,
     accelerator: Accelerator,
 ) -> None:
-    """Writes the missing shards of this process; then waits for the other processes.
-
-    `cells_of(first, stop)` returns the cells of each of these rows, of which it is asked for `batch_size` at once.
-    """
+    """Writes the missing shards of this process; then waits for the other processes. `cells_of(first, stop)` returns
+    the cells of each of these rows, of which it is asked for `batch_size` at once."""
     own = _shards(info, place)[accelerator.process_index :: accelerator.num_processes]
     done = sum(stop - start for path, start, stop in own if path.exists())
     total = sum(stop - start for _, start, stop in own)
@@ -134,11 +129,8 @@ def _schema(info: CacheInfo) -> pa.Schema:
 
 
 def assemble(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerator) -> Any:
-    """The dataset with the columns of the shards, without a format.
-
-    Raises:
-        ValueError: a shard is missing or damaged.
-    """
+    """The dataset with the columns of the shards, without a format. Raises `ValueError`: a shard is missing or
+    damaged."""
     shards = _shards(info, place)
     missing = [path.name for path, _, _ in shards if not path.exists()]
     if missing:

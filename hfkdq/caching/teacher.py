@@ -32,10 +32,7 @@ class CachedSource(TeacherSource):
 
 def cached_source(dataset: Any, given: Sequence[TeacherSource]) -> CachedSource | None:
     """The teacher whose outputs a dataset holds, in place of those given to the trainer; `None` where it holds none.
-
-    Raises:
-        ValueError: the outputs are not those of the teacher that was given, or it is no single frozen model.
-    """
+    Raises `ValueError`: the outputs are not those of the teacher that was given, or it is no single frozen model."""
     info = cache_info(dataset)
     if info is None:
         return None
@@ -84,13 +81,9 @@ class CachedTeacher(Teacher):
             )
 
     def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
-        """The teacher's output for a batch: in float32, those of its cached outputs that are needed.
-
-        Logits of the likeliest classes are [`TopLogits`]; hidden states that are not cached or needed are `None`.
-
-        Raises:
-            ValueError: the batch brings no cached outputs.
-        """
+        """The teacher's output for a batch: in float32, those of its cached outputs that are needed. Logits of the
+        likeliest classes are [`TopLogits`]; hidden states that are not cached or needed are `None`. Raises
+        `ValueError`: the batch brings no cached outputs."""
         found = {o.name: self._read(batch, o.column) for o in self.info.outputs if _wanted(o.name, needs, indices)}
         states: list[torch.Tensor | None] = [None] * (max(self.layers, default=-1) + 1)
         for layer in self.layers:

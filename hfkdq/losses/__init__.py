@@ -17,19 +17,6 @@ from .features import attention_kl, cosine_distance, mean_squared_error, normali
 from .reduction import masked_mean
 
 __all__ = [
-    "DIST",
-    "DIVERGENCES",
-    "DKD",
-    "JSD",
-    "MSE",
-    "Divergence",
-    "ForwardKL",
-    "ReverseKL",
-    "SoftCrossEntropy",
-    "attention_kl",
-    "cosine_distance",
-    "forward_kl",
-    "masked_mean",
-    "mean_squared_error",
-    "normalized_squared_error",
-]
+    "DIST", "DIVERGENCES", "DKD", "JSD", "MSE", "Divergence", "ForwardKL", "ReverseKL", "SoftCrossEntropy",
+    "attention_kl", "cosine_distance", "forward_kl", "masked_mean", "mean_squared_error", "normalized_squared_error",
+]  # fmt: skip

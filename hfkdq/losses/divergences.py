@@ -352,10 +352,7 @@ def _cut(rows: int, *tensors: torch.Tensor | None) -> Any:
 
 
 def in_chunks(
-    function: Callable[..., torch.Tensor],
-    student: torch.Tensor,
-    *others: torch.Tensor | None,
-    elements: int = 2**24,
+    function: Callable[..., torch.Tensor], student: torch.Tensor, *others: torch.Tensor | None, elements: int = 2**24
 ) -> torch.Tensor:
     """`function(student, *others)` without ever holding more than a chunk of its temporaries.
 

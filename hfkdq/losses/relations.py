@@ -15,11 +15,7 @@ from .divergences import kl
 
 
 def relation_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    heads: int,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
+    student: torch.Tensor, teacher: torch.Tensor, heads: int, mask: torch.Tensor | None = None, causal: bool = False
 ) -> torch.Tensor:
     """KL divergence between the self-attention relations of one kind of vector: queries, keys or values.
 

@@ -19,26 +19,7 @@ from .samples import RKD, SimilarityPreservingKD
 from .task import TaskLoss
 
 __all__ = [
-    "CRD",
-    "RKD",
-    "ULD",
-    "VID",
-    "AdversarialKD",
-    "AttentionKD",
-    "BoxKD",
-    "ByAgreement",
-    "ByGradientNorm",
-    "EnsembleKD",
-    "FeatureMapKD",
-    "HiddenStateKD",
-    "LogitKD",
-    "NoisyKD",
-    "Objective",
-    "OnPolicyKD",
-    "QuantizationLoss",
-    "RelationKD",
-    "SimilarityPreservingKD",
-    "TaskLoss",
-    "TrainingStep",
-    "as_objective",
-]
+    "CRD", "RKD", "ULD", "VID", "AdversarialKD", "AttentionKD", "BoxKD", "ByAgreement", "ByGradientNorm", "EnsembleKD",
+    "FeatureMapKD", "HiddenStateKD", "LogitKD", "NoisyKD", "Objective", "OnPolicyKD", "QuantizationLoss", "RelationKD",
+    "SimilarityPreservingKD", "TaskLoss", "TrainingStep", "as_objective",
+]  # fmt: skip

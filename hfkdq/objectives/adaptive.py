@@ -19,10 +19,8 @@ _Weight = TypeVar("_Weight", bound="AdaptiveWeight")
 
 @dataclass(eq=True)
 class AdaptiveWeight:
-    """A weight that is measured in every optimizer step and used in the next, in the place of a schedule.
-
-    Its state is in the checkpoints. `momentum`, in [0, 1), is the share of the former measurements that stays in a step.
-    """
+    """A weight that is measured in every optimizer step and used in the next, in the place of a schedule. Its state is
+    in the checkpoints. `momentum`, in [0, 1), is the share of the former measurements that stays in a step."""
 
     momentum: float = field(default=0.9, kw_only=True)
     _known: list[float] | None = field(default=None, init=False, repr=False, compare=False)

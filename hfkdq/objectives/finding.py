@@ -40,11 +40,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
 
 
 def find_head(student: Any, teacher: Any, common_ids: bool = False) -> Head:
-    """The head that two models have in common, checked; vocabularies of other sizes only where their `common_ids` count.
-
-    Raises:
-        ValueError: heads that differ, or none that is known.
-    """
+    """The head that two models have in common, checked; vocabularies of other sizes only where their `common_ids`
+    count. Raises `ValueError`: heads that differ, or none that is known."""
     signatures = {"student": signature_of(student), "teacher": signature_of(teacher)}
     kinds = {role: kind_of(signature) for role, signature in signatures.items()}
     if kinds["student"] != kinds["teacher"]:

@@ -12,15 +12,7 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from ..losses.divergences import binary_logits
-from ..modeling.masks import (
-    Batch,
-    Positions,
-    attended_mask,
-    position_mask,
-    refuse_two_texts,
-    token_mask,
-    valid_count,
-)
+from ..modeling.masks import Batch, Positions, attended_mask, position_mask, refuse_two_texts, token_mask, valid_count
 from .matching import matched_queries
 
 
@@ -218,11 +210,10 @@ class PixelHead(Head):
 
 
 class EmbeddingHead(Head):
-    """A vector per example, which has meaning by its likeness to others: the classes are the other examples of the batch.
-
-    Their logits are `cos(x_i, x_j) / 0.07`, with the temperature of Radford et al., "Learning Transferable Visual Models
-    From Natural Language Supervision" (2021). So the models may differ in width, and a batch of 1 teaches nothing.
-    """
+    """A vector per example, which has meaning by its likeness to others: the classes are the other examples of the
+    batch. Their logits are `cos(x_i, x_j) / 0.07`, with the temperature of Radford et al., "Learning Transferable
+    Visual Models From Natural Language Supervision" (2021). So the models may differ in width, and a batch of 1
+    teaches nothing."""
 
     refused = frozenset({"dkd", "dist"})
     class_axis = None
@@ -257,12 +248,10 @@ class PairHead(Head):
 
 
 class DetectionHead(Head):
-    """A class per object query. Queries of the student are matched with those of the teacher, one to one.
-
-    The match has the smallest sum of costs, as for the labels in training (Carion et al., "End-to-End Object Detection
-    with Transformers", 2020), with the teacher's predictions in their place (Chang et al., "DETRDistill", 2022). A query
-    counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that.
-    """
+    """A class per object query. Queries of the student are matched with those of the teacher, one to one. The match
+    has the smallest sum of costs, as for the labels in training (Carion et al., "End-to-End Object Detection with
+    Transformers", 2020), with the teacher's predictions in their place (Chang et al., "DETRDistill", 2022). A query
+    counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that."""
 
     axes = 3
     refused = frozenset({"dkd", "dist"})

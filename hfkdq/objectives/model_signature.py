@@ -67,11 +67,8 @@ class ModelSignature:
         return None if shape is None else tuple(shape)
 
     def states(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the embeddings and of the output of every layer.
-
-        Raises:
-            ValueError: the model returns none, or they were not written down.
-        """
+        """Shapes of the embeddings and of the output of every layer. Raises `ValueError`: the model returns none, or
+        they were not written down."""
         if "hidden_states" not in self._shapes and self._model is not None:
             is_asked = takes(self._model, "output_hidden_states")
             states = (
@@ -89,11 +86,8 @@ class ModelSignature:
         return tuple(tuple(state) for state in states)
 
     def maps(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the attention probabilities of every layer, after a switch to eager attention if needed.
-
-        Raises:
-            ValueError: the model returns none, with eager attention neither; or there is no model to run.
-        """
+        """Shapes of the attention probabilities of every layer, after a switch to eager attention if needed. Raises
+        `ValueError`: the model returns none, with eager attention neither; or there is no model to run."""
         if self._model is None:
             raise ValueError(
                 "Cached outputs hold no attention probabilities, which are as large as the square of a text. Give the "

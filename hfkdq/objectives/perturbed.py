@@ -261,10 +261,8 @@ def _within(delta: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 
 
 class _Change:
-    """A change that is added to the input embeddings of a model, or to its input where that is no token.
-
-    An encoder-decoder may look up its embeddings twice in a pass, so there may be several additions.
-    """
+    """A change that is added to the input embeddings of a model, or to its input where that is no token. An
+    encoder-decoder may look up its embeddings twice in a pass, so there may be several additions."""
 
     def __init__(self, made: Any, requires_grad: bool = False) -> None:
         self._made, self._requires_grad = made, requires_grad

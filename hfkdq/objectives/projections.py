@@ -30,11 +30,9 @@ class Projection(nn.Module):
 
 
 class Projections(nn.Module):
-    """The learned projections of a student, computed within its forward pass.
-
-    Results are appended to the `hidden_states` that the student returns while training. The state dict of the
-    student neither holds nor misses them; the trainer keeps them in a file of their own.
-    """
+    """The learned projections of a student, computed within its forward pass. Results are appended to the
+    `hidden_states` that the student returns while training. The state dict of the student neither holds nor misses
+    them; the trainer keeps them in a file of their own."""
 
     NAME: ClassVar[str] = f"{AUXILIARY}projections"
 
@@ -90,11 +88,9 @@ def _forget_missing(module: nn.Module, incompatible: Any) -> None:
 
 
 def add_projection(student: nn.Module, layer: int, make: Callable[[], nn.Module], states: int) -> int:
-    """Puts a projection of hidden state `layer` (0 for the embeddings) into the student.
-
-    `make` returns the module, which holds no `nn.Linear`; `states` is the number of hidden states of the student itself.
-    Returns the index of the result in the student's `hidden_states` while it is trained.
-    """
+    """Puts a projection of hidden state `layer` (0 for the embeddings) into the student. `make` returns the module,
+    which holds no `nn.Linear`; `states` is the number of hidden states of the student itself. Returns the index of the
+    result in the student's `hidden_states` while it is trained."""
     projections = getattr(student, Projections.NAME, None) or Projections()
     place = projections.add(layer, make, like=next(student.parameters()).device)
     projections.install(student)

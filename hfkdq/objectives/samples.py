@@ -20,11 +20,9 @@ from .model_signature import ModelSignature
 
 @dataclass(frozen=True, kw_only=True)
 class SampleObjective(LayerObjective):
-    """An objective on one vector per example from each model: the mean of its hidden states.
-
-    The mean is taken over the positions attended to, the frames of audio, or the whole map. The
-    models may differ in width, kind and tokenizer.
-    """
+    """An objective on one vector per example from each model: the mean of its hidden states. The mean is taken over
+    the positions attended to, the frames of audio, or the whole map. The models may differ in width, kind and
+    tokenizer."""
 
     positions = Objective.positions  # examples
     _teacher_frames: Callable[[torch.Tensor], torch.Tensor] | None = field(init=False, repr=False, compare=False)
@@ -48,9 +46,7 @@ class SampleObjective(LayerObjective):
         self, step: TrainingStep, places: Mapping[int, int] | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The vectors of the examples of student and teacher, `(batch, width)` each, for every pair of layers.
-
-        `places` has the index among the hidden states of the projection of a layer, where there is one.
-        """
+        `places` has the index among the hidden states of the projection of a layer, where there is one."""
         mask, teacher_mask = self.state_mask(step.batch), self._teacher_mask(step.batch)
         for s, t in self._pairs:
             place = (places or {}).get(s, s)

@@ -11,13 +11,6 @@ from .sharing import share_layers, unshare_layers_
 from .vocabulary import prune_vocabulary
 
 __all__ = [
-    "PruningCallback",
-    "cluster_weights",
-    "compressed_size",
-    "fit_sparsity",
-    "load_pruned",
-    "prune",
-    "prune_vocabulary",
-    "share_layers",
-    "unshare_layers_",
-]
+    "PruningCallback", "cluster_weights", "compressed_size", "fit_sparsity", "load_pruned", "prune",
+    "prune_vocabulary", "share_layers", "unshare_layers_",
+]  # fmt: skip

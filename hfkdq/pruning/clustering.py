@@ -100,9 +100,8 @@ def cluster_weights(
 @torch.no_grad()
 def cluster_values(weight: Tensor, clusters: int) -> Tensor:
     """The tensor with every value replaced by the nearest centroid of k-means, as [`cluster_weights`] describes.
-
-    `weight` is finite, of any shape; the result has the same shape, dtype and device, and at most `clusters` values.
-    """
+    `weight` is finite, of any shape; the result has the same shape, dtype and device, and at most `clusters`
+    values."""
     # Sorted, each value once: of bfloat16 there are few, and the assignment to centroids becomes a cut in order.
     values, counts = torch.unique(weight.detach(), return_counts=True)
     if len(values) <= clusters:

@@ -21,12 +21,10 @@ DECAY = 0.99
 
 
 class ImportanceStatistics:
-    """Importance statistics of every target: gradients times weights, norms and means of activations.
-
-    `tensors` holds them in float32, by names that begin with the index of the target. Values that are not finite are left
-    out, and their name goes into `not_finite`. Every position counts, padding too. `decay` is the share of former values
-    that stays when new ones come (all count alike without it); `while_training` ignores activations in eval mode.
-    """
+    """Importance statistics of every target: gradients times weights, norms and means of activations. `tensors` holds
+    them in float32, by names that begin with the index of the target. Values that are not finite are left out, and
+    their name goes into `not_finite`. Every position counts, padding too. `decay` is the share of former values that
+    stays when new ones come (all count alike without it); `while_training` ignores activations in eval mode."""
 
     def __init__(
         self,
@@ -229,11 +227,8 @@ class ImportanceStatistics:
 
 
 def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses to learn from gradients that the training will not have.
-
-    Raises:
-        ValueError: a criterion of the gradients in training, and a target, or a layer of one, that is frozen.
-    """
+    """Refuses to learn from gradients that the training will not have. Raises `ValueError`: a criterion of the
+    gradients in training, and a target, or a layer of one, that is frozen."""
     if spec.criterion not in FROM_GRADIENTS or spec.criterion == "teacher":
         return
     for target in targets:
@@ -247,12 +242,9 @@ def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
 
 
 def check_criterion(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses means without a bias that could take them, and activations that no module of its own reads.
-
-    Raises:
-        ValueError: `cut="mean"`, and a module that reads units has no bias, or is a convolution; `criterion="activation"` or
-            `cut="mean"`, and the units are neurons of experts in one tensor.
-    """
+    """Refuses means without a bias that could take them, and activations that no module of its own reads. Raises
+    `ValueError`: `cut="mean"`, and a module that reads units has no bias, or is a convolution;
+    `criterion="activation"` or `cut="mean"`, and the units are neurons of experts in one tensor."""
     for target in targets if spec.criterion == "activation" or spec.cut == "mean" else ():
         if isinstance(target, GroupTarget) and target.group.field and not target.group.of_role("input"):
             raise ValueError(

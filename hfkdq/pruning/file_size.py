@@ -42,11 +42,7 @@ class CompressedSize:
 
 
 def compressed_size(
-    path: str | Path,
-    method: str = "xz",
-    *,
-    files: Sequence[str] = WEIGHT_FILES,
-    dictionary: int = 64 * _MIB,
+    path: str | Path, method: str = "xz", *, files: Sequence[str] = WEIGHT_FILES, dictionary: int = 64 * _MIB
 ) -> CompressedSize:
     """The size of a model's files after ordinary compression with Python's standard library.
 

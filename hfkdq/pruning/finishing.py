@@ -31,12 +31,8 @@ def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
 
 
 def rehearse(model: PreTrainedModel, spec: PruningSpec) -> None:
-    """Prunes a copy of `model`, and compares it masked, with the units taken out, and loaded again.
-
-    Raises:
-        NoExample: there is no batch that it could be run on.
-        ValueError: they compute different things.
-    """
+    """Prunes a copy of `model`, and compares it masked, with the units taken out, and loaded again. Raises
+    `NoExample`: there is no batch that it could be run on. Raises `ValueError`: they compute different things."""
     if not spec.removes or not spec.sparsity:
         return
     probe = Probe(model)

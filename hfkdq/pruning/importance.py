@@ -27,17 +27,12 @@ def collect_importance_(
     model: PreTrainedModel, importance: ImportanceStatistics, batches: Batches, teacher: PreTrainedModel | None = None
 ) -> None:
     """Collects importance statistics over batches. Weights, gradients, modes and random state stay as they were.
-
-    Activations and gradients that are not finite, as a model in float16 may have on single batches, are left out with a
-    warning. Padding counts among the activations; among the predictions of the criterion `"teacher"` it does not.
-
-    Both models run in eval mode, and frozen parameters count too. The criteria `"taylor"` and `"fisher"` need batches with
-    labels; the teacher of `"teacher"` is by default the model itself.
-
-    Raises:
-        ValueError: no batch, one that is not finite, no loss where one is needed, modules that no batch reaches or that
-            are finite for none, or a teacher whose predictions do not fit or are not finite.
-    """
+    Activations and gradients that are not finite, as a model in float16 may have on single batches, are left out with
+    a warning. Padding counts among the activations; among the predictions of the criterion `"teacher"` it does not.
+    Both models run in eval mode, and frozen parameters count too. The criteria `"taylor"` and `"fisher"` need batches
+    with labels; the teacher of `"teacher"` is by default the model itself. Raises `ValueError`: no batch, one that is
+    not finite, no loss where one is needed, modules that no batch reaches or that are finite for none, or a teacher
+    whose predictions do not fit or are not finite."""
     samples_labels = importance.spec.criterion == "teacher"
     generator = torch.Generator().manual_seed(importance.spec.seed)
     teacher = model if teacher is None else teacher
@@ -107,11 +102,9 @@ def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[
 def _sampled_label_loss(
     model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy to labels sampled from the teacher's predictions; of numbers and boxes, squares around sampled ones.
-
-    A divergence has no gradient where model and teacher are equal, as they are before the first cut. Drawn labels have:
-    the mean of its square is the Fisher information of what the teacher says.
-    """
+    """Cross-entropy to labels sampled from the teacher's predictions; of numbers and boxes, squares around sampled
+    ones. A divergence has no gradient where model and teacher are equal, as they are before the first cut. Drawn
+    labels have: the mean of its square is the Fisher information of what the teacher says."""
     found = model(**batch)
     with torch.no_grad():
         expected = found if teacher is model else teacher(**batch)

@@ -20,12 +20,10 @@ logger = logging.get_logger(__name__)
 
 
 def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> dict[str, int]:
-    """How many weights, parameters with more than one axis, by the name of their module, where they are a notable part.
-
-    They lie in the layers of a stack. Of neurons and heads they are those of neither; of single weights those of modules that
-    are no linear layer and no convolution, such as experts in one tensor. Other structures reach all that they are for,
-    and so does a spec that names its targets.
-    """
+    """How many weights, parameters with more than one axis, by the name of their module, where they are a notable
+    part. They lie in the layers of a stack. Of neurons and heads they are those of neither; of single weights those of
+    modules that are no linear layer and no convolution, such as experts in one tensor. Other structures reach all that
+    they are for, and so does a spec that names its targets."""
     if spec.structure in ("channel", "layer", "hidden", "vocab") or spec.target_modules is not None:
         return {}
     try:

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 
 class MaskedNorm:
-    """A norm whose statistics are those of the channels that are not pruned.
-
-    A pruned channel comes in as zero and has a weight of zero. The mean of squares over `h` channels of which `k` are
-    left is `k / h` of that over the ones left, so an input times `sqrt(h / k)`, and the output divided by it, is
-    exact for norms without a mean; `LayerNorm` is computed on the channels left.
-    """
+    """A norm whose statistics are those of the channels that are not pruned. A pruned channel comes in as zero and has
+    a weight of zero. The mean of squares over `h` channels of which `k` are left is `k / h` of that over the ones
+    left, so an input times `sqrt(h / k)`, and the output divided by it, is exact for norms without a mean; `LayerNorm`
+    is computed on the channels left."""
 
     pruned: Tensor
 

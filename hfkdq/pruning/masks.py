@@ -21,11 +21,8 @@ def units_kept(units: int, sparsity: float) -> int:
 
 
 def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses a sparsity that would leave a target empty, or break groups that a module says it has.
-
-    Raises:
-        ValueError: the target, what would be left, and why that cannot be.
-    """
+    """Refuses a sparsity that would leave a target empty, or break groups that a module says it has. Raises
+    `ValueError`: the target, what would be left, and why that cannot be."""
     sparsity = spec.sparsity or 0.0
     for target in targets:
         kept = units_kept(target.units, sparsity)

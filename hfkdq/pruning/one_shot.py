@@ -136,12 +136,8 @@ def _fits(model: PreTrainedModel, spec: PruningSpec, structure: str) -> bool:
 
 
 def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[PruningTarget]) -> None:
-    """Refuses what cannot be done, before anything is done.
-
-    Raises:
-        ValueError: a target would be left empty, has groups that would break, has no bias for means, or the
-            configuration could not describe the result.
-    """
+    """Refuses what cannot be done, before anything is done. Raises `ValueError`: a target would be left empty, has
+    groups that would break, has no bias for means, or the configuration could not describe the result."""
     check_counts(targets, spec)
     check_criterion(targets, spec)
     for target in targets:

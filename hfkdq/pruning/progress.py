@@ -27,10 +27,8 @@ _SHARE = 0.1
 
 
 class Progress:
-    """The state of one pruning in one training.
-
-    It lies in the optimizer's state under a name of its own, which PyTorch saves and loads as it is.
-    """
+    """The state of one pruning in one training. It lies in the optimizer's state under a name of its own, which
+    PyTorch saves and loads as it is."""
 
     def __init__(
         self, model: PreTrainedModel, targets: Sequence[PruningTarget], spec: PruningSpec, parameters_before: int

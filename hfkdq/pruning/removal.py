@@ -153,11 +153,9 @@ def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[Pruning
 
 @torch.no_grad()
 def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> Numbers:
-    """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale.
-
-    `pruned` has a bool tensor of shape `(units,)` for each target, true for units to remove. Returns, by the name of a
-    module, the integers that it keeps of its shapes, as they are now.
-    """
+    """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale. `pruned` has
+    a bool tensor of shape `(units,)` for each target, true for units to remove. Returns, by the name of a module, the
+    integers that it keeps of its shapes, as they are now."""
     counts: Numbers = {}
     found: dict[tuple[int, int], tuple[Slice, Tensor]] = {}  # targets may have their units side by side in one tensor
     names = {module: name for name, module in model.named_modules()}

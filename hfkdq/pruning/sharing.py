@@ -91,13 +91,9 @@ def share_layers(
 
 
 def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
-    """Shares the layers of a freshly loaded model again, as `model.config.hfkdq["sharing"]` says, in place.
-
-    A model without this record is left as it is. Returns the same model.
-
-    Raises:
-        ValueError: layers that the record calls shared are not equal. The model is then as it was.
-    """
+    """Shares the layers of a freshly loaded model again, as `model.config.hfkdq["sharing"]` says, in place. A model
+    without this record is left as it is. Returns the same model. Raises `ValueError`: layers that the record calls
+    shared are not equal. The model is then as it was."""
     groups = read_facts(model).get(FACT, {}).get("layers", [])
     if not groups:
         return model

@@ -230,13 +230,9 @@ def zero_(target: PruningTarget, pruned: Tensor) -> None:
 
 
 def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]:
-    """The targets of `spec` in `model`, at least one; changes nothing.
-
-    Raises:
-        TypeError: `model` is no `PreTrainedModel`.
-        ValueError: nothing matches, the architecture lacks the structure, layers share their weights, or a weight is
-            not a plain floating-point tensor.
-    """
+    """The targets of `spec` in `model`, at least one; changes nothing. Raises `TypeError`: `model` is no
+    `PreTrainedModel`. Raises `ValueError`: nothing matches, the architecture lacks the structure, layers share their
+    weights, or a weight is not a plain floating-point tensor."""
     if not isinstance(as_pretrained_(model), PreTrainedModel):
         raise TypeError(
             f"Pruning needs a Transformers PreTrainedModel, got {type(model).__name__}. "

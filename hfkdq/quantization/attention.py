@@ -128,11 +128,8 @@ def _leave(module: Any, args: Any, output: Any) -> None:
 
 
 def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Module]:
-    """The modules that compute queries, keys and values, by name, without those that the spec excludes.
-
-    Raises:
-        ValueError: the model has none.
-    """
+    """The modules that compute queries, keys and values, by name, without those that the spec excludes. Raises
+    `ValueError`: the model has none."""
     found = {
         name: module
         for name, module in plain_modules(model)

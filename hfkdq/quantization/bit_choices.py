@@ -49,11 +49,8 @@ class BitChoices:
 
     @classmethod
     def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> BitChoices:
-        """The choices that `spec` and `bits` leave.
-
-        Raises:
-            ValueError: the spec matches nothing, bits do not go with it, or a group size does not divide.
-        """
+        """The choices that `spec` and `bits` leave. Raises `ValueError`: the spec matches nothing, bits do not go with
+        it, or a group size does not divide."""
         chosen, heads = choose_modules(model, spec), head_modules(model)
         modules = {name: module for name, (module, _) in chosen.items()}
         free = frozenset(
@@ -92,12 +89,8 @@ class BitChoices:
         return replace(self, sizes=sizes, float_bytes=4 * sum(weights.values()))
 
     def limit(self, budget: float | int) -> int:
-        """`budget` in bytes for the modules of `groups`: without what stays in float32.
-
-        Raises:
-            TypeError: it is no number.
-            ValueError: no bits fit, or the most leave room.
-        """
+        """`budget` in bytes for the modules of `groups`: without what stays in float32. Raises `TypeError`: it is no
+        number. Raises `ValueError`: no bits fit, or the most leave room."""
         if isinstance(budget, bool) or not isinstance(budget, (int, float)):
             raise TypeError(f"budget must be a share (float) or bytes (int), got {type(budget).__name__} {budget!r}.")
         if isinstance(budget, float) and not 0.0 < budget <= 1.0:

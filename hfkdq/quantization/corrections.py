@@ -33,19 +33,14 @@ def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any, Any, Any], None],
 
 
 def smooth_(model: nn.Module, run: Run, strength: float) -> int:
-    r"""Moves what is hard to quantize from activations to weights, in place.
-
-    Input feature j of a linear layer is divided by \\(s_j = \max|X_j|^\alpha / \max|W_j|^{1 - \alpha}\\), and its
-    weights multiplied, before both are quantized (Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training
-    Quantization for Large Language Models", 2023). Layers that share an input share the factors. The division stays with
-    the layer; in the paper it is moved into a norm before it, which needs one that nothing else reads, as BERT has not.
-
-    `model` is a prepared one in eval mode, `run` runs it over the calibration data, a step for every batch, and `strength`
-    is alpha, in [0, 1]. Returns the number of layers that were smoothed.
-
-    Raises:
-        ValueError: a scale of the weights that come out does not fit into `storage_dtype`.
-    """
+    r"""Moves what is hard to quantize from activations to weights, in place. Input feature j of a linear layer is
+    divided by \\(s_j = \max|X_j|^\alpha / \max|W_j|^{1 - \alpha}\\), and its weights multiplied, before both are
+    quantized (Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+    2023). Layers that share an input share the factors. The division stays with the layer; in the paper it is moved
+    into a norm before it, which needs one that nothing else reads, as BERT has not. `model` is a prepared one in eval
+    mode, `run` runs it over the calibration data, a step for every batch, and `strength` is alpha, in [0, 1]. Returns
+    the number of layers that were smoothed. Raises `ValueError`: a scale of the weights that come out does not fit
+    into `storage_dtype`."""
     quantized = quantized_modules(model)
     tables = {id(module.weight) for module in quantized.values() if isinstance(module, QuantizedEmbedding)}
     names = {
@@ -86,14 +81,11 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
 
 
 def correct_biases_(model: nn.Module, run: Run) -> int:
-    r"""Adds to every bias what quantization takes from the mean output of its channel, in place.
-
-    \\(b \leftarrow b + E[W x + b] - E[\hat W \hat x + b]\\) over the calibration data, x the input in the model in
-    floating point, so that no layer corrects the error of another (Nagel et al., "Data-Free Quantization Through Weight
-    Equalization and Bias Correction", 2019, with means that are measured). Layers without a bias are left alone.
-
-    `model` is a prepared one with ranges, in eval mode. Returns the number of biases that were corrected.
-    """
+    r"""Adds to every bias what quantization takes from the mean output of its channel, in place. \\(b \leftarrow b +
+    E[W x + b] - E[\hat W \hat x + b]\\) over the calibration data, x the input in the model in floating point, so that
+    no layer corrects the error of another (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+    Correction", 2019, with means that are measured). Layers without a bias are left alone. `model` is a prepared one
+    with ranges, in eval mode. Returns the number of biases that were corrected."""
     modules = [m for m in quantized_modules(model).values() if isinstance(getattr(m, "bias", None), Tensor)]
     missing: dict[QuantizedModule, Tensor] = {}
     counts: dict[QuantizedModule, int] = {}

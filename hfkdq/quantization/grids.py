@@ -122,9 +122,7 @@ def fake_quantize(
     values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clips: bool = True
 ) -> Tensor:
     """Rounds `values` to a linear grid, per tensor or per row, with the straight-through gradient inside the range.
-
-    `clips=False` says that none is outside, which saves looking.
-    """
+    `clips=False` says that none is outside, which saves looking."""
     scale, zero_point = constant(scale), constant(zero_point)
     if torch.compiler.is_compiling():  # torch.compile cannot look into the kernels, and makes one of these itself
         with torch.no_grad():
@@ -195,12 +193,10 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
 
 def learned_fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, high: int) -> Tensor:
-    """Rounds `values` to an unsigned linear grid whose scale and offset have the gradients of LSQ+.
-
-    Inside the range that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1.
-    Scale, offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is
-    the largest code.
-    """
+    """Rounds `values` to an unsigned linear grid whose scale and offset have the gradients of LSQ+. Inside the range
+    that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1. Scale,
+    offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is the
+    largest code."""
     result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)
     return result
 

@@ -20,9 +20,7 @@ logger = logging.get_logger(__name__)
 
 def left_in_float(model: nn.Module, chosen: Collection[nn.Module] = ()) -> dict[str, int]:
     """How many weights, parameters with more than one axis, are in floating point, by the name of their module.
-
-    `chosen` are modules that are going to be quantized; those that are count without.
-    """
+    `chosen` are modules that are going to be quantized; those that are count without."""
     quantized = [*quantized_modules(model).values(), *chosen]
     inside = {id(parameter) for module in quantized for parameter in module.parameters()}
     found: dict[str, int] = {}

@@ -36,11 +36,8 @@ def head_modules(model: nn.Module) -> set[int]:
 
 
 def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
-    """The spec in a record, whose patterns are names.
-
-    Raises:
-        ValueError: it is none, or has a pattern that is no name. A regular expression of somebody else may never end.
-    """
+    """The spec in a record, whose patterns are names. Raises `ValueError`: it is none, or has a pattern that is no
+    name. A regular expression of somebody else may never end."""
     try:
         spec = QuantizationSpec.from_dict(data)
     except (TypeError, ValueError) as error:  # whose message may hold all that stands there
@@ -75,11 +72,8 @@ def spec_of_former(model: nn.Module, spec: QuantizationSpec, record: Mapping[str
 
 
 def named_spec(model: nn.Module, spec: QuantizationSpec) -> QuantizationSpec:
-    """The spec of a prepared model with the names of its modules in place of patterns; itself if it has none.
-
-    Raises:
-        ValueError: names are parts of one another, so that no list of them means these modules.
-    """
+    """The spec of a prepared model with the names of its modules in place of patterns; itself if it has none. Raises
+    `ValueError`: names are parts of one another, so that no list of them means these modules."""
     if spec.target_modules is None and spec.exclude_modules is None and not spec.overrides:
         return spec
     schemes = _schemes(model)

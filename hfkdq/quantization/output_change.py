@@ -16,14 +16,10 @@ from ..modeling.masks import output_mask
 
 
 class OutputChange:
-    """Distance of the outputs of a model from those that it has now.
-
-    The model, in eval mode, is run on every batch. `measure` names what `now` gives: `"KL divergence"` where the model
-    classifies, `"relative squared error"` of numbers or states, `"KL divergence + relative squared error"` for detectors.
-
-    Raises:
-        ValueError: the model gives no number, or one that is not finite.
-    """
+    """Distance of the outputs of a model from those that it has now. The model, in eval mode, is run on every batch.
+    `measure` names what `now` gives: `"KL divergence"` where the model classifies, `"relative squared error"` of
+    numbers or states, `"KL divergence + relative squared error"` for detectors. Raises `ValueError`: the model gives
+    no number, or one that is not finite."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> None:
         self.model, self.batches = model, batches

@@ -19,15 +19,10 @@ def learned_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 class UpdateScaling:
-    """Multiplies what an optimizer step does to some parameters.
-
-    For every optimizer whose step is proportional to its learning rate, this is a learning rate of their own. A parameter
-    group, which would say the same, cannot be added by a callback before the Trainer loads the state of the optimizer
-    that it resumes.
-
-    Raises:
-        ValueError: the factor is negative or not finite.
-    """
+    """Multiplies what an optimizer step does to some parameters. For every optimizer whose step is proportional to its
+    learning rate, this is a learning rate of their own. A parameter group, which would say the same, cannot be added
+    by a callback before the Trainer loads the state of the optimizer that it resumes. Raises `ValueError`: the factor
+    is negative or not finite."""
 
     def __init__(self, factor: float) -> None:
         if not (factor >= 0.0 and math.isfinite(factor)):

@@ -126,11 +126,8 @@ def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> None:
-    """Restores the state of weight quantizers from [`weight_states`], in place.
-
-    Raises:
-        ValueError: a name or a shape that the model has not.
-    """
+    """Restores the state of weight quantizers from [`weight_states`], in place. Raises `ValueError`: a name or a shape
+    that the model has not."""
     modules = {f"{name}.weight": module for name, module in quantized_modules(model).items()}
     own = weight_quantizers(model)
     for name, entry in states.items():
@@ -193,13 +190,11 @@ def warn_of_other_weights(model: PreTrainedModel, record: Mapping[str, Any]) -> 
 
 @refreshes_facts
 def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = True) -> None:
-    """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
-
-    `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
-    reached the spec yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake
-    quantizers are off. A `live` record is that of the moment at which it is read or saved, as in a training; others have
-    the `digest` of the weights that they belong to.
-    """
+    """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`. `ranges` has scale
+    and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not reached the spec
+    yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake quantizers are off. A
+    `live` record is that of the moment at which it is read or saved, as in a training; others have the `digest` of the
+    weights that they belong to."""
     spec = quantized_spec(model)
     if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
         found = _LiveRecord(model, spec) if live else _state_of(model, spec)
@@ -208,10 +203,8 @@ def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = Tru
 
 
 class _LiveRecord(dict[str, Any]):
-    """A record that is made anew when it is copied, as saving a configuration does.
-
-    So no step of a training has to write it, which moves every scale from the device.
-    """
+    """A record that is made anew when it is copied, as saving a configuration does. So no step of a training has to
+    write it, which moves every scale from the device."""
 
     def __init__(self, model: PreTrainedModel, spec: QuantizationSpec) -> None:
         super().__init__(_state_of(model, spec))
@@ -251,11 +244,8 @@ def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
 def recorded_quantization(
     model_or_config: PreTrainedModel | PretrainedConfig,
 ) -> tuple[QuantizationSpec, dict[str, Any]] | None:
-    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record.
-
-    Raises:
-        ValueError: the record is damaged.
-    """
+    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record. Raises
+    `ValueError`: the record is damaged."""
     fact = read_facts(model_or_config).get(FACT)
     if fact is None:
         return None
@@ -266,11 +256,8 @@ def recorded_quantization(
 
 
 def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
-    """Brings a prepared model into the state that [`record_ranges`] wrote, in place.
-
-    Raises:
-        ValueError: it belongs to another model, or lacks ranges.
-    """
+    """Brings a prepared model into the state that [`record_ranges`] wrote, in place. Raises `ValueError`: it belongs
+    to another model, or lacks ranges."""
     modules = quantized_modules(model)
     for name, bits in record.get("weight_bits", {}).items():
         module = modules.get(name.rpartition(".")[0])

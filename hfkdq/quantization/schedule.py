@@ -43,11 +43,8 @@ class QATState:
 
 
 class QATSchedule:
-    """The QAT schedule; see `QATCallback` for the arguments.
-
-    Raises:
-        ValueError: a point of training outside [0, 1], bits that do not fall, or end above those of the spec.
-    """
+    """The QAT schedule; see `QATCallback` for the arguments. Raises `ValueError`: a point of training outside [0, 1],
+    bits that do not fall, or end above those of the spec."""
 
     def __init__(
         self,

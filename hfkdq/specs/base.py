@@ -53,11 +53,7 @@ class Serializable:
 
     @classmethod
     def from_dict(cls: type[_Spec], data: dict[str, Any]) -> _Spec:
-        """The spec that `to_dict` described.
-
-        Raises:
-            ValueError: a key that is no field of this spec.
-        """
+        """The spec that `to_dict` described. Raises `ValueError`: a key that is no field of this spec."""
         if not isinstance(data, dict):
             raise ValueError(f"{cls.__name__} is described by a dictionary, got {data!r:.80}.")
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]

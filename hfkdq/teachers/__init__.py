@@ -9,17 +9,6 @@ from .frozen import FrozenTeacher, as_source, load_teacher
 from .vocabulary import check_vocabulary
 
 __all__ = [
-    "CoTrainedTeacher",
-    "EMATeacher",
-    "FrozenTeacher",
-    "Indices",
-    "PeerParameters",
-    "Teacher",
-    "TeacherSource",
-    "as_source",
-    "check_vocabulary",
-    "detached",
-    "fingerprint",
-    "load_teacher",
-    "weights_fingerprint",
-]
+    "CoTrainedTeacher", "EMATeacher", "FrozenTeacher", "Indices", "PeerParameters", "Teacher", "TeacherSource",
+    "as_source", "check_vocabulary", "detached", "fingerprint", "load_teacher", "weights_fingerprint",
+]  # fmt: skip

@@ -16,14 +16,7 @@ from transformers import PreTrainedModel
 
 from ..modeling import load_checkpoint
 from ..modeling.examples import model_inputs
-from ..modeling.forwards import (
-    as_output,
-    base_of,
-    forward_columns,
-    full_precision,
-    output_kwargs,
-    return_dict_kwargs,
-)
+from ..modeling.forwards import as_output, base_of, forward_columns, full_precision, output_kwargs, return_dict_kwargs
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
 from .base import Indices, Teacher, TeacherSource, refuse_shared_parameters
@@ -123,10 +116,8 @@ class FrozenTeacher(Teacher):
         self._stays = adapters_of is None and has_device_map(self._base) and not is_dispatched(self._base)
 
     def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
-        """The teacher's output for a batch of optimizer step `step`, counted from 1.
-
-        Of hidden states and attentions, all but those of `indices` are `None`.
-        """
+        """The teacher's output for a batch of optimizer step `step`, counted from 1. Of hidden states and attentions,
+        all but those of `indices` are `None`."""
         training = self._running.training
         self._running.eval()
         try:

@@ -49,11 +49,8 @@ def save(
 
 
 def load(folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, strict: bool) -> None:
-    """Restores all that `save` wrote.
-
-    Raises:
-        ValueError: `strict`, and the checkpoint was written with another teacher or other objectives.
-    """
+    """Restores all that `save` wrote. Raises `ValueError`: `strict`, and the checkpoint was written with another
+    teacher or other objectives."""
     changes = config_changes(folder, distillation)
     if changes and strict:
         raise ValueError(
@@ -136,11 +133,8 @@ def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
 
 
 def resolve(checkpoint: str | bool | None, output_dir: str) -> str | bool | None:
-    """The checkpoint to resume from: of `True` the newest complete one, or `True` where there are none at all.
-
-    Raises:
-        ValueError: the checkpoint is not complete, or none of those in `output_dir` is.
-    """
+    """The checkpoint to resume from: of `True` the newest complete one, or `True` where there are none at all. Raises
+    `ValueError`: the checkpoint is not complete, or none of those in `output_dir` is."""
     if checkpoint is True:
         newest = newest_complete(output_dir)
         if newest is None and _checkpoints(output_dir):

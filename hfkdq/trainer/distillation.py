@@ -30,17 +30,12 @@ TOO_LATE = (
 
 
 class Distillation:
-    """Teachers and objectives of one student, with the modules that are trained along with it.
-
-    `student_is_remade` by `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an
-    earlier student, which stay where they are. Models are tried on `example`, a batch; without one on a made-up one, and where
-    that fails or leads to a refusal, on the first `rows` of the training. Where a model runs on neither, objectives are
-    not `attached` yet, and `attach` takes a batch of the training.
-
-    Raises:
-        ValueError: an objective or a teacher that does not fit the student.
-        TypeError: a student that is no Transformers model.
-    """
+    """Teachers and objectives of one student, with the modules that are trained along with it. `student_is_remade` by
+    `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an earlier student,
+    which stay where they are. Models are tried on `example`, a batch; without one on a made-up one, and where that
+    fails or leads to a refusal, on the first `rows` of the training. Where a model runs on neither, objectives are not
+    `attached` yet, and `attach` takes a batch of the training. Raises `ValueError`: an objective or a teacher that
+    does not fit the student. Raises `TypeError`: a student that is no Transformers model."""
 
     def __init__(
         self,
@@ -103,14 +98,10 @@ class Distillation:
                 one(student)
 
     def attach(self, student: Any, batch: Batch, optimizer: Any, is_late: bool) -> None:
-        """Attaches what could not be attached yet, with a batch of the training to try the models on.
-
-        `is_late` where the optimizer's state was restored, or the student wrapped for several processes.
-
-        Raises:
-            ValueError: an objective that does not fit the models, a model that does not run on the batch, or a learned
-                projection that comes too late.
-        """
+        """Attaches what could not be attached yet, with a batch of the training to try the models on. `is_late` where
+        the optimizer's state was restored, or the student wrapped for several processes. Raises `ValueError`: an
+        objective that does not fit the models, a model that does not run on the batch, or a learned projection that
+        comes too late."""
         self._attach_on(batch, student, self._attach_objectives, self._attach_teachers)
         if is_late and self.projections is not None:
             self.projections.remove(student)
@@ -237,11 +228,8 @@ def _unchanged_by_refusal(student: Any, teachers: Mapping[str, Any]) -> Iterator
 
 
 def prepare_student_(student: Any) -> None:
-    """Checks the type of a student, and frees it from what another trainer or bitsandbytes did to it.
-
-    Raises:
-        TypeError: it is no Transformers model.
-    """
+    """Checks the type of a student, and frees it from what another trainer or bitsandbytes did to it. Raises
+    `TypeError`: it is no Transformers model."""
     if not isinstance(base_of(as_pretrained_(student)), PreTrainedModel):
         raise TypeError(
             f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "

@@ -60,11 +60,8 @@ class LossLog:
     def close(
         self, names: Sequence[str], teachers: Collection[Teacher], accelerator: Accelerator, step: int
     ) -> dict[str, float]:
-        """The mean of every term since the last log, over optimizer steps and processes; empty where nothing was added.
-
-        Raises:
-            RuntimeError: a term or a teacher's logits were not finite.
-        """
+        """The mean of every term since the last log, over optimizer steps and processes; empty where nothing was
+        added. Raises `RuntimeError`: a term or a teacher's logits were not finite."""
         sums, self.sums = self.sums, None
         if sums is None:
             return {}
@@ -81,11 +78,8 @@ class LossLog:
 
 
 def check_finite(names: Sequence[str], values: Sequence[float], accelerator: Accelerator, step: int) -> None:
-    """Stops a training of which a term is not finite; under fp16 it warns, as one step may overflow there.
-
-    Raises:
-        RuntimeError: naming the terms.
-    """
+    """Stops a training of which a term is not finite; under fp16 it warns, as one step may overflow there. Raises
+    `RuntimeError`: naming the terms."""
     bad = [f"{name} is {value}" for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
     if not bad:
         return

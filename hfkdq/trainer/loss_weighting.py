@@ -15,11 +15,8 @@ from .terms import Term
 
 
 class LossWeighting:
-    """The adaptive weights of the terms.
-
-    Raises:
-        ValueError: a weight by agreement of an objective that predicts nothing, or one by gradients with no task loss.
-    """
+    """The adaptive weights of the terms. Raises `ValueError`: a weight by agreement of an objective that predicts
+    nothing, or one by gradients with no task loss."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self._terms = terms
@@ -51,9 +48,7 @@ class LossWeighting:
         self, index: int, means: Sequence[torch.Tensor], term_step: TrainingStep, model: torch.nn.Module, step: int
     ) -> None:
         """Measures for the weight of term `index`, if it is adaptive, on a micro batch after `step` optimizer steps.
-
-        `means` are those of all terms over the micro batch, unweighted; `model` is the student.
-        """
+        `means` are those of all terms over the micro batch, unweighted; `model` is the student."""
         weight = self._weights.get(index)
         if isinstance(weight, ByAgreement):
             found = weight.measured(self._terms[index].objective, term_step)  # type: ignore[arg-type]

@@ -27,11 +27,8 @@ class Term:
 
 
 def sources_of(objective: Objective, teachers: Sequence[str]) -> tuple[str, ...]:
-    """The names of the teachers that an objective compares with.
-
-    Raises:
-        ValueError: it names none of several teachers, or one that is not there.
-    """
+    """The names of the teachers that an objective compares with. Raises `ValueError`: it names none of several
+    teachers, or one that is not there."""
     if not objective.uses_teacher:
         return ()
     if objective.uses_all_teachers:
@@ -68,9 +65,7 @@ def required_outputs(
     who: str, terms: Iterable[Term], steps: Iterable[TrainingStep] | None = None
 ) -> tuple[frozenset[str], Indices] | None:
     """The outputs that terms need of one model: their kinds, and which hidden states and attentions (`None` for all).
-
-    `None` if they need none, as their extra forward passes gave all in `steps`.
-    """
+    `None` if they need none, as their extra forward passes gave all in `steps`."""
     needs: set[str] = set()
     found: dict[str, list[Any]] = {"hidden_states": [], "attentions": []}
     is_used = False

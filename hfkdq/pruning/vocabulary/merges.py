@@ -8,10 +8,8 @@ from itertools import pairwise
 
 
 class Merges:
-    """The merges of a tokenizer by rank, as its JSON has them.
-
-    `prefix` is what every symbol but the first of a word begins with, `suffix` what its last symbol ends with.
-    """
+    """The merges of a tokenizer by rank, as its JSON has them. `prefix` is what every symbol but the first of a word
+    begins with, `suffix` what its last symbol ends with."""
 
     def __init__(self, merges: Sequence[str | Sequence[str]], prefix: str, suffix: str) -> None:
         self._pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in merges]
@@ -19,10 +17,8 @@ class Merges:
         self._prefix, self._suffix = prefix, suffix
 
     def parts(self, token: str) -> set[str]:
-        """All symbols that come up while `token` is built.
-
-        They are the same wherever it stands in a text: of the merges inside it, the first by rank goes first there too.
-        """
+        """All symbols that come up while `token` is built. They are the same wherever it stands in a text: of the
+        merges inside it, the first by rank goes first there too."""
         symbols = self._symbols(token)
         parts = set(symbols)
         while len(symbols) > 1:

@@ -144,10 +144,8 @@ def _check_limits(min_count: int, max_size: int | None, keep: Sequence[str]) -> 
 def _choose(
     vocabulary: TokenizerVocabulary, counts: Counter[int], required: set[int], min_count: int, max_size: int | None
 ) -> list[int]:
-    """The ids to keep, ascending: what is required, then the most frequent with all that they need.
-
-    A character counts wherever it is written, so that it comes before the tokens that it could stand in for.
-    """
+    """The ids to keep, ascending: what is required, then the most frequent with all that they need. A character counts
+    wherever it is written, so that it comes before the tokens that it could stand in for."""
     if max_size is not None and len(required) > max_size:
         raise ValueError(
             f"max_size={max_size} is less than the {len(required)} tokens that must stay: special and added tokens, "

@@ -17,16 +17,10 @@ from .token_ids import renumbered_fields
 
 
 class VocabularyRows:
-    """The embedding tables, heads, biases and ids of a model that follow its vocabulary.
-
-    Which tensors those are is read off two empty models of its class that differ in `vocab_size` alone, so that what
-    is cut is what `from_pretrained` will expect.
-
-    The model is left alone until `keep_`.
-
-    Raises:
-        ValueError: no table of tokens, or one that the configuration doesn't describe.
-    """
+    """The embedding tables, heads, biases and ids of a model that follow its vocabulary. Which tensors those are is
+    read off two empty models of its class that differ in `vocab_size` alone, so that what is cut is what
+    `from_pretrained` will expect. The model is left alone until `keep_`. Raises `ValueError`: no table of tokens, or
+    one that the configuration doesn't describe."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

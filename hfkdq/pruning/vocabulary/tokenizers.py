@@ -23,13 +23,9 @@ CACHED_NAMES = ("id_to_lang_code", "id_to_lang_token", "fairseq_ids_to_tokens")
 
 
 class TokenizerVocabulary:
-    """The tokens of a fast tokenizer, which of them cannot go, and what each of the others needs.
-
-    The tokenizer, a fast one, is left alone until `replace_`.
-
-    Raises:
-        ValueError: a slow tokenizer, or a backend whose parts are not known.
-    """
+    """The tokens of a fast tokenizer, which of them cannot go, and what each of the others needs. The tokenizer, a
+    fast one, is left alone until `replace_`. Raises `ValueError`: a slow tokenizer, or a backend whose parts are not
+    known."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
