@@ -17,33 +17,6 @@ LayerSchedule = Callable[[float, int], Sequence[float]]
 """From progress and a number of layers to a weight for each of them."""
 
 
-def value_at(value: float | Schedule, progress: float) -> float:
-    """The number that `value` stands for at `progress`: itself, or what the schedule gives."""
-    return float(value(progress)) if callable(value) else float(value)
-
-
-def extremes(value: float | Schedule, samples: int = 101) -> tuple[float, float]:
-    """Smallest and largest number that `value` takes over `samples` points of progress, for validation up front.
-
-    Both are NaN if one of them is.
-
-    Raises:
-        ValueError: it gives no number.
-    """
-    places = [i / (samples - 1) for i in range(samples)] if callable(value) else [0.0]
-    values = []
-    for place in places:
-        try:
-            values.append(value_at(value, place))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{value!r} is neither a number nor a function of progress that gives one: {error}."
-            ) from error
-        if math.isnan(values[-1]):
-            return math.nan, math.nan
-    return min(values), max(values)
-
-
 @dataclass(frozen=True)
 class _Ramp:
     """From `start` to `end`, constant before progress `begin` and after progress `until`.

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .codec import decode
 from .info import ROW_CHECK, CachedOutput, CacheInfo
 from .positions import own_positions, row_checks, told_positions
+from .shards import decode
 
 
 class CachedCollator:

@@ -14,7 +14,7 @@ from torch import nn
 from ..modeling.forwards import TEACHER_PREFIX
 from ..modeling.masks import Batch, frame_lengths, frame_mask, token_mask
 from ..objectives.model_signature import ModelSignature
-from .fingerprints import collator_name
+from .info import collator_name
 
 MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")
 """Columns that tell which positions of a batch are padding."""

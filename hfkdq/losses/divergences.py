@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
-from ..fields import check_fields
-from .reduction import masked_mean
+from ..fields import NOT_NEGATIVE, check_fields, check_rules
+from .features import masked_mean
 
 RULED_OUT = -1e4
 """Logit of a class that is ruled out: its probability is exactly 0, and unlike minus infinity 0 times it is 0."""
@@ -79,6 +79,10 @@ class Divergence:
     uses_target: ClassVar[bool] = False
     across_rows: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_rules(self)
+
     def __call__(
         self,
         student: torch.Tensor,
@@ -140,7 +144,7 @@ class JSD(Divergence):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"JSD: beta must be between 0 and 1, both excluded, got {self.beta!r}. The limits are 'forward_kl' and "
@@ -202,13 +206,8 @@ class DKD(Divergence):
 
     uses_target: ClassVar[bool] = True
 
-    alpha: float = 1.0
-    beta: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min(self.alpha, self.beta) < 0:
-            raise ValueError(f"DKD: alpha and beta must not be negative, got {self.alpha!r} and {self.beta!r}.")
+    alpha: Annotated[float, NOT_NEGATIVE] = 1.0
+    beta: Annotated[float, NOT_NEGATIVE] = 8.0
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         if target is not None and target.is_floating_point():
@@ -246,13 +245,8 @@ class DIST(Divergence):
 
     across_rows: ClassVar[bool] = True
 
-    beta: float = 1.0
-    gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min(self.beta, self.gamma) < 0:
-            raise ValueError(f"DIST: beta and gamma must not be negative, got {self.beta!r} and {self.gamma!r}.")
+    beta: Annotated[float, NOT_NEGATIVE] = 1.0
+    gamma: Annotated[float, NOT_NEGATIVE] = 1.0
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         q = log_probabilities(student, temperature, valid_classes).exp()

@@ -12,8 +12,7 @@ from .hidden_states import HiddenStateKD
 from .logits import LogitKD
 from .mutual_information import CRD, VID
 from .on_policy import OnPolicyKD
-from .perturbed import AdversarialKD, NoisyKD
-from .quantization_loss import QuantizationLoss
+from .perturbed import AdversarialKD, NoisyKD, QuantizationLoss
 from .relations import RelationKD
 from .samples import RKD, SimilarityPreservingKD
 from .task import TaskLoss

@@ -12,8 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedModel
 
-from ..losses.features import attention_kl, attention_mse
-from ..losses.reduction import masked_mean
+from ..losses.features import attention_kl, attention_mse, masked_mean
 from .base import Objective, TrainingStep
 from .layers import LayerObjective, Shape
 from .model_signature import ModelSignature, signature_of
@@ -54,11 +53,6 @@ class AttentionKD(LayerObjective):
     needs: ClassVar[frozenset[str]] = frozenset({"attentions"})
 
     distance: Literal["kl", "mse"] = "kl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.distance not in ("kl", "mse"):
-            raise ValueError(f"AttentionKD: distance must be 'kl' or 'mse', got {self.distance!r}.")
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         Objective.attach(self, student, teacher)

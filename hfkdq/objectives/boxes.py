@@ -11,8 +11,7 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from .base import Objective, TrainingStep
 from .finding import find_head
-from .heads import DetectionHead
-from .matching import corners, matched_queries
+from .heads import DetectionHead, corners, matched_queries
 from .model_signature import ModelSignature
 
 

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import POSITIVE
 from ..losses.divergences import in_chunks
-from ..losses.transport import sorted_distance
+from ..losses.relations import sorted_distance
 from ..modeling.masks import Batch, Positions, token_mask
 from ..modeling.tasks import written
-from ..schedules import Schedule, extremes
+from ..schedules import Schedule
 from .base import Objective, TrainingStep
 from .model_signature import ModelSignature, signature_of
 
@@ -55,12 +56,7 @@ class ULD(Objective):
 
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "temperature"})
 
-    temperature: float | Schedule = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not extremes(self.temperature)[0] > 0:
-            raise ValueError(f"ULD: temperature must be larger than 0, got {self.temperature!r}.")
+    temperature: Annotated[float | Schedule, POSITIVE] = 1.0
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)

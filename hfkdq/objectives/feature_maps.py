@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import Rule
 from ..losses.features import activation_map_distance
 from .base import Objective, TrainingStep
 from .layers import LayerObjective, Shape
@@ -40,13 +42,8 @@ class FeatureMapKD(LayerObjective):
         ```
     """
 
-    power: float = 2.0
+    power: Annotated[float, Rule("be at least 1", lambda x: x >= 1)] = 2.0
     positions = Objective.positions  # examples
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.power >= 1:
-            raise ValueError(f"FeatureMapKD: power must be at least 1, got {self.power!r}.")
 
     def _default_layers(self, student_layers: int, teacher_layers: int) -> str:
         return "uniform"

@@ -61,11 +61,6 @@ class HiddenStateKD(LayerObjective):
     active: LayerSchedule | None = None
     _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.distance not in _DISTANCES:
-            raise ValueError(f"HiddenStateKD: distance={self.distance!r} is none of {', '.join(_DISTANCES)}.")
-
     def _attach_pairs(self, student: PreTrainedModel, states: Sequence[Shape], targets: Sequence[Shape]) -> None:
         if self.layers == "dynamic":
             pairs = {s: tuple(range(1, len(targets))) for s in range(1, len(states))}

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import COUNT, POSITIVE
 from ..losses import DIVERGENCES, Divergence, masked_mean
 from ..losses.divergences import TopLogits, coarse_log_probabilities, in_chunks, standardized
 from ..modeling.masks import Batch, Positions, batch_size
-from ..schedules import Schedule, extremes
+from ..schedules import Schedule
 from .base import Objective, TrainingStep
 from .finding import find_head
 from .heads import Head, Prediction
@@ -75,26 +76,20 @@ class LogitKD(Objective):
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "temperature"})
 
     divergence: str | Divergence = "forward_kl"
-    temperature: float | Schedule = 2.0
+    temperature: Annotated[float | Schedule, POSITIVE] = 2.0
     standardize: bool = False
-    top_k: int | None = None
+    top_k: Annotated[int | None, COUNT] = None
     common_ids: bool = False
     per: Literal["token", "sample"] = "token"
     _head: Head = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not extremes(self.temperature)[0] > 0:
-            raise ValueError(f"LogitKD: temperature must be larger than 0, got {self.temperature!r}.")
         if not isinstance(self.divergence, Divergence) and self.divergence not in DIVERGENCES:
             raise ValueError(
                 f"LogitKD: divergence={self.divergence!r} is none of {', '.join(map(repr, DIVERGENCES))}, nor a Divergence "
                 "such as JSD(beta=0.1) of hfkdq.losses."
             )
-        if self.per not in ("token", "sample"):
-            raise ValueError(f"LogitKD: per must be 'token' or 'sample', got {self.per!r}.")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k > 0):
-            raise ValueError(f"LogitKD: top_k must be a positive integer, got {self.top_k!r}.")
 
     @property
     def _divergence(self) -> Divergence:

@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..losses.features import gaussian_nll
-from ..losses.reduction import masked_mean
+from ..fields import POSITIVE
+from ..losses.features import gaussian_nll, masked_mean
 from ..losses.relations import info_nce
 from ..modeling.masks import Batch
 from .base import TrainingStep
@@ -76,14 +77,9 @@ class CRD(SampleObjective):
         ```
     """
 
-    temperature: float = 0.07
+    temperature: Annotated[float, POSITIVE] = 0.07
     exclude_same_class: bool = True
     _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"CRD: temperature must be larger than 0, got {self.temperature!r}.")
 
     def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
         super()._check_pair(student, s, state, t, target)

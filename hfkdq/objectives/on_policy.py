@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..fields import COUNT, POSITIVE, SHARE
 from ..modeling.forwards import base_of, evaluating
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size
-from ..schedules import Schedule, extremes
+from ..schedules import Schedule
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
 from .model_signature import ModelSignature
@@ -63,23 +64,14 @@ class OnPolicyKD(Objective):
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "fraction"})
 
     objective: LogitKD = field(default_factory=lambda: LogitKD(divergence="reverse_kl", temperature=1.0))
-    fraction: float | Schedule = 1.0
-    max_new_tokens: int = 64
-    sampling_temperature: float = 1.0
+    fraction: Annotated[float | Schedule, SHARE] = 1.0
+    max_new_tokens: Annotated[int, COUNT] = 64
+    sampling_temperature: Annotated[float, POSITIVE] = 1.0
     _inner: LogitKD = field(init=False, repr=False, compare=False)
     _longest: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = extremes(self.fraction)
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(f"OnPolicyKD: fraction is a probability, within [0, 1], got {self.fraction!r}.")
-        if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens > 0):
-            raise ValueError(f"OnPolicyKD: max_new_tokens must be a positive integer, got {self.max_new_tokens!r}.")
-        if not self.sampling_temperature > 0:
-            raise ValueError(
-                f"OnPolicyKD: sampling_temperature must be larger than 0, got {self.sampling_temperature!r}."
-            )
         if not isinstance(self.objective, LogitKD):
             raise ValueError(f"OnPolicyKD compares predictions: objective must be a LogitKD, got {self.objective!r}.")
         if self.objective.weight != 1.0 or self.objective.teacher is not None:

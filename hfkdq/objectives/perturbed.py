@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives on inputs that were changed: with noise that only the student sees, or against both models."""
+"""Objectives on further passes: on inputs with noise or against both models, and of the student in full precision."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import TEACHER_PREFIX, base_of
+from ..modeling.forwards import TEACHER_PREFIX, base_of, full_precision
 from ..modeling.masks import Batch, Positions, attended_mask
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
@@ -99,8 +99,6 @@ class NoisyKD(ExtraForwardPasses):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in ("gaussian", "tokens"):
-            raise ValueError(f"NoisyKD: kind must be 'gaussian' or 'tokens', got {self.kind!r}.")
         if self.kind == "gaussian" and not self.std > 0:
             raise ValueError(f"NoisyKD: std must be larger than 0, got {self.std!r}.")
         if self.kind == "tokens" and not 0 < self.probability <= 1:
@@ -296,3 +294,42 @@ class _Change:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationLoss(ExtraForwardPasses):
+    """Distance between the fake-quantized student and its own forward pass in full precision.
+
+    `D(student in full precision, quantized student)` for the same weights, input and dropout; the former has no
+    gradient. With task and distillation terms beside it all three are trained together; its weight may be faded in. It
+    is 0 while the student has no fake quantizers, which `QATCallback` puts in. Costs a forward pass of the student more.
+    Kim et al., "QKD: Quantization-aware Knowledge Distillation" (2019), study the order of the three.
+
+    Args:
+        objective (`Objective`, defaults to `LogitKD()`): the distance: an objective on what models return.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+
+    Raises:
+        ValueError: an objective that does not compare two models.
+
+    Example:
+        ```python
+        >>> from hfkdq import LogitKD, QuantizationLoss
+        >>> from hfkdq.schedules import Linear
+        >>> QuantizationLoss(objective=LogitKD(divergence="mse"), weight=Linear(0, 1)).name
+        'quantization_loss'
+
+        ```
+    """
+
+    uses_teacher: ClassVar[bool] = False
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
+        super().attach(student, student)
+
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+        device = base_of(passes.model).device
+        devices = [device] if device.type == "cuda" else []
+        # The pass that follows then has the same dropout, so that the distance is the quantizers' alone.
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), full_precision(passes.model):
+            return replace(step, teacher=passes.student(step.batch, self.needs, self._read(0)))

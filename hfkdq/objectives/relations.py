@@ -7,12 +7,13 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..losses.reduction import masked_mean
+from ..fields import COUNT
+from ..losses.features import masked_mean
 from ..losses.relations import relation_kl
 from ..modeling import find_layer_stack
 from ..modeling.attention import KINDS, Seen, Sources, find_sources, looks_back_only, watching
@@ -64,7 +65,7 @@ class RelationKD(LayerObjective):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    relation_heads: int | None = None
+    relation_heads: Annotated[int | None, COUNT] = None
     relations: tuple[str, ...] | list[str] = KINDS
     _sources: tuple[Sources, ...] = field(init=False, repr=False, compare=False)
     _head_count: int = field(init=False, repr=False, compare=False)
@@ -78,8 +79,6 @@ class RelationKD(LayerObjective):
             raise ValueError(
                 f"RelationKD: relations must be some of {', '.join(map(repr, KINDS))}, got {self.relations!r}."
             )
-        if self.relation_heads is not None and not (isinstance(self.relation_heads, int) and self.relation_heads > 0):
-            raise ValueError(f"RelationKD: relation_heads must be a positive integer, got {self.relation_heads!r}.")
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         Objective.attach(self, student, teacher)

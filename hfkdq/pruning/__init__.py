@@ -4,9 +4,9 @@
 from .callback import PruningCallback
 from .clustering import cluster_weights
 from .file_size import compressed_size
+from .finishing import load_pruned
 from .fitting import fit_sparsity
 from .one_shot import prune
-from .reload import load_pruned
 from .sharing import share_layers, unshare_layers_
 from .vocabulary import prune_vocabulary
 

@@ -20,9 +20,8 @@ from ..modeling.examples import given_to, tried_on
 from ..modeling.masks import Batch
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
-from .finishing import count_parameters, finish_, rehearse
+from .finishing import count_parameters, finish_, rehearse, tell_left_unpruned
 from .importance import collect_importance_
-from .left_unpruned import tell_left_unpruned
 from .one_shot import check_prunable, targets_of
 from .progress import UNFINISHED, Progress
 from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget

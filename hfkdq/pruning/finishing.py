@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes what is pruned out of the shapes of a model, records it, and tries that on a copy before anything is done."""
+"""Takes what is pruned out of the shapes of a model, records it, tries that on a copy first, and loads it again."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from ..facts import read_facts, record_fact, refresh_facts
-from ..modeling import Probe, differing, has_recorded_shapes, load_checkpoint, record_shapes
+from ..facts import AUXILIARY, NOTABLE, left_of, read_facts, record_fact, refresh_facts
+from ..modeling import (
+    Probe,
+    differing,
+    find_heads,
+    find_layer_stacks,
+    find_neurons,
+    has_recorded_shapes,
+    load_checkpoint,
+    load_config,
+    record_shapes,
+)
+from ..modeling.own_modules import own_class
 from ..schema import brief
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics
-from .left_unpruned import describe_left, left_unpruned, share_reached
 from .masks import Masks
+from .progress import UNFINISHED
 from .removal import described_config, remove_layers_, remove_units_
-from .targets import WeightTarget, find_targets
+from .sharing import restore_sharing_
+from .targets import WEIGHTED, PruningTarget, WeightTarget, find_targets
 
 
 def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
@@ -111,3 +127,117 @@ def count_parameters(model: PreTrainedModel) -> int:
     """Parameters that the model is saved with: what only training needs (projections, scales) is not among them."""
     saved = model.state_dict().keys()
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name in saved)
+
+
+logger = logging.get_logger(__name__)
+
+
+def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> dict[str, int]:
+    """How many weights, parameters with more than one axis, by the name of their module, where they are a notable
+    part. They lie in the layers of a stack. Of neurons and heads they are those of neither; of single weights those of
+    modules that are no linear layer and no convolution, such as experts in one tensor. Other structures reach all that
+    they are for, and so does a spec that names its targets."""
+    if spec.structure in ("channel", "layer", "hidden", "vocab") or spec.target_modules is not None:
+        return {}
+    try:
+        layers = tuple(f"{stack.name}." for stack in find_layer_stacks(model))
+        units = [*find_neurons(model), *find_heads(model)] if spec.structure in ("neuron", "head") else []
+    except ValueError:
+        return {}
+    known = {id(part.values) for target in targets for part in target.parts}
+    known |= {id(entry.values) for group in units for entry in group.slices}
+    if not units:  # what is excluded is meant to stay
+        known |= {id(module.weight) for module in model.modules() if isinstance(module, WEIGHTED)}
+    found: dict[str, int] = {}
+    for name, values in _weights(model).items():
+        if name.startswith(layers) and id(values) not in known:
+            owner = name.rpartition(".")[0]
+            found[owner] = found.get(owner, 0) + values.numel()
+    return found if _share(model, found) > NOTABLE else {}
+
+
+def share_reached(targets: Sequence[PruningTarget], left: dict[str, int]) -> float:
+    """The share that targets have of all weights that a spec is for."""
+    parts = (part.values for target in targets for part in target.parts)
+    reached = {id(values): values.numel() for values in parts if values.dim() > 1}
+    return sum(reached.values()) / max(1, sum(reached.values()) + sum(left.values()))
+
+
+def describe_left(model: PreTrainedModel, left: dict[str, int]) -> dict[str, Any]:
+    """`{"share": of all parameters, "modules": the largest eight by name}`, JSON-ready."""
+    return left_of(left, _size(model))
+
+
+def tell_left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> None:
+    """Warns where there is such a part."""
+    left = left_unpruned(model, spec, targets)
+    if not left:
+        return
+    largest = sorted(left, key=left.__getitem__, reverse=True)
+    told = ", ".join(f"{name} ({type(model.get_submodule(name)).__name__}, {left[name]:,})" for name in largest[:4])
+    logger.warning(
+        f"structure={spec.structure!r} leaves {_share(model, left):.0%} of the parameters of {type(model).__name__} as they are, "
+        f"as it does not know their modules: {told}{f' and {len(largest) - 4} more' if len(largest) > 4 else ''}. "
+        "achieved_sparsity counts them. Name what is to be pruned in target_modules if that is meant."
+    )
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    saved = model.state_dict(keep_vars=True)
+    return {
+        name: values
+        for name, values in saved.items()
+        if isinstance(values, torch.nn.Parameter)
+        and values.dim() > 1
+        and values.is_floating_point()
+        and not name.startswith(AUXILIARY)
+    }
+
+
+def _share(model: PreTrainedModel, left: dict[str, int]) -> float:
+    return float(left_of(left, _size(model))["share"])
+
+
+def _size(model: PreTrainedModel) -> int:
+    saved = model.state_dict().keys()
+    return sum(values.numel() for name, values in model.named_parameters() if name in saved)
+
+
+def load_pruned(path: str, model: nn.Module | type[PreTrainedModel] | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Loads a checkpoint with the shapes that its configuration records, layer by layer, and the layers that are shared.
+
+    No code comes from the checkpoint: the class is that of Transformers, or yours, built with smaller tensors. What plain
+    `from_pretrained` can load, this loads as well.
+
+    Args:
+        path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
+        model (`PreTrainedModel` or its class, or `nn.Module`, *optional*): a class of your own, or a model of it as it was
+            before it was pruned, that is not registered with an Auto class. A model stays as it is; another of its class
+            is returned.
+        kwargs (*optional*): passed to `from_pretrained`; `dtype` is that of the file by default.
+
+    Returns:
+        `PreTrainedModel`: the model, in eval mode.
+
+    Raises:
+        TypeError: `model` is neither.
+        ValueError: the record does not fit the class, the configuration names no class of Transformers, or the checkpoint
+            is from the middle of a training that prunes layers or the hidden width.
+
+    Example:
+        ```python
+        from hfkdq import load_pruned
+
+        model = load_pruned("out/pruned")
+        ```
+    """
+    own = own_class(model)
+    config = load_config(path, None if own is None else own.config_class, **kwargs)
+    unfinished = read_facts(config).get(UNFINISHED)
+    if unfinished is not None:
+        raise ValueError(
+            f"{path} is from the middle of a training that prunes structure={unfinished.get('structure')!r}. Its weights alone are "
+            "another model than the one that was trained: go on with trainer.train(resume_from_checkpoint=...), or save the "
+            "model when the training has ended."
+        )
+    return restore_sharing_(load_checkpoint(path, config, own, **{"dtype": "auto", **kwargs}))

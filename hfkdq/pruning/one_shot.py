@@ -14,9 +14,8 @@ from ..modeling.batches import Batches, first_batch, make_batches
 from ..modeling.examples import tried_on
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
-from .finishing import count_parameters, finish_, record_pruning, rehearse
+from .finishing import count_parameters, finish_, record_pruning, rehearse, tell_left_unpruned
 from .importance import collect_importance_
-from .left_unpruned import tell_left_unpruned
 from .masks import Masks, check_counts, units_kept
 from .removal import described_config
 from .targets import LayerTarget, PruningTarget, find_targets

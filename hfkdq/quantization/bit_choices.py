@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
 from .convert import choose_modules
 from .layers import quantized_class, swap_in_, swap_out_, weight_of, weight_quantizers_of
-from .left_in_float import left_out_unasked
-from .naming import head_modules
+from .naming import head_modules, left_out_unasked
 from .quantized_module import QuantizedModule
 
 

@@ -16,7 +16,6 @@ from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationSpec
 from .batch_norm import fold_batch_norm_
 from .convert import prepare_qat_, strip_quantizers_
-from .ranges import UpdateScaling, learned_parameters
 from .records import (
     activation_quantizers,
     load_quantizer_states_,
@@ -28,7 +27,7 @@ from .records import (
     restore_record_,
     weight_states,
 )
-from .schedule import BitSchedule, QATSchedule
+from .schedule import BitSchedule, QATSchedule, UpdateScaling, learned_parameters
 
 logger = logging.get_logger(__name__)
 

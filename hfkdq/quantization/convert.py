@@ -22,8 +22,7 @@ from .adapters import (
 )
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
 from .layers import quantized_class, share_tables_, swap_in_, swap_out_, weight_of
-from .left_in_float import tell_left_in_float
-from .naming import head_modules, means_the_same, quantized_modules
+from .naming import head_modules, means_the_same, quantized_modules, tell_left_in_float
 from .quantized_module import QuantizedModule
 from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 

@@ -24,8 +24,7 @@ from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
 from .attention import attention_quantizers
 from .layers import SmoothedModule, weight_quantizers_of
-from .left_in_float import describe_left
-from .naming import beyond_former, named_spec, quantized_modules, spec_of_record
+from .naming import beyond_former, describe_left, named_spec, quantized_modules, spec_of_record
 from .quantized_module import QuantizedModule
 from .weights import WeightQuantizer
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers: a frozen model, the student's own moving average, or a model that is trained along with it."""
 
-from .averaged import EMATeacher
-from .base import Indices, Teacher, TeacherSource
+from .base import Indices, Teacher, TeacherSource, fingerprint, weights_fingerprint
 from .cotrained import CoTrainedTeacher, PeerParameters, detached
-from .fingerprints import fingerprint, weights_fingerprint
-from .frozen import FrozenTeacher, as_source, load_teacher
+from .frozen import EMATeacher, FrozenTeacher, as_source, load_teacher
 from .vocabulary import check_vocabulary
 
 __all__ = [

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two sides of a teacher: how a user gives it to a trainer, and how it answers during a training."""
+"""The two sides of a teacher, how a user gives it and how it answers in a training, and by what it is known again."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from ..modeling.forwards import base_of
 from ..objectives.base import Objective
 
 Indices = Mapping[str, Collection[int] | None]
@@ -103,3 +107,45 @@ def refuse_shared_parameters(model: Any, student: Any) -> None:
             "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
             "teacher_model=model.get_base_model()."
         )
+
+
+_CHUNK = 2**24
+_NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Class of a model and a hash of its parameters: names, and shapes and 16 values of those in floats."""
+    return _hashed(model, hashlib.sha256(), model.named_parameters(), sample=16)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Class of a model and a hash of its configuration and of all its weights and persistent buffers in floats.
+
+    All weights are read, at about a gigabyte per second, because a teacher that was trained a little further may differ
+    in any of them. Of those that lie on disk under a `device_map`, only names and shapes count.
+    """
+    config = json.loads(base_of(model).config.to_json_string(use_diff=False))
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_MODEL}
+    transient = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in transient]
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    return _hashed(model, digest, [*model.named_parameters(), *buffers])
+
+
+def _hashed(model: Any, digest: Any, tensors: Iterable[tuple[str, torch.Tensor]], sample: int | None = None) -> str:
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        # When first used, bitsandbytes repacks weights in integers and casts biases up.
+        if not tensor.is_floating_point():
+            continue
+        digest.update(f" {tuple(tensor.shape)}".encode())
+        if tensor.device.type == "meta":
+            continue
+        values = tensor.detach().reshape(-1)[:: 1 if sample is None else max(tensor.numel() // sample, 1)]
+        for chunk in torch.split(values, _CHUNK):
+            digest.update(chunk.float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{type(base_of(model)).__name__} {digest.hexdigest()[:16]}"

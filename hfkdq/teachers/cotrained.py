@@ -17,8 +17,7 @@ from ..modeling.forwards import TEACHER_PREFIX, forward_columns, hide_training_q
 from ..objectives import LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
 from ..objectives.projections import Projections
-from .base import Teacher, TeacherSource, refuse_shared_parameters
-from .fingerprints import fingerprint
+from .base import Teacher, TeacherSource, fingerprint, refuse_shared_parameters
 
 
 @dataclass(frozen=True, eq=False)

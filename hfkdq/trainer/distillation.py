@@ -19,8 +19,7 @@ from ..modeling.own_modules import as_pretrained_
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, Teacher, TeacherSource
-from .loss_weighting import LossWeighting
-from .terms import SINGLE, required_outputs, sources_of, terms_of
+from .terms import SINGLE, LossWeighting, required_outputs, sources_of, terms_of
 
 TOO_LATE = (
     "Learned projections of hidden states must be there before a training goes on from a checkpoint or is shared among "

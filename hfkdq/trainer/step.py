@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from ..fields import value_at
 from ..modeling.forwards import (
     accepts_num_items,
     as_output,
@@ -29,8 +30,7 @@ from ..modeling.forwards import (
 )
 from ..modeling.masks import Batch
 from ..objectives.base import TrainingStep
-from ..objectives.quantization_loss import QuantizationLoss
-from ..schedules import value_at
+from ..objectives.perturbed import QuantizationLoss
 from ..teachers import Indices, Teacher, detached
 from .distillation import Distillation
 from .terms import STUDENT, Term, required_outputs

@@ -6,7 +6,7 @@ import torch
 import transformers as tf
 
 from hfkdq import BoxKD, CoTrainedTeacher, DistillationTrainer, LogitKD, TaskLoss
-from hfkdq.objectives.matching import matched_queries
+from hfkdq.objectives.heads import matched_queries
 from tests import tiny
 
 

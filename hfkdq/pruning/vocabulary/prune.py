@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...facts import record_fact, refresh_facts
-from .rows import VocabularyRows
-from .token_ids import renumbered
+from .rows import VocabularyRows, renumbered
 from .tokenizers import TokenizerVocabulary
 
 BATCH = 1000
