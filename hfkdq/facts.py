@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts of what was done to a model: their types, their record in `model.config.hfkdq`, and their descriptions.
-
-A checkpoint may come from anybody, so a record is checked against the types below when it is read.
-"""
+"""The facts of what was done to a model: their types, their record in `model.config.hfkdq`, and their descriptions. A
+checkpoint may come from anybody, so a record is checked against the types below when it is read."""
 
 from __future__ import annotations
 
@@ -308,12 +306,18 @@ def left_of(found: Mapping[str, int], whole: int) -> dict[str, Any]:
     return {"share": share, "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
 
 
+def told_left(left: Mapping[str, int], modules: Mapping[str, Any]) -> str:
+    """The largest four of them, with their classes and numbers, and how many more there are."""
+    largest = sorted(left, key=left.__getitem__, reverse=True)
+    told = ", ".join(f"{name} ({type(modules[name]).__name__}, {left[name]:,})" for name in largest[:4])
+    return f"{told} and {len(largest) - 4} more" if len(largest) > 4 else told
+
+
 def _describe_left(left: Mapping[str, Any], what: str, code: Callable[..., str]) -> str:
     if left.get("share", 0.0) <= NOTABLE:
         return ""
-    return (
-        f"; {left['share']:.0%} of the parameters {what}, most of them in {', '.join(map(code, left['modules'][:3]))}"
-    )
+    most = ", ".join(map(code, left["modules"][:3]))
+    return f"; {left['share']:.0%} of the parameters {what}, most of them in {most}"
 
 
 def _describe_pruning(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
@@ -341,9 +345,8 @@ def _describe_clustering(fact: Mapping[str, Any], code: Callable[..., str]) -> s
     if not {"clusters", "modules"} <= fact.keys():
         return ""
     error = f"; squared error {fact['relative_error']:.2%} of the variance" if "relative_error" in fact else ""
-    return (
-        f"Clustering: the weights of {fact['modules']:,} layers take at most {fact['clusters']:,} values each{error}"
-    )
+    values = f"{fact['clusters']:,} values each{error}"
+    return f"Clustering: the weights of {fact['modules']:,} layers take at most {values}"
 
 
 def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) -> str:

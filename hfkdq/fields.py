@@ -12,13 +12,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-_WORDS: dict[Any, str] = {
-    bool: "True or False",
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    type(None): "None",
-}
+_WORDS: dict[Any, str] = {bool: "True or False", int: "an integer", float: "a number"}
+_WORDS |= {str: "a text", type(None): "None"}
 
 
 class Rule(NamedTuple):
@@ -68,8 +63,10 @@ def _hints(owner: type) -> dict[str, Any]:
 def check_rules(owner: Any) -> None:
     """Refuses values of dataclass fields that no `Literal` has, and numbers and schedules that break a [`Rule`]. Raises
     `ValueError`: saying which, what came and what was expected."""
-    for name, hint in _hints(type(owner)).items():
-        value, said = getattr(owner, name, None), None
+    kind: Any = type(owner)
+    for name, hint in _hints(kind).items():
+        value: Any = getattr(owner, name, None)
+        said = None
         if get_origin(hint) is Literal and value not in get_args(hint):
             said = f"be {' or '.join(map(repr, get_args(hint)))}"
         for rule in get_args(hint)[1:] if get_origin(hint) is Annotated and value is not None else ():
@@ -84,11 +81,12 @@ def check_fields(owner: Any) -> None:
     """Refuses values of dataclass fields of another type than declared, and numbers that are not finite. Fields of
     other types than numbers, texts and truth values are left to their owner. Raises `ValueError`: saying which, what
     came and what was expected."""
+    kind: Any = type(owner)
     for field in fields(owner):
         if not field.init:
             continue
         name, value = f"{type(owner).__name__}: {field.name}", getattr(owner, field.name)
-        hint = _hints(type(owner)).get(field.name)
+        hint = _hints(kind).get(field.name)
         hint = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
         if isinstance(value, float) and not math.isfinite(value):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of training progress, for weights, temperatures and sparsities.
-
-A schedule is any callable from progress in [0, 1] to a number.
-"""
+"""Functions of training progress, for weights, temperatures and sparsities. A schedule is any callable from progress
+in [0, 1] to a number."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .fields import check_fields
+from .fields import check_fields, extremes, value_at  # noqa: F401  (for users too)
 
 Schedule = Callable[[float], float]
 LayerSchedule = Callable[[float, int], Sequence[float]]
@@ -104,9 +102,8 @@ class Exponential(_Ramp):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not min(self.start, self.end) > 0:
-            raise ValueError(
-                f"Exponential multiplies, so start and end must be larger than 0, got {self.start!r} and {self.end!r}."
-            )
+            told = f"start and end must be larger than 0, got {self.start!r} and {self.end!r}"
+            raise ValueError(f"Exponential multiplies, so {told}.")
 
     def _at(self, done: float) -> float:
         return float(self.start * (self.end / self.start) ** done)

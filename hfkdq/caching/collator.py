@@ -41,7 +41,11 @@ class CachedCollator:
                 f"{cached.count(False)} of the {len(features)} rows of a batch have no cached teacher outputs. Call "
                 "cache_teacher_outputs on the whole dataset."
             )
-        batch = self.collator([_without(row, self.info.columns) for row in features])
+        columns = self.info.columns
+        own = [
+            {k: v for k, v in row.items() if k not in columns} if isinstance(row, Mapping) else row for row in features
+        ]
+        batch = self.collator(own)
         if not any(cached):
             return batch
         self._check_rows(batch, features)
@@ -86,12 +90,6 @@ class CachedCollator:
         placed = _filler(output, stacked.dtype).expand(*mask.shape, *output.shape).clone()
         placed[mask] = stacked
         return placed
-
-
-def _without(row: Any, columns: Sequence[str]) -> Any:
-    if not isinstance(row, Mapping):
-        return row
-    return {name: value for name, value in row.items() if name not in columns}
 
 
 def _filler(output: CachedOutput, dtype: torch.dtype) -> torch.Tensor:

@@ -37,7 +37,6 @@ class CachedOutput:
 
     @property
     def column(self) -> str:
-        """The column of its values."""
         return TEACHER_PREFIX + self.name
 
     @property
@@ -82,12 +81,10 @@ class CacheInfo:
         # Its `get` knows only what was imported so far.
         maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         known = self.key["temperature"]  # where the outputs are the likeliest classes
-        return ModelSignature(
-            self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=known
-        )
+        name, shapes = self.teacher["model_class"], self.teacher["shapes"]
+        return ModelSignature(name, maker.from_dict(config), shapes, temperature=known)
 
     def to_json(self) -> str:
-        """All of it as a line of JSON."""
         fields = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
         plain = {**fields, "outputs": [asdict(output) for output in self.outputs]}
         return json.dumps(plain, sort_keys=True, default=str)

@@ -36,7 +36,6 @@ class Plan:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The kinds of outputs that the teacher must return."""
         return frozenset({"logits", *(["hidden_states"] if self.layers else [])})
 
     def cut(self, out: Any, batch: Mapping[str, Any], features: Sequence[Any]) -> dict[str, list[np.ndarray]]:
@@ -109,9 +108,7 @@ def make_plan(
     # A base model, without a head, has hidden states alone.
     predicts = any(outline.shape(name) is not None for name in ("logits", "start_logits"))
     if not predicts and not hidden_states:
-        raise ValueError(
-            f"{outline.model_class} returns no logits, so there is nothing to cache but hidden_states=[...]."
-        )
+        raise ValueError(f"{outline.model_class} returns no logits: nothing to cache but hidden_states=[...].")
     head = find_head(teacher, teacher) if predicts else None
     count = None if head is None else _top_k(head, outline, top_k)
     for name in () if head is None else head.outputs:

@@ -35,7 +35,14 @@ def prepare_folder(folder: str | os.PathLike[str] | None, info: CacheInfo, accel
     place = default if folder is None else Path(folder)
     record = place / RECORD
     if record.exists():
-        _refuse_other_key(place, _recorded_key(record), info.key)
+        then, now = _recorded_key(record), info.key
+        differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if differ:
+            told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in differ)
+            raise ValueError(
+                f"{place} holds teacher outputs that were cached for something else: {told}. Give another folder, delete "
+                "this one, or leave folder out: then each such key has its own."
+            )
     elif any(place.glob("part-*.arrow")):
         raise ValueError(
             f"{place} holds shards of teacher outputs and no {RECORD} that says what they are of. Give another folder, or "
@@ -61,16 +68,6 @@ def _recorded_key(record: Path) -> dict[str, Any]:
             f"another folder, or delete {record.parent}."
         ) from error
     return key
-
-
-def _refuse_other_key(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differ = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if differ:
-        told = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in differ)
-        raise ValueError(
-            f"{folder} holds teacher outputs that were cached for something else: {told}. Give another folder, delete "
-            "this one, or leave folder out: then each such key has its own."
-        )
 
 
 def _shards(info: CacheInfo, place: Path) -> list[tuple[Path, int, int]]:
@@ -104,9 +101,8 @@ def write_shards(
                         bar.update(last - first)
         except KeyboardInterrupt:
             kept = sum(path.exists() for path, _, _ in own)
-            logger.warning(
-                f"Interrupted: {kept} of {len(own)} shards are kept in {place}; the same call goes on with them."
-            )
+            told = f"Interrupted: {kept} of {len(own)} shards are kept in {place}"
+            logger.warning(f"{told}; the same call goes on with them.")
             raise
     accelerator.wait_for_everyone()
 
@@ -148,7 +144,6 @@ def assemble(dataset: Any, info: CacheInfo, place: Path, accelerator: Accelerato
 
 
 def _check_shard(path: Path, schema: pa.Schema, rows: int) -> None:
-    """Refuses a shard that is damaged."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             table = reader.read_all()

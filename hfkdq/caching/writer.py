@@ -222,9 +222,7 @@ def _key(
     # A dataset made by a function that cannot be hashed has another fingerprint in every process.
     shared = broadcast_object_list([key])[0] if accelerator.num_processes > 1 else key
     if shared["rows"] != len(dataset):
-        raise ValueError(
-            f"This process has a dataset of {len(dataset)} rows, the main process one of {shared['rows']}."
-        )
+        raise ValueError(f"This process has a dataset of {len(dataset)} rows, the main one of {shared['rows']}.")
     return shared
 
 
@@ -258,9 +256,8 @@ class Source:
         labels = label_columns(teacher)
         self.collator, self.rows = collator, dataset
         self.columns = forward_columns(teacher) - set(labels)
-        used = (
-            self.columns | {TEACHER_PREFIX + name for name in self.columns} | {*labels, "label", "label_ids", "labels"}
-        )
+        teachers = {TEACHER_PREFIX + name for name in self.columns}
+        used = self.columns | teachers | {*labels, "label", "label_ids", "labels"}
         self._keep = used if remove_unused else None
         if remove_unused and dataset.format["type"] != "custom":
             kept = [name for name in dataset.column_names if name in used]
@@ -271,27 +268,22 @@ class Source:
                     "data_collator that does."
                 )
             self.rows = dataset.select_columns(kept)
-        _refuse_random(collator, self)
+        rows = min(len(self.rows), 8)
+        with torch.random.fork_rng(devices=[]):
+            once, again = (collator(self.features(0, rows)) for _ in range(2))
+        names = [name for name, value in once.items() if isinstance(value, torch.Tensor)]
+        same = all(once[name].shape == again[name].shape and torch.equal(once[name], again[name]) for name in names)
+        if getattr(collator, "mlm", False) or not same:
+            raise ValueError(
+                f"{type(collator).__name__} draws at random what a model reads, so the teacher would be asked about other inputs "
+                "than the student sees. Mask or augment the dataset once with map and use a collator that only pads, or train "
+                "with the teacher itself."
+            )
 
     def features(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Rows as the collator is given them."""
         rows = self.rows.__getitems__(list(range(start, stop)))
         keep = self._keep
         return rows if keep is None else [{k: v for k, v in row.items() if k in keep} for row in rows]
-
-
-def _refuse_random(collator: Any, source: Source) -> None:
-    rows = min(len(source.rows), 8)
-    with torch.random.fork_rng(devices=[]):
-        once, again = (source.collator(source.features(0, rows)) for _ in range(2))
-    names = [name for name, value in once.items() if isinstance(value, torch.Tensor)]
-    same = all(once[name].shape == again[name].shape and torch.equal(once[name], again[name]) for name in names)
-    if getattr(collator, "mlm", False) or not same:
-        raise ValueError(
-            f"{type(collator).__name__} draws at random what a model reads, so the teacher would be asked about other inputs "
-            "than the student sees. Mask or augment the dataset once with map and use a collator that only pads, or train "
-            "with the teacher itself."
-        )
 
 
 def formatted_as(whole: Any, dataset: Any, info: CacheInfo) -> Any:
@@ -303,9 +295,8 @@ def formatted_as(whole: Any, dataset: Any, info: CacheInfo) -> Any:
     if form["type"] is None and set(form["columns"]) == set(dataset.column_names):
         return whole
     columns = [*form["columns"], *info.columns]
-    return whole.with_format(
-        form["type"], columns=columns, output_all_columns=form["output_all_columns"], **form["format_kwargs"]
-    )
+    more = {"columns": columns, "output_all_columns": form["output_all_columns"], **form["format_kwargs"]}
+    return whole.with_format(form["type"], **more)
 
 
 class _BesideCached:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divergences between what a student and a teacher predict, one number per position.
-
-Pure functions of logits, computed in float32.
-"""
+"""Divergences between what a student and a teacher predict, one number per position. Pure functions of logits,
+computed in float32."""
 
 from __future__ import annotations
 
@@ -327,12 +325,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         student, *others = ctx.saved_tensors
         gradient = torch.empty_like(student)
-        parts = zip(
-            torch.split(gradient, ctx.rows),
-            torch.split(grads[0], ctx.rows),
-            _cut(ctx.rows, student, *others),
-            strict=True,
-        )
+        pieces = (torch.split(tensor, ctx.rows) for tensor in (gradient, grads[0]))
+        parts = zip(*pieces, _cut(ctx.rows, student, *others), strict=True)
         for place, grad, (rows, *rest) in parts:
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()

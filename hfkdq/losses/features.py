@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between the hidden states and attentions of a student and a teacher, one number per position, and their mean.
-
-Pure tensor functions, computed in float32.
-"""
+"""Distances between the hidden states and attentions of a student and a teacher, one number per position, and their
+mean. Pure tensor functions, computed in float32."""
 
 from __future__ import annotations
 
@@ -148,8 +146,6 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None, dim: int
     if mask is None:
         return values.mean(dim)
     if mask.shape != values.shape:
-        raise ValueError(
-            f"The mask of shape {tuple(mask.shape)} does not fit positions of shape {tuple(values.shape)}."
-        )
+        raise ValueError(f"A mask of shape {tuple(mask.shape)} does not fit positions of shape {tuple(values.shape)}.")
     mask = mask.to(device=values.device, dtype=torch.bool)
     return values.masked_fill(~mask, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between how a student and a teacher relate positions, or the examples of a batch, to one another.
-
-Pure tensor functions, computed in float32; a relation lies within one model, so widths may differ.
-"""
+"""Distances between how a student and a teacher relate positions, or the examples of a batch, to one another. Pure
+tensor functions, computed in float32; a relation lies within one model, so widths may differ."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ def relation_kl(
 
 
 def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> torch.Tensor:
-    parts = (
-        vectors.float().reshape(*vectors.shape[:2], heads, -1).transpose(1, 2)
-    )  # (batch, heads, seq, width / heads)
+    parts = vectors.float().reshape(*vectors.shape[:2], heads, -1).transpose(1, 2)  # (batch, heads, seq, width/head)
     scores = parts @ parts.mT / math.sqrt(parts.shape[-1])  # (batch, heads, seq, seq)
     # The smallest number instead of minus infinity: a padded position may have nothing to relate to.
     return F.log_softmax(scores.masked_fill(~related, torch.finfo(scores.dtype).min), dim=-1)

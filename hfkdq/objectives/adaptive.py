@@ -30,7 +30,6 @@ class AdaptiveWeight:
         check_rules(self)
 
     def __call__(self, progress: float) -> float:
-        """The present weight."""
         raise NotImplementedError
 
     def adapt(self, sums: list[float]) -> None:
@@ -40,7 +39,6 @@ class AdaptiveWeight:
         self._known = sums if known is None else [m * a + (1.0 - m) * b for a, b in zip(known, sums, strict=True)]
 
     def state(self) -> list[float] | None:
-        """The averages so far, for `load_state`."""
         return self._known
 
     def load_state(self, known: list[float] | None) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of attention probabilities.
-
-Needs eager attention, the only implementation that computes them; switches both models to it.
-"""
+"""Distillation of attention probabilities. Needs eager attention, the only implementation that computes them; switches
+both models to it."""
 
 from __future__ import annotations
 
@@ -34,8 +32,7 @@ class AttentionKD(LayerObjective):
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
             or `"skip"`. By default the layers that `make_student` copied, or uniform.
         distance (`str`, defaults to `"kl"`): `"kl"` or `"mse"`.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: an unknown distance; at `attach`, a layer out of range, a model that gives no attention

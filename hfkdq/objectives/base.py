@@ -160,7 +160,6 @@ class Objective:
         )
 
     def _keep(self, **found: Any) -> None:
-        """Sets fields that are no settings."""
         for name, value in found.items():
             object.__setattr__(self, name, value)
 

@@ -25,8 +25,7 @@ class BoxKD(Objective):
     as in Chang et al., "DETRDistill" (2022). For the classes of the same queries there is `LogitKD`.
 
     Args:
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: at `attach`, models that do not both detect objects of the same classes.

@@ -37,8 +37,7 @@ class ULD(Objective):
 
     Args:
         temperature (`float` or schedule, defaults to 1.0): `T`, larger than 0; probabilities are `softmax(logits / T)`.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: a temperature that is not larger than 0; at `attach`, a model that is no language model, or one that
@@ -105,9 +104,7 @@ class ULD(Objective):
     def _answers(self, batch: Batch) -> torch.Tensor:
         shifts = self._shifts_labels
         if "labels" not in batch and not shifts:
-            raise ValueError(
-                "ULD needs labels, which the decoders of student and teacher are to write; the batch has none."
-            )
+            raise ValueError("ULD needs labels, which the decoders of both models are to write; the batch has none.")
         mask = token_mask(batch, shifts)
         if mask is None:
             mask = token_mask({"attention_mask": torch.ones_like(batch["input_ids"])}, shifts)

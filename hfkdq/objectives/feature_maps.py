@@ -57,8 +57,6 @@ class FeatureMapKD(LayerObjective):
             )
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
-        values = [
-            activation_map_distance(step.student.hidden_states[s], step.teacher.hidden_states[t], self.power)
-            for s, t in self._pairs
-        ]
+        pairs = ((step.student.hidden_states[s], step.teacher.hidden_states[t]) for s, t in self._pairs)
+        values = [activation_map_distance(*pair, self.power) for pair in pairs]
         return torch.stack(values).mean()

@@ -74,7 +74,6 @@ class Head:
         return None
 
     def positions(self, batch: Batch) -> Positions:
-        """Number of positions that the mean is taken over."""
         return valid_count(batch, self.mask(batch))
 
 
@@ -225,9 +224,8 @@ class EmbeddingHead(Head):
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
         vectors = (normalize(out[self.outputs[0]].float(), dim=-1) for out in (student_out, teacher_out))
         student, teacher = (x @ x.T / 0.07 for x in vectors)
-        return [
-            Prediction(student, teacher, valid_classes=~torch.eye(len(student), dtype=torch.bool).to(student.device))
-        ]
+        others = ~torch.eye(len(student), dtype=torch.bool).to(student.device)
+        return [Prediction(student, teacher, valid_classes=others)]
 
 
 class PairHead(Head):
@@ -308,10 +306,8 @@ def matched_queries(
     """
     from scipy.optimize import linear_sum_assignment
 
-    probabilities = [
-        (out.logits.float().softmax(-1) if exclusive else out.logits.float().sigmoid())
-        for out in (student_out, teacher_out)
-    ]
+    both = [out.logits.float() for out in (student_out, teacher_out)]
+    probabilities = [logits.softmax(-1) if exclusive else logits.sigmoid() for logits in both]
     boxes = [out.pred_boxes.float() for out in (student_out, teacher_out)]
     objects = object_probabilities(teacher_out.logits, exclusive)
     own, theirs = [], []

@@ -57,8 +57,7 @@ class LogitKD(Objective):
         common_ids (`bool`, defaults to `False`): of two vocabularies of one tokenizer, padded to different sizes, compare the
             ids that both have, as if there were no others.
         per (`str`, defaults to `"token"`): mean over all positions alike, or over those of each `"sample"` first.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: an unknown divergence, a temperature that is not larger than 0; at `attach`, heads, classes or
@@ -148,7 +147,6 @@ class LogitKD(Objective):
         return torch.stack([self._values(p, temperature) for p in predictions]).mean(0), predictions[0].mask
 
     def predictions(self, step: TrainingStep) -> list[Prediction]:
-        """The predictions of both models, as their head has them."""
         found = self._head.predictions(step.student, step.teacher, step.batch)
         return [_narrowed(p) for p in found] if self.common_ids else found
 
@@ -201,7 +199,6 @@ def _narrowed(p: Prediction) -> Prediction:
 
 
 def _rows(tensor: Any, axes: int) -> Any:
-    """One row per position."""
     if tensor is None:
         return None
     if isinstance(tensor, TopLogits):

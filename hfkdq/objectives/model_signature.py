@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes of the outputs of a model, found by running it once.
-
-Its Python signature does not tell: Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention
-implementations silently return nothing.
-"""
+"""Names and shapes of the outputs of a model, found by running it once. Its Python signature does not tell:
+Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention implementations silently return
+nothing."""
 
 from __future__ import annotations
 
@@ -71,9 +69,7 @@ class ModelSignature:
         they were not written down."""
         if "hidden_states" not in self._shapes and self._model is not None:
             is_asked = takes(self._model, "output_hidden_states")
-            states = (
-                getattr(probe(self._model, output_hidden_states=True), "hidden_states", None) if is_asked else None
-            )
+            states = getattr(probe(self._model, output_hidden_states=True), "hidden_states", None) if is_asked else ()
             self._shapes["hidden_states"] = [tuple(state.shape) for state in states or ()]
         states = self._shapes.get("hidden_states")
         if not states:

@@ -92,9 +92,8 @@ class CRD(SampleObjective):
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         excluded = _same_class(step.batch) if self.exclude_same_class else None
-        values = [
-            info_nce(ours, theirs, self.temperature, excluded) for ours, theirs in self.represented(step, self._places)
-        ]
+        pairs = self.represented(step, self._places)
+        values = [info_nce(ours, theirs, self.temperature, excluded) for ours, theirs in pairs]
         return torch.stack(values).mean()
 
 
@@ -135,8 +134,7 @@ class VID(LayerObjective):
     Args:
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
             `"uniform"`, `"last"` or `"skip"`. By default the layers that `make_student` copied, or uniform.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: at `attach`, a layer out of range, models that return no hidden states or feature maps instead, or

@@ -42,8 +42,7 @@ class OnPolicyKD(Objective):
             of a batch.
         max_new_tokens (`int`, defaults to 64): the length of an answer, in tokens, at most.
         sampling_temperature (`float`, defaults to 1.0): the student's logits are divided by it for sampling.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: a fraction outside of [0, 1], another number that is not larger than 0, or an `objective` with a weight
@@ -106,9 +105,8 @@ class OnPolicyKD(Objective):
         if fraction <= 0.0 or float(torch.rand((), device="cpu")) >= fraction:
             return step
         model = passes.model
-        written = (self._translated if base_of(model).config.is_encoder_decoder else self._continued)(
-            model, step.batch
-        )
+        write = self._translated if base_of(model).config.is_encoder_decoder else self._continued
+        written = write(model, step.batch)
         return replace(step, batch=written, student=passes.student(written), teacher=passes.teacher(written))
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
@@ -127,7 +125,6 @@ class OnPolicyKD(Objective):
         return dict(zip(("input_ids", "labels", "attention_mask"), (x[:, :longest] for x in found), strict=True))
 
     def _translated(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-        """Inputs of the encoder, and answers of the decoder."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         texts, kept = self._sampled(model, ids, mask, prompt_length=1)

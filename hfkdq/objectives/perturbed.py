@@ -39,7 +39,6 @@ class ExtraForwardPasses(Objective):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The outputs that are compared."""
         return self.objective.needs
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
@@ -76,8 +75,7 @@ class NoisyKD(ExtraForwardPasses):
         probability (`float`, defaults to 0.1): with which a token is replaced.
         token_id (`int`, *optional*): what it is replaced by, such as `tokenizer.mask_token_id`; by default a token drawn
             from the vocabulary.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: noise that is none, or an objective it cannot be given to; at `attach`, tokens to be replaced of a
@@ -159,8 +157,7 @@ class AdversarialKD(ExtraForwardPasses):
         steps (`int`, defaults to 1): gradient steps.
         step_size (`float`, *optional*): length of one, in the same unit; by default `epsilon` for one step,
             `1.5 * epsilon / steps` else.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: settings out of range, or an objective it cannot be given to; at `attach`, input embeddings of
@@ -190,13 +187,9 @@ class AdversarialKD(ExtraForwardPasses):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         if isinstance(teacher, ModelSignature) or teacher is None:
-            raise ValueError(
-                "AdversarialKD asks the teacher about changed inputs, so it needs the teacher, not its cache."
-            )
+            raise ValueError("AdversarialKD asks about changed inputs, so it needs the teacher, not its cache.")
         if base_of(student).main_input_name != base_of(teacher).main_input_name:
-            raise ValueError(
-                "AdversarialKD changes one input for both models, but student and teacher read different ones."
-            )
+            raise ValueError("AdversarialKD changes one input for both models, which read different ones.")
         if base_of(student).main_input_name == "input_ids":
             widths = [base_of(model).get_input_embeddings().weight.shape[1] for model in (student, teacher)]
             if widths[0] != widths[1]:
@@ -208,9 +201,7 @@ class AdversarialKD(ExtraForwardPasses):
     def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         batch = step.batch
         if TEACHER_PREFIX + base_of(passes.model).main_input_name in batch:
-            raise ValueError(
-                "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
-            )
+            raise ValueError("AdversarialKD changes one input for both models; the batch brings the teacher its own.")
         target = passes.teacher(batch, self.needs, self._read(1))
         step_size = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
         lengths: list[torch.Tensor] = []
@@ -264,9 +255,7 @@ class _Change:
 
     def __init__(self, made: Any, requires_grad: bool = False) -> None:
         self._made, self._requires_grad = made, requires_grad
-        self.deltas: list[torch.Tensor] = (
-            [] if callable(made) else [delta.requires_grad_(requires_grad) for delta in made]
-        )
+        self.deltas: list[torch.Tensor] = [] if callable(made) else [d.requires_grad_(requires_grad) for d in made]
 
     def _next(self, values: torch.Tensor) -> torch.Tensor:
         if callable(self._made):

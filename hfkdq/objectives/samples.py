@@ -50,10 +50,8 @@ class SampleObjective(LayerObjective):
         mask, teacher_mask = self.state_mask(step.batch), self._teacher_mask(step.batch)
         for s, t in self._pairs:
             place = (places or {}).get(s, s)
-            yield (
-                mean_state(step.student.hidden_states[place], mask),
-                mean_state(step.teacher.hidden_states[t], teacher_mask),
-            )
+            ours, theirs = step.student.hidden_states[place], step.teacher.hidden_states[t]
+            yield mean_state(ours, mask), mean_state(theirs, teacher_mask)
 
     def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
         """The mask of the teacher's positions: it may read another text, or make other frames of the audio."""
@@ -79,8 +77,7 @@ class RKD(SampleObjective):
         angle (`float`, defaults to 50.0): factor of the angles, of which there are none below 3 examples.
         layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
             `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: a negative factor, or none that is larger than 0; at `attach`, a layer out of range or models that

@@ -49,10 +49,6 @@ class ImportanceStatistics:
     def needs_activations(self) -> bool:
         return self.spec.criterion == "activation" or self.spec.cut == "mean"
 
-    def forget(self) -> None:
-        self.tensors.clear()
-        self.not_finite.clear()
-
     def tensors_by_name(self) -> dict[str, Tensor]:
         return {f"evidence.{name}": tensor for name, tensor in self.tensors.items()}
 
@@ -114,7 +110,6 @@ class ImportanceStatistics:
             self._add(f"{i}.gradient", -value if self.spec.criterion == "movement" else value.abs())
 
     def watch(self) -> None:
-        """Begins to look at activations, with hooks."""
         if self._handles:
             return
         for i, target in enumerate(self.targets):
@@ -126,7 +121,6 @@ class ImportanceStatistics:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(i, name, module)))
 
     def unwatch(self) -> None:
-        """Takes the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -172,7 +166,6 @@ class ImportanceStatistics:
         return hook
 
     def is_complete(self) -> bool:
-        """Whether every target has the statistics that criterion and means need."""
         return not self.missing()
 
     def missing(self) -> dict[str, str]:

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import AUXILIARY, NOTABLE, left_of, read_facts, record_fact, refresh_facts
+from ..facts import NOTABLE, left_of, read_facts, record_fact, refresh_facts, told_left
 from ..modeling import (
     Probe,
     differing,
@@ -33,7 +33,7 @@ from .masks import Masks
 from .progress import UNFINISHED
 from .removal import described_config, remove_layers_, remove_units_
 from .sharing import restore_sharing_
-from .targets import WEIGHTED, PruningTarget, WeightTarget, find_targets
+from .targets import WEIGHTED, PruningTarget, WeightTarget, find_targets, is_zero
 
 
 def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
@@ -80,22 +80,20 @@ def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
     """Removes the pruned units from the model, for good, and records it."""
     spec, targets = masks.spec, masks.targets
     left = left_unpruned(model, spec, targets)
-    told = {"left_unpruned": describe_left(model, left)} if left else {}
+    told = {"left_unpruned": left_of(left, count_parameters(model))} if left else {}
     reached = share_reached(targets, left)
     units = sum(target.units for target in targets)
     masks.apply_()
     gone = sum(masks.counts())
     if isinstance(targets[0], WeightTarget):
-        zeros = [target.reduce(lambda part: part.values.detach().abs()) == 0 for target in targets]
-        gone = sum(int(entries.sum()) for entries in zeros)
+        gone = sum(int(is_zero(target).sum()) for target in targets)
     masks.lift_()
     if spec.removes and gone:
         if spec.structure == "layer":
             remove_layers_(model, targets, masks.pruned)
         else:
-            config, _ = described_config(
-                model, spec, targets, [t.units - c for t, c in zip(targets, masks.counts(), strict=True)]
-            )
+            kept = [t.units - c for t, c in zip(targets, masks.counts(), strict=True)]
+            config, _ = described_config(model, spec, targets, kept)
             counts = remove_units_(model, targets, masks.pruned)
             facts = read_facts(model)
             for name, value in vars(config).items():
@@ -149,11 +147,12 @@ def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[P
     if not units:  # what is excluded is meant to stay
         known |= {id(module.weight) for module in model.modules() if isinstance(module, WEIGHTED)}
     found: dict[str, int] = {}
-    for name, values in _weights(model).items():
-        if name.startswith(layers) and id(values) not in known:
+    for name, values in model.state_dict(keep_vars=True).items():
+        is_weight = isinstance(values, torch.nn.Parameter) and values.dim() > 1 and values.is_floating_point()
+        if is_weight and name.startswith(layers) and id(values) not in known:
             owner = name.rpartition(".")[0]
             found[owner] = found.get(owner, 0) + values.numel()
-    return found if _share(model, found) > NOTABLE else {}
+    return found if left_of(found, count_parameters(model))["share"] > NOTABLE else {}
 
 
 def share_reached(targets: Sequence[PruningTarget], left: dict[str, int]) -> float:
@@ -163,44 +162,16 @@ def share_reached(targets: Sequence[PruningTarget], left: dict[str, int]) -> flo
     return sum(reached.values()) / max(1, sum(reached.values()) + sum(left.values()))
 
 
-def describe_left(model: PreTrainedModel, left: dict[str, int]) -> dict[str, Any]:
-    """`{"share": of all parameters, "modules": the largest eight by name}`, JSON-ready."""
-    return left_of(left, _size(model))
-
-
 def tell_left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> None:
     """Warns where there is such a part."""
     left = left_unpruned(model, spec, targets)
-    if not left:
-        return
-    largest = sorted(left, key=left.__getitem__, reverse=True)
-    told = ", ".join(f"{name} ({type(model.get_submodule(name)).__name__}, {left[name]:,})" for name in largest[:4])
-    logger.warning(
-        f"structure={spec.structure!r} leaves {_share(model, left):.0%} of the parameters of {type(model).__name__} as they are, "
-        f"as it does not know their modules: {told}{f' and {len(largest) - 4} more' if len(largest) > 4 else ''}. "
-        "achieved_sparsity counts them. Name what is to be pruned in target_modules if that is meant."
-    )
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    saved = model.state_dict(keep_vars=True)
-    return {
-        name: values
-        for name, values in saved.items()
-        if isinstance(values, torch.nn.Parameter)
-        and values.dim() > 1
-        and values.is_floating_point()
-        and not name.startswith(AUXILIARY)
-    }
-
-
-def _share(model: PreTrainedModel, left: dict[str, int]) -> float:
-    return float(left_of(left, _size(model))["share"])
-
-
-def _size(model: PreTrainedModel) -> int:
-    saved = model.state_dict().keys()
-    return sum(values.numel() for name, values in model.named_parameters() if name in saved)
+    if left:
+        share = left_of(left, count_parameters(model))["share"]
+        logger.warning(
+            f"structure={spec.structure!r} leaves {share:.0%} of the parameters of {type(model).__name__} as they are, "
+            f"as it does not know their modules: {told_left(left, dict(model.named_modules()))}. "
+            "achieved_sparsity counts them. Name what is to be pruned in target_modules if that is meant."
+        )
 
 
 def load_pruned(path: str, model: nn.Module | type[PreTrainedModel] | None = None, **kwargs: Any) -> PreTrainedModel:

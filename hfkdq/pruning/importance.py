@@ -50,11 +50,15 @@ def collect_importance_(
                         model(**batch)
                     continue
                 with torch.enable_grad():
-                    loss = (
-                        _sampled_label_loss(model, teacher, batch, generator)
-                        if samples_labels
-                        else _loss(model, importance, batch)
-                    )
+                    if samples_labels:
+                        loss = _sampled_label_loss(model, teacher, batch, generator)
+                    else:
+                        loss = getattr(model(**batch), "loss", None)
+                        if loss is None:
+                            raise ValueError(
+                                f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
+                                f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
+                            )
                     found = _gradients(loss, list(trained.values()))
                 importance.observe_gradients(dict(zip(trained, found, strict=True)))
     finally:
@@ -89,16 +93,6 @@ def _check_collected(importance: ImportanceStatistics) -> None:
         )
 
 
-def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any]) -> Tensor:
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
-            f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
-        )
-    return loss
-
-
 def _sampled_label_loss(
     model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], generator: torch.Generator
 ) -> Tensor:
@@ -114,9 +108,8 @@ def _sampled_label_loss(
         if said is None or target is None:
             continue
         if said.shape != target.shape:
-            raise ValueError(
-                f"The teacher's {name} are of shape {tuple(target.shape)}, the model's {tuple(said.shape)}."
-            )
+            shapes = tuple(target.shape), tuple(said.shape)
+            raise ValueError(f"The teacher's {name} are of shape {shapes[0]}, the model's {shapes[1]}.")
         said, target = said.float(), target.detach().float()
         losses = _losses_to_sampled(model, name, said, target, generator)
         total = masked_mean(losses, output_mask(model, batch, losses.shape)) + (0.0 if total is None else total)
@@ -128,9 +121,7 @@ def _sampled_label_loss(
     return total
 
 
-def _losses_to_sampled(
-    model: PreTrainedModel, name: str, said: Tensor, target: Tensor, generator: torch.Generator
-) -> Tensor:
+def _losses_to_sampled(model: Any, name: str, said: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
     """One loss per position: to a class, to yes or no for every class, or to numbers."""
     problem = getattr(model.config, "problem_type", None) if name == "logits" else None
     if not bool(target.isfinite().logical_or(target == -torch.inf).all()):

@@ -18,13 +18,11 @@ class MaskedNorm:
     pruned: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The norm of `hidden_states`, `(..., h)`."""
         kept = ~self.pruned
         if isinstance(self, nn.LayerNorm):
             bias = None if self.bias is None else self.bias[kept]
-            values = nn.functional.layer_norm(
-                hidden_states[..., kept], (int(kept.sum()),), self.weight[kept], bias, self.eps
-            )
+            states = hidden_states[..., kept]
+            values = nn.functional.layer_norm(states, states.shape[-1:], self.weight[kept], bias, self.eps)
             out = values.new_zeros(hidden_states.shape)
             return out.masked_scatter(kept.expand_as(out), values)
         scale = (len(kept) / kept.sum()) ** 0.5

@@ -115,9 +115,7 @@ def targets_of(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]
     try:
         return find_targets(model, spec)
     except NoStructure as error:
-        found = [
-            structure for structure in STRUCTURES if structure != spec.structure and _fits(model, spec, structure)
-        ]
+        found = [other for other in STRUCTURES if other != spec.structure and _fits(model, spec, other)]
         found.append("weight")
         names = " or ".join(f"structure={structure!r}" for structure in found)
         raise ValueError(f"{error} What fits this model: {names}.") from error

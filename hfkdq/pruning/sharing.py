@@ -69,7 +69,15 @@ def share_layers(
 
         ```
     """
-    _check_shareable(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"share_layers needs a Transformers PreTrainedModel, got {type(model).__name__}.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("The model has adapters, which belong to single layers. Merge them first, then share layers.")
+    if "quantization" in read_facts(model):
+        raise ValueError(
+            "The model carries fake quantizers, whose scales were found for the weights before sharing. Call "
+            "share_layers first and make the QATCallback or call quantize afterwards."
+        )
     layers = _only_stack(model)
     chosen = _checked_groups(groups, len(layers))
     if init not in ("first", "mean"):
@@ -133,18 +141,6 @@ def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _check_shareable(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"share_layers needs a Transformers PreTrainedModel, got {type(model).__name__}.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("The model has adapters, which belong to single layers. Merge them first, then share layers.")
-    if "quantization" in read_facts(model):
-        raise ValueError(
-            "The model carries fake quantizers, whose scales were found for the weights before sharing. Call "
-            "share_layers first and make the QATCallback or call quantize afterwards."
-        )
-
-
 def _only_stack(model: PreTrainedModel) -> nn.ModuleList:
     stacks = find_layer_stacks(model)
     if len(stacks) > 1:
@@ -156,7 +152,6 @@ def _only_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _checked_groups(groups: int | Sequence[Sequence[int]] | None, total: int) -> list[list[int]]:
-    """Groups as lists of numbers, if they are such."""
     count = 1 if groups is None else groups
     if isinstance(count, int):
         if isinstance(count, bool) or not 1 <= count <= total:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,6 @@ class ActivationQuantizer(Stateless):
 
     @property
     def grid(self) -> Grid:
-        """The grid that ranges are searched on."""
         bits = self.scheme.activation_bits or 0
         return Grid(bits, self.scheme.activation_symmetric, self.scheme.activation_mapping, self.scheme.power)
 
@@ -223,7 +223,6 @@ class PACTQuantizer(ActivationQuantizer):
         self.register_buffer("signed", signed, persistent=False)
 
     def _steps(self) -> Tensor:
-        """Steps of the grid between 0 and alpha."""
         return torch.where(self.signed > 0, float(self.middle - 1), float(self.maximum_code))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
@@ -259,9 +258,7 @@ class PACTQuantizer(ActivationQuantizer):
             return straight_through(values.float().clamp(lowest, self.alpha), quantized).to(values.dtype)
 
 
-def make_activation_quantizer(
-    scheme: QuantizationScheme, device: torch.device | None = None
-) -> ActivationQuantizer | None:
+def make_activation_quantizer(scheme: QuantizationScheme, device: Any = None) -> ActivationQuantizer | None:
     """The quantizer that `scheme` asks for at the input of a module, `None` for weight-only schemes."""
     if scheme.activation_bits is None:
         return None

@@ -93,15 +93,12 @@ class BitAllocation:
         for name, found in self.sensitivity.items():
             chosen = self.bits[name]
             cells = [f"{found[width]:.1e}" if width in found else "" for width in widths]
-            cells = [
-                f"[bold]{cell}[/]" if width == chosen else cell for width, cell in zip(widths, cells, strict=True)
-            ]
+            cells = [f"[bold]{c}[/]" if width == chosen else c for width, c in zip(widths, cells, strict=True)]
             table.add_row(shorter[name], *cells, f"[bold]{chosen}[/]", f"{self.sizes[name][chosen]:,}")
         table.add_section()
         uniform = [self.uniform(width) for width in widths]
-        table.add_row(
-            "all, predicted", *(f"{moved:.1e}" for _, moved in uniform), f"[bold]{self.predicted:.1e}[/]", ""
-        )
+        moved = [f"{change:.1e}" for _, change in uniform]
+        table.add_row("all, predicted", *moved, f"[bold]{self.predicted:.1e}[/]", "")
         table.add_row("all, bytes", *(f"{size:,}" for size, _ in uniform), f"[bold]{self.bytes:,}[/]", "")
         share = [f"{100 * size / self.float_bytes:.1f} %" for size in (*(size for size, _ in uniform), self.bytes)]
         table.add_row("share of float32", *share[:-1], f"[bold]{share[-1]}[/]", "")
@@ -248,16 +245,14 @@ def _draw_sensitivities(axis: Any, allocation: BitAllocation) -> None:
         picked = [point for point in points if chosen[point[1]] == width]
         color = _COLORS[width]
         axis.scatter(*_columns(points), s=11, facecolor="white", edgecolor=color, linewidth=0.9, zorder=2)
-        axis.scatter(
-            *_columns(picked), s=34, color=color, zorder=3, label=f"{width} bits: {len(picked)} of {len(found)}"
-        )
+        label = f"{width} bits: {len(picked)} of {len(found)}"
+        axis.scatter(*_columns(picked), s=34, color=color, zorder=3, label=label)
     axis.set_title(f"{allocation.measure}, this module alone quantized; filled: chosen", **_LABEL)
     if any(value < floor for row in found for value in row.values()):
         axis.set_xlabel("The left end stands for all that is less.", loc="left", fontsize=7, color=_FAINT)
 
 
 def _draw_sizes(axis: Any, allocation: BitAllocation) -> None:
-    """A bar for the bytes at the chosen bits, from 0."""
     widths = [allocation.bits[name] for name in allocation.sizes]
     sizes = [allocation.sizes[name][width] / 1e3 for name, width in zip(allocation.sizes, widths, strict=True)]
     axis.barh(range(len(sizes)), sizes, height=0.6, color=[_COLORS[width] for width in widths])

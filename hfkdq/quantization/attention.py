@@ -41,7 +41,6 @@ class AttentionQuantizer(Stateless):
         return {**vars(self), "_modes": []}
 
     def quantize(self, name: str, values: Tensor) -> Tensor:
-        """`values` as the operand `name` on its grid."""
         quantized: Tensor = self.operands[name](values)
         return quantized
 
@@ -156,10 +155,8 @@ def swap_attention_in_(module: nn.Module, spec: QuantizationSpec) -> None:
     device = next(module.parameters()).device
     quantizer = AttentionQuantizer(spec, device)
     module.attention_quantizer = quantizer
-    quantizer.handles = [
-        module.register_forward_pre_hook(_enter),
-        module.register_forward_hook(_leave, always_call=True),
-    ]
+    after = module.register_forward_hook(_leave, always_call=True)
+    quantizer.handles = [module.register_forward_pre_hook(_enter), after]
     quantizer.train(module.training)
 
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.training_args import TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling.own_modules import as_pretrained_
@@ -92,13 +92,7 @@ class QATCallback(TrainerCallback, ExportableState):
         quantized_share: float = 1.0,
         learning_rate_factor: float = 1.0,
     ) -> None:
-        if isinstance(spec, dict):
-            spec = QuantizationSpec.from_dict(spec)
-        if not isinstance(spec, QuantizationSpec):
-            raise TypeError(
-                f"QATCallback takes a QuantizationSpec, got {type(spec).__name__}: QATCallback(QuantizationSpec())."
-            )
-        self.spec = spec
+        self.spec = spec = QuantizationSpec.given(spec, "QATCallback")
         self.strict_resume = strict_resume
         self.schedule = QATSchedule(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
         self.fold_batch_norm = fold_batch_norm
@@ -109,15 +103,13 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that is the callback's: its settings, and the state of the quantizers."""
-        schedule = {**self.schedule.to_dict(), "fold_batch_norm": self.fold_batch_norm}
+        schedule = {**asdict(self.schedule), "fold_batch_norm": self.fold_batch_norm}
         return {
             "args": {"spec": self.spec.to_dict(), **schedule, "learning_rate_factor": self.scaling.factor},
             "attributes": self._present() if self._states is None else self._states,
         }
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if model is None:
             return
         if self.fold_batch_norm and quantized_spec(as_pretrained_(model)) is None:
@@ -125,9 +117,7 @@ class QATCallback(TrainerCallback, ExportableState):
         prepare_qat_(model, self.spec)
         self.schedule.at(0.0).apply_(model)
 
-    def on_train_begin(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         late = quantized_spec(as_pretrained_(model)) is None
         prepare_qat_(model, self.spec)
         if late and learned_parameters(model):
@@ -142,18 +132,14 @@ class QATCallback(TrainerCallback, ExportableState):
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
         self._model = model
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._share(model, args)
 
-    def on_pre_optimizer_step(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         frozen = self.schedule.at(state.global_step / state.max_steps).frozen
         self.scaling.before_step(model, frozen)
 
-    def on_optimizer_step(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.scaling.after_step_()
         # The step being taken is not counted in global_step yet.
         before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
@@ -164,9 +150,7 @@ class QATCallback(TrainerCallback, ExportableState):
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._share(model, args)
 
-    def on_train_end(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
                 f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the bits "
@@ -189,9 +173,8 @@ class QATCallback(TrainerCallback, ExportableState):
         self._states = None
         record_ranges(model)
 
-    def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
-        """The `state` of this callback in the Trainer's state."""
-        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
+    def _saved_in(self, state: Any) -> dict[str, Any] | None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
         found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
         return found
 
@@ -205,21 +188,14 @@ class QATCallback(TrainerCallback, ExportableState):
         load_weight_states_(model, saved["attributes"].get("weights", {}))
         return True
 
-    def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
+    def _resume(self, state: Any, model: PreTrainedModel) -> None:
         saved = self._saved_in(state)
         if saved is None:
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
             return
         then, ranges = saved["args"]["spec"], saved["attributes"]["ranges"]
         weights = saved["attributes"].get("weights", {})
-        if QuantizationSpec.from_dict(then) != self.spec:
-            told = f"The checkpoint was trained with QuantizationSpec.from_dict({then}), not with {self.spec}."
-            if self.strict_resume:
-                raise ValueError(
-                    f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
-                    "a new training from the weights."
-                )
-            logger.warning(f"{told} Training goes on with the new one.")
+        if not self.spec.fits([then], self.strict_resume):
             own = activation_quantizers(model)
             ranges = {k: v for k, v in ranges.items() if k in own and v.keys() == set(own[k].state_names)}
             weights = {}
@@ -228,12 +204,10 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def _present(self) -> dict[str, Any]:
         model = self._model
-        return {
-            "ranges": {} if model is None else quantizer_states(model),
-            "weights": {} if model is None else weight_states(model),
-        }
+        both = (quantizer_states, weight_states)
+        return {key: {} if model is None else of(model) for key, of in zip(("ranges", "weights"), both, strict=True)}
 
-    def _share(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+    def _share(self, model: PreTrainedModel, args: Any) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shared = [quantizer_states(model)]

@@ -135,11 +135,8 @@ def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     modules = [(name, module) for name, module in plain_modules(model) if quantized_class(module)]
     targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
     lost = [f"target_modules: {p!r}" for p in unmatched(targets, [name for name, _ in modules])]
-    names = [
-        name
-        for name, module in plain_modules(model)
-        if is_quantizable(module) or (spec.attention and computes_attention(module))
-    ]
+    attends = computes_attention if spec.attention else lambda module: False
+    names = [name for name, module in plain_modules(model) if is_quantizable(module) or attends(module)]
     lost += [f"exclude_modules: {p!r}" for p in unmatched(spec.exclude_modules, names)]
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
     if lost:

@@ -67,9 +67,7 @@ def _restore_integers_(model: Any) -> list[str]:
     for name, module, wrapper in found:
         parent, _, key = name.rpartition(".")
         if wrapper is not None and "modules_to_save" in wrapper._modules:
-            raise ValueError(
-                f"{name} is trained as a whole (modules_to_save), which integers cannot be. Leave it out."
-            )
+            raise ValueError(f"{name} is trained whole (modules_to_save), which integers cannot be. Leave it out.")
         setattr(owners[parent], key, _in_floating_point(module, wrapper))
     return [name for name, _, _ in found]
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..facts import AUXILIARY, NOTABLE, left_of
+from ..facts import AUXILIARY, NOTABLE, left_of, told_left
 from ..modeling.forwards import base_of, body_of
 from ..schema import Name, brief, check
 from ..specs import QuantizationScheme, QuantizationSpec, module_matches, override_matches
@@ -134,7 +134,6 @@ def _meant(spec: QuantizationSpec, name: str, module: nn.Module, heads: set[int]
 
 
 def _eligible(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are quantized where a spec says so."""
 
     def is_free(module: nn.Module) -> bool:
         weight = weight_of(module)
@@ -151,9 +150,8 @@ def _schemes(model: nn.Module) -> dict[str, QuantizationScheme]:
 def _unquantized_attention(model: nn.Module) -> list[str]:
     """The modules of attention without quantizers for their products."""
     attention = {name: module for name, module in plain_modules(model) if computes_attention(module)}
-    return sorted(
-        n for n, m in attention.items() if not isinstance(m._modules.get("attention_quantizer"), AttentionQuantizer)
-    )
+    kinds = {name: module._modules.get("attention_quantizer") for name, module in attention.items()}
+    return sorted(name for name, own in kinds.items() if not isinstance(own, AttentionQuantizer))
 
 
 logger = logging.get_logger(__name__)
@@ -196,9 +194,7 @@ def describe_left(model: nn.Module) -> dict[str, Any]:
 
 
 def _size(model: nn.Module) -> int:
-    return max(
-        1, sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith(AUXILIARY))
-    )
+    return max(1, sum(p.numel() for name, p in model.named_parameters() if not name.startswith(AUXILIARY)))
 
 
 def tell_left_in_float(model: nn.Module, spec: QuantizationSpec) -> None:
@@ -207,11 +203,8 @@ def tell_left_in_float(model: nn.Module, spec: QuantizationSpec) -> None:
     share = sum(found.values()) / _size(model)
     if share <= NOTABLE:
         return
-    largest = sorted(found, key=found.__getitem__, reverse=True)
-    kinds = dict(plain_modules(model))
-    told = ", ".join(f"{name} ({type(kinds[name]).__name__}, {found[name]:,})" for name in largest[:4])
     logger.warning_once(  # type: ignore[attr-defined]
         f"{share:.0%} of the parameters of {type(model).__name__} stay in floating point, as hfkdq has no fake quantizers "
-        f"for their modules: {told}{f' and {len(largest) - 4} more' if len(largest) > 4 else ''}. Name them in "
+        f"for their modules: {told_left(found, dict(plain_modules(model)))}. Name them in "
         "exclude_modules if that is meant."
     )

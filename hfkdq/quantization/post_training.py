@@ -125,24 +125,19 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
             pass
         for quantizer in activation_quantizers(model).values():
             quantizer.eval()
-        _check_ranges(model)
+        try:
+            activation_ranges(model)
+        except RuntimeError as error:
+            raise ValueError(f"The model does not stay finite on the calibration data. {error}") from error
         if corrects:
             correct_biases_(model, lambda: _run(model, batches, "Correcting biases"))
 
 
 def _run(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[None]:
-    """Runs the model over all batches, a step for each."""
     for batch in on_device(model, batches, what):
         with torch.no_grad():
             model(**batch)
         yield
-
-
-def _check_ranges(model: PreTrainedModel) -> None:
-    try:
-        activation_ranges(model)
-    except RuntimeError as error:
-        raise ValueError(f"The model does not stay finite on the calibration data. {error}") from error
 
 
 def load_quantized(

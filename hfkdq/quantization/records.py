@@ -97,9 +97,7 @@ def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, A
     for name, entry in ranges.items():
         largest = quantizers[name].maximum_code
         if not (0 < entry["scale"] < math.inf and 0 <= entry["zero_point"] <= largest):
-            raise ValueError(
-                f"Not a range for {name}: {entry}. The scale must be positive, the zero point in 0 to {largest}."
-            )
+            raise ValueError(f"Not a range for {name}: {entry}. The scale is above 0, the zero point 0 to {largest}.")
     for name, entry in ranges.items():
         quantizers[name].set_range(entry["scale"], entry["zero_point"])
     record_ranges(model)
@@ -164,9 +162,7 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
 
 def weights_digest(model: nn.Module) -> dict[str, str] | None:
     """A hash of all weights, whatever their names, and their precisions; `None` where they are not all at hand."""
-    tensors = [
-        tensor for tensor in model.state_dict().values() if torch.is_tensor(tensor) and tensor.is_floating_point()
-    ]
+    tensors = [t for t in model.state_dict().values() if torch.is_tensor(t) and t.is_floating_point()]
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel() for tensor in tensors):
         return None
     rows: list[Any] = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors]
@@ -240,12 +236,10 @@ def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
     return fact
 
 
-def recorded_quantization(
-    model_or_config: PreTrainedModel | PretrainedConfig,
-) -> tuple[QuantizationSpec, dict[str, Any]] | None:
+def recorded_quantization(model: PreTrainedModel | PretrainedConfig) -> tuple[QuantizationSpec, dict[str, Any]] | None:
     """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record. Raises
     `ValueError`: the record is damaged."""
-    fact = read_facts(model_or_config).get(FACT)
+    fact = read_facts(model).get(FACT)
     if fact is None:
         return None
     missing = [name for name in ("spec", "ranges") if name not in fact]
@@ -264,12 +258,8 @@ def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
             raise ValueError(f"The record has weights of {bits} bits for {name}, which has none such. {_AGAIN}")
         set_weight_bits_(module, bits)
     recorded = record.get("weights", {})
-    lost = [
-        f"{name} ({kind})"
-        for name, entry in weight_states(model).items()
-        for kind in entry
-        if kind not in recorded.get(name, {})
-    ]
+    pairs = [(name, kind) for name, entry in weight_states(model).items() for kind in entry]
+    lost = [f"{name} ({kind})" for name, kind in pairs if kind not in recorded.get(name, {})]
     if lost:
         raise ValueError(f"The record lacks values of {len(lost)} weights, such as {', '.join(lost[:4])}. {_AGAIN}")
     load_weight_states_(model, recorded)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the scale and zero point with which a tensor is quantized, from its values.
-
-Pure functions of tensors; blocks of values that share a scale lie along the last axis.
-"""
+"""Finds the scale and zero point with which a tensor is quantized, from its values. Pure functions of tensors; blocks
+of values that share a scale lie along the last axis."""
 
 from __future__ import annotations
 

@@ -92,7 +92,12 @@ def suggest_bits(
     _check(as_pretrained_(model), bits, max_batches)
     choices = BitChoices.of(model, spec, bits)
     limit = choices.limit(budget)
-    sample = _sample(make_batches(model, data, batch_size, data_collator, processing_class), max_batches)
+    batches = make_batches(model, data, batch_size, data_collator, processing_class)
+    sample = list(islice(batches, max_batches))
+    for number, batch in enumerate(sample, start=1):
+        check_batch(batch, number)
+    if not sample:
+        raise ValueError("The data hold no batch, so nothing shows how far outputs move. Give at least one.")
     with evaluating(model):
         change = OutputChange(model, sample)
         sensitivity = _scan(choices, change)
@@ -125,17 +130,7 @@ def _check(model: PreTrainedModel, bits: Sequence[int], max_batches: int | None)
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches!r}.")
 
 
-def _sample(batches: Batches, count: int | None) -> list[Mapping[str, Any]]:
-    sample = list(islice(batches, count))
-    for number, batch in enumerate(sample, start=1):
-        check_batch(batch, number)
-    if not sample:
-        raise ValueError("The data hold no batch, so nothing shows how far outputs move. Give at least one.")
-    return sample
-
-
 def _scan(choices: BitChoices, change: OutputChange) -> dict[str, dict[int, float]]:
-    """The sensitivity of every group of modules at every number of bits."""
     found: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
     jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]
     for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="choice"):

@@ -126,11 +126,8 @@ class FrozenTeacher(Teacher):
         self._running.eval()
         try:
             with torch.no_grad(), self._autocast(), self._without_adapters():
-                output = as_output(
-                    self._running(
-                        **self._inputs(batch), **output_kwargs(needs, indices), **return_dict_kwargs(self._base)
-                    )
-                )
+                kwargs = {**output_kwargs(needs, indices), **return_dict_kwargs(self._base)}
+                output = as_output(self._running(**self._inputs(batch), **kwargs))
         finally:
             self._running.train(training and self._adapters_of is not None)
         for name, read in indices.items():
@@ -243,7 +240,6 @@ class AveragedTeacher(FrozenTeacher):
 
     @torch.no_grad()
     def update(self, student: Any, progress: float) -> None:
-        """Moves the average towards the student, after an optimizer step."""
         decay = value_at(self.decay, progress)
         parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
         for name, average in self.model.named_parameters():

@@ -169,6 +169,5 @@ def how_to_go_on(output_dir: str) -> str:
 
 
 def _checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
     steps = {path: path.name.split("-")[-1] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), reverse=True)

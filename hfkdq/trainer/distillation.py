@@ -129,7 +129,6 @@ class Distillation:
 
     @property
     def names(self) -> list[str]:
-        """The names under which the terms are logged."""
         return [term.name for term in self.terms]
 
     def install(self, student: Any, optimizer: Any = None) -> None:
@@ -149,7 +148,6 @@ class Distillation:
             optimizer.param_groups[0]["params"] += missing
 
     def remove(self, student: Any) -> None:
-        """Takes the auxiliary modules out of the student again."""
         for module in self._auxiliary:
             module.remove(student)
         for teacher in self.teachers.values():
@@ -192,7 +190,6 @@ class Distillation:
         record_fact(student, "distillation", fact)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The tensors of projections and teachers in a checkpoint."""
         maps = {} if self.projections is None or self.sharded else self.projections.maps.state_dict()
         states = {f"{n}/{key}": v.clone() for n, t in self.teachers.items() for key, v in t.state().items()}
         return {**maps, **states}

@@ -92,9 +92,8 @@ def check_finite(names: Sequence[str], values: Sequence[float], accelerator: Acc
 def check_gradient(norm: float | None, accelerator: Accelerator, step: int) -> None:
     """Raises `RuntimeError` where the norm of the gradient is not finite, except under fp16."""
     if norm is not None and not math.isfinite(norm) and accelerator.scaler is None:
-        raise RuntimeError(
-            f"The gradient was {norm} before step {step}, so the weights are of no use from there on. {_ADVICE}"
-        )
+        told = f"The gradient was {norm} before step {step}, so the weights are of no use from there on."
+        raise RuntimeError(f"{told} {_ADVICE}")
 
 
 def check_weights(model: Any) -> None:
@@ -103,6 +102,5 @@ def check_weights(model: Any) -> None:
     fine = torch.stack([weight.isfinite().all().cpu() for weight in trained.values()]).tolist()
     bad = [name for name, is_fine in zip(trained, fine, strict=True) if not is_fine]
     if bad:
-        raise RuntimeError(
-            f"After training {len(bad)} of {len(fine)} weights are not finite, such as {bad[0]}. {_ADVICE}"
-        )
+        told = f"After training {len(bad)} of {len(fine)} weights are not finite, such as {bad[0]}."
+        raise RuntimeError(f"{told} {_ADVICE}")

@@ -227,6 +227,8 @@ class DistillationMixin(_TrainerBase):
             return super().compute_loss(
                 model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
+        # Whether the loss is scaled for gradient accumulation already, so that `Trainer` does not divide it: so says 5.x.
+        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         loss, self._running_step.terms, output = MicroBatch(
             distillation=self._distillation,
             student=self.model,
@@ -237,7 +239,7 @@ class DistillationMixin(_TrainerBase):
             progress=self.state.global_step / max(self.state.max_steps, 1),
             accelerator=self.accelerator,
             task_loss=super().compute_loss,
-            loss_is_scaled=self._loss_is_scaled,
+            loss_is_scaled=self.compute_loss_func is not None if scaled is None else scaled,
             takes_items=self._running_step.takes_items,
             items=num_items_in_batch,
             skips_logits=bool(self.args.use_liger_kernel),
@@ -245,14 +247,6 @@ class DistillationMixin(_TrainerBase):
             window=self._window,
         ).loss(return_outputs)
         return (loss, output) if return_outputs else loss
-
-    @property
-    def _loss_is_scaled(self) -> bool:
-        """Whether the task loss is scaled for gradient accumulation already, so that `Trainer` does not divide it."""
-        told = (
-            self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
-        )  # from Transformers 5 on
-        return self.compute_loss_func is not None if told is None else told
 
     def _student_inputs(self, inputs: Any) -> Any:
         return inputs if self._distillation is None else self._distillation.student_inputs(self.model, inputs)

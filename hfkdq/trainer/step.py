@@ -131,7 +131,6 @@ class MicroBatch:
         return outputs
 
     def teacher_forward(self, name: str, batch: dict[str, Any], needs: frozenset[str], indices: Indices) -> Any:
-        """The output of a teacher for a batch."""
         teacher = self.distillation.teachers[name]
         if not teacher.learns:
             return teacher(batch, needs, indices, step=self.step + 1)
@@ -215,7 +214,6 @@ class MicroBatch:
         return loss * (1 if self.loss_is_scaled else self.accumulated), torch.stack(values).detach()
 
     def _mean(self, term: Term, step: TrainingStep) -> torch.Tensor:
-        """The term over this micro batch, in float32."""
         with torch.autocast(self.accelerator.device.type, enabled=False):
             mean = term.objective.loss(step)
         if not isinstance(mean, torch.Tensor):

@@ -92,11 +92,8 @@ class LossWeighting:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self._terms = terms
-        self._weights = {
-            i: term.objective.weight
-            for i, term in enumerate(terms)
-            if isinstance(term.objective.weight, AdaptiveWeight)
-        }
+        weights = {i: term.objective.weight for i, term in enumerate(terms)}
+        self._weights = {i: weight for i, weight in weights.items() if isinstance(weight, AdaptiveWeight)}
         self._sums: dict[int, torch.Tensor] = {}
         self._task: dict[int, int] = {}
         for i, weight in self._weights.items():
@@ -106,9 +103,8 @@ class LossWeighting:
                     "weight for LogitKD. Use ByGradientNorm or a schedule."
                 )
             if isinstance(weight, ByGradientNorm):
-                tasks = [
-                    j for j, t in enumerate(terms) if t.learner == terms[i].learner and "loss" in t.objective.needs
-                ]
+                learner = terms[i].learner
+                tasks = [j for j, t in enumerate(terms) if t.learner == learner and "loss" in t.objective.needs]
                 if not tasks or tasks[0] == i:
                     raise ValueError(
                         f"{terms[i].name}: ByGradientNorm balances a term against the task loss. Add TaskLoss() with a "
@@ -140,10 +136,8 @@ class LossWeighting:
         self._sums = {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold of the weights."""
         return {self._terms[i].name: weight.state() for i, weight in self._weights.items()}
 
     def load_state(self, known: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint."""
         for i, weight in self._weights.items():
             weight.load_state(known.get(self._terms[i].name))

@@ -139,7 +139,6 @@ class VocabularyRows:
 
 
 def _table_rows(model: PreTrainedModel) -> int:
-    """The number of rows of the model's table of tokens."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"Expected a Transformers PreTrainedModel, got {type(model).__name__}. Unwrap the model first; merge "
@@ -219,9 +218,7 @@ def renumbered_fields(fields: dict[str, Any], renumber: Callable[[int], int]) ->
         elif name == "sequence_bias":
             pairs = value.items() if isinstance(value, dict) else value
             new = [(renumbered(ids, renumber), bias) for ids, bias in pairs]
-            changed[name] = (
-                {tuple(ids): bias for ids, bias in new} if isinstance(value, dict) else list(map(list, new))
-            )
+            changed[name] = {tuple(k): bias for k, bias in new} if isinstance(value, dict) else list(map(list, new))
     return changed
 
 

@@ -60,9 +60,7 @@ class TokenizerVocabulary:
             alphabet = pre_tokenizers.ByteLevel.alphabet()
             tokens |= {form for character in alphabet for form in self._forms(character)}
         named = {holder[key] for holder, key in _id_slots(self.state, self.model)}
-        return {self.ids[token] for token in tokens if token in self.ids} | {
-            id_ for id_ in named if id_ in self.tokens
-        }
+        return {self.ids[token] for token in tokens if token in self.ids} | {i for i in named if i in self.tokens}
 
     def needed(self, id_: int) -> set[int]:
         """The ids without which token `id_` would not be found, or its characters be unknown in other words."""
@@ -184,9 +182,7 @@ def _id_slots(state: dict[str, Any], model: dict[str, Any]) -> Iterator[tuple[An
         elif kind in ("BertProcessing", "RobertaProcessing"):
             yield from ((processor[name], 1) for name in ("sep", "cls"))
         elif kind != "ByteLevel":
-            raise ValueError(
-                f"The tokenizer's post-processor {kind} is not known; use TemplateProcessing in its place."
-            )
+            raise ValueError(f"The tokenizer's post-processor {kind} is not known; use TemplateProcessing instead.")
 
 
 def _mentions_bytes(state: Any) -> bool:
