@@ -17,16 +17,16 @@ _WORDS |= {str: "a text", type(None): "None"}
 
 
 class Rule(NamedTuple):
-    """In `Annotated`: what the number of a setting must do, in words and as a test; a schedule at every point."""
+    """In `Annotated`: what is to be said of the number of a setting, in words and as a test; a schedule at every point."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
-POSITIVE = Rule("be larger than 0", lambda x: x > 0)
-NOT_NEGATIVE = Rule("not be negative", lambda x: not x < 0)
-COUNT = Rule("be a positive integer", lambda x: isinstance(x, int) and x > 0)
-SHARE = Rule("be in [0, 1]", lambda x: 0 <= x <= 1)
+POSITIVE = Rule("must be larger than 0", lambda x: x > 0)
+NOT_NEGATIVE = Rule("must not be negative", lambda x: not x < 0)
+COUNT = Rule("must be a positive integer", lambda x: isinstance(x, int) and x > 0)
+SHARE = Rule("must be in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 def value_at(value: float | Callable[[float], float], progress: float) -> float:
@@ -68,13 +68,13 @@ def check_rules(owner: Any) -> None:
         value: Any = getattr(owner, name, None)
         said = None
         if get_origin(hint) is Literal and value not in get_args(hint):
-            said = f"be {' or '.join(map(repr, get_args(hint)))}"
+            said = f"must be {' or '.join(map(repr, get_args(hint)))}"
         for rule in get_args(hint)[1:] if get_origin(hint) is Annotated and value is not None else ():
             bounds = extremes(value)
             if not all(map(rule.holds, bounds if callable(value) else (value,))):
                 said = rule.words
         if said is not None:
-            raise ValueError(f"{type(owner).__name__}: {name} must {said}, got {value!r}.")
+            raise ValueError(f"{type(owner).__name__}: {name} {said}, got {value!r}.")
 
 
 def check_fields(owner: Any) -> None:

@@ -13,20 +13,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .facts import record_fact
-from .modeling import (
-    CountedStack,
-    Probe,
-    bypass_,
-    config_with,
-    differing,
-    evenly_spaced_layers,
-    find_layer_stacks,
-    has_recorded_shapes,
-    load_checkpoint,
-    refit_,
-)
+from .modeling.bypass import bypass_
 from .modeling.examples import tried_on
+from .modeling.layers import CountedStack, evenly_spaced_layers, find_layer_stacks
 from .modeling.masks import Batch
+from .modeling.numbering import refit_
+from .modeling.probing import config_with
+from .modeling.proof import Probe, differing
+from .modeling.recorded_shapes import has_recorded_shapes, load_checkpoint
 from .schema import brief
 
 logger = logging.get_logger(__name__)

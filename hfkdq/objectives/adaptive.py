@@ -22,7 +22,7 @@ class AdaptiveWeight:
     """A weight that is measured in every optimizer step and used in the next, in the place of a schedule. Its state is
     in the checkpoints. `momentum`, in [0, 1), is the share of the former measurements that stays in a step."""
 
-    momentum: Annotated[float, Rule("be in [0, 1)", lambda x: 0 <= x < 1)] = field(default=0.9, kw_only=True)
+    momentum: Annotated[float, Rule("must be in [0, 1)", lambda x: 0 <= x < 1)] = field(default=0.9, kw_only=True)
     _known: list[float] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

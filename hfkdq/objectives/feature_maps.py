@@ -42,7 +42,7 @@ class FeatureMapKD(LayerObjective):
         ```
     """
 
-    power: Annotated[float, Rule("be at least 1", lambda x: x >= 1)] = 2.0
+    power: Annotated[float, Rule("must be at least 1", lambda x: x >= 1)] = 2.0
     positions = Objective.positions  # examples
 
     def _default_layers(self, student_layers: int, teacher_layers: int) -> str:

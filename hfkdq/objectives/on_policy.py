@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..fields import COUNT, POSITIVE, SHARE
+from ..fields import COUNT, POSITIVE, SHARE, Rule
 from ..modeling.forwards import base_of, evaluating
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size
 from ..schedules import Schedule
@@ -63,7 +63,7 @@ class OnPolicyKD(Objective):
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "fraction"})
 
     objective: LogitKD = field(default_factory=lambda: LogitKD(divergence="reverse_kl", temperature=1.0))
-    fraction: Annotated[float | Schedule, SHARE] = 1.0
+    fraction: Annotated[float | Schedule, Rule("is a probability, within [0, 1]", SHARE.holds)] = 1.0
     max_new_tokens: Annotated[int, COUNT] = 64
     sampling_temperature: Annotated[float, POSITIVE] = 1.0
     _inner: LogitKD = field(init=False, repr=False, compare=False)

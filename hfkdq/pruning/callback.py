@@ -283,7 +283,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             logger.warning("The checkpoint was saved without PruningCallback: only what is zero already is pruned.")
             return
         then = [entry["args"]["spec"] for entry in (saved if isinstance(saved, list) else [saved])]
-        self.spec.fits(then, self.strict_resume)
+        if told := self.spec.differs(then, self.strict_resume):
+            logger.warning(told)
 
 
 def _check_trained_by(optimizer: Optimizer, targets: Sequence[PruningTarget]) -> None:

@@ -14,18 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..facts import NOTABLE, left_of, read_facts, record_fact, refresh_facts, told_left
-from ..modeling import (
-    Probe,
-    differing,
-    find_heads,
-    find_layer_stacks,
-    find_neurons,
-    has_recorded_shapes,
-    load_checkpoint,
-    load_config,
-    record_shapes,
-)
+from ..modeling.checkpoints import load_config
+from ..modeling.heads import find_heads
+from ..modeling.layers import find_layer_stacks
+from ..modeling.neurons import find_neurons
 from ..modeling.own_modules import own_class
+from ..modeling.proof import Probe, differing
+from ..modeling.recorded_shapes import has_recorded_shapes, load_checkpoint, record_shapes
 from ..schema import brief
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics

@@ -53,12 +53,7 @@ def collect_importance_(
                     if samples_labels:
                         loss = _sampled_label_loss(model, teacher, batch, generator)
                     else:
-                        loss = getattr(model(**batch), "loss", None)
-                        if loss is None:
-                            raise ValueError(
-                                f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
-                                f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
-                            )
+                        loss = _loss(model, importance, batch)
                     found = _gradients(loss, list(trained.values()))
                 importance.observe_gradients(dict(zip(trained, found, strict=True)))
     finally:
@@ -70,6 +65,16 @@ def collect_importance_(
 def _gradients(loss: Tensor, parameters: list[Tensor]) -> Sequence[Tensor | None]:
     """The gradient of each parameter, or `None` where the loss does not depend on it; `.grad` is left alone."""
     return torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
+
+
+def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any]) -> Tensor:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
+            f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
+        )
+    return loss
 
 
 def _check_collected(importance: ImportanceStatistics) -> None:

@@ -11,24 +11,22 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact
-from ..modeling import (
+from ..modeling.bypass import bypass_
+from ..modeling.hidden_width import hidden_field
+from ..modeling.neurons import width_fields
+from ..modeling.numbering import refit_
+from ..modeling.probing import (
     Numbers,
     Shapes,
-    Slice,
     build_empty,
     build_model,
-    bypass_,
     config_with,
-    has_recorded_shapes,
-    hidden_field,
     numbers_of,
-    record_shapes,
-    refit_,
-    resize_,
     set_fields_,
     shapes_of,
-    width_fields,
 )
+from ..modeling.recorded_shapes import has_recorded_shapes, record_shapes
+from ..modeling.units import Slice, resize_
 from ..protocols import FollowsPruning
 from ..specs import PruningSpec
 from .targets import GroupTarget, LayerTarget, PruningTarget
@@ -218,8 +216,8 @@ def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pru
     if len(targets) == 1:  # so that layer maps follow the layers of the teacher that are left
         units = targets[0].units
         before = read_facts(model).get("student", {"teacher_layers": units, "layers": list(range(1, units + 1))})
-        layers = [before["layers"][place] for place in next(iter(kept_of.values()))]
-        record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": layers})
+        left = [before["layers"][place] for place in next(iter(kept_of.values()))]
+        record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": left})
 
 
 def _renumbered(name: str, kept_of: dict[str, list[int]]) -> str | None:

@@ -13,20 +13,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..facts import read_facts
-from ..modeling import (
-    CountedStack,
-    UnitGroup,
-    bypass_,
-    find_channels,
-    find_heads,
-    find_hidden,
-    find_layer_stacks,
-    find_neurons,
-    norms_of,
-)
+from ..modeling.bypass import bypass_
+from ..modeling.channels import find_channels
 from ..modeling.forwards import body_of
+from ..modeling.heads import find_heads
+from ..modeling.hidden_width import find_hidden, norms_of
+from ..modeling.layers import CountedStack, find_layer_stacks
+from ..modeling.neurons import find_neurons
 from ..modeling.own_modules import as_pretrained_
-from ..modeling.units import CONVOLUTIONS
+from ..modeling.units import CONVOLUTIONS, UnitGroup
 from ..specs import PruningSpec, module_matches, unmatched
 from .masked_norms import mask_norm_
 

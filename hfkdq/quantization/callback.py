@@ -14,19 +14,9 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationSpec
+from . import records
 from .batch_norm import fold_batch_norm_
 from .convert import prepare_qat_, strip_quantizers_
-from .records import (
-    activation_quantizers,
-    load_quantizer_states_,
-    load_weight_states_,
-    quantized_spec,
-    quantizer_states,
-    record_ranges,
-    recorded_quantization,
-    restore_record_,
-    weight_states,
-)
 from .schedule import BitSchedule, QATSchedule, UpdateScaling, learned_parameters
 
 logger = logging.get_logger(__name__)
@@ -112,13 +102,13 @@ class QATCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if model is None:
             return
-        if self.fold_batch_norm and quantized_spec(as_pretrained_(model)) is None:
+        if self.fold_batch_norm and records.quantized_spec(as_pretrained_(model)) is None:
             fold_batch_norm_(model)
         prepare_qat_(model, self.spec)
         self.schedule.at(0.0).apply_(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        late = quantized_spec(as_pretrained_(model)) is None
+        late = records.quantized_spec(as_pretrained_(model)) is None
         prepare_qat_(model, self.spec)
         if late and learned_parameters(model):
             strip_quantizers_(model)
@@ -160,9 +150,9 @@ class QATCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint)
             has_config = (path / CONFIG_NAME).is_file()
-            recorded = recorded_quantization(type(model.config).from_pretrained(path)) if has_config else None
+            recorded = records.recorded_quantization(type(model.config).from_pretrained(path)) if has_config else None
             if recorded is not None:
-                restore_record_(model, recorded[1])
+                records.restore_record_(model, recorded[1])
             # A checkpoint of adapters has no configuration.
             elif has_config or not self._load_state_of(path, model):
                 logger.warning(
@@ -171,7 +161,7 @@ class QATCallback(TrainerCallback, ExportableState):
                 )
         self._share(model, args)
         self._states = None
-        record_ranges(model)
+        records.record_ranges(model)
 
     def _saved_in(self, state: Any) -> dict[str, Any] | None:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -184,8 +174,8 @@ class QATCallback(TrainerCallback, ExportableState):
         saved = self._saved_in(TrainerState.load_from_json(str(file))) if file.is_file() else None
         if saved is None:
             return False
-        load_quantizer_states_(model, saved["attributes"]["ranges"])
-        load_weight_states_(model, saved["attributes"].get("weights", {}))
+        records.load_quantizer_states_(model, saved["attributes"]["ranges"])
+        records.load_weight_states_(model, saved["attributes"].get("weights", {}))
         return True
 
     def _resume(self, state: Any, model: PreTrainedModel) -> None:
@@ -195,26 +185,27 @@ class QATCallback(TrainerCallback, ExportableState):
             return
         then, ranges = saved["args"]["spec"], saved["attributes"]["ranges"]
         weights = saved["attributes"].get("weights", {})
-        if not self.spec.fits([then], self.strict_resume):
-            own = activation_quantizers(model)
+        if told := self.spec.differs([then], self.strict_resume):
+            logger.warning(told)
+            own = records.activation_quantizers(model)
             ranges = {k: v for k, v in ranges.items() if k in own and v.keys() == set(own[k].state_names)}
             weights = {}
-        load_quantizer_states_(model, ranges)
-        load_weight_states_(model, weights)
+        records.load_quantizer_states_(model, ranges)
+        records.load_weight_states_(model, weights)
 
     def _present(self) -> dict[str, Any]:
         model = self._model
-        both = (quantizer_states, weight_states)
+        both = (records.quantizer_states, records.weight_states)
         return {key: {} if model is None else of(model) for key, of in zip(("ranges", "weights"), both, strict=True)}
 
     def _share(self, model: PreTrainedModel, args: Any) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            shared = [quantizer_states(model)]
+            shared = [records.quantizer_states(model)]
             dist.broadcast_object_list(shared)
-            load_quantizer_states_(model, shared[0])
+            records.load_quantizer_states_(model, shared[0])
         # What is saved between two micro batches goes on from the step before, so it must not have seen the first of them.
         steps_are_cut = args.gradient_accumulation_steps > 1
         if steps_are_cut:
             self._states = self._present()
-        record_ranges(model, live=not steps_are_cut, digest=False)
+        records.record_ranges(model, live=not steps_are_cut, digest=False)

@@ -18,20 +18,11 @@ from ..modeling.batches import Batches, make_batches, on_device
 from ..modeling.forwards import evaluating
 from ..modeling.own_modules import as_pretrained_, own_class
 from ..specs import QuantizationSpec
+from . import records
 from .convert import prepare_qat_, strip_quantizers_
 from .layers import QuantizedConv1D, QuantizedEmbedding, QuantizedLinear
 from .naming import quantized_modules, spec_of_former
 from .quantized_module import QuantizedModule
-from .records import (
-    activation_quantizers,
-    activation_ranges,
-    quantized_spec,
-    record_ranges,
-    recorded_quantization,
-    restore_record_,
-    set_enabled_,
-    warn_of_other_weights,
-)
 from .schedule import learned_parameters
 
 logger = logging.get_logger(__name__)
@@ -78,7 +69,7 @@ def quantize(
         model.save_pretrained("int8")
         ```
     """
-    if quantized_spec(as_pretrained_(model)) is not None:
+    if records.quantized_spec(as_pretrained_(model)) is not None:
         raise ValueError(
             f"{type(model).__name__} already has fake quantizers. Remove them first with strip_quantizers_(model)."
         )
@@ -91,13 +82,13 @@ def quantize(
                 "The spec has learned ranges or scales, which come from a loss, and there is no training here. Use 'moving_average', "
                 "'min_max', 'percentile' or 'mse', or train with QATCallback."
             )
-        if activation_quantizers(model) or smoothing is not None or bias_correction:
+        if records.activation_quantizers(model) or smoothing is not None or bias_correction:
             _use_data(model, calibration, (batch_size, data_collator, processing_class), smoothing, bias_correction)
     except BaseException:
         strip_quantizers_(model)
         raise
-    record_ranges(model)
-    unseen = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
+    records.record_ranges(model)
+    unseen = [name for name, quantizer in records.activation_quantizers(model).items() if not quantizer.initialized]
     if unseen:
         logger.warning(
             f"No calibration data reached the inputs of {len(unseen)} modules, such as {', '.join(unseen[:3])}: they stay in "
@@ -119,14 +110,14 @@ def _use_data(model: PreTrainedModel, calibration: Any, how: Any, smoothing: flo
     with evaluating(model):
         if smoothing is not None:
             smooth_(model, lambda: _run(model, batches, "Smoothing"), smoothing)
-        for quantizer in activation_quantizers(model).values():
+        for quantizer in records.activation_quantizers(model).values():
             quantizer.train()  # the quantizers observe, all else stays in eval mode
         for _ in _run(model, batches, "Calibrating"):
             pass
-        for quantizer in activation_quantizers(model).values():
+        for quantizer in records.activation_quantizers(model).values():
             quantizer.eval()
         try:
-            activation_ranges(model)
+            records.activation_ranges(model)
         except RuntimeError as error:
             raise ValueError(f"The model does not stay finite on the calibration data. {error}") from error
         if corrects:
@@ -169,7 +160,7 @@ def load_quantized(
     """
     own = own_class(model)
     config = load_config(path, None if own is None else own.config_class, **kwargs)
-    recorded = recorded_quantization(config)
+    recorded = records.recorded_quantization(config)
     if recorded is None:
         raise ValueError(
             f"The configuration of {path} records no quantization by hfkdq. Load it with from_pretrained, and "
@@ -177,8 +168,8 @@ def load_quantized(
         )
     loaded = load_checkpoint(path, config, own, **{"dtype": "auto", **kwargs})
     spec, record = recorded
-    warn_of_other_weights(loaded, record)
-    return restore_record_(prepare_qat_(loaded, spec_of_former(loaded, spec, record)), record).eval()
+    records.warn_of_other_weights(loaded, record)
+    return records.restore_record_(prepare_qat_(loaded, spec_of_former(loaded, spec, record)), record).eval()
 
 
 Run = Callable[[], Iterable[None]]
@@ -189,11 +180,11 @@ _Smoothable = QuantizedLinear | QuantizedConv1D
 def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any, Any, Any], None], model: nn.Module) -> Iterator[None]:
     """While it lasts, the model computes in floating point and every module reports its input and output."""
     handles = [module.register_forward_hook(hook) for module in modules]
-    set_enabled_(model, False)
+    records.set_enabled_(model, False)
     try:
         yield
     finally:
-        set_enabled_(model, True)
+        records.set_enabled_(model, True)
         for handle in handles:
             handle.remove()
 

@@ -8,9 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeVar
 
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 ModulePatterns = str | Sequence[str] | None
 
 
@@ -74,19 +71,18 @@ class Serializable:
             raise TypeError(f"{who} takes a {cls.__name__}, got {type(spec).__name__}: {who}({cls.__name__}(...)).")
         return spec
 
-    def fits(self, then: Sequence[dict[str, Any]], strict: bool) -> bool:
-        """Whether a checkpoint was trained with this spec, where other parts may have had others; a warning says where
-        not. Raises `ValueError`: it was not, and `strict`."""
+    def differs(self, then: Sequence[dict[str, Any]], strict: bool) -> str:
+        """In words, that a checkpoint was trained with another spec, or with several of which none is this one; empty
+        where it was not. Raises `ValueError`: it was, and `strict`."""
         if self in [self.from_dict(each) for each in then]:
-            return True
+            return ""
         told = f"The checkpoint was trained with {type(self).__name__}.from_dict({then[0]}), not with {self}."
         if strict:
             raise ValueError(
                 f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
                 "a new training from the weights."
             )
-        logger.warning(f"{told} Training goes on with the new one.")
-        return False
+        return f"{told} Training goes on with the new one."
 
     @classmethod
     def describe_rest(cls, settings: Mapping[str, Any], covered: Collection[str], code: Callable[..., str]) -> str:
