@@ -234,19 +234,12 @@ def _counts(shape: _Shape, text: bytes, match: re.Match[bytes]) -> bool:
 @cache
 def _shapes() -> tuple[_Shape, ...]:
     """All shapes, compiled when the first text is looked at: most programs never look at one."""
-    shapes = [_shape(kind, anchors, is_word, pattern, 0) for kind, anchors, is_word, pattern in _OWN]
+    found = [(kind, anchors, is_word, pattern, 0) for kind, anchors, is_word, pattern in _OWN]
     for kind, module, name, anchors, is_word in _LIBRARY:
         detector = getattr(importlib.import_module(f"detect_secrets.plugins.{module}"), name)
-        for known in detector.denylist:
-            shapes.append(_shape(kind, anchors, is_word, known.pattern, known.flags & re.IGNORECASE))
+        found += [(kind, anchors, is_word, each.pattern, each.flags & re.IGNORECASE) for each in detector.denylist]
+    shapes = []
+    for kind, anchors, is_word, pattern, flags in found:
+        compiled = re.compile(pattern, flags | re.ASCII), re.compile(pattern.encode("latin-1"), flags)
+        shapes.append(_Shape(kind, tuple(map(str.encode, anchors)), is_word, *compiled))
     return tuple(shapes)
-
-
-def _shape(kind: str, anchors: tuple[str, ...], is_word: bool, pattern: str, flags: int) -> _Shape:
-    return _Shape(
-        kind,
-        tuple(anchor.encode() for anchor in anchors),
-        is_word,
-        re.compile(pattern, flags | re.ASCII),
-        re.compile(pattern.encode("latin-1"), flags),
-    )

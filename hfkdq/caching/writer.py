@@ -23,8 +23,7 @@ from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns
 from ..modeling.own_modules import as_pretrained_
 from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher, weights_fingerprint
 from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, collator_name, processor_fingerprint, with_info
-from .plan import Plan, make_plan
-from .positions import checked_inputs, row_checks
+from .plan import Plan, checked_inputs, make_plan, row_checks
 from .shards import assemble, encode, prepare_folder, write_shards
 
 SHARD_ROWS = 1024

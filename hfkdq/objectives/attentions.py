@@ -29,8 +29,7 @@ class AttentionKD(LayerObjective):
     In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
-            or `"skip"`. By default the layers that `make_student` copied, or uniform.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], from 1 on and not dynamic.
         distance (`str`, defaults to `"kl"`): `"kl"` or `"mse"`.
         weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 

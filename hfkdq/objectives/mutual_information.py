@@ -59,8 +59,7 @@ class CRD(SampleObjective):
         temperature (`float`, defaults to 0.07): `T`, larger than 0.
         exclude_same_class (`bool`, defaults to `True`): where labels are one class per example, examples of the same
             class are no negatives of each other, as in the paper. Without such labels all others are.
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], not dynamic; by default the last layers of both.
         weight (`float` or schedule, defaults to 1.0): factor of this term; the paper has 0.8.
         teacher (`str`, *optional*): the name of the teacher, where there are several.
 
@@ -132,8 +131,7 @@ class VID(LayerObjective):
     In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the layers that `make_student` copied, or uniform.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], but not dynamic.
         weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:

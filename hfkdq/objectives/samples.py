@@ -75,8 +75,7 @@ class RKD(SampleObjective):
     Args:
         distance (`float`, defaults to 25.0): factor of the distances.
         angle (`float`, defaults to 50.0): factor of the angles, of which there are none below 3 examples.
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], not dynamic; by default the last layers of both.
         weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
@@ -125,8 +124,7 @@ class SimilarityPreservingKD(SampleObjective):
     others (gradient accumulation, several processes) leaves some out, and of a batch of 1 the value is 0.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], not dynamic; by default the last layers of both.
         weight (`float` or schedule, defaults to 1.0): factor of this term; the paper has 3000.
         teacher (`str`, *optional*): the name of the teacher, where there are several.
 

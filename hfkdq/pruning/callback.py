@@ -60,12 +60,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         calibration (iterable of `dict` or `datasets.Dataset`, *optional*): for the criterion `"teacher"`: batches of model
             inputs, or examples to make them from, which are looked at whenever the sparsity grows.
         teacher_model (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
-        batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
-        data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
-        processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
-        example_inputs (`dict`, *optional*): a batch as your collator makes it, on which a copy is tried where none that is
-            made up from the configuration fits, as [`prune`] does; by default that of the [`DistillationTrainer`], or the
-            first one of `calibration`.
+        batch_size, data_collator, processing_class: as of [`prune`], for a `Dataset`; 8 examples in a batch by default.
+        example_inputs (`dict`, *optional*): as of [`prune`]; by default that of the [`DistillationTrainer`], or the first
+            one of `calibration`.
 
     Raises:
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.

@@ -66,9 +66,7 @@ def suggest_bits(
         spec (`QuantizationSpec`, *optional*): everything but the bits. Bits that its `overrides`, `embedding_bits` or
             `head_bits` set stay as they are; its `weight_bits` does not matter otherwise. `QuantizationSpec()` by default.
         bits (sequence of `int`, defaults to `(8, 4, 2)`): the numbers of bits to choose from.
-        batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
-        data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
-        processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
+        batch_size, data_collator, processing_class: as of [`quantize`], for a `Dataset`; 8 examples in a batch by default.
         max_batches (`int`, *optional*, defaults to 8): batches to use; `None` for all.
 
     Returns:

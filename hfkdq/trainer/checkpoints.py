@@ -86,11 +86,6 @@ def _load_facts(folder: str | Path) -> dict[str, Any]:
         return json.loads(stream.metadata()["facts"])
 
 
-def invalidate(folder: str) -> None:
-    """Removes the last file of a checkpoint before it is written anew, so that it is not taken for complete."""
-    Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
-
-
 def _required_files(args: TrainingArguments, sharded: bool) -> list[str]:
     """The files of a checkpoint, on this machine, without which training does not go on exactly."""
     if args.save_only_model:

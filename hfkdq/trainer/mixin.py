@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..caching import CachedCollator
@@ -142,8 +142,6 @@ class DistillationMixin(_TrainerBase):
             self._factories.replace_callbacks(self, trial, model)
         return model
 
-    # ------------------------------------------------------------------ training
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; afterwards the student is as it was built, without projections.
 
@@ -255,8 +253,6 @@ class DistillationMixin(_TrainerBase):
         if self._distillation is not None:
             self._distillation.update_teachers(self.model, self.state.global_step, self.state.max_steps)
 
-    # ------------------------------------------------------------------ logs
-
     def _add_to_log(self, distillation: Distillation, terms: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Adds terms and loss of a micro batch to the next log; returns the loss for Trainer's own sum."""
         values, step = torch.cat([terms, loss.detach().float().reshape(1)]), self.state.global_step
@@ -292,8 +288,6 @@ class DistillationMixin(_TrainerBase):
                     lambda: self._distillation.names if self._distillation else []
                 )
 
-    # ------------------------------------------------------------------ evaluation and card
-
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, without the columns that are the teacher's alone."""
         return super().prediction_step(model, self._student_inputs(inputs), *args, **kwargs)
@@ -311,8 +305,6 @@ class DistillationMixin(_TrainerBase):
             tags = kwargs.get("tags") or []
             kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "distillation"]
         super().create_model_card(*args, **kwargs)
-
-    # ------------------------------------------------------------------ checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._distillation is not None:
@@ -332,7 +324,7 @@ class DistillationMixin(_TrainerBase):
             return
         self._update_teachers()
         if self.args.should_save:
-            checkpoints.invalidate(str(folder))
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # so that it is not taken for complete
         super().save_model(output_dir, _internal_call)
         step = self.state.global_step
         checkpoints.save(str(folder), distillation, self._loss_log, self.args, self.accelerator, step)
