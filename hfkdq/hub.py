@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
@@ -137,16 +137,9 @@ def push_to_hub(
             _patiently(lambda: api.create_branch(full_id, branch=str(revision), exist_ok=True))
         parent = None if revision is None else str(revision)
         stale = _patiently(lambda: list(_stale_files(api, full_id, parent, folder)))
-        deletions = [CommitOperationDelete(path_in_repo=name) for name in stale]
-        commit = _patiently(
-            lambda: api.create_commit(
-                full_id,
-                [*operations, *deletions],
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        )
+        changes = [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+        how: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+        commit: CommitInfo = _patiently(lambda: api.create_commit(full_id, changes, **how))
     # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
     except Exception as error:
         raise RuntimeError(_explain(error, folder, repo_id, token)) from error

@@ -167,12 +167,8 @@ def redact(text: str) -> str:
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process that needs no secrets: without the variables that hold one by name or by value."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in _INNOCENT
-        or not (_NAMES.search(name) or find_secrets(f"{name}={value}".encode(errors="backslashreplace")))
-    }
+    texts = {name: f"{name}={value}".encode(errors="backslashreplace") for name, value in environ.items()}
+    return {n: environ[n] for n, t in texts.items() if n in _INNOCENT or not (_NAMES.search(n) or find_secrets(t))}
 
 
 def _hidden(shape: _Shape, match: re.Match[str]) -> str:
@@ -215,12 +211,8 @@ def _wide_text_of(data: bytes) -> bytes:
 
 
 def _kinds_in(text: bytes) -> set[str]:
-    return {
-        shape.kind
-        for shape in _shapes()
-        if any(anchor in text for anchor in shape.anchors)
-        and any(_counts(shape, text, match) for match in shape.in_bytes.finditer(text))
-    }
+    shapes = [shape for shape in _shapes() if any(anchor in text for anchor in shape.anchors)]
+    return {each.kind for each in shapes if any(_counts(each, text, match) for match in each.in_bytes.finditer(text))}
 
 
 def _counts(shape: _Shape, text: bytes, match: re.Match[bytes]) -> bool:

@@ -99,12 +99,9 @@ class Plan:
 
 
 def make_plan(
-    teacher: Any,
-    top_k: int | Literal["auto"] | None,
-    temperature: float,
-    hidden_states: Sequence[int],
+    teacher: Any, top_k: int | Literal["auto"] | None, temperature: float, hidden_states: Sequence[int],
     dtype: Literal["float16", "int8"],
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Decides what is cached; arguments as of `cache_teacher_outputs`. Raises `ValueError`: a head that is not known,
     a layer out of range, or a `top_k` that makes no sense for the head."""
     outline, outputs = signature_of(teacher), []

@@ -76,12 +76,9 @@ def _shards(info: CacheInfo, place: Path) -> list[tuple[Path, int, int]]:
 
 
 def write_shards(
-    cells_of: Callable[[int, int], list[dict[str, Any]]],
-    info: CacheInfo,
-    place: Path,
-    batch_size: int,
+    cells_of: Callable[[int, int], list[dict[str, Any]]], info: CacheInfo, place: Path, batch_size: int,
     accelerator: Accelerator,
-) -> None:
+) -> None:  # fmt: skip
     """Writes the missing shards of this process; then waits for the other processes. `cells_of(first, stop)` returns
     the cells of each of these rows, of which it is asked for `batch_size` at once."""
     own = _shards(info, place)[accelerator.process_index :: accelerator.num_processes]

@@ -260,14 +260,9 @@ def _pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-    "soft_ce": SoftCrossEntropy,
-    "mse": MSE,
-    "dkd": DKD,
+    "forward_kl": ForwardKL, "reverse_kl": ReverseKL, "jsd": JSD, "soft_ce": SoftCrossEntropy, "mse": MSE, "dkd": DKD,
     "dist": DIST,
-}
+}  # fmt: skip
 """The divergences by the names that `LogitKD` takes."""
 
 

@@ -153,11 +153,8 @@ class Objective:
         Of a teacher whose outputs were cached there is an [`ModelSignature`] alone.
         """
         signature = signature_of(student)
-        self._keep(
-            _shifts_labels=written(signature.names, signature.config) == "next tokens",
-            _frames=frame_lengths(base_of(student)),
-            _indices={},
-        )
+        shifts = written(signature.names, signature.config) == "next tokens"
+        self._keep(_shifts_labels=shifts, _frames=frame_lengths(base_of(student)), _indices={})
 
     def _keep(self, **found: Any) -> None:
         for name, value in found.items():

@@ -53,10 +53,8 @@ class BoxKD(Objective):
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         own, theirs, objects = matched_queries(step.student, step.teacher, self._head.exclusive)
-        boxes = [
-            out.pred_boxes.float().gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))
-            for out, chosen in ((step.student, own), (step.teacher, theirs))
-        ]  # (batch, pairs, 4) each
+        pairs = ((step.student.pred_boxes, own), (step.teacher.pred_boxes, theirs))
+        boxes = [b.float().gather(1, at.unsqueeze(-1).expand(-1, -1, 4)) for b, at in pairs]  # (batch, pairs, 4)
         lengths = (boxes[0] - boxes[1]).abs().sum(-1)
         edges = [corners(b) for b in boxes]
         overlaps = torch.stack([generalized_box_iou(s, t).diagonal() for s, t in zip(*edges, strict=True)])

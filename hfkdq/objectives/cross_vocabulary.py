@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -86,12 +87,8 @@ class ULD(Objective):
         own, theirs = self._masks(step.batch)
         student, teacher = step.student.logits[own], step.teacher.logits[theirs]  # (rows, vocab) each
         temperature = step.at(self.temperature)
-        values = in_chunks(
-            lambda ours, others: sorted_distance(ours, others, temperature),
-            student,
-            teacher,
-            elements=_CHUNK * student.shape[-1] // max(student.shape[-1], teacher.shape[-1]),
-        )
+        distance, widest = partial(sorted_distance, temperature=temperature), max(student.shape[-1], teacher.shape[-1])
+        values = in_chunks(distance, student, teacher, elements=_CHUNK * student.shape[-1] // widest)
         return values.sum() / max(len(values), 1)
 
     def _masks(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

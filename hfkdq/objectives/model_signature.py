@@ -31,13 +31,9 @@ class ModelSignature:
     """
 
     def __init__(
-        self,
-        model_class: str,
-        config: Any,
-        shapes: Mapping[str, Any] | None = None,
-        model: Any = None,
+        self, model_class: str, config: Any, shapes: Mapping[str, Any] | None = None, model: Any = None,
         temperature: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model_class, self.config, self.temperature = model_class, config, temperature
         self._shapes, self._model = dict(shapes or {}), model
 

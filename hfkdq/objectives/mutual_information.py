@@ -33,12 +33,9 @@ def _check_vectors(name: str, s: int, state: Shape, t: int, target: Shape) -> No
 
 
 def _add_projections(
-    kind: type[Projection],
-    student: PreTrainedModel,
-    pairs: Sequence[tuple[int, int]],
-    states: Sequence[Shape],
+    kind: type[Projection], student: PreTrainedModel, pairs: Sequence[tuple[int, int]], states: Sequence[Shape],
     targets: Sequence[Shape],
-) -> dict[int, int]:
+) -> dict[int, int]:  # fmt: skip
     """Index among the student's hidden states of a new projection of each paired layer, by the layer."""
     return {s: add_projection(student, s, partial(kind, states[s][-1], targets[t][-1]), len(states)) for s, t in pairs}
 

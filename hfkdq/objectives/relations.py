@@ -113,13 +113,10 @@ class RelationKD(LayerObjective):
                 )
         heads = self._heads(bases[1], {shape[-1] for found in shapes for shape in found.values()})
         self._keep(
-            _pairs=tuple(pairs.items()),
-            _sources=tuple(sources),
-            _head_count=heads,
-            _itself=bases[0] is bases[1],
+            _pairs=tuple(pairs.items()), _sources=tuple(sources), _head_count=heads, _itself=bases[0] is bases[1],
             _stack=list(stacks[0].layers),
             _causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)),
-        )
+        )  # fmt: skip
 
     def _try(self, model: Any, sources: Sources) -> dict[tuple[int, str], torch.Size]:
         """Runs a model once, to see that what was found by its name is what runs."""

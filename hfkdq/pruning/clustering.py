@@ -169,11 +169,8 @@ def _cut_worst(edges: Tensor, sums: Tensor, values: Tensor, clusters: int, zero:
 def _chosen(model: PreTrainedModel, target: ModulePatterns, exclude: ModulePatterns) -> dict[str, Any]:
     """The modules to cluster by name, those that share a weight once; all that can be wrong with them is found here."""
     possible = {name: module for name, module in model.named_modules() if isinstance(module, _POSSIBLE)}
-    wanted = {
-        name: module
-        for name, module in possible.items()
-        if (isinstance(module, _BY_DEFAULT) if target is None else module_matches(name, target))
-    }
+    plain = {n for n, module in possible.items() if isinstance(module, _BY_DEFAULT)}
+    wanted = {n: m for n, m in possible.items() if (n in plain if target is None else module_matches(n, target))}
     excluded = {id(module.weight): name for name, module in possible.items() if module_matches(name, exclude)}
     chosen: dict[int, tuple[str, nn.Module]] = {}
     for name, module in wanted.items():

@@ -27,12 +27,9 @@ class ImportanceStatistics:
     stays when new ones come (all count alike without it); `while_training` ignores activations in eval mode."""
 
     def __init__(
-        self,
-        targets: Sequence[PruningTarget],
-        spec: PruningSpec,
-        decay: float | None = None,
+        self, targets: Sequence[PruningTarget], spec: PruningSpec, decay: float | None = None,
         while_training: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.targets = list(targets)
         self.spec = spec
         self.decay = None if spec.criterion == "movement" else decay

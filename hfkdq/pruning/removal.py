@@ -115,13 +115,8 @@ def _width_candidates(model: Any, targets: Sequence[PruningTarget], kept: Sequen
 
 
 def _size_of_heads(targets: Sequence[PruningTarget]) -> int | None:
-    sizes = [
-        entry.positions.shape[1]
-        for target in targets
-        if isinstance(target, GroupTarget)
-        for entry in target.group.slices
-        if entry.role == "output" and entry.tensor == "weight"
-    ]
+    slices = [entry for target in targets if isinstance(target, GroupTarget) for entry in target.group.slices]
+    sizes = [each.positions.shape[1] for each in slices if each.role == "output" and each.tensor == "weight"]
     return min(sizes, default=None)
 
 
@@ -160,7 +155,7 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
         for entry in target.group.slices:
             whole = torch.ones(entry.values.shape[entry.dim], dtype=torch.bool)
             _, left_of = found.setdefault((id(entry.values), entry.dim), (entry, whole))
-            left_of[entry.positions[left].flatten()] = False
+            left_of[entry.positions[~left].flatten()] = False
         for _, module, attribute, per_unit in target.group.counts:
             setattr(module, attribute, int(left.sum()) * per_unit)
             if module in names:  # its layer may have gone, or have another number, since the targets were found

@@ -244,15 +244,9 @@ def _write_repeated(layers: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 def _refuse_differing(
-    layers: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+    layers: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+    missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+) -> None:  # fmt: skip
     """Refuses to load different values into shared layers: the last would win, or the sharing would end."""
     values: dict[int, str] = {}
     for index, layer in enumerate(layers.children()):

@@ -166,13 +166,9 @@ class LayerTarget:
 
     @property
     def layers(self) -> list[list[Part]]:
+        named = (layer.named_modules(prefix=f"{self.name}.{place}") for place, layer in enumerate(self.stack.layers))
         return [
-            [
-                Part(name, module, tensor, "other")
-                for name, module in layer.named_modules(prefix=f"{self.name}.{place}")
-                for tensor, _ in module.named_parameters(recurse=False)
-            ]
-            for place, layer in enumerate(self.stack.layers)
+            [Part(n, m, t, "other") for n, m in each for t, _ in m.named_parameters(recurse=False)] for each in named
         ]
 
     def reduce(self, measure: Measure) -> Tensor:

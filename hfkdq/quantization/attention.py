@@ -129,11 +129,8 @@ def _leave(module: Any, args: Any, output: Any) -> None:
 def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Module]:
     """The modules that compute queries, keys and values, by name, without those that the spec excludes. Raises
     `ValueError`: the model has none."""
-    found = {
-        name: module
-        for name, module in plain_modules(model)
-        if computes_attention(module) and not module_matches(name, spec.exclude_modules)
-    }
+    attention = {name: module for name, module in plain_modules(model) if computes_attention(module)}
+    found = {name: m for name, m in attention.items() if not module_matches(name, spec.exclude_modules)}
     if not found:
         raise ValueError(
             f"attention=True: {type(model).__name__} has no module with projections for query, key and value that are "

@@ -59,11 +59,8 @@ def merge_adapters(model: Any) -> PreTrainedModel:
 def _restore_integers_(model: Any) -> list[str]:
     """Puts layers in floating point in the place of those of bitsandbytes and their adapters; their names."""
     owners = dict(plain_modules(model))
-    found = [
-        (name, module, wrapper)
-        for name, module, wrapper in wrapped_modules(model)
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
-    ]
+    linear: list[Any] = [entry for entry in wrapped_modules(model) if isinstance(entry[1], nn.Linear)]
+    found = [entry for entry in linear if not entry[1].weight.is_floating_point()]
     for name, module, wrapper in found:
         parent, _, key = name.rpartition(".")
         if wrapper is not None and "modules_to_save" in wrapper._modules:

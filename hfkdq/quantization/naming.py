@@ -180,12 +180,9 @@ def left_out_unasked(model: nn.Module, spec: QuantizationSpec, chosen: Collectio
         return {}
     off = [pattern for pattern, changes in spec.overrides.items() if changes is None]
     modules = dict(plain_modules(model))
-    return {
-        name: count
-        for name, count in left_in_float(model, chosen).items()
-        if not module_matches(name, spec.exclude_modules)
-        and not any(override_matches(each, name, modules[name]) for each in off)
-    }
+    left = left_in_float(model, chosen)
+    asked = {name for name in left if any(override_matches(each, name, modules[name]) for each in off)}
+    return {n: left[n] for n in left if n not in asked and not module_matches(n, spec.exclude_modules)}
 
 
 def describe_left(model: nn.Module) -> dict[str, Any]:

@@ -200,11 +200,8 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
     into `storage_dtype`."""
     quantized = quantized_modules(model)
     tables = {id(module.weight) for module in quantized.values() if isinstance(module, QuantizedEmbedding)}
-    names = {
-        module: name
-        for name, module in quantized.items()
-        if isinstance(module, _Smoothable) and module.activation_quantizer and id(module.weight) not in tables
-    }
+    linear = {module: name for name, module in quantized.items() if isinstance(module, _Smoothable)}
+    names = {m: name for m, name in linear.items() if m.activation_quantizer and id(m.weight) not in tables}
     modules = list(names)
     largest: dict[nn.Module, Tensor] = {}
     shared: dict[int, list[_Smoothable]] = {}

@@ -51,11 +51,8 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
     """The weight quantizers of `model`, by the name of the parameter that they quantize."""
-    return {
-        f"{name}.{key}": quantizer
-        for name, module in quantized_modules(model).items()
-        for key, (quantizer, _) in weight_quantizers_of(module).items()
-    }
+    layers = {name: weight_quantizers_of(module) for name, module in quantized_modules(model).items()}
+    return {f"{name}.{key}": quantizer for name, own in layers.items() for key, (quantizer, _) in own.items()}
 
 
 def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -182,11 +182,8 @@ class OutputChange:
         """Compared parts of the output, a row for each position, and whether they are logits."""
         # A decoder may read its labels; elsewhere they would only cost a loss.
         skipped = () if getattr(self.model.config, "is_encoder_decoder", False) else ("labels",)
-        inputs = {
-            key: value.to(self.model.device) if torch.is_tensor(value) else value
-            for key, value in batch.items()
-            if key not in skipped
-        }
+        device = self.model.device
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k not in skipped}
         output = as_output(self.model(**inputs, **return_dict_kwargs(self.model)))
         return _parts(self.model, output, inputs)
 

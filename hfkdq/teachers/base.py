@@ -130,11 +130,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     config = json.loads(base_of(model).config.to_json_string(use_diff=False))
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_MODEL}
-    transient = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
+    owned = ((path, name) for path, m in model.named_modules() for name in m._non_persistent_buffers_set)
+    transient = {f"{path}.{name}" if path else name for path, name in owned}
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in transient]
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     return _hashed(model, digest, [*model.named_parameters(), *buffers])

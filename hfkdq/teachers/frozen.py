@@ -164,10 +164,8 @@ class FrozenTeacher(Teacher):
         if self._stays:
             inputs = send_to_device(inputs, self._base.device)
         kind = self._base.dtype
-        return {
-            name: value.to(kind) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
-        }
+        floats = {n for n, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+        return {name: value.to(kind) if name in floats else value for name, value in inputs.items()}
 
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
         """Remembers the first step whose logits were not finite; raises at once on the CPU."""

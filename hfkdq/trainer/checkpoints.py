@@ -35,11 +35,8 @@ def save(
     alone = getattr(args, "enable_jit_checkpoint", False)
     distillation.weighting.adapt(accelerator, together=not alone)
     tensors: dict[str, torch.Tensor] = {}
-    facts = {
-        **distillation.fingerprint(),
-        "archives": _required_files(args, distillation.sharded),
-        "adapted": distillation.weighting.state(),
-    }
+    facts = {**distillation.fingerprint(), "adapted": distillation.weighting.state()}
+    facts["archives"] = _required_files(args, distillation.sharded)
     if (sums := log.finished(step)) is not None:
         rows = sums.unsqueeze(0)
         tensors["log_window"], facts["log_start"] = rows if alone else accelerator.gather(rows), log.start

@@ -37,19 +37,10 @@ class Distillation:
     does not fit the student. Raises `TypeError`: a student that is no Transformers model."""
 
     def __init__(
-        self,
-        student: Any,
-        objectives: Sequence[Objective],
-        sources: Mapping[str, TeacherSource],
-        *,
-        accelerator: Accelerator,
-        label_names: list[str],
-        student_is_remade: bool,
-        sharded: bool,
-        placed: Mapping[str, Teacher],
-        example: Batch | None,
-        rows: Callable[[], Batch | None],
-    ) -> None:
+        self, student: Any, objectives: Sequence[Objective], sources: Mapping[str, TeacherSource], *,
+        accelerator: Accelerator, label_names: list[str], student_is_remade: bool, sharded: bool,
+        placed: Mapping[str, Teacher], example: Batch | None, rows: Callable[[], Batch | None],
+    ) -> None:  # fmt: skip
         prepare_student_(student)
         self.sharded, self._objectives = sharded, objectives
         self._models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}

@@ -109,17 +109,12 @@ class DistillationMixin(_TrainerBase):
 
     def _attached(self, student: Any) -> Distillation:
         return Distillation(
-            student,
-            self.objectives,
-            self._sources,
-            accelerator=self.accelerator,
-            label_names=self.label_names,
+            student, self.objectives, self._sources, accelerator=self.accelerator, label_names=self.label_names,
             student_is_remade=self.model_init is not None,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            placed={} if self._distillation is None else self._distillation.teachers,
-            example=self._example_inputs,
+            placed={} if self._distillation is None else self._distillation.teachers, example=self._example_inputs,
             rows=lambda: arguments.first_batch(self, student, self._sources.values()),
-        )
+        )  # fmt: skip
 
     def _attach_to(self, batch: Any) -> None:
         """Attaches the objectives to the first batch of a training, where no example could be had before."""
@@ -228,22 +223,15 @@ class DistillationMixin(_TrainerBase):
         # Whether the loss is scaled for gradient accumulation already, so that `Trainer` does not divide it: so says 5.x.
         scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         loss, self._running_step.terms, output = MicroBatch(
-            distillation=self._distillation,
-            student=self.model,
-            wrapped=model,
-            batch=dict(inputs),
-            inputs=student_inputs,
-            step=self.state.global_step,
-            progress=self.state.global_step / max(self.state.max_steps, 1),
-            accelerator=self.accelerator,
+            distillation=self._distillation, student=self.model, wrapped=model, batch=dict(inputs),
+            inputs=student_inputs, step=self.state.global_step,
+            progress=self.state.global_step / max(self.state.max_steps, 1), accelerator=self.accelerator,
             task_loss=super().compute_loss,
             loss_is_scaled=self.compute_loss_func is not None if scaled is None else scaled,
-            takes_items=self._running_step.takes_items,
-            items=num_items_in_batch,
+            takes_items=self._running_step.takes_items, items=num_items_in_batch,
             skips_logits=bool(self.args.use_liger_kernel),
-            accumulated=getattr(self, "current_gradient_accumulation_steps", 1),
-            window=self._window,
-        ).loss(return_outputs)
+            accumulated=getattr(self, "current_gradient_accumulation_steps", 1), window=self._window,
+        ).loss(return_outputs)  # fmt: skip
         return (loss, output) if return_outputs else loss
 
     def _student_inputs(self, inputs: Any) -> Any:

@@ -54,10 +54,8 @@ def sources_of(objective: Objective, teachers: Sequence[str]) -> tuple[str, ...]
 def terms_of(objectives: Sequence[Objective], teachers: Mapping[str, Teacher]) -> list[Term]:
     """The terms of the student, and after them those of its peers."""
     named = list(teachers)
-    terms = [
-        Term(objective, STUDENT, sources_of(objective, named), name)
-        for objective, name in zip(objectives, unique_names(objectives), strict=True)
-    ]
+    named_terms = zip(objectives, unique_names(objectives), strict=True)
+    terms = [Term(objective, STUDENT, sources_of(objective, named), name) for objective, name in named_terms]
     for peer, teacher in teachers.items():
         names = unique_names(teacher.objectives)
         for objective, name in zip(teacher.objectives, names, strict=True):

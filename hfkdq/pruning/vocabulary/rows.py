@@ -130,12 +130,8 @@ class VocabularyRows:
                     yield module, not is_table and bool(module._parameters or module._buffers)
 
     def _id_holders(self) -> list[Any]:
-        generation = {
-            id(module.generation_config): module.generation_config
-            for module in self.model.modules()
-            if getattr(module, "generation_config", None) is not None
-        }
-        return [*self.configs.values(), *generation.values()]
+        generation = [getattr(module, "generation_config", None) for module in self.model.modules()]
+        return [*self.configs.values(), *{id(held): held for held in generation if held is not None}.values()]
 
 
 def _table_rows(model: PreTrainedModel) -> int:
