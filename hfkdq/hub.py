@@ -137,7 +137,7 @@ def push_to_hub(
             _patiently(lambda: api.create_branch(full_id, branch=str(revision), exist_ok=True))
         parent = None if revision is None else str(revision)
         stale = _patiently(lambda: list(_stale_files(api, full_id, parent, folder)))
-        changes = [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+        changes: list[Any] = [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
         how: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
         commit: CommitInfo = _patiently(lambda: api.create_commit(full_id, changes, **how))
     # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
