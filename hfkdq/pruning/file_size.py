@@ -104,7 +104,7 @@ def _files(path: Path, patterns: Sequence[str]) -> list[Path]:
     matching = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     if not matching:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{path} has no file like {', '.join(patterns)}; it has {there}. Name others: files=(...).")
+        raise ValueError(f"{path} has no file like {', '.join(patterns)}; it holds {there}. Name others: files=(...).")
     return matching
 
 

@@ -174,7 +174,9 @@ class PruningSpec(Serializable):
         if self.cut == "mean" and self.structure not in ("neuron", "head"):
             raise ValueError(f"cut='mean' is for neurons and heads, whose readers have a bias; not for {where}.")
         if self.criterion == "activation" and self.structure == "hidden":
-            raise ValueError(f"{where} has no input for criterion='activation'. Use 'taylor' or 'magnitude'.")
+            raise ValueError(
+                f"{where} has no input of its own for criterion='activation'. Use 'taylor' or 'magnitude'."
+            )
         if self.structure in ("layer", "hidden", "vocab") and (self.target_modules or self.exclude_modules):
             raise ValueError(f"{where} goes through the whole model, without target_modules or exclude_modules.")
         if self.ranking == "global" and self.structure in ("n:m", "hidden"):

@@ -147,7 +147,9 @@ class QuantizationScheme(Serializable):
                 "with symmetric=True, weight_mapping='linear', group_size=None and 8 to 2 bits."
             )
         if self.learns_ranges and self.activation_mapping != "linear":
-            raise ValueError(f"range_estimator={self.range_estimator!r} is for activation_mapping='linear' alone.")
+            raise ValueError(
+                f"range_estimator={self.range_estimator!r} has gradients for activation_mapping='linear' alone."
+            )
 
     @property
     def learns_ranges(self) -> bool:
