@@ -265,16 +265,12 @@ def _describe_student(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
         return ""
 
     def copied(layers: list[int], total: int, name: str) -> str:
-        return f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {_listed(layers)}, counted from 1)"
+        return f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {', '.join(map(str, layers))}, counted from 1)"
 
     text = f"Layers: {copied(fact['layers'], fact['teacher_layers'], 'layers')}"
     if "decoder_layers" not in fact or "teacher_decoder_layers" not in fact:
         return text
     return f"{text}; {copied(fact['decoder_layers'], fact['teacher_decoder_layers'], 'decoder layers')}"
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _describe_distillation(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
@@ -337,7 +333,7 @@ def _describe_vocabulary(fact: Mapping[str, Any], code: Callable[..., str]) -> s
 
 
 def _describe_sharing(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
-    groups = [_listed(group) for group in fact.get("layers", [])]
+    groups = [", ".join(map(str, group)) for group in fact.get("layers", [])]
     return f"Sharing: the layers {' and the layers '.join(groups)} have the same weights" if groups else ""
 
 

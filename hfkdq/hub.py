@@ -112,7 +112,14 @@ def push_to_hub(
     validate_repo_id(repo_id)
     if not repo_id.isprintable():
         raise ValueError(f"repo_id is {repo_id!r}; a Repo id has no line breaks.")
-    _check_arguments(token, commit_message)
+    # What the HTTP libraries would refuse later, with the token in their message.
+    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(
+            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
+            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
+        )
+    if not commit_message.strip():
+        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder} {found}. push_to_hub publishes what export_onnx or save_pretrained wrote.")
@@ -146,17 +153,6 @@ def push_to_hub(
     gone = f", where {', '.join(stale)} of an earlier push went" if stale else ""
     logger.info(f"Pushed {len(operations)} files of {folder} to {commit.commit_url}{gone}")
     return commit
-
-
-def _check_arguments(token: str | bool | None, commit_message: str) -> None:
-    """Refuses what the HTTP libraries would refuse later, with the token in their message."""
-    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ValueError(
-            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
-            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
-        )
-    if not commit_message.strip():
-        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
 
 
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:

@@ -231,7 +231,11 @@ def _copy_weights(
                 continue
             name = places[old] + name.removeprefix(old)
         elif name in beside:
-            tensor = _along_depth(tensor, len(stacks[0]), [number - 1 for number in kept[0]])
+            # An entry for each layer, for each place between two (YOLOS), or for every state.
+            depth, left = len(stacks[0]), [number - 1 for number in kept[0]]
+            dim, size = next((dim, size) for dim, size in enumerate(tensor.shape) if abs(size - depth) < 2)
+            chosen = {depth - 1: left[:-1], depth: left, depth + 1: [0, *(place + 1 for place in left)]}[size]
+            tensor = tensor.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=tensor.device))
         weights[name] = tensor
     expected = student.state_dict()
     for stack in stacks:
@@ -253,10 +257,3 @@ def _copy_weights(
             "quantizers are added to it."
         )
     student.load_state_dict(weights)
-
-
-def _along_depth(tensor: torch.Tensor, total: int, kept: list[int]) -> torch.Tensor:
-    """What is left of a tensor with an entry for each layer, for each place between two (YOLOS), or for every state."""
-    dim, size = next((dim, size) for dim, size in enumerate(tensor.shape) if abs(size - total) < 2)
-    chosen = {total - 1: kept[:-1], total: kept, total + 1: [0, *(place + 1 for place in kept)]}[size]
-    return tensor.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=tensor.device))

@@ -146,7 +146,14 @@ def cache_info(dataset: Any) -> CacheInfo | None:
     if not set(info.columns) & set(columns):
         return None
     for other in found[1:]:
-        _refuse_mixture(info, other)
+        shared = {"dataset", "rows", "part_rows"}
+        differ = [name for name in info.key if name not in shared and info.key[name] != other.key.get(name)]
+        if differ or info.outputs != other.outputs or info.inputs != other.inputs:
+            told = "; ".join(f"{name} {info.key[name]!r} and {other.key.get(name)!r}" for name in differ)
+            raise ValueError(
+                f"The dataset was put together of teacher outputs that were cached in different ways: {told or 'their layout'}. Put the "
+                "datasets together first and call cache_teacher_outputs once."
+            )
     missing = [column for column in info.columns if column not in columns]
     if missing:
         raise ValueError(
@@ -154,17 +161,6 @@ def cache_info(dataset: Any) -> CacheInfo | None:
             "remove them all: dataset.remove_columns([c for c in dataset.column_names if c.startswith('teacher_')])."
         )
     return info
-
-
-def _refuse_mixture(one: CacheInfo, other: CacheInfo) -> None:
-    shared = {"dataset", "rows", "part_rows"}
-    differ = [name for name in one.key if name not in shared and one.key[name] != other.key.get(name)]
-    if differ or one.outputs != other.outputs or one.inputs != other.inputs:
-        told = "; ".join(f"{name} {one.key[name]!r} and {other.key.get(name)!r}" for name in differ) or "their layout"
-        raise ValueError(
-            f"The dataset was put together of teacher outputs that were cached in different ways: {told}. Put the "
-            "datasets together first and call cache_teacher_outputs once."
-        )
 
 
 def with_info(dataset: Any, info: CacheInfo) -> Any:

@@ -17,13 +17,10 @@ CAUSAL, DECODED = "next tokens", "the tokens of a decoder"
 _TOKENS, _SPAN, DETECTED = "a class per token", "the span of an answer", "yes or no per token"
 SYMBOLS, _OBJECTS, PIXELS = "a symbol per frame", "objects", "a class per pixel"
 _KINDS: dict[str, tuple[str, ...]] = {
-    _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"),
-    _SPAN: ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING"),
-    SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"),
-    _OBJECTS: ("OBJECT_DETECTION",),
-    PIXELS: ("SEMANTIC_SEGMENTATION",),
-    "a choice": ("MULTIPLE_CHOICE",),
-}
+    _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"), _SPAN: ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING"),
+    SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"), _OBJECTS: ("OBJECT_DETECTION",),
+    PIXELS: ("SEMANTIC_SEGMENTATION",), "a choice": ("MULTIPLE_CHOICE",),
+}  # fmt: skip
 
 
 def find_head(student: Any, teacher: Any, common_ids: bool = False) -> heads.Head:
@@ -91,14 +88,10 @@ def _make(kind: str, student: Any, signature: ModelSignature) -> heads.Head:
         # Detectors trained with a focal loss have no class for the background.
         return heads.DetectionHead(signature.shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
     kinds: dict[str, Callable[[], heads.Head]] = {
-        CAUSAL: partial(heads.TokenHead, shifts_labels=True),
-        _TOKENS: heads.TokenHead,
-        DECODED: heads.DecoderHead,
-        _SPAN: heads.SpanHead,
-        DETECTED: heads.DetectedTokenHead,
-        "several labels at once": heads.MultiLabelHead,
+        CAUSAL: partial(heads.TokenHead, shifts_labels=True), _TOKENS: heads.TokenHead, DECODED: heads.DecoderHead,
+        _SPAN: heads.SpanHead, DETECTED: heads.DetectedTokenHead, "several labels at once": heads.MultiLabelHead,
         "numbers": heads.RegressionHead,
-    }
+    }  # fmt: skip
     logits = signature.shape("logits")
     if kind in kinds or (logits is not None and len(logits) == 2):
         return kinds.get(kind, heads.Head)()

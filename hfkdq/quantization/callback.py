@@ -194,9 +194,9 @@ class QATCallback(TrainerCallback, ExportableState):
         records.load_weight_states_(model, weights)
 
     def _present(self) -> dict[str, Any]:
-        model = self._model
-        both = (records.quantizer_states, records.weight_states)
-        return {key: {} if model is None else of(model) for key, of in zip(("ranges", "weights"), both, strict=True)}
+        if self._model is None:
+            return {"ranges": {}, "weights": {}}
+        return {"ranges": records.quantizer_states(self._model), "weights": records.weight_states(self._model)}
 
     def _share(self, model: PreTrainedModel, args: Any) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""

@@ -117,7 +117,17 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
     for name, reason in skipped.items():
         logger.info(f"{name} stays in floating point: {reason}.")
     if not chosen:
-        raise ValueError(_no_match(model, spec, skipped))
+        names = [name for name, module in adapters.plain_modules(model) if quantized_class(module)]
+        told = (
+            "A list holds names or their last parts, a string is a regular expression for the whole name. "
+            f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."
+        )
+        if skipped:
+            told = f"Skipped were {'; '.join(f'{name}: {reason}' for name, reason in skipped.items())}."
+        raise ValueError(
+            f"The spec matches no module of {type(model).__name__} that can be quantized: "
+            f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}. {told}"
+        )
     _check_patterns(model, spec)
     return chosen
 
@@ -150,20 +160,6 @@ def _check_convertible(name: str, module: nn.Module, weight: Tensor) -> None:
             f"The forward pass of {name} is replaced by a hook, as device_map does it, and would bypass the fake "
             "quantizer. Load the model without device_map and move it with model.to(device)."
         )
-
-
-def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str, str]) -> str:
-    message = (
-        f"The spec matches no module of {type(model).__name__} that can be quantized: "
-        f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}. "
-    )
-    if skipped:
-        return message + "Skipped were " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) + "."
-    names = [name for name, module in adapters.plain_modules(model) if quantized_class(module)]
-    return message + (
-        "A list holds names or their last parts, a string is a regular expression for the whole name. "
-        f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."
-    )
 
 
 def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:

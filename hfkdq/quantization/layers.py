@@ -122,14 +122,9 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
 
 CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
-    nn.Linear: QuantizedLinear,
-    Conv1D: QuantizedConv1D,
-    nn.Conv1d: QuantizedConv1d,
-    nn.Conv2d: QuantizedConv2d,
-    nn.Embedding: QuantizedEmbedding,
-    nn.LSTM: QuantizedLSTM,
-    nn.GRU: QuantizedGRU,
-}
+    nn.Linear: QuantizedLinear, Conv1D: QuantizedConv1D, nn.Conv1d: QuantizedConv1d, nn.Conv2d: QuantizedConv2d,
+    nn.Embedding: QuantizedEmbedding, nn.LSTM: QuantizedLSTM, nn.GRU: QuantizedGRU,
+}  # fmt: skip
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:

@@ -52,7 +52,17 @@ def merge_adapters(model: Any) -> PreTrainedModel:
     for module in merged.modules():
         vars(module).pop("adapter", None)
     if restored:
-        _forget_integers_(merged, restored)
+        # The marks of bitsandbytes go, and its former layers stay out of the spec.
+        quantizer = getattr(merged, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(merged)
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(merged).pop(mark, None)
+        for module in merged.modules():
+            if isinstance(module, QuantizedModule):
+                spec = module.quantization_spec
+                module.quantization_spec = replace(spec, overrides={**spec.overrides, **dict.fromkeys(restored)})
+        record_ranges(merged)
     return merged.requires_grad_(True)
 
 
@@ -103,17 +113,3 @@ def _dequantized(module: nn.Linear) -> Tensor:
         if not state.nested:  # bitsandbytes 0.50 leaves them transposed
             state.absmax = state.absmax.t().reshape(-1).float()
     return dequantize_module_weight(module).detach()
-
-
-def _forget_integers_(model: PreTrainedModel, names: list[str]) -> None:
-    """Takes away the marks of bitsandbytes, and keeps its former layers out of the spec."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(mark, None)
-    for module in model.modules():
-        if isinstance(module, QuantizedModule):
-            spec = module.quantization_spec
-            module.quantization_spec = replace(spec, overrides={**spec.overrides, **dict.fromkeys(names)})
-    record_ranges(model)

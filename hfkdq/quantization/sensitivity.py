@@ -98,7 +98,16 @@ def suggest_bits(
         raise ValueError("The data hold no batch, so nothing shows how far outputs move. Give at least one.")
     with evaluating(model):
         change = OutputChange(model, sample)
-        sensitivity = _scan(choices, change)
+        sensitivity: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
+        jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]
+        for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="choice"):
+            with choices.quantized(name, width):
+                sensitivity[name][width] = change.now()
+            if not math.isfinite(sensitivity[name][width]):
+                raise ValueError(
+                    f"With {name} at {width} bits the outputs are not finite. Look for broken weights there, or leave the "
+                    "module in floating point with exclude_modules."
+                )
     chosen = choose_bits(choices.sizes, sensitivity, limit)
     widths = {name: chosen[first] for first, names in choices.groups.items() for name in names}
     return BitAllocation(
@@ -126,20 +135,6 @@ def _check(model: PreTrainedModel, bits: Sequence[int], max_batches: int | None)
         )
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches!r}.")
-
-
-def _scan(choices: BitChoices, change: OutputChange) -> dict[str, dict[int, float]]:
-    found: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
-    jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]
-    for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="choice"):
-        with choices.quantized(name, width):
-            found[name][width] = change.now()
-        if not math.isfinite(found[name][width]):
-            raise ValueError(
-                f"With {name} at {width} bits the outputs are not finite. Look for broken weights there, or leave the "
-                "module in floating point with exclude_modules."
-            )
-    return found
 
 
 class OutputChange:
