@@ -170,9 +170,9 @@ def features_of(output: CachedOutput) -> dict[str, Any]:
 
 
 def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:
-    """The cells of one example from its values, which are finite but for minus infinity in float16, `(positions,
-    *output.shape)`, in float32 or int32. float16 keeps 11 bits (a relative error up to 2^-11); int8 is off by half a
-    scale at most, `(maximum - minimum) / 510`. Raises `OverflowError`: values beyond the range of float16."""
+    """The cells of one example from its values, `(positions, *output.shape)`, in float32 or int32: finite, but for minus
+    infinity in float16. float16 keeps 11 bits (a relative error up to 2^-11); int8 is off by half a scale at most,
+    `(maximum - minimum) / 510`. Raises `OverflowError`: values beyond the range of float16."""
     more: dict[str, Any] = {}
     if output.dtype == "int8":
         values, scale, minimum = quantize(values)

@@ -22,10 +22,8 @@ RULED_OUT = -1e4
 def log_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`log softmax(logits / T)` over the last axis, float32.
-
-    Classes outside of `valid_classes`, and those whose logit is minus infinity, get probability 0 and a finite logarithm.
-    """
+    """`log softmax(logits / T)` over the last axis, float32. Classes outside of `valid_classes`, and those whose logit
+    is minus infinity, get probability 0 and a finite logarithm."""
     scaled = _finite(logits, temperature)
     if valid_classes is not None:
         scaled = scaled.masked_fill(~valid_classes, RULED_OUT)
@@ -115,10 +113,8 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """`T^2 * KL(student || teacher)`: the student stays within what the teacher finds likely.
-
-    Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models" (2024).
-    """
+    """`T^2 * KL(student || teacher)`: the student stays within what the teacher finds likely. Gu et al., "MiniLLM:
+    Knowledge Distillation of Large Language Models" (2024)."""
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         return forward_kl(teacher, student, temperature, valid_classes)
@@ -158,10 +154,8 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SoftCrossEntropy(Divergence):
-    """`-T^2 * sum_c p_c log q_c` with the teacher's softened `p` and the student's `q`.
-
-    The forward KL divergence plus the entropy of the teacher, which is its smallest value. Hinton et al. (2015).
-    """
+    """`-T^2 * sum_c p_c log q_c` with the teacher's softened `p` and the student's `q`. The forward KL divergence plus
+    the entropy of the teacher, which is its smallest value. Hinton et al. (2015)."""
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         log_q = log_probabilities(student, temperature, valid_classes)
@@ -171,12 +165,10 @@ class SoftCrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class MSE(Divergence):
-    """`mean_c (z_student - z_teacher)^2` of the logits themselves; without a temperature.
-
-    Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014); Kim et al., "Comparing Kullback-Leibler Divergence
-    and Mean Squared Error Loss in Knowledge Distillation" (2021). In the project's own comparison it helped nowhere:
-    docs/results/objectives.md.
-    """
+    """`mean_c (z_student - z_teacher)^2` of the logits themselves; without a temperature. Ba and Caruana, "Do Deep
+    Nets Really Need to be Deep?" (2014); Kim et al., "Comparing Kullback-Leibler Divergence and Mean Squared Error
+    Loss in Knowledge Distillation" (2021). In the project's own comparison it helped nowhere:
+    docs/results/objectives.md."""
 
     uses_temperature: ClassVar[bool] = False
 
@@ -267,10 +259,9 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 
 def standardized(logits: torch.Tensor, valid_classes: torch.Tensor | None = None) -> torch.Tensor:
-    """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher.
-
-    Sun et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9. Classes that are ruled out have no part in it, and stay so.
-    """
+    """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher. Sun
+    et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9. Classes that are ruled out have no
+    part in it, and stay so."""
     possible = ~logits.isneginf()
     valid_classes = possible if valid_classes is None else valid_classes & possible
     logits = _finite(logits)

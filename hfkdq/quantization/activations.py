@@ -140,14 +140,18 @@ class ObservedQuantizer(ActivationQuantizer):
 
 
 class LearnedQuantizer(ActivationQuantizer):
-    r"""An [`ActivationQuantizer`] whose scale and offset are trained with the loss. With the offset \\(\beta\\) in the
-    unit of the input, \\(z = \mathrm{round}(-\beta / s)\\). Inside the range \\(\partial \hat x / \partial s =
-    \mathrm{round}(x / s) - x / s\\) and \\(\partial \hat x / \partial \beta = 0\\); where the code q is clipped to 0
-    or \\(2^b - 1\\) they are \\(q - z - \beta / s\\), which is q up to the rounding of z, and 1. Symmetric activations
-    have no offset. Both gradients are multiplied by \\(1 / \sqrt{(2^b - 1) N}\\) with the N features of the input, so
-    that the update does not depend on how a batch is cut into micro batches. The first training batch sets the range.
+    r"""An [`ActivationQuantizer`] whose scale and offset are trained with the loss.
+
+    With the offset \\(\beta\\) in the unit of the input, \\(z = \mathrm{round}(-\beta / s)\\). Inside the range
+    \\(\partial \hat x / \partial s = \mathrm{round}(x / s) - x / s\\) and \\(\partial \hat x / \partial \beta = 0\\);
+    where the code q is clipped to 0 or \\(2^b - 1\\) they are \\(q - z - \beta / s\\), which is q up to the rounding of
+    z, and 1. Symmetric activations have no offset. Both gradients are multiplied by \\(1 / \sqrt{(2^b - 1) N}\\) with the
+    N features of the input, so that the update does not depend on how a batch is cut into micro batches. The first
+    training batch sets the range.
+
     After Esser et al., "Learned Step Size Quantization" (2020), and Bhalgat et al., "LSQ+: Improving low-bit
-    quantization through learnable offsets and better initialization" (2020)."""
+    quantization through learnable offsets and better initialization" (2020).
+    """
 
     state_names = ("scale", "offset")
 
@@ -197,12 +201,14 @@ class LearnedQuantizer(ActivationQuantizer):
 
 
 class PACTQuantizer(ActivationQuantizer):
-    r"""An [`ActivationQuantizer`] whose clipping bound \\(\alpha\\) is trained with the loss. \\(y = \mathrm{clamp}(x,
-    0, \alpha)\\), quantized with \\(s = \alpha / (2^b - 1)\\), and \\(\partial y / \partial \alpha = 1\\) where \\(x >
-    \alpha\\), else 0, after Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks"
-    (2018). Where the first training batch has negative values, the range is \\([-\alpha - s, \alpha]\\) with \\(s =
-    \alpha / (2^{b-1} - 1)\\), and the gradient below it that of its end. That batch also gives \\(\alpha\\), its
-    largest size. The paper's decay of \\(\alpha\\) is the weight decay of the optimizer."""
+    r"""An [`ActivationQuantizer`] whose clipping bound \\(\alpha\\) is trained with the loss.
+
+    \\(y = \mathrm{clamp}(x, 0, \alpha)\\), quantized with \\(s = \alpha / (2^b - 1)\\), and
+    \\(\partial y / \partial \alpha = 1\\) where \\(x > \alpha\\), else 0, after Choi et al., "PACT: Parameterized
+    Clipping Activation for Quantized Neural Networks" (2018). Where the first training batch has negative values, the
+    range is \\([-\alpha - s, \alpha]\\) with \\(s = \alpha / (2^{b-1} - 1)\\), and the gradient below it that of
+    its end. That batch also gives \\(\alpha\\), its largest size. The paper's decay of \\(\alpha\\) is the weight decay of the optimizer.
+    """
 
     state_names = ("alpha", "signed")
     signed: Tensor

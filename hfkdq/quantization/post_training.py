@@ -235,11 +235,14 @@ def smooth_(model: nn.Module, run: Run, strength: float) -> int:
 
 
 def correct_biases_(model: nn.Module, run: Run) -> int:
-    r"""Adds to every bias what quantization takes from the mean output of its channel, in place. \\(b \leftarrow b +
-    E[W x + b] - E[\hat W \hat x + b]\\) over the calibration data, x the input in the model in floating point, so that
-    no layer corrects the error of another (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-    Correction", 2019, with means that are measured). Layers without a bias are left alone. `model` is a prepared one
-    with ranges, in eval mode. Returns the number of biases that were corrected."""
+    r"""Adds to every bias what quantization takes from the mean output of its channel, in place.
+
+    \\(b \leftarrow b + E[W x + b] - E[\hat W \hat x + b]\\) over the calibration data, x the input in the model in
+    floating point, so that no layer corrects the error of another (Nagel et al., "Data-Free Quantization Through Weight
+    Equalization and Bias Correction", 2019, with means that are measured). Layers without a bias are left alone.
+
+    `model` is a prepared one with ranges, in eval mode. Returns the number of biases that were corrected.
+    """
     modules = [m for m in quantized_modules(model).values() if isinstance(getattr(m, "bias", None), Tensor)]
     missing: dict[QuantizedModule, Tensor] = {}
     counts: dict[QuantizedModule, int] = {}
