@@ -43,15 +43,9 @@ class TeacherCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of both, from a list of rows."""
-        own = [{name: value for name, value in row.items() if not name.startswith(TEACHER_PREFIX)} for row in features]
-        theirs = [
-            {
-                name.removeprefix(TEACHER_PREFIX): value
-                for name, value in row.items()
-                if name.startswith(TEACHER_PREFIX)
-            }
-            for row in features
-        ]
+        prefix = TEACHER_PREFIX
+        own = [{name: value for name, value in row.items() if not name.startswith(prefix)} for row in features]
+        theirs = [{k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)} for row in features]
         lacking = sum(not row for row in theirs)
         if 0 < lacking < len(theirs):
             raise ValueError(

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts of what was done to a model: their types, their record in `model.config.hfkdq`, and their descriptions.
-
-A checkpoint may come from anybody, so a record is checked against the types below when it is read.
-"""
+"""The facts of what was done to a model: their types, their record in `model.config.hfkdq`, and their descriptions. A
+checkpoint may come from anybody, so a record is checked against the types below when it is read."""
 
 from __future__ import annotations
 
@@ -121,10 +119,8 @@ class Digest(TypedDict):
 
 class Quantization(TypedDict, total=False):
     """A quantization: `spec` as `QuantizationSpec.to_dict` has it, with names for patterns; what quantizers know.
-
-    `unobserved` names the activations that have no range as no data has reached them. Records of earlier releases, which
-    left tied heads, scaled embeddings and experts of three axes in floating point, lack `left_in_float`.
-    """
+    `unobserved` names the activations that have no range as no data has reached them. Records of earlier releases,
+    which left tied heads, scaled embeddings and experts of three axes in floating point, lack `left_in_float`."""
 
     spec: QuantizationSettings
     ranges: dict[Name, Range]
@@ -186,10 +182,7 @@ class Facts(TypedDict, total=False):
 
 def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str, Any]:
     """A copy of all recorded facts, by topic (`"student"`, `"distillation"`, `"pruning"`, `"quantization"`, ...).
-
-    Raises:
-        ValueError: what stands there is damaged; it says where.
-    """
+    Raises `ValueError`: what stands there is damaged; it says where."""
     config = getattr(model_or_config, "config", model_or_config)
     facts = getattr(config, "hfkdq", None)
     if facts is None:
@@ -272,16 +265,12 @@ def _describe_student(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
         return ""
 
     def copied(layers: list[int], total: int, name: str) -> str:
-        return f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {_listed(layers)}, counted from 1)"
+        return f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {', '.join(map(str, layers))}, counted from 1)"
 
     text = f"Layers: {copied(fact['layers'], fact['teacher_layers'], 'layers')}"
     if "decoder_layers" not in fact or "teacher_decoder_layers" not in fact:
         return text
     return f"{text}; {copied(fact['decoder_layers'], fact['teacher_decoder_layers'], 'decoder layers')}"
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _describe_distillation(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
@@ -313,12 +302,18 @@ def left_of(found: Mapping[str, int], whole: int) -> dict[str, Any]:
     return {"share": share, "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
 
 
+def told_left(left: Mapping[str, int], modules: Mapping[str, Any]) -> str:
+    """The largest four of them, with their classes and numbers, and how many more there are."""
+    largest = sorted(left, key=left.__getitem__, reverse=True)
+    told = ", ".join(f"{name} ({type(modules[name]).__name__}, {left[name]:,})" for name in largest[:4])
+    return f"{told} and {len(largest) - 4} more" if len(largest) > 4 else told
+
+
 def _describe_left(left: Mapping[str, Any], what: str, code: Callable[..., str]) -> str:
     if left.get("share", 0.0) <= NOTABLE:
         return ""
-    return (
-        f"; {left['share']:.0%} of the parameters {what}, most of them in {', '.join(map(code, left['modules'][:3]))}"
-    )
+    most = ", ".join(map(code, left["modules"][:3]))
+    return f"; {left['share']:.0%} of the parameters {what}, most of them in {most}"
 
 
 def _describe_pruning(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
@@ -338,7 +333,7 @@ def _describe_vocabulary(fact: Mapping[str, Any], code: Callable[..., str]) -> s
 
 
 def _describe_sharing(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
-    groups = [_listed(group) for group in fact.get("layers", [])]
+    groups = [", ".join(map(str, group)) for group in fact.get("layers", [])]
     return f"Sharing: the layers {' and the layers '.join(groups)} have the same weights" if groups else ""
 
 
@@ -346,9 +341,8 @@ def _describe_clustering(fact: Mapping[str, Any], code: Callable[..., str]) -> s
     if not {"clusters", "modules"} <= fact.keys():
         return ""
     error = f"; squared error {fact['relative_error']:.2%} of the variance" if "relative_error" in fact else ""
-    return (
-        f"Clustering: the weights of {fact['modules']:,} layers take at most {fact['clusters']:,} values each{error}"
-    )
+    values = f"{fact['clusters']:,} values each{error}"
+    return f"Clustering: the weights of {fact['modules']:,} layers take at most {values}"
 
 
 def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) -> str:

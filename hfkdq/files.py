@@ -39,30 +39,26 @@ def looks_local(name: str) -> bool:
 
 
 def refuse_missing(name: str) -> None:
-    """Refuses a file or folder of this machine that is not there; an id on the Hub is left to be looked up.
-
-    Raises:
-        FileNotFoundError: it is not there.
-    """
+    """Refuses a file or folder of this machine that is not there; an id on the Hub is left to be looked up. Raises
+    `FileNotFoundError`: it is not there."""
     if looks_local(name) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"There is no file or folder {name}.")
 
 
 def check_new(folder: Path) -> None:
-    """Refuses a folder that is there, or that cannot be made.
-
-    Raises:
-        FileExistsError: `folder` exists.
-        NotADirectoryError: it lies below a file.
-        PermissionError: what it lies in cannot be written to.
-    """
+    """Refuses a folder that is there, or that cannot be made. Raises `FileExistsError`: `folder` exists. Raises
+    `NotADirectoryError`: it lies below a file. Raises `PermissionError`: what it lies in cannot be written to."""
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists. Export to a new folder, or remove this one first.")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be made: {parent} is a file. Export to another folder.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be made: {parent} is read-only. Export to another folder.")
+    _check_place(folder, "made", "Export to another folder")
+
+
+def _check_place(folder: Path, what: str, advice: str) -> None:
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be {what}: {there} is a file. {advice}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be {what}: {there} is read-only. {advice}.")
 
 
 @dataclass(frozen=True)
@@ -80,27 +76,15 @@ class MarkedFiles:
     run: str
 
     def mark(self, folder: Path, version: str) -> None:
-        """Writes down what lies in `folder` now."""
-        written = {
-            path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()
-        }
-        (folder / self.mark_name).write_text(
-            json.dumps({"hfkdq": version, "files": written}, indent=2), encoding="utf-8"
-        )
+        files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
+        text = json.dumps({"hfkdq": version, "files": files}, indent=2)
+        (folder / self.mark_name).write_text(text, encoding="utf-8")
 
     def check(self, folder: Path, overwrite: bool) -> None:
-        """Refuses a folder with files in the way, unless an earlier run wrote them and they may be replaced.
-
-        Raises:
-            FileExistsError: naming what is in the way.
-            NotADirectoryError: `folder` is a file, or lies below one.
-            PermissionError: it cannot be written to.
-        """
-        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(f"{folder} cannot be written to: {there} is a file. Name another folder.")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} cannot be written to: {there} is read-only. Name another folder.")
+        """Refuses a folder with files in the way, unless an earlier run wrote them and they may be replaced. Raises
+        `FileExistsError`: naming what is in the way. Raises `NotADirectoryError`: `folder` is a file, or lies below
+        one. Raises `PermissionError`: it cannot be written to."""
+        _check_place(folder, "written to", "Name another folder")
         found = [path for name in self.names for path in _files_of(folder / name)]
         written = self._written(folder) if found else {}
         for path in found:
@@ -153,15 +137,10 @@ def replacing(path: Path, may_be_lost: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, called `.NAME.hfkdq`, which is gone at the end, whatever happens.
-
-    It is locked while it is used. One that a killed process has left is emptied and used again. SIGTERM ends the process
-    only after the folder is gone, as Ctrl-C does. Parents that had to be made go too, unless something is in them then.
-
-    Raises:
-        FileExistsError: another process is at work on the same `folder`.
-        OSError: the folder cannot be made.
-    """
+    """An empty folder beside `folder`, called `.NAME.hfkdq`, which is gone at the end, whatever happens. It is locked
+    while it is used. One that a killed process has left is emptied and used again. SIGTERM ends the process only after
+    the folder is gone, as Ctrl-C does. Parents that had to be made go too, unless something is in them then. Raises
+    `FileExistsError`: another process is at work on the same `folder`. Raises `OSError`: the folder cannot be made."""
     place = folder.absolute().parent / f".{folder.name}.hfkdq"
     missing = [parent for parent in place.parents if not parent.exists()]
     with _ended_by_signals():
@@ -182,7 +161,6 @@ def workspace(folder: Path) -> Iterator[Path]:
 
 
 def _locked(place: Path, folder: Path) -> Any:
-    """Makes `place` and takes its lock."""
     for _ in range(10):
         place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place / LOCK)
@@ -236,9 +214,8 @@ class Staging:
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Staging]:
     """A new folder, written in a [`workspace`], that becomes `folder` at the end and is gone if that is not reached.
-
-    If something of that name has come up meanwhile, the finished work is kept under the next free name, with a warning.
-    """
+    If something of that name has come up meanwhile, the finished work is kept under the next free name, with a
+    warning."""
     with workspace(folder) as files:
         staging = Staging(files, folder)
         yield staging

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One commit to the Hugging Face Hub with everything that `export_onnx` and `CompressionReport` know of a model.
-
-Reads the files of a folder as bytes, and changes no local file.
-"""
+"""One commit to the Hugging Face Hub with everything that `export_onnx` and `CompressionReport` know of a model. Reads
+the files of a folder as bytes, and changes no local file."""
 
 from __future__ import annotations
 
@@ -114,13 +112,30 @@ def push_to_hub(
     validate_repo_id(repo_id)
     if not repo_id.isprintable():
         raise ValueError(f"repo_id is {repo_id!r}; a Repo id has no line breaks.")
-    _check_arguments(token, commit_message)
-    contents = _contents(folder, ignore_patterns)
+    # What the HTTP libraries would refuse later, with the token in their message.
+    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(
+            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
+            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
+        )
+    if not commit_message.strip():
+        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
+    if not (folder / "config.json").is_file():
+        found = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {found}. push_to_hub publishes what export_onnx or save_pretrained wrote.")
+    contents = collect(folder, ignore_patterns)
     if report is not None:
         contents.update(_report_files(report, repo_id))
     check_secrets(folder, contents, [("commit_message", commit_message), ("repo_id", repo_id)])
     _check_files(folder, contents, report)
-    _check_card(folder, contents)
+    if (card := contents.get("README.md")) is not None:
+        try:
+            ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
+                "push a report, which brings its own."
+            ) from error
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
     try:
         api = HfApi(token=token, library_name="hfkdq")
@@ -129,43 +144,15 @@ def push_to_hub(
             _patiently(lambda: api.create_branch(full_id, branch=str(revision), exist_ok=True))
         parent = None if revision is None else str(revision)
         stale = _patiently(lambda: list(_stale_files(api, full_id, parent, folder)))
-        deletions = [CommitOperationDelete(path_in_repo=name) for name in stale]
-        commit = _patiently(
-            lambda: api.create_commit(
-                full_id,
-                [*operations, *deletions],
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        )
+        changes: list[Any] = [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
+        how: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+        commit: CommitInfo = _patiently(lambda: api.create_commit(full_id, changes, **how))
     # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
     except Exception as error:
         raise RuntimeError(_explain(error, folder, repo_id, token)) from error
     gone = f", where {', '.join(stale)} of an earlier push went" if stale else ""
     logger.info(f"Pushed {len(operations)} files of {folder} to {commit.commit_url}{gone}")
     return commit
-
-
-def _check_arguments(token: str | bool | None, commit_message: str) -> None:
-    """Refuses what the HTTP libraries would refuse later, with the token in their message."""
-    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ValueError(
-            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
-            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
-        )
-    if not commit_message.strip():
-        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
-
-
-def _contents(folder: Path, ignore_patterns: list[str] | str | None) -> Contents:
-    """Every file of the folder by its path in the repository, if all of them may be published."""
-    if not (folder / "config.json").is_file():
-        found = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(
-            f"{folder} {found}. push_to_hub publishes a folder that export_onnx or save_pretrained wrote."
-        )
-    return collect(folder, ignore_patterns)
 
 
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
@@ -221,44 +208,19 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
         }
 
 
-def _check_card(folder: Path, contents: Contents) -> None:
-    """Refuses a card that the Hub could not read."""
-    if "README.md" not in contents:
-        return
-    card = contents["README.md"]
-    try:
-        ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
-            "push a report, which brings its own."
-        ) from error
-
-
 def _patiently(request: Callable[[], _Answer]) -> _Answer:
-    """The answer to a request, asked again for as long as the Hub is busy and says so."""
+    """The answer to a request, asked again for as long as the Hub is busy and says so, or for a minute at most."""
     for attempt in range(1, _TRIES):
         try:
             return request()
         except Exception as error:  # requests, httpx and Xet share no error class
-            seconds = _wait_asked_for(error, attempt)
-            if seconds is None:
+            status, _, seconds = _answer(error)
+            seconds = float(2 ** (attempt - 1)) if seconds is None else seconds
+            if status not in _BUSY or seconds > _LONGEST_WAIT:
                 raise
-            status = _answer(error)[0]
             logger.warning(f"The Hub answered {status}; asking again in {seconds:.0f} s ({attempt} of {_TRIES - 1}).")
             time.sleep(seconds)
     return request()
-
-
-def _wait_asked_for(error: Exception, attempt: int) -> float | None:
-    """Seconds until the Hub may be asked again; `None` if it does not ask for patience, or for more than a minute."""
-    response = _response(error)
-    if response is None or response.status_code not in _BUSY:
-        return None
-    seconds = _seconds(str(response.headers.get("Retry-After") or ""))
-    if seconds is None:
-        return float(2 ** (attempt - 1))
-    return seconds if seconds <= _LONGEST_WAIT else None
 
 
 def _seconds(text: str) -> float | None:
@@ -273,29 +235,15 @@ def _seconds(text: str) -> float | None:
     return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
 
 
-def _response(error: BaseException | None) -> Any:
-    """The Hub's answer behind an error, which huggingface_hub may have wrapped."""
-    # Not by its truth: in requests a failed response is false.
-    return next((link.response for link in _causes(error) if getattr(link, "response", None) is not None), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[Any]:
-    """An error and its causes, up to the one that has the Hub's answer."""
-    while error is not None:
-        yield error
-        error = None if getattr(error, "response", None) is not None else error.__cause__
-
-
 def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool | None) -> str:
     """The error message: the answer, the advice, and that no file is lost; never the token."""
-    status, answer = _answer(error)
+    status, answer, seconds = _answer(error)
     if status is None:
         happened, advice = f"{type(error).__name__}: {answer}", _ADVICE_CONNECTION
     else:
         happened = f"the Hub answered {status} ({answer})"
         advice = _ADVICE.get(status, _ADVICE_SERVER if status >= 500 else _ADVICE_REQUEST)
-        wait = str(getattr(_response(error), "headers", {}).get("Retry-After") or "")
-        if status in _BUSY and (seconds := _seconds(wait)):
+        if status in _BUSY and seconds:
             advice = f"It asks to wait {seconds:.0f} s. {advice}"
     text = f"Could not push {folder} to {repo_id}: {happened}. {advice} The files in {folder} are untouched."
     for known in (token, get_token()):
@@ -304,14 +252,18 @@ def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool
     return redact(text)
 
 
-def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Status and message of the Hub's answer behind an error."""
-    said = ""
-    for link in _causes(error):
+def _answer(error: BaseException | None) -> tuple[int | None, str, float | None]:
+    """Status and message of the Hub's answer behind an error and its causes, and the seconds it asks to wait."""
+    said, response = "", None
+    while error is not None:
+        # Not by its truth: in requests a failed response is false.
+        response = getattr(error, "response", None)
         # The address is left out: that of a large file carries a signature.
-        message = getattr(link, "server_message", None) or str(link).partition(" for url")[0]
+        message = getattr(error, "server_message", None) or str(error).partition(" for url")[0]
         message = " ".join(message.split()).rstrip(".")
         if message not in said:
             said = f"{said}; {message}" if said else message
-    response = _response(error)
-    return (None, said or "no message") if response is None else (response.status_code, said)
+        error = error.__cause__ if response is None else None
+    if response is None:
+        return None, said or "no message", None
+    return response.status_code, said, _seconds(str(getattr(response, "headers", {}).get("Retry-After") or ""))

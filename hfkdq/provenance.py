@@ -69,8 +69,5 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 def _shapes(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Parameters by their names in a checkpoint, without those of adapters and of fake quantizers."""
     saved = model.state_dict().keys()
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if name in saved and ".lora_" not in name
-    }
+    plain = {n: p for n, p in model.named_parameters() if n in saved and ".lora_" not in n}
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in plain.items()}

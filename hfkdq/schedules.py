@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of training progress, for weights, temperatures and sparsities.
-
-A schedule is any callable from progress in [0, 1] to a number.
-"""
+"""Functions of training progress, for weights, temperatures and sparsities. A schedule is any callable from progress
+in [0, 1] to a number."""
 
 from __future__ import annotations
 
@@ -10,38 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .fields import check_fields
+from .fields import check_fields, extremes, value_at  # noqa: F401  (for users too)
 
 Schedule = Callable[[float], float]
 LayerSchedule = Callable[[float, int], Sequence[float]]
 """From progress and a number of layers to a weight for each of them."""
-
-
-def value_at(value: float | Schedule, progress: float) -> float:
-    """The number that `value` stands for at `progress`: itself, or what the schedule gives."""
-    return float(value(progress)) if callable(value) else float(value)
-
-
-def extremes(value: float | Schedule, samples: int = 101) -> tuple[float, float]:
-    """Smallest and largest number that `value` takes over `samples` points of progress, for validation up front.
-
-    Both are NaN if one of them is.
-
-    Raises:
-        ValueError: it gives no number.
-    """
-    places = [i / (samples - 1) for i in range(samples)] if callable(value) else [0.0]
-    values = []
-    for place in places:
-        try:
-            values.append(value_at(value, place))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{value!r} is neither a number nor a function of progress that gives one: {error}."
-            ) from error
-        if math.isnan(values[-1]):
-            return math.nan, math.nan
-    return min(values), max(values)
 
 
 @dataclass(frozen=True)
@@ -131,9 +102,8 @@ class Exponential(_Ramp):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not min(self.start, self.end) > 0:
-            raise ValueError(
-                f"Exponential multiplies, so start and end must be larger than 0, got {self.start!r} and {self.end!r}."
-            )
+            told = f"start and end must be larger than 0, got {self.start!r} and {self.end!r}"
+            raise ValueError(f"Exponential multiplies, so {told}.")
 
     def _at(self, done: float) -> float:
         return float(self.start * (self.end / self.start) ** done)

@@ -45,11 +45,8 @@ Count = Annotated[int, _is_count]
 
 
 def read_json(text: str) -> dict[str, Any]:
-    """The object in a JSON text, without numbers that are none, keys that occur twice, or endless nesting.
-
-    Raises:
-        ValueError: it is no such text; one line says why.
-    """
+    """The object in a JSON text, without numbers that are none, keys that occur twice, or endless nesting. Raises
+    `ValueError`: it is no such text; one line says why."""
     try:
         data = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
     except RecursionError:
@@ -139,9 +136,8 @@ def _check_union(value: Any, hints: tuple[Any, ...], where: str) -> None:
 
 
 def _is_alike(value: Any, hint: Any) -> bool:
-    kind = (
-        list if get_origin(hint) in (list, tuple) else dict if get_origin(hint) is dict or is_typeddict(hint) else hint
-    )
+    kind = dict if get_origin(hint) is dict or is_typeddict(hint) else hint
+    kind = list if get_origin(hint) in (list, tuple) else kind
     kind = str if kind is FreeText else kind
     return isinstance(kind, type) and isinstance(value, kind)
 
@@ -157,7 +153,7 @@ def _check_fields(value: Any, cls: Any, where: str) -> None:
                 f"{where} has no field {names}; its fields are {', '.join(sorted(hints))}. Was it written by another "
                 "version of hfkdq?"
             )
-        needed = {item.name for item in fields(cls) if _is_needed(item)}
+        needed = {item.name for item in fields(cls) if item.default is item.default_factory is MISSING}
     else:
         needed = set(cls.__required_keys__)
     missing = sorted(needed - set(value))
@@ -166,10 +162,6 @@ def _check_fields(value: Any, cls: Any, where: str) -> None:
     for name, hint in hints.items():
         if name in value:
             check(value[name], hint, f"{where}.{name}")
-
-
-def _is_needed(item: Any) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
 
 
 @cache

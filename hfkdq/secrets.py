@@ -167,12 +167,8 @@ def redact(text: str) -> str:
 
 def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     """An environment for a process that needs no secrets: without the variables that hold one by name or by value."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in _INNOCENT
-        or not (_NAMES.search(name) or find_secrets(f"{name}={value}".encode(errors="backslashreplace")))
-    }
+    texts = {name: f"{name}={value}".encode(errors="backslashreplace") for name, value in environ.items()}
+    return {n: environ[n] for n, t in texts.items() if n in _INNOCENT or not (_NAMES.search(n) or find_secrets(t))}
 
 
 def _hidden(shape: _Shape, match: re.Match[str]) -> str:
@@ -215,12 +211,8 @@ def _wide_text_of(data: bytes) -> bytes:
 
 
 def _kinds_in(text: bytes) -> set[str]:
-    return {
-        shape.kind
-        for shape in _shapes()
-        if any(anchor in text for anchor in shape.anchors)
-        and any(_counts(shape, text, match) for match in shape.in_bytes.finditer(text))
-    }
+    shapes = [shape for shape in _shapes() if any(anchor in text for anchor in shape.anchors)]
+    return {each.kind for each in shapes if any(_counts(each, text, match) for match in each.in_bytes.finditer(text))}
 
 
 def _counts(shape: _Shape, text: bytes, match: re.Match[bytes]) -> bool:
@@ -234,19 +226,12 @@ def _counts(shape: _Shape, text: bytes, match: re.Match[bytes]) -> bool:
 @cache
 def _shapes() -> tuple[_Shape, ...]:
     """All shapes, compiled when the first text is looked at: most programs never look at one."""
-    shapes = [_shape(kind, anchors, is_word, pattern, 0) for kind, anchors, is_word, pattern in _OWN]
+    found = [(kind, anchors, is_word, pattern, 0) for kind, anchors, is_word, pattern in _OWN]
     for kind, module, name, anchors, is_word in _LIBRARY:
         detector = getattr(importlib.import_module(f"detect_secrets.plugins.{module}"), name)
-        for known in detector.denylist:
-            shapes.append(_shape(kind, anchors, is_word, known.pattern, known.flags & re.IGNORECASE))
+        found += [(kind, anchors, is_word, each.pattern, each.flags & re.IGNORECASE) for each in detector.denylist]
+    shapes = []
+    for kind, anchors, is_word, pattern, flags in found:
+        compiled = re.compile(pattern, flags | re.ASCII), re.compile(pattern.encode("latin-1"), flags)
+        shapes.append(_Shape(kind, tuple(map(str.encode, anchors)), is_word, *compiled))
     return tuple(shapes)
-
-
-def _shape(kind: str, anchors: tuple[str, ...], is_word: bool, pattern: str, flags: int) -> _Shape:
-    return _Shape(
-        kind,
-        tuple(anchor.encode() for anchor in anchors),
-        is_word,
-        re.compile(pattern, flags | re.ASCII),
-        re.compile(pattern.encode("latin-1"), flags),
-    )

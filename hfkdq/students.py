@@ -13,20 +13,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .facts import record_fact
-from .modeling import (
-    CountedStack,
-    Probe,
-    bypass_,
-    config_with,
-    differing,
-    evenly_spaced_layers,
-    find_layer_stacks,
-    has_recorded_shapes,
-    load_checkpoint,
-    refit_,
-)
+from .modeling.bypass import bypass_
 from .modeling.examples import tried_on
+from .modeling.layers import CountedStack, evenly_spaced_layers, find_layer_stacks
 from .modeling.masks import Batch
+from .modeling.numbering import refit_
+from .modeling.probing import config_with
+from .modeling.proof import Probe, differing
+from .modeling.recorded_shapes import has_recorded_shapes, load_checkpoint
 from .schema import brief
 
 logger = logging.get_logger(__name__)
@@ -166,10 +160,7 @@ def _prove(
     teacher: PreTrainedModel, student: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]
 ) -> None:
     """Compares a student, as it is and as it is loaded again, with the teacher whose other layers hand on their input.
-
-    Raises:
-        ValueError: they compute different things.
-    """
+    Raises `ValueError`: they compute different things."""
     name = type(teacher).__name__
     probe = Probe(teacher)
     for stack, numbers in zip(stacks, kept, strict=True):
@@ -247,7 +238,11 @@ def _copy_weights(
                 continue
             name = places[old] + name.removeprefix(old)
         elif name in beside:
-            tensor = _along_depth(tensor, len(stacks[0]), [number - 1 for number in kept[0]])
+            # An entry for each layer, for each place between two (YOLOS), or for every state.
+            depth, left = len(stacks[0]), [number - 1 for number in kept[0]]
+            dim, size = next((dim, size) for dim, size in enumerate(tensor.shape) if abs(size - depth) < 2)
+            chosen = {depth - 1: left[:-1], depth: left, depth + 1: [0, *(place + 1 for place in left)]}[size]
+            tensor = tensor.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=tensor.device))
         weights[name] = tensor
     expected = student.state_dict()
     for stack in stacks:
@@ -269,10 +264,3 @@ def _copy_weights(
             "quantizers are added to it."
         )
     student.load_state_dict(weights)
-
-
-def _along_depth(tensor: torch.Tensor, total: int, kept: list[int]) -> torch.Tensor:
-    """What is left of a tensor with an entry for each layer, for each place between two (YOLOS), or for every state."""
-    dim, size = next((dim, size) for dim, size in enumerate(tensor.shape) if abs(size - total) < 2)
-    chosen = {total - 1: kept[:-1], total: kept, total + 1: [0, *(place + 1 for place in kept)]}[size]
-    return tensor.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=tensor.device))

@@ -9,8 +9,8 @@ import re
 import stat
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # exported there, without __all__
@@ -18,6 +18,9 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from .secrets import find_secrets, find_secrets_in_file, redact
 
 Contents = dict[str, Path | bytes]
+_Found = defaultdict[str, list[str]]  # what is wrong with a folder: names by reason
+_UNREADABLE = "not readable: {}"
+_CODE = "Python, though no configuration names custom code (`auto_map`): {}"
 
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|dill|npy|npz|sav|mar)", re.IGNORECASE)
 _MODEL_FILES = re.compile(
@@ -39,58 +42,41 @@ _NAMED = 50  # more names than that say nothing more
 _LINKS = 40
 
 
-@dataclass
-class _Found:
-    """What is wrong with a folder: names by reason."""
-
-    reasons: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str) -> None:
-        self.reasons.setdefault(reason, []).append(name)
-
-
-_PICKLE_REASON = (
-    "pickles by their names: {}. Loading one runs whatever code is in it, so only safetensors and ONNX weights are "
-    "published; optimizer states and training arguments are not for others"
-)
-_CONTENT_REASON = "of another kind than their names say, or packed, so that nobody can look into them: {}"
-_LINK_REASON = "links to what is not in the folder, is hidden or is a folder: {}. Copy what is to be published"
-_SPECIAL_REASON = "no files (pipes, sockets or devices): {}"
-_UNREADABLE_REASON = "not readable: {}"
-_NAME_REASON = "called by characters that no repository takes: {}"
-_CODE_REASON = "Python, though no configuration names custom code (`auto_map`): {}"
-_OTHER_REASON = "nothing that a model repository holds: {}"
-
-
 def collect(folder: Path, ignore_patterns: list[str] | str | None) -> Contents:
     """Every file of the folder by its path in the repository, without hidden ones and those that a pattern names.
-
-    Raises:
-        ValueError: one of them may not be published; the message names each, why, and what to do.
-    """
-    found = _Found()
+    Raises `ValueError`: one of them may not be published; the message names each, why, and what to do."""
+    found: _Found = defaultdict(list)
     contents: Contents = {}
     root = Path(os.path.realpath(folder))
     for name, path in _wanted(_entries(root, root, found), ignore_patterns):
         try:
             reason = _objection(root, path, name)
         except OSError as error:
-            reason, name = _UNREADABLE_REASON, f"{name} ({error.strerror or type(error).__name__})"
+            reason, name = _UNREADABLE, f"{name} ({error.strerror or type(error).__name__})"
         if reason is None:
             contents[name] = path
         else:
-            found.add(reason, name)
-    _check_code(contents, found)
-    _refuse(folder, found)
+            found[reason].append(name)
+    code = [name for name in contents if name.endswith(".py")]
+    configurations = [data for name, data in contents.items() if name.endswith(".json") and "/" not in name]
+    if code and not any(isinstance(path, Path) and b'"auto_map"' in path.read_bytes() for path in configurations):
+        for name in code:
+            del contents[name]
+            found[_CODE].append(name)
+    if found:
+        called = {reason: _listed([redact(name) for name in names]) for reason, names in found.items()}
+        told = " ".join(f"Files that are {reason.format(names)}." for reason, names in called.items())
+        every = [name.split(" (")[0] for names in found.values() for name in names]
+        raise ValueError(
+            f"{folder} was not pushed. {told} Move them out of the folder, push the folder that export_onnx wrote, or leave "
+            f"them out: ignore_patterns={[redact(name) for name in every[:_NAMED]]}."
+        )
     return contents
 
 
 def check_secrets(folder: Path, contents: Contents, texts: Iterable[tuple[str, str]]) -> None:
     """Refuses secrets in the content of files, in their names and in other texts, given with what they are called.
-
-    Raises:
-        ValueError: there are some; the message says where, and never what.
-    """
+    Raises `ValueError`: there are some; the message says where, and never what."""
     places: dict[str, list[str]] = {}
     for called, text in [*texts, *((f"the name of {redact(name)}", name) for name in contents)]:
         for kind in find_secrets(text.encode(errors="backslashreplace")):
@@ -100,16 +86,15 @@ def check_secrets(folder: Path, contents: Contents, texts: Iterable[tuple[str, s
             places.setdefault(kind, []).append(redact(name))
     if not places:
         return
-    told = "; ".join(f"{_article(kind)} {kind} in: {_listed(names)}" for kind, names in sorted(places.items()))
+    told = "; ".join(
+        f"{'an' if kind[0] in 'AaEeIiOo' else 'a'} {kind} in: {_listed(names)}"
+        for kind, names in sorted(places.items())
+    )
     renew = " at https://huggingface.co/settings/tokens" if "Hugging Face access token" in places else ""
     raise ValueError(
         f"{folder} was not pushed; there is {told}. Remove it from there, or leave the file out with ignore_patterns=, "
         f"and, as it may have been seen, renew it{renew}."
     )
-
-
-def _article(kind: str) -> str:
-    return "an" if kind[0] in "AaEeIiOo" else "a"
 
 
 def _entries(root: Path, folder: Path, found: _Found) -> Iterator[tuple[str, Path]]:
@@ -118,7 +103,7 @@ def _entries(root: Path, folder: Path, found: _Found) -> Iterator[tuple[str, Pat
         paths = sorted(folder.iterdir())
     except OSError as error:
         name = folder.relative_to(root).as_posix()
-        found.add(_UNREADABLE_REASON, f"{name} ({error.strerror or type(error).__name__})")
+        found[_UNREADABLE].append(f"{name} ({error.strerror or type(error).__name__})")
         return
     for path in paths:
         if path.name.startswith("."):
@@ -145,17 +130,22 @@ def _wanted(
 def _objection(root: Path, path: Path, name: str) -> str | None:
     """Why a file may not be published, if so."""
     if path.is_symlink() and not _stays_inside(root, path):
-        return _LINK_REASON
+        return "links to what is not in the folder, is hidden or is a folder: {}. Copy what is to be published"
     if not stat.S_ISREG(path.stat().st_mode):
-        return _SPECIAL_REASON
+        return "no files (pipes, sockets or devices): {}"
     if not name.isprintable() or "\\" in name or any(part != part.strip(" ") for part in name.split("/")):
-        return _NAME_REASON
+        return "called by characters that no repository takes: {}"
     plain = path.name.rstrip(". ")
     if _PICKLES.fullmatch(plain):
-        return _PICKLE_REASON
+        return (
+            "pickles by their names: {}. Loading one runs whatever code is in it, so only safetensors and ONNX weights are "
+            "published; optimizer states and training arguments are not for others"
+        )
     if plain != path.name or not (_MODEL_FILES.fullmatch(path.name) or path.name.endswith(".py")):
-        return _OTHER_REASON
-    return _CONTENT_REASON if _is_disguised(path) else None
+        return "nothing that a model repository holds: {}"
+    if _is_disguised(path):
+        return "of another kind than their names say, or packed, so that nobody can look into them: {}"
+    return None
 
 
 def _stays_inside(root: Path, path: Path) -> bool:
@@ -207,30 +197,6 @@ def _is_deflated(head: bytes) -> bool:
         return len(zlib.decompressobj().decompress(head, 1024)) > 0
     except zlib.error:
         return False
-
-
-def _check_code(contents: Contents, found: _Found) -> None:
-    """Refuses Python files in a folder whose configurations name no custom code."""
-    code = [name for name in contents if name.endswith(".py")]
-    configurations = [data for name, data in contents.items() if name.endswith(".json") and "/" not in name]
-    if code and not any(isinstance(path, Path) and b'"auto_map"' in path.read_bytes() for path in configurations):
-        for name in code:
-            del contents[name]
-            found.add(_CODE_REASON, name)
-
-
-def _refuse(folder: Path, found: _Found) -> None:
-    if not found.reasons:
-        return
-    told = " ".join(
-        f"Files that are {reason.format(_listed([redact(name) for name in names]))}."
-        for reason, names in found.reasons.items()
-    )
-    every = [name.split(" (")[0] for names in found.reasons.values() for name in names]
-    raise ValueError(
-        f"{folder} was not pushed. {told} Move them out of the folder, push the folder that export_onnx wrote, or leave "
-        f"them out: ignore_patterns={[redact(name) for name in every[:_NAMED]]}."
-    )
 
 
 def _listed(names: list[str]) -> str:

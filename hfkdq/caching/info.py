@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The description of cached outputs, which travels with the dataset that holds them."""
+"""The description of cached outputs, which travels with the dataset, and the fingerprints of what they depend on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -36,7 +37,6 @@ class CachedOutput:
 
     @property
     def column(self) -> str:
-        """The column of its values."""
         return TEACHER_PREFIX + self.name
 
     @property
@@ -81,12 +81,10 @@ class CacheInfo:
         # Its `get` knows only what was imported so far.
         maker = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         known = self.key["temperature"]  # where the outputs are the likeliest classes
-        return ModelSignature(
-            self.teacher["model_class"], maker.from_dict(config), self.teacher["shapes"], temperature=known
-        )
+        name, shapes = self.teacher["model_class"], self.teacher["shapes"]
+        return ModelSignature(name, maker.from_dict(config), shapes, temperature=known)
 
     def to_json(self) -> str:
-        """All of it as a line of JSON."""
         fields = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
         plain = {**fields, "outputs": [asdict(output) for output in self.outputs]}
         return json.dumps(plain, sort_keys=True, default=str)
@@ -148,7 +146,14 @@ def cache_info(dataset: Any) -> CacheInfo | None:
     if not set(info.columns) & set(columns):
         return None
     for other in found[1:]:
-        _refuse_mixture(info, other)
+        shared = {"dataset", "rows", "part_rows"}
+        differ = [name for name in info.key if name not in shared and info.key[name] != other.key.get(name)]
+        if differ or info.outputs != other.outputs or info.inputs != other.inputs:
+            told = "; ".join(f"{name} {info.key[name]!r} and {other.key.get(name)!r}" for name in differ)
+            raise ValueError(
+                f"The dataset was put together of teacher outputs that were cached in different ways: {told or 'their layout'}. Put the "
+                "datasets together first and call cache_teacher_outputs once."
+            )
     missing = [column for column in info.columns if column not in columns]
     if missing:
         raise ValueError(
@@ -158,17 +163,6 @@ def cache_info(dataset: Any) -> CacheInfo | None:
     return info
 
 
-def _refuse_mixture(one: CacheInfo, other: CacheInfo) -> None:
-    shared = {"dataset", "rows", "part_rows"}
-    differ = [name for name in one.key if name not in shared and one.key[name] != other.key.get(name)]
-    if differ or one.outputs != other.outputs or one.inputs != other.inputs:
-        told = "; ".join(f"{name} {one.key[name]!r} and {other.key.get(name)!r}" for name in differ) or "their layout"
-        raise ValueError(
-            f"The dataset was put together of teacher outputs that were cached in different ways: {told}. Put the "
-            "datasets together first and call cache_teacher_outputs once."
-        )
-
-
 def with_info(dataset: Any, info: CacheInfo) -> Any:
     """Writes what is known of the cached outputs into a dataset, in place of what was there; returns the dataset."""
     kept = _MARK.sub("", dataset.info.description or "")
@@ -176,3 +170,35 @@ def with_info(dataset: Any, info: CacheInfo) -> Any:
     text = info.to_json().replace(">", "\\u003e")
     dataset.info.description = f"{kept}\n<!-- hfkdq-cache {text} -->"
     return dataset
+
+
+def processor_fingerprint(processor: Any) -> str | None:
+    """Class of a tokenizer, image processor, feature extractor or processor of several, and a hash of what it holds.
+    How a tokenizer pads and truncates is left out: calling it changes that, and the rows are tokenized already."""
+    if processor is None:
+        return None
+    return f"{type(processor).__name__} {short_hash(_contents(processor))}"
+
+
+def _contents(processor: Any) -> Any:
+    names = getattr(processor, "attributes", None)
+    if isinstance(names, (list, tuple)) and names:
+        return {name: _contents(getattr(processor, name)) for name in names if hasattr(processor, name)}
+    if hasattr(processor, "get_vocab"):
+        backend = getattr(processor, "backend_tokenizer", None)
+        found = {} if backend is None else json.loads(backend.to_str())
+        found = {key: value for key, value in found.items() if key not in ("padding", "truncation")}
+        special = {key: str(value) for key, value in processor.special_tokens_map.items()}
+        return {"backend": found, "vocabulary": processor.get_vocab(), "special": special}
+    return processor.to_dict() if hasattr(processor, "to_dict") else type(processor).__qualname__
+
+
+def collator_name(collator: Any) -> str:
+    """Where the class of a collator, or the function that it is, was defined."""
+    named = collator if hasattr(collator, "__qualname__") else type(collator)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def short_hash(contents: Any) -> str:
+    """16 hexadecimal digits that stand for contents, which JSON or text can hold."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans which outputs of a teacher are cached, and cuts them out of its output for a batch."""
+"""Plans which outputs of a teacher are cached and cuts them out of its output: positions, checksums of inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
+from torch import nn
 
 from ..losses.divergences import coarse_log_probabilities
-from ..modeling.masks import frame_lengths
+from ..modeling.forwards import TEACHER_PREFIX
+from ..modeling.masks import Batch, frame_lengths, frame_mask, token_mask
 from ..objectives.finding import find_head
 from ..objectives.heads import DecoderHead, FrameHead, Head, SpanHead
 from ..objectives.model_signature import ModelSignature, signature_of
-from .info import CachedOutput
-from .positions import name_in, own_positions
+from .info import CachedOutput, collator_name
 
 LARGE = 1024
 """From more classes than this per position on, only the likeliest are cached by default."""
@@ -36,15 +39,11 @@ class Plan:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The kinds of outputs that the teacher must return."""
         return frozenset({"logits", *(["hidden_states"] if self.layers else [])})
 
     def cut(self, out: Any, batch: Mapping[str, Any], features: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-        """By column, the values of each row of a batch without its padding, in float32 or int32.
-
-        Raises:
-            ValueError: outputs at other positions than the mask has, or padding that nothing tells of.
-        """
+        """By column, the values of each row of a batch without its padding, in float32 or int32. Raises `ValueError`:
+        outputs at other positions than the mask has, or padding that nothing tells of."""
         found: dict[str, list[np.ndarray]] = {}
         for output in self.outputs:
             if output.column in found:
@@ -100,24 +99,16 @@ class Plan:
 
 
 def make_plan(
-    teacher: Any,
-    top_k: int | Literal["auto"] | None,
-    temperature: float,
-    hidden_states: Sequence[int],
+    teacher: Any, top_k: int | Literal["auto"] | None, temperature: float, hidden_states: Sequence[int],
     dtype: Literal["float16", "int8"],
-) -> Plan:
-    """Decides what is cached; arguments as of `cache_teacher_outputs`.
-
-    Raises:
-        ValueError: a head that is not known, a layer out of range, or a `top_k` that makes no sense for the head.
-    """
+) -> Plan:  # fmt: skip
+    """Decides what is cached; arguments as of `cache_teacher_outputs`. Raises `ValueError`: a head that is not known,
+    a layer out of range, or a `top_k` that makes no sense for the head."""
     outline, outputs = signature_of(teacher), []
     # A base model, without a head, has hidden states alone.
     predicts = any(outline.shape(name) is not None for name in ("logits", "start_logits"))
     if not predicts and not hidden_states:
-        raise ValueError(
-            f"{outline.model_class} returns no logits, so there is nothing to cache but hidden_states=[...]."
-        )
+        raise ValueError(f"{outline.model_class} returns no logits: nothing to cache but hidden_states=[...].")
     head = find_head(teacher, teacher) if predicts else None
     count = None if head is None else _top_k(head, outline, top_k)
     for name in () if head is None else head.outputs:
@@ -162,3 +153,102 @@ def _top_k(head: Head, outline: ModelSignature, top_k: int | Literal["auto"] | N
     if top_k >= classes:
         raise ValueError(f"top_k={top_k} of {classes} classes leaves none out. Give top_k=None to cache all logits.")
     return top_k
+
+
+MASKS = ("attention_mask", "decoder_attention_mask", "pixel_mask")
+"""Columns that tell which positions of a batch are padding."""
+
+
+def name_in(batch: Mapping[str, Any], name: str) -> str:
+    """The column that the teacher reads as `name`."""
+    return TEACHER_PREFIX + name if TEACHER_PREFIX + name in batch else name
+
+
+def _mask(batch: Batch, name: str) -> torch.Tensor | None:
+    mask = batch.get(name_in(batch, name))
+    return mask.ne(0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def own_positions(batch: Batch, kind: str, outline: ModelSignature) -> torch.Tensor | None:
+    """Non-padding positions of a batch, `(batch, positions)`, of the kind of `CachedOutput.positions`. `outline`, of
+    the teacher, tells how many frames it makes of samples. `None` where nothing tells what is padding."""
+    attended = _mask(batch, "attention_mask")
+    if kind == "attended":
+        return attended
+    if kind == "decoded":
+        columns = {"labels": batch.get("labels"), "attention_mask": _mask(batch, "decoder_attention_mask")}
+        return token_mask(columns, shifts_labels=False)
+    lengths = frame_lengths(_config_only_model(outline), adapter=kind == "adapted_frames")
+    if lengths is None:
+        raise ValueError(f"{outline.model_class} does not tell how many frames it makes of a number of samples.")
+    return frame_mask({"input_values": batch[name_in(batch, "input_values")], "attention_mask": attended}, lengths)
+
+
+def _config_only_model(outline: ModelSignature) -> Any:
+    """A model with a class and a configuration alone, no weights: enough to ask it for lengths."""
+    cls = getattr(transformers, outline.model_class)
+    model = cls.__new__(cls)
+    nn.Module.__init__(model)
+    model.config = outline.config
+    return model
+
+
+def checked_inputs(batch: Batch, columns: Collection[str], decodes_labels: bool) -> tuple[str, ...]:
+    """Names of the inputs that row checks are over: those that the teacher reads, without the masks, which only cut
+    them. `columns` are those that its forward pass takes; `decodes_labels` says whether its decoder reads the
+    labels."""
+    labels = decodes_labels and isinstance(batch.get("labels"), torch.Tensor)
+    made_of_labels = {"decoder_input_ids", "decoder_attention_mask"} if labels else set[str]()
+    names = [name_in(batch, name) for name in sorted(set(columns) - made_of_labels) if not name.endswith("mask")]
+    found = [name for name in names if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() > 0]
+    return (*found, "labels") if labels else tuple(found)
+
+
+def row_checks(batch: Batch, names: tuple[str, ...], rows: int, collator: Any) -> list[int]:
+    """One number per row: how many positions its inputs `names` have, times 2^32, and their CRC-32. Raises
+    `ValueError`: the batch, which `collator` made of so many rows, lacks an input or has another number of rows."""
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise ValueError(
+            f"The teacher read {', '.join(missing)}, which this batch lacks, so nothing tells whether its cached outputs "
+            "belong to these rows. Keep the columns that the outputs were cached with, and the same collator."
+        )
+    inputs = [(batch[name], _cut_of(batch, name)) for name in names]
+    if len(inputs[0][0]) != rows:
+        raise ValueError(
+            f"{collator_name(collator)} made {len(inputs[0][0])} rows of {rows}; cached teacher outputs need a collator that "
+            "keeps rows apart."
+        )
+    return [_row_check([_row_of(values, cut, row) for values, cut in inputs]) for row in range(rows)]
+
+
+def _row_of(values: torch.Tensor, cut: torch.Tensor | None, row: int) -> torch.Tensor:
+    if cut is None:
+        return values[row]
+    return values[row][..., cut[row]] if cut.dim() == 3 else values[row][cut[row]]
+
+
+def _row_check(inputs: list[torch.Tensor]) -> int:
+    crc = 0
+    for own in inputs:
+        own = own.float() if own.is_floating_point() else own.long()
+        crc = zlib.crc32(own.contiguous().cpu().numpy().tobytes(), crc)
+    return max(len(own) if own.dim() else 1 for own in inputs) << 32 | crc
+
+
+def _cut_of(batch: Batch, name: str) -> torch.Tensor | None:
+    """The mask that cuts the padding off an input; `None` where it is taken whole."""
+    values = batch[name]
+    if name == "labels":
+        return values.ne(-100)
+    plain = name.removeprefix(TEACHER_PREFIX)
+    pixels = batch.get(name_in(batch, "pixel_mask"))
+    if plain == "pixel_values" and isinstance(pixels, torch.Tensor) and pixels.shape[1:] == values.shape[-2:]:
+        return pixels.ne(0)
+    mask = _mask(batch, "decoder_attention_mask" if plain.startswith("decoder_") else "attention_mask")
+    return mask if mask is not None and mask.shape == values.shape[:2] else None
+
+
+def told_positions(check: int) -> int:
+    """The number of positions in the check of a row."""
+    return check >> 32

@@ -15,18 +15,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
+from transformers import DataCollatorWithPadding, default_data_collator
+from transformers.utils import find_labels
 
 from ..modeling.examples import NoExample, tried_on
-from ..modeling.forwards import base_of
+from ..modeling.forwards import TEACHER_PREFIX, base_of, forward_columns
 from ..modeling.own_modules import as_pretrained_
 from ..teachers import FrozenTeacher, check_vocabulary, fingerprint, load_teacher, weights_fingerprint
-from .codec import encode
-from .fingerprints import collator_name, processor_fingerprint
-from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, with_info
-from .plan import Plan, make_plan
-from .positions import checked_inputs, row_checks
-from .rows import Source, default_collator, formatted_as, label_columns
-from .shards import assemble, prepare_folder, write_shards
+from .info import FORMAT_VERSION, ROW_CHECK, CacheInfo, cache_info, collator_name, processor_fingerprint, with_info
+from .plan import Plan, checked_inputs, make_plan, row_checks
+from .shards import assemble, encode, prepare_folder, write_shards
 
 SHARD_ROWS = 1024
 """Rows in a shard, which is what a killed run loses at most."""
@@ -223,9 +221,7 @@ def _key(
     # A dataset made by a function that cannot be hashed has another fingerprint in every process.
     shared = broadcast_object_list([key])[0] if accelerator.num_processes > 1 else key
     if shared["rows"] != len(dataset):
-        raise ValueError(
-            f"This process has a dataset of {len(dataset)} rows, the main process one of {shared['rows']}."
-        )
+        raise ValueError(f"This process has a dataset of {len(dataset)} rows, the main one of {shared['rows']}.")
     return shared
 
 
@@ -240,3 +236,75 @@ def _refuse_not_finite(values: dict[str, list[np.ndarray]], first: int, rules_ou
                 f"{column} is NaN or infinite for rows {named}, so there is nothing to learn from them. Check the teacher's "
                 "weights and these rows; a teacher in float16 may overflow, try bfloat16 or float32."
             )
+
+
+def default_collator(processing_class: Any) -> Any:
+    """The collator that `Trainer` takes where it is given none."""
+    return DataCollatorWithPadding(processing_class) if hasattr(processing_class, "pad") else default_data_collator
+
+
+def label_columns(model: Any) -> list[str]:
+    """The columns that a model takes as labels."""
+    return list(find_labels(type(base_of(model))))
+
+
+class Source:
+    """Rows of a dataset as the teacher is given them."""
+
+    def __init__(self, dataset: Any, collator: Any, teacher: Any, remove_unused: bool) -> None:
+        labels = label_columns(teacher)
+        self.collator, self.rows = collator, dataset
+        self.columns = forward_columns(teacher) - set(labels)
+        teachers = {TEACHER_PREFIX + name for name in self.columns}
+        used = self.columns | teachers | {*labels, "label", "label_ids", "labels"}
+        self._keep = used if remove_unused else None
+        if remove_unused and dataset.format["type"] != "custom":
+            kept = [name for name in dataset.column_names if name in used]
+            if not kept:
+                raise ValueError(
+                    f"None of the columns {dataset.column_names} is among those that {type(base_of(teacher)).__name__} takes: "
+                    f"{sorted(self.columns)}. Tokenize the dataset first, or give remove_unused_columns=False and a "
+                    "data_collator that does."
+                )
+            self.rows = dataset.select_columns(kept)
+        rows = min(len(self.rows), 8)
+        with torch.random.fork_rng(devices=[]):
+            once, again = (collator(self.features(0, rows)) for _ in range(2))
+        names = [name for name, value in once.items() if isinstance(value, torch.Tensor)]
+        same = all(once[name].shape == again[name].shape and torch.equal(once[name], again[name]) for name in names)
+        if getattr(collator, "mlm", False) or not same:
+            raise ValueError(
+                f"{type(collator).__name__} draws at random what a model reads, so the teacher would be asked about other inputs "
+                "than the student sees. Mask or augment the dataset once with map and use a collator that only pads, or train "
+                "with the teacher itself."
+            )
+
+    def features(self, start: int, stop: int) -> list[dict[str, Any]]:
+        rows = self.rows.__getitems__(list(range(start, stop)))
+        keep = self._keep
+        return rows if keep is None else [{k: v for k, v in row.items() if k in keep} for row in rows]
+
+
+def formatted_as(whole: Any, dataset: Any, info: CacheInfo) -> Any:
+    """`whole` in the format or with the transform of `dataset`, which leaves the cached columns as they are."""
+    form = dataset.format
+    if form["type"] == "custom":
+        transform = _BesideCached(form["format_kwargs"]["transform"], info.columns)
+        return whole.with_transform(transform)
+    if form["type"] is None and set(form["columns"]) == set(dataset.column_names):
+        return whole
+    columns = [*form["columns"], *info.columns]
+    more = {"columns": columns, "output_all_columns": form["output_all_columns"], **form["format_kwargs"]}
+    return whole.with_format(form["type"], **more)
+
+
+class _BesideCached:
+    """A transform of rows that hands cached columns through."""
+
+    def __init__(self, transform: Callable[[Any], Any], columns: tuple[str, ...]) -> None:
+        self.transform, self.columns = transform, columns
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        cached = {name: batch[name] for name in self.columns if name in batch}
+        own = {name: values for name, values in batch.items() if name not in cached}
+        return {**self.transform(own), **cached}

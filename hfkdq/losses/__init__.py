@@ -13,23 +13,9 @@ from .divergences import (
     SoftCrossEntropy,
     forward_kl,
 )
-from .features import attention_kl, cosine_distance, mean_squared_error, normalized_squared_error
-from .reduction import masked_mean
+from .features import attention_kl, cosine_distance, masked_mean, mean_squared_error, normalized_squared_error
 
 __all__ = [
-    "DIST",
-    "DIVERGENCES",
-    "DKD",
-    "JSD",
-    "MSE",
-    "Divergence",
-    "ForwardKL",
-    "ReverseKL",
-    "SoftCrossEntropy",
-    "attention_kl",
-    "cosine_distance",
-    "forward_kl",
-    "masked_mean",
-    "mean_squared_error",
-    "normalized_squared_error",
-]
+    "DIST", "DIVERGENCES", "DKD", "JSD", "MSE", "Divergence", "ForwardKL", "ReverseKL", "SoftCrossEntropy",
+    "attention_kl", "cosine_distance", "forward_kl", "masked_mean", "mean_squared_error", "normalized_squared_error",
+]  # fmt: skip

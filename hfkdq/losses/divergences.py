@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Divergences between what a student and a teacher predict, one number per position.
-
-Pure functions of logits, computed in float32.
-"""
+"""Divergences between what a student and a teacher predict, one number per position. Pure functions of logits,
+computed in float32."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
-from ..fields import check_fields
-from .reduction import masked_mean
+from ..fields import NOT_NEGATIVE, check_fields, check_rules
+from .features import masked_mean
 
 RULED_OUT = -1e4
 """Logit of a class that is ruled out: its probability is exactly 0, and unlike minus infinity 0 times it is 0."""
@@ -24,10 +22,8 @@ RULED_OUT = -1e4
 def log_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, valid_classes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`log softmax(logits / T)` over the last axis, float32.
-
-    Classes outside of `valid_classes`, and those whose logit is minus infinity, get probability 0 and a finite logarithm.
-    """
+    """`log softmax(logits / T)` over the last axis, float32. Classes outside of `valid_classes`, and those whose logit
+    is minus infinity, get probability 0 and a finite logarithm."""
     scaled = _finite(logits, temperature)
     if valid_classes is not None:
         scaled = scaled.masked_fill(~valid_classes, RULED_OUT)
@@ -79,6 +75,10 @@ class Divergence:
     uses_target: ClassVar[bool] = False
     across_rows: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_rules(self)
+
     def __call__(
         self,
         student: torch.Tensor,
@@ -113,10 +113,8 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """`T^2 * KL(student || teacher)`: the student stays within what the teacher finds likely.
-
-    Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models" (2024).
-    """
+    """`T^2 * KL(student || teacher)`: the student stays within what the teacher finds likely. Gu et al., "MiniLLM:
+    Knowledge Distillation of Large Language Models" (2024)."""
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         return forward_kl(teacher, student, temperature, valid_classes)
@@ -140,7 +138,7 @@ class JSD(Divergence):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"JSD: beta must be between 0 and 1, both excluded, got {self.beta!r}. The limits are 'forward_kl' and "
@@ -156,10 +154,8 @@ class JSD(Divergence):
 
 @dataclass(frozen=True)
 class SoftCrossEntropy(Divergence):
-    """`-T^2 * sum_c p_c log q_c` with the teacher's softened `p` and the student's `q`.
-
-    The forward KL divergence plus the entropy of the teacher, which is its smallest value. Hinton et al. (2015).
-    """
+    """`-T^2 * sum_c p_c log q_c` with the teacher's softened `p` and the student's `q`. The forward KL divergence plus
+    the entropy of the teacher, which is its smallest value. Hinton et al. (2015)."""
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         log_q = log_probabilities(student, temperature, valid_classes)
@@ -169,12 +165,10 @@ class SoftCrossEntropy(Divergence):
 
 @dataclass(frozen=True)
 class MSE(Divergence):
-    """`mean_c (z_student - z_teacher)^2` of the logits themselves; without a temperature.
-
-    Ba and Caruana, "Do Deep Nets Really Need to be Deep?" (2014); Kim et al., "Comparing Kullback-Leibler Divergence
-    and Mean Squared Error Loss in Knowledge Distillation" (2021). In the project's own comparison it helped nowhere:
-    docs/results/objectives.md.
-    """
+    """`mean_c (z_student - z_teacher)^2` of the logits themselves; without a temperature. Ba and Caruana, "Do Deep
+    Nets Really Need to be Deep?" (2014); Kim et al., "Comparing Kullback-Leibler Divergence and Mean Squared Error
+    Loss in Knowledge Distillation" (2021). In the project's own comparison it helped nowhere:
+    docs/results/objectives.md."""
 
     uses_temperature: ClassVar[bool] = False
 
@@ -202,13 +196,8 @@ class DKD(Divergence):
 
     uses_target: ClassVar[bool] = True
 
-    alpha: float = 1.0
-    beta: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min(self.alpha, self.beta) < 0:
-            raise ValueError(f"DKD: alpha and beta must not be negative, got {self.alpha!r} and {self.beta!r}.")
+    alpha: Annotated[float, NOT_NEGATIVE] = 1.0
+    beta: Annotated[float, NOT_NEGATIVE] = 8.0
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         if target is not None and target.is_floating_point():
@@ -246,13 +235,8 @@ class DIST(Divergence):
 
     across_rows: ClassVar[bool] = True
 
-    beta: float = 1.0
-    gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if min(self.beta, self.gamma) < 0:
-            raise ValueError(f"DIST: beta and gamma must not be negative, got {self.beta!r} and {self.gamma!r}.")
+    beta: Annotated[float, NOT_NEGATIVE] = 1.0
+    gamma: Annotated[float, NOT_NEGATIVE] = 1.0
 
     def __call__(self, student, teacher, temperature=1.0, valid_classes=None, target=None):  # type: ignore[no-untyped-def]
         q = log_probabilities(student, temperature, valid_classes).exp()
@@ -268,22 +252,16 @@ def _pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-    "soft_ce": SoftCrossEntropy,
-    "mse": MSE,
-    "dkd": DKD,
+    "forward_kl": ForwardKL, "reverse_kl": ReverseKL, "jsd": JSD, "soft_ce": SoftCrossEntropy, "mse": MSE, "dkd": DKD,
     "dist": DIST,
-}
+}  # fmt: skip
 """The divergences by the names that `LogitKD` takes."""
 
 
 def standardized(logits: torch.Tensor, valid_classes: torch.Tensor | None = None) -> torch.Tensor:
-    """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher.
-
-    Sun et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9. Classes that are ruled out have no part in it, and stay so.
-    """
+    """`(z - mean) / std` over the last axis, float32, so that a student need not match the scale of its teacher. Sun
+    et al., "Logit Standardization in Knowledge Distillation" (2024), equation 9. Classes that are ruled out have no
+    part in it, and stay so."""
     possible = ~logits.isneginf()
     valid_classes = possible if valid_classes is None else valid_classes & possible
     logits = _finite(logits)
@@ -333,12 +311,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         student, *others = ctx.saved_tensors
         gradient = torch.empty_like(student)
-        parts = zip(
-            torch.split(gradient, ctx.rows),
-            torch.split(grads[0], ctx.rows),
-            _cut(ctx.rows, student, *others),
-            strict=True,
-        )
+        pieces = (torch.split(tensor, ctx.rows) for tensor in (gradient, grads[0]))
+        parts = zip(*pieces, _cut(ctx.rows, student, *others), strict=True)
         for place, grad, (rows, *rest) in parts:
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
@@ -352,10 +326,7 @@ def _cut(rows: int, *tensors: torch.Tensor | None) -> Any:
 
 
 def in_chunks(
-    function: Callable[..., torch.Tensor],
-    student: torch.Tensor,
-    *others: torch.Tensor | None,
-    elements: int = 2**24,
+    function: Callable[..., torch.Tensor], student: torch.Tensor, *others: torch.Tensor | None, elements: int = 2**24
 ) -> torch.Tensor:
     """`function(student, *others)` without ever holding more than a chunk of its temporaries.
 

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between the hidden states and attentions of a student and a teacher, one number per position.
-
-Pure tensor functions, computed in float32.
-"""
+"""Distances between the hidden states and attentions of a student and a teacher, one number per position, and their
+mean. Pure tensor functions, computed in float32."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-
-from .reduction import masked_mean
 
 
 def mean_squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -131,3 +127,25 @@ def activation_map_distance(student: torch.Tensor, teacher: torch.Tensor, power:
     size = tuple(min(sides) for sides in zip(*(m.shape[-2:] for m in maps), strict=True))
     ours, theirs = (F.normalize(F.adaptive_avg_pool2d(m, size).flatten(1), dim=-1) for m in maps)
     return (ours - theirs).square().sum(-1)
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None, dim: int | None = None) -> torch.Tensor:
+    """Mean of `values` over the positions where `mask` is nonzero.
+
+    Args:
+        values (`torch.Tensor`): one number per position, any shape.
+        mask (`torch.Tensor`, *optional*): of the same shape; every position counts without it.
+        dim (`int`, *optional*): the axis to take the mean over; all of them by default.
+
+    Returns:
+        `torch.Tensor`, 0-dimensional or without the axis `dim`; 0 where nothing is valid.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if mask is None:
+        return values.mean(dim)
+    if mask.shape != values.shape:
+        raise ValueError(f"A mask of shape {tuple(mask.shape)} does not fit positions of shape {tuple(values.shape)}.")
+    mask = mask.to(device=values.device, dtype=torch.bool)
+    return values.masked_fill(~mask, 0.0).sum(dim) / mask.sum(dim).clamp(min=1)

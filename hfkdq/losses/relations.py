@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between how a student and a teacher relate positions, or the examples of a batch, to one another.
-
-Pure tensor functions, computed in float32; a relation lies within one model, so widths may differ.
-"""
+"""Distances between how a student and a teacher relate positions, or the examples of a batch, to one another. Pure
+tensor functions, computed in float32; a relation lies within one model, so widths may differ."""
 
 from __future__ import annotations
 
@@ -11,15 +9,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .divergences import kl
+from .divergences import kl, log_probabilities
 
 
 def relation_kl(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    heads: int,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
+    student: torch.Tensor, teacher: torch.Tensor, heads: int, mask: torch.Tensor | None = None, causal: bool = False
 ) -> torch.Tensor:
     """KL divergence between the self-attention relations of one kind of vector: queries, keys or values.
 
@@ -48,9 +42,7 @@ def relation_kl(
 
 
 def _log_relations(vectors: torch.Tensor, heads: int, related: torch.Tensor) -> torch.Tensor:
-    parts = (
-        vectors.float().reshape(*vectors.shape[:2], heads, -1).transpose(1, 2)
-    )  # (batch, heads, seq, width / heads)
+    parts = vectors.float().reshape(*vectors.shape[:2], heads, -1).transpose(1, 2)  # (batch, heads, seq, width/head)
     scores = parts @ parts.mT / math.sqrt(parts.shape[-1])  # (batch, heads, seq, seq)
     # The smallest number instead of minus infinity: a padded position may have nothing to relate to.
     return F.log_softmax(scores.masked_fill(~related, torch.finfo(scores.dtype).min), dim=-1)
@@ -146,3 +138,26 @@ def info_nce(
         same = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(excluded & ~same, torch.finfo(scores.dtype).min)
     return -F.log_softmax(scores, dim=-1).diagonal()
+
+
+def sorted_distance(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """`sum_i |p(i) - q(i)|` per position, where `p(i)` and `q(i)` are the `i`-th largest probabilities of either model.
+
+    The fewer probabilities are filled up with zeros. It is the Wasserstein distance between the two predictions where all
+    classes are equally far from one another. Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit
+    Distillation Loss for LLMs" (2024), equation 3, which has `T = 1`.
+
+    Args:
+        student (`torch.Tensor` of shape `(..., classes)`): logits of the student.
+        teacher (`torch.Tensor` of shape `(..., other classes)`): logits of the teacher.
+        temperature (`float`, defaults to 1.0): `T`, larger than 0; probabilities are `softmax(logits / T)`.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, float32, in [0, 2].
+    """
+    # The order of the logits is that of the probabilities, and is found without rounding them first.
+    q = log_probabilities(student.sort(dim=-1, descending=True).values, temperature).exp()
+    p = log_probabilities(teacher.sort(dim=-1, descending=True).values, temperature).exp()
+    missing = q.shape[-1] - p.shape[-1]
+    p, q = F.pad(p, (0, max(missing, 0))), F.pad(q, (0, max(-missing, 0)))
+    return (p - q).abs().sum(-1)

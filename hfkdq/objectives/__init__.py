@@ -12,33 +12,13 @@ from .hidden_states import HiddenStateKD
 from .logits import LogitKD
 from .mutual_information import CRD, VID
 from .on_policy import OnPolicyKD
-from .perturbed import AdversarialKD, NoisyKD
-from .quantization_loss import QuantizationLoss
+from .perturbed import AdversarialKD, NoisyKD, QuantizationLoss
 from .relations import RelationKD
 from .samples import RKD, SimilarityPreservingKD
 from .task import TaskLoss
 
 __all__ = [
-    "CRD",
-    "RKD",
-    "ULD",
-    "VID",
-    "AdversarialKD",
-    "AttentionKD",
-    "BoxKD",
-    "ByAgreement",
-    "ByGradientNorm",
-    "EnsembleKD",
-    "FeatureMapKD",
-    "HiddenStateKD",
-    "LogitKD",
-    "NoisyKD",
-    "Objective",
-    "OnPolicyKD",
-    "QuantizationLoss",
-    "RelationKD",
-    "SimilarityPreservingKD",
-    "TaskLoss",
-    "TrainingStep",
-    "as_objective",
-]
+    "CRD", "RKD", "ULD", "VID", "AdversarialKD", "AttentionKD", "BoxKD", "ByAgreement", "ByGradientNorm", "EnsembleKD",
+    "FeatureMapKD", "HiddenStateKD", "LogitKD", "NoisyKD", "Objective", "OnPolicyKD", "QuantizationLoss", "RelationKD",
+    "SimilarityPreservingKD", "TaskLoss", "TrainingStep", "as_objective",
+]  # fmt: skip

@@ -6,11 +6,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 
-from ..fields import check_fields
+from ..fields import COUNT, NOT_NEGATIVE, POSITIVE, Rule, check_fields, check_rules
 from .base import TrainingStep
 from .logits import LogitKD
 
@@ -19,21 +19,17 @@ _Weight = TypeVar("_Weight", bound="AdaptiveWeight")
 
 @dataclass(eq=True)
 class AdaptiveWeight:
-    """A weight that is measured in every optimizer step and used in the next, in the place of a schedule.
+    """A weight that is measured in every optimizer step and used in the next, in the place of a schedule. Its state is
+    in the checkpoints. `momentum`, in [0, 1), is the share of the former measurements that stays in a step."""
 
-    Its state is in the checkpoints. `momentum`, in [0, 1), is the share of the former measurements that stays in a step.
-    """
-
-    momentum: float = field(default=0.9, kw_only=True)
+    momentum: Annotated[float, Rule("must be in [0, 1)", lambda x: 0 <= x < 1)] = field(default=0.9, kw_only=True)
     _known: list[float] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"{type(self).__name__}: momentum must be in [0, 1), got {self.momentum!r}.")
+        check_rules(self)
 
     def __call__(self, progress: float) -> float:
-        """The present weight."""
         raise NotImplementedError
 
     def adapt(self, sums: list[float]) -> None:
@@ -43,7 +39,6 @@ class AdaptiveWeight:
         self._known = sums if known is None else [m * a + (1.0 - m) * b for a, b in zip(known, sums, strict=True)]
 
     def state(self) -> list[float] | None:
-        """The averages so far, for `load_state`."""
         return self._known
 
     def load_state(self, known: list[float] | None) -> None:
@@ -72,13 +67,8 @@ class ByAgreement(AdaptiveWeight):
         ValueError: a negative weight, or a momentum outside of [0, 1).
     """
 
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.low, self.high) < 0:
-            raise ValueError(f"ByAgreement: low and high must not be negative, got {self.low!r} and {self.high!r}.")
+    low: Annotated[float, NOT_NEGATIVE] = 0.0
+    high: Annotated[float, NOT_NEGATIVE] = 1.0
 
     def __call__(self, progress: float) -> float:
         agreeing, total = self._known or (0.0, 1.0)
@@ -122,17 +112,9 @@ class ByGradientNorm(AdaptiveWeight):
         ValueError: settings out of range.
     """
 
-    ratio: float = 1.0
-    every: int = 20
-    largest: float = 100.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.ratio > 0 and self.every >= 1 and self.largest > 0):
-            raise ValueError(
-                "ByGradientNorm: ratio and largest must be larger than 0 and every at least 1, got "
-                f"{self.ratio!r}, {self.largest!r} and {self.every!r}."
-            )
+    ratio: Annotated[float, POSITIVE] = 1.0
+    every: Annotated[int, COUNT] = 20
+    largest: Annotated[float, POSITIVE] = 100.0
 
     def __call__(self, progress: float) -> float:
         task, term = self._known or (1.0, 1.0)

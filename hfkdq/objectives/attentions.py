@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of attention probabilities.
-
-Needs eager attention, the only implementation that computes them; switches both models to it.
-"""
+"""Distillation of attention probabilities. Needs eager attention, the only implementation that computes them; switches
+both models to it."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedModel
 
-from ..losses.features import attention_kl, attention_mse
-from ..losses.reduction import masked_mean
+from ..losses.features import attention_kl, attention_mse, masked_mean
 from .base import Objective, TrainingStep
 from .layers import LayerObjective, Shape
 from .model_signature import ModelSignature, signature_of
@@ -32,11 +29,9 @@ class AttentionKD(LayerObjective):
     In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, or `"uniform"`, `"last"`
-            or `"skip"`. By default the layers that `make_student` copied, or uniform.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], from 1 on and not dynamic.
         distance (`str`, defaults to `"kl"`): `"kl"` or `"mse"`.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: an unknown distance; at `attach`, a layer out of range, a model that gives no attention
@@ -54,11 +49,6 @@ class AttentionKD(LayerObjective):
     needs: ClassVar[frozenset[str]] = frozenset({"attentions"})
 
     distance: Literal["kl", "mse"] = "kl"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.distance not in ("kl", "mse"):
-            raise ValueError(f"AttentionKD: distance must be 'kl' or 'mse', got {self.distance!r}.")
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         Objective.attach(self, student, teacher)

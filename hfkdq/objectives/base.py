@@ -10,17 +10,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from ..fields import check_fields
+from ..fields import NOT_NEGATIVE, check_fields, check_rules, extremes, value_at
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch, Positions, batch_size, frame_lengths, position_mask
 from ..modeling.tasks import written
 from ..protocols import Adaptive
-from ..schedules import Schedule, extremes, value_at
+from ..schedules import Schedule
 from .model_signature import ModelSignature, signature_of
 
 
@@ -94,7 +94,7 @@ class Objective:
     uses_all_teachers: ClassVar[bool] = False
     schedules: ClassVar[frozenset[str]] = frozenset({"weight"})
 
-    weight: float | Schedule = 1.0
+    weight: Annotated[float | Schedule, NOT_NEGATIVE] = 1.0
     teacher: str | None = None
     # Results of `attach`: no settings, and no part of the identity.
     is_sum: bool = field(default=False, init=False, repr=False, compare=False)
@@ -106,8 +106,7 @@ class Objective:
     )
 
     def __post_init__(self) -> None:
-        if extremes(self.weight)[0] < 0:
-            raise ValueError(f"{type(self).__name__}: weight must not be negative, got {self.weight!r}.")
+        check_rules(self)
         if self.teacher is not None and not self.uses_teacher:
             raise ValueError(f"{type(self).__name__} learns from no teacher; leave teacher={self.teacher!r} out.")
 
@@ -154,14 +153,10 @@ class Objective:
         Of a teacher whose outputs were cached there is an [`ModelSignature`] alone.
         """
         signature = signature_of(student)
-        self._keep(
-            _shifts_labels=written(signature.names, signature.config) == "next tokens",
-            _frames=frame_lengths(base_of(student)),
-            _indices={},
-        )
+        shifts = written(signature.names, signature.config) == "next tokens"
+        self._keep(_shifts_labels=shifts, _frames=frame_lengths(base_of(student)), _indices={})
 
     def _keep(self, **found: Any) -> None:
-        """Sets fields that are no settings."""
         for name, value in found.items():
             object.__setattr__(self, name, value)
 

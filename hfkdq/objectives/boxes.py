@@ -11,8 +11,7 @@ from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from .base import Objective, TrainingStep
 from .finding import find_head
-from .heads import DetectionHead
-from .matching import corners, matched_queries
+from .heads import DetectionHead, corners, matched_queries
 from .model_signature import ModelSignature
 
 
@@ -26,8 +25,7 @@ class BoxKD(Objective):
     as in Chang et al., "DETRDistill" (2022). For the classes of the same queries there is `LogitKD`.
 
     Args:
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: at `attach`, models that do not both detect objects of the same classes.
@@ -55,10 +53,8 @@ class BoxKD(Objective):
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         own, theirs, objects = matched_queries(step.student, step.teacher, self._head.exclusive)
-        boxes = [
-            out.pred_boxes.float().gather(1, chosen.unsqueeze(-1).expand(-1, -1, 4))
-            for out, chosen in ((step.student, own), (step.teacher, theirs))
-        ]  # (batch, pairs, 4) each
+        pairs = ((step.student.pred_boxes, own), (step.teacher.pred_boxes, theirs))
+        boxes = [b.float().gather(1, at.unsqueeze(-1).expand(-1, -1, 4)) for b, at in pairs]  # (batch, pairs, 4)
         lengths = (boxes[0] - boxes[1]).abs().sum(-1)
         edges = [corners(b) for b in boxes]
         overlaps = torch.stack([generalized_box_iou(s, t).diagonal() for s, t in zip(*edges, strict=True)])

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Annotated, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import POSITIVE
 from ..losses.divergences import in_chunks
-from ..losses.transport import sorted_distance
+from ..losses.relations import sorted_distance
 from ..modeling.masks import Batch, Positions, token_mask
 from ..modeling.tasks import written
-from ..schedules import Schedule, extremes
+from ..schedules import Schedule
 from .base import Objective, TrainingStep
 from .model_signature import ModelSignature, signature_of
 
@@ -36,8 +38,7 @@ class ULD(Objective):
 
     Args:
         temperature (`float` or schedule, defaults to 1.0): `T`, larger than 0; probabilities are `softmax(logits / T)`.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: a temperature that is not larger than 0; at `attach`, a model that is no language model, or one that
@@ -55,12 +56,7 @@ class ULD(Objective):
 
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "temperature"})
 
-    temperature: float | Schedule = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not extremes(self.temperature)[0] > 0:
-            raise ValueError(f"ULD: temperature must be larger than 0, got {self.temperature!r}.")
+    temperature: Annotated[float | Schedule, POSITIVE] = 1.0
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
@@ -91,12 +87,8 @@ class ULD(Objective):
         own, theirs = self._masks(step.batch)
         student, teacher = step.student.logits[own], step.teacher.logits[theirs]  # (rows, vocab) each
         temperature = step.at(self.temperature)
-        values = in_chunks(
-            lambda ours, others: sorted_distance(ours, others, temperature),
-            student,
-            teacher,
-            elements=_CHUNK * student.shape[-1] // max(student.shape[-1], teacher.shape[-1]),
-        )
+        distance, widest = partial(sorted_distance, temperature=temperature), max(student.shape[-1], teacher.shape[-1])
+        values = in_chunks(distance, student, teacher, elements=_CHUNK * student.shape[-1] // widest)
         return values.sum() / max(len(values), 1)
 
     def _masks(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,9 +101,7 @@ class ULD(Objective):
     def _answers(self, batch: Batch) -> torch.Tensor:
         shifts = self._shifts_labels
         if "labels" not in batch and not shifts:
-            raise ValueError(
-                "ULD needs labels, which the decoders of student and teacher are to write; the batch has none."
-            )
+            raise ValueError("ULD needs labels, which the decoders of both models are to write; the batch has none.")
         mask = token_mask(batch, shifts)
         if mask is None:
             mask = token_mask({"attention_mask": torch.ones_like(batch["input_ids"])}, shifts)

@@ -54,8 +54,6 @@ class EnsembleKD(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weighting not in ("confidence", "mean"):
-            raise ValueError(f"EnsembleKD: weighting must be 'confidence' or 'mean', got {self.weighting!r}.")
         if not isinstance(self.objective, LogitKD):
             raise ValueError(f"EnsembleKD weighs predictions: objective must be a LogitKD, got {self.objective!r}.")
 

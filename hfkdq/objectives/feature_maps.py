@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import Rule
 from ..losses.features import activation_map_distance
 from .base import Objective, TrainingStep
 from .layers import LayerObjective, Shape
@@ -40,13 +42,8 @@ class FeatureMapKD(LayerObjective):
         ```
     """
 
-    power: float = 2.0
+    power: Annotated[float, Rule("must be at least 1", lambda x: x >= 1)] = 2.0
     positions = Objective.positions  # examples
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.power >= 1:
-            raise ValueError(f"FeatureMapKD: power must be at least 1, got {self.power!r}.")
 
     def _default_layers(self, student_layers: int, teacher_layers: int) -> str:
         return "uniform"
@@ -60,8 +57,6 @@ class FeatureMapKD(LayerObjective):
             )
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
-        values = [
-            activation_map_distance(step.student.hidden_states[s], step.teacher.hidden_states[t], self.power)
-            for s, t in self._pairs
-        ]
+        pairs = ((step.student.hidden_states[s], step.teacher.hidden_states[t]) for s, t in self._pairs)
+        values = [activation_map_distance(*pair, self.power) for pair in pairs]
         return torch.stack(values).mean()

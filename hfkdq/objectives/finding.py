@@ -10,41 +10,22 @@ from typing import Any
 from ..modeling.forwards import EMBEDDINGS, base_of
 from ..modeling.masks import frame_lengths
 from ..modeling.tasks import DETECTING, TASKS, written
-from .heads import (
-    DecoderHead,
-    DetectedTokenHead,
-    DetectionHead,
-    EmbeddingHead,
-    FrameHead,
-    Head,
-    MultiLabelHead,
-    PairHead,
-    PixelHead,
-    RegressionHead,
-    SpanHead,
-    TokenHead,
-)
+from . import heads
 from .model_signature import ModelSignature, signature_of
 
 CAUSAL, DECODED = "next tokens", "the tokens of a decoder"
 _TOKENS, _SPAN, DETECTED = "a class per token", "the span of an answer", "yes or no per token"
 SYMBOLS, _OBJECTS, PIXELS = "a symbol per frame", "objects", "a class per pixel"
 _KINDS: dict[str, tuple[str, ...]] = {
-    _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"),
-    _SPAN: ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING"),
-    SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"),
-    _OBJECTS: ("OBJECT_DETECTION",),
-    PIXELS: ("SEMANTIC_SEGMENTATION",),
-    "a choice": ("MULTIPLE_CHOICE",),
-}
+    _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"), _SPAN: ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING"),
+    SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"), _OBJECTS: ("OBJECT_DETECTION",),
+    PIXELS: ("SEMANTIC_SEGMENTATION",), "a choice": ("MULTIPLE_CHOICE",),
+}  # fmt: skip
 
 
-def find_head(student: Any, teacher: Any, common_ids: bool = False) -> Head:
-    """The head that two models have in common, checked; vocabularies of other sizes only where their `common_ids` count.
-
-    Raises:
-        ValueError: heads that differ, or none that is known.
-    """
+def find_head(student: Any, teacher: Any, common_ids: bool = False) -> heads.Head:
+    """The head that two models have in common, checked; vocabularies of other sizes only where their `common_ids`
+    count. Raises `ValueError`: heads that differ, or none that is known."""
     signatures = {"student": signature_of(student), "teacher": signature_of(teacher)}
     kinds = {role: kind_of(signature) for role, signature in signatures.items()}
     if kinds["student"] != kinds["teacher"]:
@@ -98,36 +79,32 @@ def kind_of(signature: ModelSignature) -> str:
     return "numbers" if problem == "regression" or single else "a class per example"
 
 
-def _make(kind: str, student: Any, signature: ModelSignature) -> Head:
+def _make(kind: str, student: Any, signature: ModelSignature) -> heads.Head:
     if kind == SYMBOLS:
-        return FrameHead(frame_lengths(student, adapter=True))
+        return heads.FrameHead(frame_lengths(student, adapter=True))
     if kind == PIXELS:
-        return PixelHead(getattr(student.config, "semantic_loss_ignore_index", 255))
+        return heads.PixelHead(getattr(student.config, "semantic_loss_ignore_index", 255))
     if kind == _OBJECTS:
         # Detectors trained with a focal loss have no class for the background.
-        return DetectionHead(signature.shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
-    heads: dict[str, Callable[[], Head]] = {
-        CAUSAL: partial(TokenHead, shifts_labels=True),
-        _TOKENS: TokenHead,
-        DECODED: DecoderHead,
-        _SPAN: SpanHead,
-        DETECTED: DetectedTokenHead,
-        "several labels at once": MultiLabelHead,
-        "numbers": RegressionHead,
-    }
+        return heads.DetectionHead(signature.shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
+    kinds: dict[str, Callable[[], heads.Head]] = {
+        CAUSAL: partial(heads.TokenHead, shifts_labels=True), _TOKENS: heads.TokenHead, DECODED: heads.DecoderHead,
+        _SPAN: heads.SpanHead, DETECTED: heads.DetectedTokenHead, "several labels at once": heads.MultiLabelHead,
+        "numbers": heads.RegressionHead,
+    }  # fmt: skip
     logits = signature.shape("logits")
-    if kind in heads or (logits is not None and len(logits) == 2):
-        return heads.get(kind, Head)()
+    if kind in kinds or (logits is not None and len(logits) == 2):
+        return kinds.get(kind, heads.Head)()
     if logits is not None and len(logits) == 3 and not any(task.does(n) for task in TASKS for n in signature.names):
         # A class of the user's own.
-        return TokenHead() if student.main_input_name == "input_ids" else FrameHead(None)
+        return heads.TokenHead() if student.main_input_name == "input_ids" else heads.FrameHead(None)
     if logits is None and signature.shape("logits_per_image") is not None:
-        return PairHead(exclusive=not hasattr(student, "logit_bias"))  # SigLIP has one sigmoid for each pair
+        return heads.PairHead(exclusive=not hasattr(student, "logit_bias"))  # SigLIP has one sigmoid for each pair
     vector = next((name for name in EMBEDDINGS if logits is None and len(signature.shape(name) or ()) == 2), None)
-    return Head() if vector is None else EmbeddingHead(vector)
+    return heads.Head() if vector is None else heads.EmbeddingHead(vector)
 
 
-def _shapes(role: str, signature: ModelSignature, head: Head) -> list[tuple[int, ...]]:
+def _shapes(role: str, signature: ModelSignature, head: heads.Head) -> list[tuple[int, ...]]:
     found = [signature.shape(name) for name in head.outputs]
     axes = [head.axes] + [3 if name == "pred_boxes" else head.axes for name in head.outputs[1:]]
     if any(shape is None or len(shape) != count for shape, count in zip(found, axes, strict=True)):

@@ -10,18 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import interpolate, normalize
+from transformers.image_transforms import center_to_corners_format
+from transformers.loss.loss_for_object_detection import generalized_box_iou
 
 from ..losses.divergences import binary_logits
-from ..modeling.masks import (
-    Batch,
-    Positions,
-    attended_mask,
-    position_mask,
-    refuse_two_texts,
-    token_mask,
-    valid_count,
-)
-from .matching import matched_queries
+from ..modeling.masks import Batch, Positions, attended_mask, position_mask, refuse_two_texts, token_mask, valid_count
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,6 @@ class Head:
         return None
 
     def positions(self, batch: Batch) -> Positions:
-        """Number of positions that the mean is taken over."""
         return valid_count(batch, self.mask(batch))
 
 
@@ -218,11 +210,10 @@ class PixelHead(Head):
 
 
 class EmbeddingHead(Head):
-    """A vector per example, which has meaning by its likeness to others: the classes are the other examples of the batch.
-
-    Their logits are `cos(x_i, x_j) / 0.07`, with the temperature of Radford et al., "Learning Transferable Visual Models
-    From Natural Language Supervision" (2021). So the models may differ in width, and a batch of 1 teaches nothing.
-    """
+    """A vector per example, which has meaning by its likeness to others: the classes are the other examples of the
+    batch. Their logits are `cos(x_i, x_j) / 0.07`, with the temperature of Radford et al., "Learning Transferable
+    Visual Models From Natural Language Supervision" (2021). So the models may differ in width, and a batch of 1
+    teaches nothing."""
 
     refused = frozenset({"dkd", "dist"})
     class_axis = None
@@ -233,9 +224,8 @@ class EmbeddingHead(Head):
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
         vectors = (normalize(out[self.outputs[0]].float(), dim=-1) for out in (student_out, teacher_out))
         student, teacher = (x @ x.T / 0.07 for x in vectors)
-        return [
-            Prediction(student, teacher, valid_classes=~torch.eye(len(student), dtype=torch.bool).to(student.device))
-        ]
+        others = ~torch.eye(len(student), dtype=torch.bool).to(student.device)
+        return [Prediction(student, teacher, valid_classes=others)]
 
 
 class PairHead(Head):
@@ -257,12 +247,10 @@ class PairHead(Head):
 
 
 class DetectionHead(Head):
-    """A class per object query. Queries of the student are matched with those of the teacher, one to one.
-
-    The match has the smallest sum of costs, as for the labels in training (Carion et al., "End-to-End Object Detection
-    with Transformers", 2020), with the teacher's predictions in their place (Chang et al., "DETRDistill", 2022). A query
-    counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that.
-    """
+    """A class per object query. Queries of the student are matched with those of the teacher, one to one. The match
+    has the smallest sum of costs, as for the labels in training (Carion et al., "End-to-End Object Detection with
+    Transformers", 2020), with the teacher's predictions in their place (Chang et al., "DETRDistill", 2022). A query
+    counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that."""
 
     axes = 3
     refused = frozenset({"dkd", "dist"})
@@ -285,3 +273,52 @@ class DetectionHead(Head):
             return [Prediction(logits, teacher, position_weights=position_weights)]
         position_weights = (position_weights / logits.shape[-1]).unsqueeze(-1).expand_as(logits)
         return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
+
+
+def object_probabilities(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
+    """Probability that there is an object, per query: `(batch, queries)`; exclusive classes have "no object" last."""
+    return 1.0 - logits.float().softmax(-1)[..., -1] if exclusive else logits.float().sigmoid().amax(-1)
+
+
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    """Left, top, right and bottom of boxes that are given as centre and size; none is without any area."""
+    # Of two boxes without area there is no ratio of areas.
+    whole = torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-5)], dim=-1)
+    return center_to_corners_format(whole)  # type: ignore[arg-type, return-value]
+
+
+@torch.no_grad()
+def matched_queries(
+    student_out: Any, teacher_out: Any, exclusive: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matches queries one to one, by classes and boxes.
+
+    The cost of a pair is `sum_c |p_s[c] - p_t[c]| + 5 * |b_s - b_t|_1 - 2 * GIoU(b_s, b_t)`, where the last two count
+    as much as the teacher sees an object: weights of Carion et al., "End-to-End Object Detection with Transformers"
+    (2020).
+
+    The outputs have `logits` of shape `(batch, queries, classes)` and `pred_boxes` of shape `(batch, queries, 4)`, centres
+    and sizes in [0, 1]; numbers of queries may differ. `exclusive` classes exclude one another, with "no object" last.
+
+    Returns:
+        Three tensors of shape `(batch, pairs)`: queries of the student, queries of the teacher, and the probability
+        with which the teacher sees an object there. Of a teacher with more queries those that see most are matched.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    both = [out.logits.float() for out in (student_out, teacher_out)]
+    probabilities = [logits.softmax(-1) if exclusive else logits.sigmoid() for logits in both]
+    boxes = [out.pred_boxes.float() for out in (student_out, teacher_out)]
+    objects = object_probabilities(teacher_out.logits, exclusive)
+    own, theirs = [], []
+    for row in range(len(objects)):
+        count = min(boxes[0].shape[1], boxes[1].shape[1])
+        chosen = objects[row].topk(count).indices
+        seen, b_t = objects[row][chosen], boxes[1][row][chosen]
+        cost = torch.cdist(probabilities[0][row], probabilities[1][row][chosen], p=1)
+        overlap = generalized_box_iou(corners(boxes[0][row]), corners(b_t))
+        cost = cost + seen * (5.0 * torch.cdist(boxes[0][row], b_t, p=1) - 2.0 * overlap)
+        pairs = linear_sum_assignment(cost.cpu().numpy())
+        own.append(torch.as_tensor(pairs[0], device=chosen.device))
+        theirs.append(chosen[torch.as_tensor(pairs[1], device=chosen.device)])
+    return torch.stack(own), torch.stack(theirs), torch.stack([objects[i][t] for i, t in enumerate(theirs)])

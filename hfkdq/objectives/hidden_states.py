@@ -39,8 +39,7 @@ class HiddenStateKD(LayerObjective):
         projection (`bool`, *optional*): learn `W_s` for every pair, or for none. By default where widths differ.
         active (callable, *optional*): which pairs count when: a schedule over layers such as `BottomUp()` or
             `TopDown()` of `hfkdq.schedules`. By default all of them, always.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: an unknown distance; at `attach`, a layer out of range, models that return no hidden states, states
@@ -60,11 +59,6 @@ class HiddenStateKD(LayerObjective):
     projection: bool | None = None
     active: LayerSchedule | None = None
     _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.distance not in _DISTANCES:
-            raise ValueError(f"HiddenStateKD: distance={self.distance!r} is none of {', '.join(_DISTANCES)}.")
 
     def _attach_pairs(self, student: PreTrainedModel, states: Sequence[Shape], targets: Sequence[Shape]) -> None:
         if self.layers == "dynamic":

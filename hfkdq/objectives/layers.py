@@ -24,10 +24,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerObjective(Objective):
-    """An objective on hidden states of matched layers, by default a mean over the positions attended to.
-
-    Subclasses check a pair in `_check_pair`; `_pairs` holds the layers of student and teacher.
-    """
+    """An objective on hidden states of matched layers, by default a mean over the positions attended to. Subclasses
+    check a pair in `_check_pair`; `_pairs` holds the layers of student and teacher."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
@@ -70,16 +68,11 @@ class LayerObjective(Objective):
 def layer_map(
     layers: Mapping[int, int] | str | None, student: PreTrainedModel, student_layers: int, teacher_layers: int
 ) -> dict[int, int]:
-    """Resolves the argument `layers` of an objective to `{student layer: teacher layer}`, numbered from 1.
-
-    Of `S` student layers and `T` of the teacher, layer `i` is paired with `round(i * T / S)` by `"uniform"`, `T - S + i` by
+    """Resolves the argument `layers` of an objective to `{student layer: teacher layer}`, numbered from 1. Of `S`
+    student layers and `T` of the teacher, layer `i` is paired with `round(i * T / S)` by `"uniform"`, `T - S + i` by
     `"last"` and `i * (T // S)` by `"skip"`. `None` means the layers that the student was copied from, which its
-    configuration may record, or uniform.
-
-    Raises:
-        ValueError: an unknown strategy, an empty map, or a layer out of range (0 stands for the embeddings); or a
-            student that drops layers at random while it is trained.
-    """
+    configuration may record, or uniform. Raises `ValueError`: an unknown strategy, an empty map, or a layer out of
+    range (0 stands for the embeddings); or a student that drops layers at random while it is trained."""
     dropped = getattr(student.config, "layerdrop", 0.0)
     if dropped:
         raise ValueError(
@@ -126,11 +119,9 @@ def layers_of(student: PreTrainedModel) -> list[nn.Module]:
 
 
 def mean_over_active_layers(values: torch.Tensor, layers: Sequence[nn.Module], numbers: Sequence[int]) -> torch.Tensor:
-    """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are not bypassed.
-
-    Pruning bypasses layers while it trains; their output is that of the layer before, which has an entry of its own.
-    Entries that are left out keep a gradient of zero.
-    """
+    """Mean over the first axis, one entry for each student layer of `numbers` (from 1), of layers that are not
+    bypassed. Pruning bypasses layers while it trains; their output is that of the layer before, which has an entry of
+    its own. Entries that are left out keep a gradient of zero."""
     bypassed = {i for i, layer in enumerate(layers, start=1) if isinstance(layer, Bypassable) and layer.bypassed}
     active = [number not in bypassed for number in numbers]
     if all(active):

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from ..fields import COUNT, POSITIVE
 from ..losses import DIVERGENCES, Divergence, masked_mean
 from ..losses.divergences import TopLogits, coarse_log_probabilities, in_chunks, standardized
 from ..modeling.masks import Batch, Positions, batch_size
-from ..schedules import Schedule, extremes
+from ..schedules import Schedule
 from .base import Objective, TrainingStep
 from .finding import find_head
 from .heads import Head, Prediction
@@ -56,8 +57,7 @@ class LogitKD(Objective):
         common_ids (`bool`, defaults to `False`): of two vocabularies of one tokenizer, padded to different sizes, compare the
             ids that both have, as if there were no others.
         per (`str`, defaults to `"token"`): mean over all positions alike, or over those of each `"sample"` first.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: an unknown divergence, a temperature that is not larger than 0; at `attach`, heads, classes or
@@ -75,26 +75,20 @@ class LogitKD(Objective):
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "temperature"})
 
     divergence: str | Divergence = "forward_kl"
-    temperature: float | Schedule = 2.0
+    temperature: Annotated[float | Schedule, POSITIVE] = 2.0
     standardize: bool = False
-    top_k: int | None = None
+    top_k: Annotated[int | None, COUNT] = None
     common_ids: bool = False
     per: Literal["token", "sample"] = "token"
     _head: Head = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not extremes(self.temperature)[0] > 0:
-            raise ValueError(f"LogitKD: temperature must be larger than 0, got {self.temperature!r}.")
         if not isinstance(self.divergence, Divergence) and self.divergence not in DIVERGENCES:
             raise ValueError(
                 f"LogitKD: divergence={self.divergence!r} is none of {', '.join(map(repr, DIVERGENCES))}, nor a Divergence "
                 "such as JSD(beta=0.1) of hfkdq.losses."
             )
-        if self.per not in ("token", "sample"):
-            raise ValueError(f"LogitKD: per must be 'token' or 'sample', got {self.per!r}.")
-        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k > 0):
-            raise ValueError(f"LogitKD: top_k must be a positive integer, got {self.top_k!r}.")
 
     @property
     def _divergence(self) -> Divergence:
@@ -153,7 +147,6 @@ class LogitKD(Objective):
         return torch.stack([self._values(p, temperature) for p in predictions]).mean(0), predictions[0].mask
 
     def predictions(self, step: TrainingStep) -> list[Prediction]:
-        """The predictions of both models, as their head has them."""
         found = self._head.predictions(step.student, step.teacher, step.batch)
         return [_narrowed(p) for p in found] if self.common_ids else found
 
@@ -206,7 +199,6 @@ def _narrowed(p: Prediction) -> Prediction:
 
 
 def _rows(tensor: Any, axes: int) -> Any:
-    """One row per position."""
     if tensor is None:
         return None
     if isinstance(tensor, TopLogits):

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes of the outputs of a model, found by running it once.
-
-Its Python signature does not tell: Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention
-implementations silently return nothing.
-"""
+"""Names and shapes of the outputs of a model, found by running it once. Its Python signature does not tell:
+Transformers 5 takes `output_hidden_states` through `**kwargs`, and attention implementations silently return
+nothing."""
 
 from __future__ import annotations
 
@@ -33,13 +31,9 @@ class ModelSignature:
     """
 
     def __init__(
-        self,
-        model_class: str,
-        config: Any,
-        shapes: Mapping[str, Any] | None = None,
-        model: Any = None,
+        self, model_class: str, config: Any, shapes: Mapping[str, Any] | None = None, model: Any = None,
         temperature: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model_class, self.config, self.temperature = model_class, config, temperature
         self._shapes, self._model = dict(shapes or {}), model
 
@@ -67,16 +61,11 @@ class ModelSignature:
         return None if shape is None else tuple(shape)
 
     def states(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the embeddings and of the output of every layer.
-
-        Raises:
-            ValueError: the model returns none, or they were not written down.
-        """
+        """Shapes of the embeddings and of the output of every layer. Raises `ValueError`: the model returns none, or
+        they were not written down."""
         if "hidden_states" not in self._shapes and self._model is not None:
             is_asked = takes(self._model, "output_hidden_states")
-            states = (
-                getattr(probe(self._model, output_hidden_states=True), "hidden_states", None) if is_asked else None
-            )
+            states = getattr(probe(self._model, output_hidden_states=True), "hidden_states", None) if is_asked else ()
             self._shapes["hidden_states"] = [tuple(state.shape) for state in states or ()]
         states = self._shapes.get("hidden_states")
         if not states:
@@ -89,11 +78,8 @@ class ModelSignature:
         return tuple(tuple(state) for state in states)
 
     def maps(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the attention probabilities of every layer, after a switch to eager attention if needed.
-
-        Raises:
-            ValueError: the model returns none, with eager attention neither; or there is no model to run.
-        """
+        """Shapes of the attention probabilities of every layer, after a switch to eager attention if needed. Raises
+        `ValueError`: the model returns none, with eager attention neither; or there is no model to run."""
         if self._model is None:
             raise ValueError(
                 "Cached outputs hold no attention probabilities, which are as large as the square of a text. Give the "

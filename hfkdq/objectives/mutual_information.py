@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..losses.features import gaussian_nll
-from ..losses.reduction import masked_mean
+from ..fields import POSITIVE
+from ..losses.features import gaussian_nll, masked_mean
 from ..losses.relations import info_nce
 from ..modeling.masks import Batch
 from .base import TrainingStep
@@ -32,12 +33,9 @@ def _check_vectors(name: str, s: int, state: Shape, t: int, target: Shape) -> No
 
 
 def _add_projections(
-    kind: type[Projection],
-    student: PreTrainedModel,
-    pairs: Sequence[tuple[int, int]],
-    states: Sequence[Shape],
+    kind: type[Projection], student: PreTrainedModel, pairs: Sequence[tuple[int, int]], states: Sequence[Shape],
     targets: Sequence[Shape],
-) -> dict[int, int]:
+) -> dict[int, int]:  # fmt: skip
     """Index among the student's hidden states of a new projection of each paired layer, by the layer."""
     return {s: add_projection(student, s, partial(kind, states[s][-1], targets[t][-1]), len(states)) for s, t in pairs}
 
@@ -58,8 +56,7 @@ class CRD(SampleObjective):
         temperature (`float`, defaults to 0.07): `T`, larger than 0.
         exclude_same_class (`bool`, defaults to `True`): where labels are one class per example, examples of the same
             class are no negatives of each other, as in the paper. Without such labels all others are.
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], not dynamic; by default the last layers of both.
         weight (`float` or schedule, defaults to 1.0): factor of this term; the paper has 0.8.
         teacher (`str`, *optional*): the name of the teacher, where there are several.
 
@@ -76,14 +73,9 @@ class CRD(SampleObjective):
         ```
     """
 
-    temperature: float = 0.07
+    temperature: Annotated[float, POSITIVE] = 0.07
     exclude_same_class: bool = True
     _places: Mapping[int, int] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"CRD: temperature must be larger than 0, got {self.temperature!r}.")
 
     def _check_pair(self, student: PreTrainedModel, s: int, state: Shape, t: int, target: Shape) -> None:
         super()._check_pair(student, s, state, t, target)
@@ -96,9 +88,8 @@ class CRD(SampleObjective):
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         excluded = _same_class(step.batch) if self.exclude_same_class else None
-        values = [
-            info_nce(ours, theirs, self.temperature, excluded) for ours, theirs in self.represented(step, self._places)
-        ]
+        pairs = self.represented(step, self._places)
+        values = [info_nce(ours, theirs, self.temperature, excluded) for ours, theirs in pairs]
         return torch.stack(values).mean()
 
 
@@ -137,10 +128,8 @@ class VID(LayerObjective):
     In the project's own comparison it helped nowhere: docs/results/objectives.md.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the layers that `make_student` copied, or uniform.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], but not dynamic.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: at `attach`, a layer out of range, models that return no hidden states or feature maps instead, or

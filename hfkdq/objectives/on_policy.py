@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..fields import COUNT, POSITIVE, SHARE, Rule
 from ..modeling.forwards import base_of, evaluating
 from ..modeling.masks import Batch, Positions, attended_mask, batch_size
-from ..schedules import Schedule, extremes
+from ..schedules import Schedule
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
 from .model_signature import ModelSignature
@@ -41,8 +42,7 @@ class OnPolicyKD(Objective):
             of a batch.
         max_new_tokens (`int`, defaults to 64): the length of an answer, in tokens, at most.
         sampling_temperature (`float`, defaults to 1.0): the student's logits are divided by it for sampling.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: a fraction outside of [0, 1], another number that is not larger than 0, or an `objective` with a weight
@@ -63,23 +63,14 @@ class OnPolicyKD(Objective):
     schedules: ClassVar[frozenset[str]] = frozenset({"weight", "fraction"})
 
     objective: LogitKD = field(default_factory=lambda: LogitKD(divergence="reverse_kl", temperature=1.0))
-    fraction: float | Schedule = 1.0
-    max_new_tokens: int = 64
-    sampling_temperature: float = 1.0
+    fraction: Annotated[float | Schedule, Rule("is a probability, within [0, 1]", SHARE.holds)] = 1.0
+    max_new_tokens: Annotated[int, COUNT] = 64
+    sampling_temperature: Annotated[float, POSITIVE] = 1.0
     _inner: LogitKD = field(init=False, repr=False, compare=False)
     _longest: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = extremes(self.fraction)
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(f"OnPolicyKD: fraction is a probability, within [0, 1], got {self.fraction!r}.")
-        if not (isinstance(self.max_new_tokens, int) and self.max_new_tokens > 0):
-            raise ValueError(f"OnPolicyKD: max_new_tokens must be a positive integer, got {self.max_new_tokens!r}.")
-        if not self.sampling_temperature > 0:
-            raise ValueError(
-                f"OnPolicyKD: sampling_temperature must be larger than 0, got {self.sampling_temperature!r}."
-            )
         if not isinstance(self.objective, LogitKD):
             raise ValueError(f"OnPolicyKD compares predictions: objective must be a LogitKD, got {self.objective!r}.")
         if self.objective.weight != 1.0 or self.objective.teacher is not None:
@@ -114,9 +105,8 @@ class OnPolicyKD(Objective):
         if fraction <= 0.0 or float(torch.rand((), device="cpu")) >= fraction:
             return step
         model = passes.model
-        written = (self._translated if base_of(model).config.is_encoder_decoder else self._continued)(
-            model, step.batch
-        )
+        write = self._translated if base_of(model).config.is_encoder_decoder else self._continued
+        written = write(model, step.batch)
         return replace(step, batch=written, student=passes.student(written), teacher=passes.teacher(written))
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
@@ -135,7 +125,6 @@ class OnPolicyKD(Objective):
         return dict(zip(("input_ids", "labels", "attention_mask"), (x[:, :longest] for x in found), strict=True))
 
     def _translated(self, model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-        """Inputs of the encoder, and answers of the decoder."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         texts, kept = self._sampled(model, ids, mask, prompt_length=1)

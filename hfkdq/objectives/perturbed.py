@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives on inputs that were changed: with noise that only the student sees, or against both models."""
+"""Objectives on further passes: on inputs with noise or against both models, and of the student in full precision."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import TEACHER_PREFIX, base_of
+from ..modeling.forwards import TEACHER_PREFIX, base_of, full_precision
 from ..modeling.masks import Batch, Positions, attended_mask
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
@@ -39,7 +39,6 @@ class ExtraForwardPasses(Objective):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The outputs that are compared."""
         return self.objective.needs
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
@@ -76,8 +75,7 @@ class NoisyKD(ExtraForwardPasses):
         probability (`float`, defaults to 0.1): with which a token is replaced.
         token_id (`int`, *optional*): what it is replaced by, such as `tokenizer.mask_token_id`; by default a token drawn
             from the vocabulary.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: noise that is none, or an objective it cannot be given to; at `attach`, tokens to be replaced of a
@@ -99,8 +97,6 @@ class NoisyKD(ExtraForwardPasses):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in ("gaussian", "tokens"):
-            raise ValueError(f"NoisyKD: kind must be 'gaussian' or 'tokens', got {self.kind!r}.")
         if self.kind == "gaussian" and not self.std > 0:
             raise ValueError(f"NoisyKD: std must be larger than 0, got {self.std!r}.")
         if self.kind == "tokens" and not 0 < self.probability <= 1:
@@ -161,8 +157,7 @@ class AdversarialKD(ExtraForwardPasses):
         steps (`int`, defaults to 1): gradient steps.
         step_size (`float`, *optional*): length of one, in the same unit; by default `epsilon` for one step,
             `1.5 * epsilon / steps` else.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: settings out of range, or an objective it cannot be given to; at `attach`, input embeddings of
@@ -192,13 +187,9 @@ class AdversarialKD(ExtraForwardPasses):
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         super().attach(student, teacher)
         if isinstance(teacher, ModelSignature) or teacher is None:
-            raise ValueError(
-                "AdversarialKD asks the teacher about changed inputs, so it needs the teacher, not its cache."
-            )
+            raise ValueError("AdversarialKD asks about changed inputs, so it needs the teacher, not its cache.")
         if base_of(student).main_input_name != base_of(teacher).main_input_name:
-            raise ValueError(
-                "AdversarialKD changes one input for both models, but student and teacher read different ones."
-            )
+            raise ValueError("AdversarialKD changes one input for both models, which read different ones.")
         if base_of(student).main_input_name == "input_ids":
             widths = [base_of(model).get_input_embeddings().weight.shape[1] for model in (student, teacher)]
             if widths[0] != widths[1]:
@@ -210,9 +201,7 @@ class AdversarialKD(ExtraForwardPasses):
     def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
         batch = step.batch
         if TEACHER_PREFIX + base_of(passes.model).main_input_name in batch:
-            raise ValueError(
-                "AdversarialKD changes one input for both models, but the batch brings the teacher its own."
-            )
+            raise ValueError("AdversarialKD changes one input for both models; the batch brings the teacher its own.")
         target = passes.teacher(batch, self.needs, self._read(1))
         step_size = self.step_size or (self.epsilon if self.steps == 1 else 1.5 * self.epsilon / self.steps)
         lengths: list[torch.Tensor] = []
@@ -261,16 +250,12 @@ def _within(delta: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
 
 
 class _Change:
-    """A change that is added to the input embeddings of a model, or to its input where that is no token.
-
-    An encoder-decoder may look up its embeddings twice in a pass, so there may be several additions.
-    """
+    """A change that is added to the input embeddings of a model, or to its input where that is no token. An
+    encoder-decoder may look up its embeddings twice in a pass, so there may be several additions."""
 
     def __init__(self, made: Any, requires_grad: bool = False) -> None:
         self._made, self._requires_grad = made, requires_grad
-        self.deltas: list[torch.Tensor] = (
-            [] if callable(made) else [delta.requires_grad_(requires_grad) for delta in made]
-        )
+        self.deltas: list[torch.Tensor] = [] if callable(made) else [d.requires_grad_(requires_grad) for d in made]
 
     def _next(self, values: torch.Tensor) -> torch.Tensor:
         if callable(self._made):
@@ -298,3 +283,42 @@ class _Change:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationLoss(ExtraForwardPasses):
+    """Distance between the fake-quantized student and its own forward pass in full precision.
+
+    `D(student in full precision, quantized student)` for the same weights, input and dropout; the former has no
+    gradient. With task and distillation terms beside it all three are trained together; its weight may be faded in. It
+    is 0 while the student has no fake quantizers, which `QATCallback` puts in. Costs a forward pass of the student more.
+    Kim et al., "QKD: Quantization-aware Knowledge Distillation" (2019), study the order of the three.
+
+    Args:
+        objective (`Objective`, defaults to `LogitKD()`): the distance: an objective on what models return.
+        weight (`float` or schedule, defaults to 1.0): factor of this term.
+
+    Raises:
+        ValueError: an objective that does not compare two models.
+
+    Example:
+        ```python
+        >>> from hfkdq import LogitKD, QuantizationLoss
+        >>> from hfkdq.schedules import Linear
+        >>> QuantizationLoss(objective=LogitKD(divergence="mse"), weight=Linear(0, 1)).name
+        'quantization_loss'
+
+        ```
+    """
+
+    uses_teacher: ClassVar[bool] = False
+
+    def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
+        super().attach(student, student)
+
+    def run_forward(self, passes: Passes, step: TrainingStep) -> TrainingStep:
+        device = base_of(passes.model).device
+        devices = [device] if device.type == "cuda" else []
+        # The pass that follows then has the same dropout, so that the distance is the quantizers' alone.
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), full_precision(passes.model):
+            return replace(step, teacher=passes.student(step.batch, self.needs, self._read(0)))

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..losses.reduction import masked_mean
+from ..fields import COUNT
+from ..losses.features import masked_mean
 from ..losses.relations import relation_kl
 from ..modeling import find_layer_stack
 from ..modeling.attention import KINDS, Seen, Sources, find_sources, looks_back_only, watching
@@ -46,8 +47,7 @@ class RelationKD(LayerObjective):
         relation_heads (`int`, *optional*): `H`, which divides the widths of queries, keys and values of both models. By
             default the largest such number up to the teacher's number of attention heads.
         relations (sequence of `str`, defaults to `("query", "key", "value")`): the kinds of vectors.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: an unknown kind of vectors; at `attach`, a layer out of range, a model of which the vectors cannot be
@@ -64,7 +64,7 @@ class RelationKD(LayerObjective):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    relation_heads: int | None = None
+    relation_heads: Annotated[int | None, COUNT] = None
     relations: tuple[str, ...] | list[str] = KINDS
     _sources: tuple[Sources, ...] = field(init=False, repr=False, compare=False)
     _head_count: int = field(init=False, repr=False, compare=False)
@@ -78,8 +78,6 @@ class RelationKD(LayerObjective):
             raise ValueError(
                 f"RelationKD: relations must be some of {', '.join(map(repr, KINDS))}, got {self.relations!r}."
             )
-        if self.relation_heads is not None and not (isinstance(self.relation_heads, int) and self.relation_heads > 0):
-            raise ValueError(f"RelationKD: relation_heads must be a positive integer, got {self.relation_heads!r}.")
 
     def attach(self, student: PreTrainedModel, teacher: PreTrainedModel | ModelSignature | None) -> None:
         Objective.attach(self, student, teacher)
@@ -93,9 +91,7 @@ class RelationKD(LayerObjective):
         ends = len(stacks[0]), len(stacks[1])
         pairs = layer_map({ends[0]: ends[1]} if self.layers is None else self.layers, student, *ends)
         if any(0 in pair for pair in pairs.items()):
-            raise ValueError(
-                f"layers={self.layers!r}: layer 0 is the embeddings, which have no queries, keys or values."
-            )
+            raise ValueError(f"layers={self.layers!r}: layer 0 is the embeddings, without queries, keys or values.")
         sources, shapes = [], []
         for role, (model, stack) in enumerate(zip((student, teacher), stacks, strict=True)):
             numbers = {pair[role] for pair in pairs.items()}
@@ -107,16 +103,20 @@ class RelationKD(LayerObjective):
             }
             sources.append(found)
             shapes.append(self._try(model, found))
-        self._check_positions(pairs, *shapes)
+        for s, t in pairs.items():
+            sizes = [found[i, self.relations[0]][1] for found, i in zip(shapes, (s, t), strict=True)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"Layer {s} of the student has {sizes[0]} positions and layer {t} of the teacher {sizes[1]} for "
+                    "the same example, so their relations cannot be compared. Virtual tokens, for example of prompt "
+                    "tuning, add positions. RKD compares examples instead."
+                )
         heads = self._heads(bases[1], {shape[-1] for found in shapes for shape in found.values()})
         self._keep(
-            _pairs=tuple(pairs.items()),
-            _sources=tuple(sources),
-            _head_count=heads,
-            _itself=bases[0] is bases[1],
+            _pairs=tuple(pairs.items()), _sources=tuple(sources), _head_count=heads, _itself=bases[0] is bases[1],
             _stack=list(stacks[0].layers),
             _causal=any(looks_back_only(b, found) for b, found in zip(bases, sources, strict=True)),
-        )
+        )  # fmt: skip
 
     def _try(self, model: Any, sources: Sources) -> dict[tuple[int, str], torch.Size]:
         """Runs a model once, to see that what was found by its name is what runs."""
@@ -131,16 +131,6 @@ class RelationKD(LayerObjective):
                 "Use HiddenStateKD or AttentionKD."
             )
         return {key: x.shape for key, x in seen.items()}
-
-    def _check_positions(self, pairs: Mapping[int, int], ours: Any, theirs: Any) -> None:
-        for s, t in pairs.items():
-            shapes = ours[s, self.relations[0]], theirs[t, self.relations[0]]
-            if shapes[0][1] != shapes[1][1]:
-                raise ValueError(
-                    f"Layer {s} of the student has {shapes[0][1]} positions and layer {t} of the teacher {shapes[1][1]} for "
-                    "the same example, so their relations cannot be compared. Virtual tokens, for example of prompt "
-                    "tuning, add positions. RKD compares examples instead."
-                )
 
     def _heads(self, teacher: Any, widths: set[int]) -> int:
         common = math.gcd(*widths)

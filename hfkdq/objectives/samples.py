@@ -20,11 +20,9 @@ from .model_signature import ModelSignature
 
 @dataclass(frozen=True, kw_only=True)
 class SampleObjective(LayerObjective):
-    """An objective on one vector per example from each model: the mean of its hidden states.
-
-    The mean is taken over the positions attended to, the frames of audio, or the whole map. The
-    models may differ in width, kind and tokenizer.
-    """
+    """An objective on one vector per example from each model: the mean of its hidden states. The mean is taken over
+    the positions attended to, the frames of audio, or the whole map. The models may differ in width, kind and
+    tokenizer."""
 
     positions = Objective.positions  # examples
     _teacher_frames: Callable[[torch.Tensor], torch.Tensor] | None = field(init=False, repr=False, compare=False)
@@ -48,16 +46,12 @@ class SampleObjective(LayerObjective):
         self, step: TrainingStep, places: Mapping[int, int] | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The vectors of the examples of student and teacher, `(batch, width)` each, for every pair of layers.
-
-        `places` has the index among the hidden states of the projection of a layer, where there is one.
-        """
+        `places` has the index among the hidden states of the projection of a layer, where there is one."""
         mask, teacher_mask = self.state_mask(step.batch), self._teacher_mask(step.batch)
         for s, t in self._pairs:
             place = (places or {}).get(s, s)
-            yield (
-                mean_state(step.student.hidden_states[place], mask),
-                mean_state(step.teacher.hidden_states[t], teacher_mask),
-            )
+            ours, theirs = step.student.hidden_states[place], step.teacher.hidden_states[t]
+            yield mean_state(ours, mask), mean_state(theirs, teacher_mask)
 
     def _teacher_mask(self, batch: Batch) -> torch.Tensor | None:
         """The mask of the teacher's positions: it may read another text, or make other frames of the audio."""
@@ -81,10 +75,8 @@ class RKD(SampleObjective):
     Args:
         distance (`float`, defaults to 25.0): factor of the distances.
         angle (`float`, defaults to 50.0): factor of the angles, of which there are none below 3 examples.
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
-        weight (`float` or schedule, defaults to 1.0): factor of this term.
-        teacher (`str`, *optional*): the name of the teacher, where there are several.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], not dynamic; by default the last layers of both.
+        weight, teacher: as of every [`Objective`]; 1.0 and none by default.
 
     Raises:
         ValueError: a negative factor, or none that is larger than 0; at `attach`, a layer out of range or models that
@@ -132,8 +124,7 @@ class SimilarityPreservingKD(SampleObjective):
     others (gradient accumulation, several processes) leaves some out, and of a batch of 1 the value is 0.
 
     Args:
-        layers (`dict` or `str`, *optional*): `{student layer: teacher layer}`, numbered from 1, 0 for the embeddings; or
-            `"uniform"`, `"last"` or `"skip"`. By default the last layers of both.
+        layers (`dict` or `str`, *optional*): as of [`HiddenStateKD`], not dynamic; by default the last layers of both.
         weight (`float` or schedule, defaults to 1.0): factor of this term; the paper has 3000.
         teacher (`str`, *optional*): the name of the teacher, where there are several.
 

@@ -4,20 +4,13 @@
 from .callback import PruningCallback
 from .clustering import cluster_weights
 from .file_size import compressed_size
+from .finishing import load_pruned
 from .fitting import fit_sparsity
 from .one_shot import prune
-from .reload import load_pruned
 from .sharing import share_layers, unshare_layers_
 from .vocabulary import prune_vocabulary
 
 __all__ = [
-    "PruningCallback",
-    "cluster_weights",
-    "compressed_size",
-    "fit_sparsity",
-    "load_pruned",
-    "prune",
-    "prune_vocabulary",
-    "share_layers",
-    "unshare_layers_",
-]
+    "PruningCallback", "cluster_weights", "compressed_size", "fit_sparsity", "load_pruned", "prune",
+    "prune_vocabulary", "share_layers", "unshare_layers_",
+]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -20,9 +20,8 @@ from ..modeling.examples import given_to, tried_on
 from ..modeling.masks import Batch
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
-from .finishing import count_parameters, finish_, rehearse
+from .finishing import count_parameters, finish_, rehearse, tell_left_unpruned
 from .importance import collect_importance_
-from .left_unpruned import tell_left_unpruned
 from .one_shot import check_prunable, targets_of
 from .progress import UNFINISHED, Progress
 from .targets import VOCABULARY_NEEDS_NO_TRAINING, PruningTarget
@@ -61,12 +60,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         calibration (iterable of `dict` or `datasets.Dataset`, *optional*): for the criterion `"teacher"`: batches of model
             inputs, or examples to make them from, which are looked at whenever the sparsity grows.
         teacher_model (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
-        batch_size (`int`, defaults to 8): examples in a batch, for a `Dataset`.
-        data_collator (`Callable`, *optional*): makes a batch of examples, for a `Dataset`.
-        processing_class (*optional*): a tokenizer that pads, for a `Dataset` without a `data_collator`.
-        example_inputs (`dict`, *optional*): a batch as your collator makes it, on which a copy is tried where none that is
-            made up from the configuration fits, as [`prune`] does; by default that of the [`DistillationTrainer`], or the
-            first one of `calibration`.
+        batch_size, data_collator, processing_class: as of [`prune`], for a `Dataset`; 8 examples in a batch by default.
+        example_inputs (`dict`, *optional*): as of [`prune`]; by default that of the [`DistillationTrainer`], or the first
+            one of `calibration`.
 
     Raises:
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
@@ -102,10 +98,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         processing_class: Any = None,
         example_inputs: Batch | None = None,
     ) -> None:
-        if isinstance(spec, dict):
-            spec = PruningSpec.from_dict(spec)
-        if not isinstance(spec, PruningSpec):
-            raise TypeError(f"PruningCallback takes a PruningSpec, got {type(spec).__name__}.")
+        spec = PruningSpec.given(spec, "PruningCallback")
         if spec.structure == "vocab":
             raise ValueError(VOCABULARY_NEEDS_NO_TRAINING)
         if spec.criterion == "teacher" and calibration is None:
@@ -147,9 +140,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                 self._example = first_batch(make_batches(model, calibration, *self._how))
         return tried_on(self._example, model)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with self._tried(model):
             targets = targets_of(model, self.spec)
             check_prunable(model, self.spec, targets)
@@ -162,13 +153,7 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel = None,  # type: ignore[assignment]
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         with self._tried(model):
             targets = targets_of(model, self.spec)
@@ -192,22 +177,18 @@ class PruningCallback(TrainerCallback, ExportableState):
             self._check_resumed(state)
             self._progress.resume(optimizer, self.spec.sparsity_at(state.global_step / state.max_steps))
         # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._progress.begin(optimizer)
         if self._bounded and self._evaluates_first is None:
             # Whether there is anything to evaluate, and such a metric, is found out now, not after the first round.
             self._evaluates_first, args.eval_on_start = args.eval_on_start, True
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progress = self._progress
         if progress is not None and self.spec.criterion in FROM_GRADIENTS and self.spec.criterion != "teacher":
             progress.observe_gradients()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         progress = self._progress
         if progress is None:
             return
@@ -217,7 +198,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             if self._bounded and progress.last_good is None:
                 progress.snapshot()
             if self.spec.criterion == "teacher":
-                progress.importance.forget()
+                progress.importance.tensors.clear()
+                progress.importance.not_finite.clear()
                 batches = make_batches(model, self._calibration, *self._how)
                 collect_importance_(model, progress.importance, batches, self._teacher)
             if progress.grow_to(due) and due == self.spec.sparsity:
@@ -225,9 +207,7 @@ class PruningCallback(TrainerCallback, ExportableState):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         progress.apply((self.spec.end - self.spec.begin) * state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progress = self._progress
         if progress is None or not self._bounded or progress.settled or not progress.masks.sparsity:
             return
@@ -235,14 +215,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         if last or self.spec.sparsity_at((state.global_step + 1) / state.max_steps) > progress.masks.sparsity:
             self._judging = control.should_evaluate = True
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         progress = self._progress
         is_first = self._evaluates_first is not None
         if not (self._judging or is_first) or progress is None:
@@ -273,24 +246,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             progress.rollback()
             control.should_training_stop = True
             if not progress.masks.sparsity:
-                logger.warning(
-                    f"Not even the first round of pruning keeps the bound: {name} is {value:.4f}. Nothing is pruned."
-                )
+                told = f"{name} is {value:.4f}. Nothing is pruned."
+                logger.warning(f"Not even the first round of pruning keeps the bound: {told}")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._progress is not None and logs is not None and state.log_history:
             state.log_history[-1]["sparsity"] = logs["sparsity"] = round(self._progress.masks.sparsity, 4)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         progress, self._progress = self._progress, None
         if progress is None:
             return
@@ -311,20 +274,14 @@ class PruningCallback(TrainerCallback, ExportableState):
         drop_fact(model, UNFINISHED)
         finish_(model, progress.masks, progress.parameters_before)
 
-    def _check_resumed(self, state: TrainerState) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
+    def _check_resumed(self, state: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
         if saved is None:
             logger.warning("The checkpoint was saved without PruningCallback: only what is zero already is pruned.")
             return
         then = [entry["args"]["spec"] for entry in (saved if isinstance(saved, list) else [saved])]
-        if self.spec not in [PruningSpec.from_dict(spec) for spec in then]:
-            told = f"The checkpoint was trained with PruningSpec.from_dict({then[0]}), not with {self.spec}."
-            if self.strict_resume:
-                raise ValueError(
-                    f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
-                    "a new training from the weights."
-                )
-            logger.warning(f"{told} Training goes on with the new one.")
+        if told := self.spec.differs(then, self.strict_resume):
+            logger.warning(told)
 
 
 def _check_trained_by(optimizer: Optimizer, targets: Sequence[PruningTarget]) -> None:

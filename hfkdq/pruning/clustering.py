@@ -100,9 +100,8 @@ def cluster_weights(
 @torch.no_grad()
 def cluster_values(weight: Tensor, clusters: int) -> Tensor:
     """The tensor with every value replaced by the nearest centroid of k-means, as [`cluster_weights`] describes.
-
-    `weight` is finite, of any shape; the result has the same shape, dtype and device, and at most `clusters` values.
-    """
+    `weight` is finite, of any shape; the result has the same shape, dtype and device, and at most `clusters`
+    values."""
     # Sorted, each value once: of bfloat16 there are few, and the assignment to centroids becomes a cut in order.
     values, counts = torch.unique(weight.detach(), return_counts=True)
     if len(values) <= clusters:
@@ -170,11 +169,8 @@ def _cut_worst(edges: Tensor, sums: Tensor, values: Tensor, clusters: int, zero:
 def _chosen(model: PreTrainedModel, target: ModulePatterns, exclude: ModulePatterns) -> dict[str, Any]:
     """The modules to cluster by name, those that share a weight once; all that can be wrong with them is found here."""
     possible = {name: module for name, module in model.named_modules() if isinstance(module, _POSSIBLE)}
-    wanted = {
-        name: module
-        for name, module in possible.items()
-        if (isinstance(module, _BY_DEFAULT) if target is None else module_matches(name, target))
-    }
+    plain = {n for n, module in possible.items() if isinstance(module, _BY_DEFAULT)}
+    wanted = {n: m for n, m in possible.items() if (n in plain if target is None else module_matches(n, target))}
     excluded = {id(module.weight): name for name, module in possible.items() if module_matches(name, exclude)}
     chosen: dict[int, tuple[str, nn.Module]] = {}
     for name, module in wanted.items():

@@ -21,20 +21,15 @@ DECAY = 0.99
 
 
 class ImportanceStatistics:
-    """Importance statistics of every target: gradients times weights, norms and means of activations.
-
-    `tensors` holds them in float32, by names that begin with the index of the target. Values that are not finite are left
-    out, and their name goes into `not_finite`. Every position counts, padding too. `decay` is the share of former values
-    that stays when new ones come (all count alike without it); `while_training` ignores activations in eval mode.
-    """
+    """Importance statistics of every target: gradients times weights, norms and means of activations. `tensors` holds
+    them in float32, by names that begin with the index of the target. Values that are not finite are left out, and
+    their name goes into `not_finite`. Every position counts, padding too. `decay` is the share of former values that
+    stays when new ones come (all count alike without it); `while_training` ignores activations in eval mode."""
 
     def __init__(
-        self,
-        targets: Sequence[PruningTarget],
-        spec: PruningSpec,
-        decay: float | None = None,
+        self, targets: Sequence[PruningTarget], spec: PruningSpec, decay: float | None = None,
         while_training: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.targets = list(targets)
         self.spec = spec
         self.decay = None if spec.criterion == "movement" else decay
@@ -50,10 +45,6 @@ class ImportanceStatistics:
     @property
     def needs_activations(self) -> bool:
         return self.spec.criterion == "activation" or self.spec.cut == "mean"
-
-    def forget(self) -> None:
-        self.tensors.clear()
-        self.not_finite.clear()
 
     def tensors_by_name(self) -> dict[str, Tensor]:
         return {f"evidence.{name}": tensor for name, tensor in self.tensors.items()}
@@ -116,7 +107,6 @@ class ImportanceStatistics:
             self._add(f"{i}.gradient", -value if self.spec.criterion == "movement" else value.abs())
 
     def watch(self) -> None:
-        """Begins to look at activations, with hooks."""
         if self._handles:
             return
         for i, target in enumerate(self.targets):
@@ -128,7 +118,6 @@ class ImportanceStatistics:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook(i, name, module)))
 
     def unwatch(self) -> None:
-        """Takes the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -174,7 +163,6 @@ class ImportanceStatistics:
         return hook
 
     def is_complete(self) -> bool:
-        """Whether every target has the statistics that criterion and means need."""
         return not self.missing()
 
     def missing(self) -> dict[str, str]:
@@ -229,11 +217,8 @@ class ImportanceStatistics:
 
 
 def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses to learn from gradients that the training will not have.
-
-    Raises:
-        ValueError: a criterion of the gradients in training, and a target, or a layer of one, that is frozen.
-    """
+    """Refuses to learn from gradients that the training will not have. Raises `ValueError`: a criterion of the
+    gradients in training, and a target, or a layer of one, that is frozen."""
     if spec.criterion not in FROM_GRADIENTS or spec.criterion == "teacher":
         return
     for target in targets:
@@ -247,12 +232,9 @@ def check_trained(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
 
 
 def check_criterion(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses means without a bias that could take them, and activations that no module of its own reads.
-
-    Raises:
-        ValueError: `cut="mean"`, and a module that reads units has no bias, or is a convolution; `criterion="activation"` or
-            `cut="mean"`, and the units are neurons of experts in one tensor.
-    """
+    """Refuses means without a bias that could take them, and activations that no module of its own reads. Raises
+    `ValueError`: `cut="mean"`, and a module that reads units has no bias, or is a convolution;
+    `criterion="activation"` or `cut="mean"`, and the units are neurons of experts in one tensor."""
     for target in targets if spec.criterion == "activation" or spec.cut == "mean" else ():
         if isinstance(target, GroupTarget) and target.group.field and not target.group.of_role("input"):
             raise ValueError(

@@ -10,7 +10,7 @@ from bz2 import BZ2Compressor
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from transformers.utils import logging
 
@@ -42,11 +42,7 @@ class CompressedSize:
 
 
 def compressed_size(
-    path: str | Path,
-    method: str = "xz",
-    *,
-    files: Sequence[str] = WEIGHT_FILES,
-    dictionary: int = 64 * _MIB,
+    path: str | Path, method: str = "xz", *, files: Sequence[str] = WEIGHT_FILES, dictionary: int = 64 * _MIB
 ) -> CompressedSize:
     """The size of a model's files after ordinary compression with Python's standard library.
 
@@ -93,7 +89,10 @@ def compressed_size(
         if method == "zip":
             size = _zip_size(found, bar)
         else:
-            size = sum(_stream_size(file, _compressor(method, file, dictionary), bar) for file in found)
+            size = 0
+            for file in found:
+                compressor = _compressor(method, file, dictionary)
+                size += sum(len(compressor.compress(piece)) for piece in _pieces(file, bar)) + len(compressor.flush())
     return CompressedSize(size, before, tuple(file.name for file in found), method)
 
 
@@ -101,25 +100,15 @@ def _files(path: Path, patterns: Sequence[str]) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(
-            f"{path} is no file and no folder. Save the model first, with save_pretrained or export_onnx."
-        )
+        raise ValueError(f"{path} is no file and no folder. Save the model there by save_pretrained or export_onnx.")
     matching = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     if not matching:
         there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"{path} has no file like {', '.join(patterns)}; it holds {there}. Name others with files=(...)."
-        )
+        raise ValueError(f"{path} has no file like {', '.join(patterns)}; it holds {there}. Name others: files=(...).")
     return matching
 
 
-class _Compressor(Protocol):
-    def compress(self, data: bytes, /) -> bytes: ...
-
-    def flush(self) -> bytes: ...
-
-
-def _compressor(method: str, file: Path, dictionary: int) -> _Compressor:
+def _compressor(method: str, file: Path, dictionary: int) -> Any:
     if method == "gzip":
         return zlib.compressobj(wbits=31)  # 31: with the header and checksum of gzip
     if method == "bz2":
@@ -134,10 +123,6 @@ def _pieces(file: Path, bar: Any) -> Iterator[bytes]:
         while piece := stream.read(_CHUNK):
             yield piece
             bar.update(len(piece))
-
-
-def _stream_size(file: Path, compressor: _Compressor, bar: Any) -> int:
-    return sum(len(compressor.compress(piece)) for piece in _pieces(file, bar)) + len(compressor.flush())
 
 
 class _Counter:

@@ -27,17 +27,12 @@ def collect_importance_(
     model: PreTrainedModel, importance: ImportanceStatistics, batches: Batches, teacher: PreTrainedModel | None = None
 ) -> None:
     """Collects importance statistics over batches. Weights, gradients, modes and random state stay as they were.
-
-    Activations and gradients that are not finite, as a model in float16 may have on single batches, are left out with a
-    warning. Padding counts among the activations; among the predictions of the criterion `"teacher"` it does not.
-
-    Both models run in eval mode, and frozen parameters count too. The criteria `"taylor"` and `"fisher"` need batches with
-    labels; the teacher of `"teacher"` is by default the model itself.
-
-    Raises:
-        ValueError: no batch, one that is not finite, no loss where one is needed, modules that no batch reaches or that
-            are finite for none, or a teacher whose predictions do not fit or are not finite.
-    """
+    Activations and gradients that are not finite, as a model in float16 may have on single batches, are left out with
+    a warning. Padding counts among the activations; among the predictions of the criterion `"teacher"` it does not.
+    Both models run in eval mode, and frozen parameters count too. The criteria `"taylor"` and `"fisher"` need batches
+    with labels; the teacher of `"teacher"` is by default the model itself. Raises `ValueError`: no batch, one that is
+    not finite, no loss where one is needed, modules that no batch reaches or that are finite for none, or a teacher
+    whose predictions do not fit or are not finite."""
     samples_labels = importance.spec.criterion == "teacher"
     generator = torch.Generator().manual_seed(importance.spec.seed)
     teacher = model if teacher is None else teacher
@@ -55,11 +50,10 @@ def collect_importance_(
                         model(**batch)
                     continue
                 with torch.enable_grad():
-                    loss = (
-                        _sampled_label_loss(model, teacher, batch, generator)
-                        if samples_labels
-                        else _loss(model, importance, batch)
-                    )
+                    if samples_labels:
+                        loss = _sampled_label_loss(model, teacher, batch, generator)
+                    else:
+                        loss = _loss(model, importance, batch)
                     found = _gradients(loss, list(trained.values()))
                 importance.observe_gradients(dict(zip(trained, found, strict=True)))
     finally:
@@ -71,6 +65,16 @@ def collect_importance_(
 def _gradients(loss: Tensor, parameters: list[Tensor]) -> Sequence[Tensor | None]:
     """The gradient of each parameter, or `None` where the loss does not depend on it; `.grad` is left alone."""
     return torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
+
+
+def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any]) -> Tensor:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
+            f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
+        )
+    return loss
 
 
 def _check_collected(importance: ImportanceStatistics) -> None:
@@ -94,24 +98,12 @@ def _check_collected(importance: ImportanceStatistics) -> None:
         )
 
 
-def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any]) -> Tensor:
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "
-            f"{', '.join(batch)}. Add labels to the calibration data, or use criterion='teacher', which needs none."
-        )
-    return loss
-
-
 def _sampled_label_loss(
     model: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Any], generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy to labels sampled from the teacher's predictions; of numbers and boxes, squares around sampled ones.
-
-    A divergence has no gradient where model and teacher are equal, as they are before the first cut. Drawn labels have:
-    the mean of its square is the Fisher information of what the teacher says.
-    """
+    """Cross-entropy to labels sampled from the teacher's predictions; of numbers and boxes, squares around sampled
+    ones. A divergence has no gradient where model and teacher are equal, as they are before the first cut. Drawn
+    labels have: the mean of its square is the Fisher information of what the teacher says."""
     found = model(**batch)
     with torch.no_grad():
         expected = found if teacher is model else teacher(**batch)
@@ -121,9 +113,8 @@ def _sampled_label_loss(
         if said is None or target is None:
             continue
         if said.shape != target.shape:
-            raise ValueError(
-                f"The teacher's {name} are of shape {tuple(target.shape)}, the model's {tuple(said.shape)}."
-            )
+            shapes = tuple(target.shape), tuple(said.shape)
+            raise ValueError(f"The teacher's {name} are of shape {shapes[0]}, the model's {shapes[1]}.")
         said, target = said.float(), target.detach().float()
         losses = _losses_to_sampled(model, name, said, target, generator)
         total = masked_mean(losses, output_mask(model, batch, losses.shape)) + (0.0 if total is None else total)
@@ -135,9 +126,7 @@ def _sampled_label_loss(
     return total
 
 
-def _losses_to_sampled(
-    model: PreTrainedModel, name: str, said: Tensor, target: Tensor, generator: torch.Generator
-) -> Tensor:
+def _losses_to_sampled(model: Any, name: str, said: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
     """One loss per position: to a class, to yes or no for every class, or to numbers."""
     problem = getattr(model.config, "problem_type", None) if name == "logits" else None
     if not bool(target.isfinite().logical_or(target == -torch.inf).all()):

@@ -10,23 +10,19 @@ from torch import Tensor, nn
 
 
 class MaskedNorm:
-    """A norm whose statistics are those of the channels that are not pruned.
-
-    A pruned channel comes in as zero and has a weight of zero. The mean of squares over `h` channels of which `k` are
-    left is `k / h` of that over the ones left, so an input times `sqrt(h / k)`, and the output divided by it, is
-    exact for norms without a mean; `LayerNorm` is computed on the channels left.
-    """
+    """A norm whose statistics are those of the channels that are not pruned. A pruned channel comes in as zero and has
+    a weight of zero. The mean of squares over `h` channels of which `k` are left is `k / h` of that over the ones
+    left, so an input times `sqrt(h / k)`, and the output divided by it, is exact for norms without a mean; `LayerNorm`
+    is computed on the channels left."""
 
     pruned: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """The norm of `hidden_states`, `(..., h)`."""
         kept = ~self.pruned
         if isinstance(self, nn.LayerNorm):
             bias = None if self.bias is None else self.bias[kept]
-            values = nn.functional.layer_norm(
-                hidden_states[..., kept], (int(kept.sum()),), self.weight[kept], bias, self.eps
-            )
+            states = hidden_states[..., kept]
+            values = nn.functional.layer_norm(states, states.shape[-1:], self.weight[kept], bias, self.eps)
             out = values.new_zeros(hidden_states.shape)
             return out.masked_scatter(kept.expand_as(out), values)
         scale = (len(kept) / kept.sum()) ** 0.5

@@ -21,24 +21,19 @@ def units_kept(units: int, sparsity: float) -> int:
 
 
 def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
-    """Refuses a sparsity that would leave a target empty, or break groups that a module says it has.
-
-    Raises:
-        ValueError: the target, what would be left, and why that cannot be.
-    """
+    """Refuses a sparsity that would leave a target empty, or break groups that a module says it has. Raises
+    `ValueError`: the target, what would be left, and why that cannot be."""
     sparsity = spec.sparsity or 0.0
     for target in targets:
         kept = units_kept(target.units, sparsity)
-        if spec.ranking == "local" and kept < max(1, len(_protected(target))):
+        protected = target.protected if isinstance(target, LayerTarget) else ()
+        if spec.ranking == "local" and kept < max(1, len(protected)):
             raise ValueError(
                 f"sparsity={sparsity} would leave {kept} of the {target.units} units ({spec.structure}) of {target.name or 'the model'}"
-                f"{', of which some cannot go' if _protected(target) else ''}. Choose a smaller sparsity."
+                f"{', of which some cannot go' if protected else ''}. Choose a smaller sparsity."
             )
-        if (
-            isinstance(target, LayerTarget)
-            and spec.removes
-            and target.best([0.0] * target.units, max(kept, 1)) is None
-        ):
+        stack = target if isinstance(target, LayerTarget) and spec.removes else None
+        if stack is not None and stack.best([0.0] * target.units, max(kept, 1)) is None:
             raise ValueError(
                 f"No {kept} layers of {target.name} are in a pattern that the configuration can say. Choose another sparsity, or "
                 "plain_checkpoint=False and load the result with hfkdq.load_pruned."
@@ -59,10 +54,6 @@ def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
                     raise ValueError(f"{entry.name}: {error}") from error
 
 
-def _protected(target: PruningTarget) -> tuple[int, ...]:
-    return target.protected if isinstance(target, LayerTarget) else ()
-
-
 class Masks:
     """One mask per target, true where a unit is pruned; `importance` scores the units."""
 
@@ -70,14 +61,11 @@ class Masks:
         self.targets = list(targets)
         self.spec = spec
         self.importance = importance
-        self.pruned = [
-            torch.zeros(target.units, dtype=torch.bool, device=target.parts[0].values.device)
-            for target in self.targets
-        ]
+        devices = [target.parts[0].values.device for target in self.targets]
+        self.pruned = [torch.zeros(t.units, device=d).bool() for t, d in zip(self.targets, devices, strict=True)]
         self.sparsity = 0.0
 
     def counts(self) -> list[int]:
-        """Pruned units of every target."""
         return [int(mask.sum()) for mask in self.pruned]
 
     def grow_to(self, sparsity: float) -> None:
@@ -93,7 +81,9 @@ class Masks:
                 if self.spec.kept_of is not None:
                     self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
                 else:
-                    self._grow(i, target.units - units_kept(target.units, sparsity))
+                    count = target.units - units_kept(target.units, sparsity)
+                    if count > int(self.pruned[i].sum()):
+                        self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
         for i, old in enumerate(before):
             self._fold_means(i, self.pruned[i] & ~old)
 
@@ -107,10 +97,6 @@ class Masks:
             kept = target.best(scores.tolist(), left) if alone else None
             scores[list(target.protected if kept is None else kept)] = torch.inf
         return scores
-
-    def _grow(self, i: int, count: int) -> None:
-        if count > int(self.pruned[i].sum()):
-            self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
 
     def _grow_globally(self, sparsity: float) -> None:
         """All targets in one ranking; the best unit of each is out of reach, so that none is left empty."""

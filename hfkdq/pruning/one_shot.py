@@ -14,9 +14,8 @@ from ..modeling.batches import Batches, first_batch, make_batches
 from ..modeling.examples import tried_on
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
-from .finishing import count_parameters, finish_, record_pruning, rehearse
+from .finishing import count_parameters, finish_, record_pruning, rehearse, tell_left_unpruned
 from .importance import collect_importance_
-from .left_unpruned import tell_left_unpruned
 from .masks import Masks, check_counts, units_kept
 from .removal import described_config
 from .targets import LayerTarget, PruningTarget, find_targets
@@ -116,9 +115,7 @@ def targets_of(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]
     try:
         return find_targets(model, spec)
     except NoStructure as error:
-        found = [
-            structure for structure in STRUCTURES if structure != spec.structure and _fits(model, spec, structure)
-        ]
+        found = [other for other in STRUCTURES if other != spec.structure and _fits(model, spec, other)]
         found.append("weight")
         names = " or ".join(f"structure={structure!r}" for structure in found)
         raise ValueError(f"{error} What fits this model: {names}.") from error
@@ -136,12 +133,8 @@ def _fits(model: PreTrainedModel, spec: PruningSpec, structure: str) -> bool:
 
 
 def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[PruningTarget]) -> None:
-    """Refuses what cannot be done, before anything is done.
-
-    Raises:
-        ValueError: a target would be left empty, has groups that would break, has no bias for means, or the
-            configuration could not describe the result.
-    """
+    """Refuses what cannot be done, before anything is done. Raises `ValueError`: a target would be left empty, has
+    groups that would break, has no bias for means, or the configuration could not describe the result."""
     check_counts(targets, spec)
     check_criterion(targets, spec)
     for target in targets:

@@ -17,7 +17,7 @@ from ..facts import record_fact
 from ..specs import PruningSpec
 from .criteria import DECAY, ImportanceStatistics
 from .masks import Masks
-from .targets import LayerTarget, PruningTarget
+from .targets import LayerTarget, PruningTarget, is_zero
 
 UNFINISHED = "unfinished_pruning"
 """Fact in checkpoints whose weights alone are another model: bypassed layers and masked norms are no weights."""
@@ -27,10 +27,8 @@ _SHARE = 0.1
 
 
 class Progress:
-    """The state of one pruning in one training.
-
-    It lies in the optimizer's state under a name of its own, which PyTorch saves and loads as it is.
-    """
+    """The state of one pruning in one training. It lies in the optimizer's state under a name of its own, which
+    PyTorch saves and loads as it is."""
 
     def __init__(
         self, model: PreTrainedModel, targets: Sequence[PruningTarget], spec: PruningSpec, parameters_before: int
@@ -73,7 +71,6 @@ class Progress:
         return gradient.masked_fill(self._entries[key], 0.0)
 
     def end(self) -> None:
-        """Removes the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -84,7 +81,9 @@ class Progress:
         stored = None if optimizer is None else optimizer.state.get(self._key)  # type: ignore[call-overload]
         if stored is None:
             if sparsity > 0.0:
-                self._from_zeros()
+                for mask, target in zip(self.masks.pruned, self.masks.targets, strict=True):
+                    if not isinstance(target, LayerTarget):
+                        mask.copy_(is_zero(target))
             return
         for i, mask in enumerate(self.masks.pruned):
             mask.copy_(stored[f"mask.{i}"])
@@ -94,13 +93,7 @@ class Progress:
         good = {name.removeprefix("good."): tensor for name, tensor in stored.items() if name.startswith("good.")}
         self.last_good = good or None
 
-    def _from_zeros(self) -> None:
-        for mask, target in zip(self.masks.pruned, self.masks.targets, strict=True):
-            if not isinstance(target, LayerTarget):
-                mask.copy_(target.reduce(lambda part: part.values.detach().abs()) == 0)
-
     def _save(self) -> None:
-        """Puts everything where a checkpoint finds it."""
         self._store.clear()
         self._store.update({f"mask.{i}": mask for i, mask in enumerate(self.masks.pruned)})
         self._store.update(self.importance.tensors_by_name())
@@ -113,7 +106,7 @@ class Progress:
         targets, masks = self.masks.targets, self.masks.pruned
         if all(len(mask) == target.units for mask, target in zip(masks, targets, strict=True)):
             return
-        self.masks.pruned = [target.reduce(lambda part: part.values.detach().abs()) == 0 for target in targets]
+        self.masks.pruned = [is_zero(target) for target in targets]
         # What was seen of gradients and activations is of the former shapes.
         self.settled = self.settled or self.spec.criterion not in ("magnitude", "random")
 

@@ -11,24 +11,22 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import read_facts, record_fact
-from ..modeling import (
+from ..modeling.bypass import bypass_
+from ..modeling.hidden_width import hidden_field
+from ..modeling.neurons import width_fields
+from ..modeling.numbering import refit_
+from ..modeling.probing import (
     Numbers,
     Shapes,
-    Slice,
     build_empty,
     build_model,
-    bypass_,
     config_with,
-    has_recorded_shapes,
-    hidden_field,
     numbers_of,
-    record_shapes,
-    refit_,
-    resize_,
     set_fields_,
     shapes_of,
-    width_fields,
 )
+from ..modeling.recorded_shapes import has_recorded_shapes, record_shapes
+from ..modeling.units import Slice, resize_
 from ..protocols import FollowsPruning
 from ..specs import PruningSpec
 from .targets import GroupTarget, LayerTarget, PruningTarget
@@ -97,9 +95,7 @@ def _candidates(
     return []
 
 
-def _width_candidates(
-    model: PreTrainedModel, targets: Sequence[PruningTarget], kept: Sequence[int]
-) -> list[dict[str, Any]]:
+def _width_candidates(model: Any, targets: Sequence[PruningTarget], kept: Sequence[int]) -> list[dict[str, Any]]:
     values = width_fields(model.config)
     fields: dict[str, Any] = {}
     for name, value in values.items():
@@ -119,19 +115,12 @@ def _width_candidates(
 
 
 def _size_of_heads(targets: Sequence[PruningTarget]) -> int | None:
-    """Entries of a head in its keys or values, where these are computed apart from the queries."""
-    sizes = [
-        entry.positions.shape[1]
-        for target in targets
-        if isinstance(target, GroupTarget)
-        for entry in target.group.slices
-        if entry.role == "output" and entry.tensor == "weight"
-    ]
+    slices = [entry for target in targets if isinstance(target, GroupTarget) for entry in target.group.slices]
+    sizes = [each.positions.shape[1] for each in slices if each.role == "output" and each.tensor == "weight"]
     return min(sizes, default=None)
 
 
 def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]) -> str:
-    """Why a configuration cannot describe the model, for people."""
     name = type(model.config).__name__
     if has_recorded_shapes(model.config):
         why = f"{name} does not describe the model even now, which has been pruned with plain_checkpoint=False before"
@@ -153,11 +142,9 @@ def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[Pruning
 
 @torch.no_grad()
 def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], pruned: Sequence[Tensor]) -> Numbers:
-    """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale.
-
-    `pruned` has a bool tensor of shape `(units,)` for each target, true for units to remove. Returns, by the name of a
-    module, the integers that it keeps of its shapes, as they are now.
-    """
+    """Removes units from the tensors of a model. An optimizer that holds the former parameters is stale. `pruned` has
+    a bool tensor of shape `(units,)` for each target, true for units to remove. Returns, by the name of a module, the
+    integers that it keeps of its shapes, as they are now."""
     counts: Numbers = {}
     found: dict[tuple[int, int], tuple[Slice, Tensor]] = {}  # targets may have their units side by side in one tensor
     names = {module: name for name, module in model.named_modules()}
@@ -167,9 +154,8 @@ def remove_units_(model: PreTrainedModel, targets: Sequence[PruningTarget], prun
         left = (~mask).cpu()
         for entry in target.group.slices:
             whole = torch.ones(entry.values.shape[entry.dim], dtype=torch.bool)
-            found.setdefault((id(entry.values), entry.dim), (entry, whole))[1][entry.positions[~left].flatten()] = (
-                False
-            )
+            _, left_of = found.setdefault((id(entry.values), entry.dim), (entry, whole))
+            left_of[entry.positions[~left].flatten()] = False
         for _, module, attribute, per_unit in target.group.counts:
             setattr(module, attribute, int(left.sum()) * per_unit)
             if module in names:  # its layer may have gone, or have another number, since the targets were found
@@ -222,8 +208,11 @@ def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pru
         counts.pop(None, None)
         record_fact(model, "shapes", {**shapes, "counts": counts})
         record_shapes(model, {})
-    if len(targets) == 1:
-        _record_origin(model, targets[0].units, next(iter(kept_of.values())))
+    if len(targets) == 1:  # so that layer maps follow the layers of the teacher that are left
+        units = targets[0].units
+        before = read_facts(model).get("student", {"teacher_layers": units, "layers": list(range(1, units + 1))})
+        left = [before["layers"][place] for place in next(iter(kept_of.values()))]
+        record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": left})
 
 
 def _renumbered(name: str, kept_of: dict[str, list[int]]) -> str | None:
@@ -233,10 +222,3 @@ def _renumbered(name: str, kept_of: dict[str, list[int]]) -> str | None:
             place, dot, rest = name.removeprefix(f"{stack}.").partition(".")
             return f"{stack}.{kept.index(int(place))}{dot}{rest}" if int(place) in kept else None
     return name
-
-
-def _record_origin(model: PreTrainedModel, total: int, kept: list[int]) -> None:
-    """Records which layers of the teacher are left, so that layer maps follow them."""
-    before = read_facts(model).get("student", {"teacher_layers": total, "layers": list(range(1, total + 1))})
-    layers = [before["layers"][place] for place in kept]
-    record_fact(model, "student", {"teacher_layers": before["teacher_layers"], "layers": layers})

@@ -69,7 +69,15 @@ def share_layers(
 
         ```
     """
-    _check_shareable(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"share_layers needs a Transformers PreTrainedModel, got {type(model).__name__}.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("The model has adapters, which belong to single layers. Merge them first, then share layers.")
+    if "quantization" in read_facts(model):
+        raise ValueError(
+            "The model carries fake quantizers, whose scales were found for the weights before sharing. Call "
+            "share_layers first and make the QATCallback or call quantize afterwards."
+        )
     layers = _only_stack(model)
     chosen = _checked_groups(groups, len(layers))
     if init not in ("first", "mean"):
@@ -91,13 +99,9 @@ def share_layers(
 
 
 def restore_sharing_(model: PreTrainedModel) -> PreTrainedModel:
-    """Shares the layers of a freshly loaded model again, as `model.config.hfkdq["sharing"]` says, in place.
-
-    A model without this record is left as it is. Returns the same model.
-
-    Raises:
-        ValueError: layers that the record calls shared are not equal. The model is then as it was.
-    """
+    """Shares the layers of a freshly loaded model again, as `model.config.hfkdq["sharing"]` says, in place. A model
+    without this record is left as it is. Returns the same model. Raises `ValueError`: layers that the record calls
+    shared are not equal. The model is then as it was."""
     groups = read_facts(model).get(FACT, {}).get("layers", [])
     if not groups:
         return model
@@ -137,18 +141,6 @@ def unshare_layers_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _check_shareable(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"share_layers needs a Transformers PreTrainedModel, got {type(model).__name__}.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("The model has adapters, which belong to single layers. Merge them first, then share layers.")
-    if "quantization" in read_facts(model):
-        raise ValueError(
-            "The model carries fake quantizers, whose scales were found for the weights before sharing. Call "
-            "share_layers first and make the QATCallback or call quantize afterwards."
-        )
-
-
 def _only_stack(model: PreTrainedModel) -> nn.ModuleList:
     stacks = find_layer_stacks(model)
     if len(stacks) > 1:
@@ -160,7 +152,6 @@ def _only_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _checked_groups(groups: int | Sequence[Sequence[int]] | None, total: int) -> list[list[int]]:
-    """Groups as lists of numbers, if they are such."""
     count = 1 if groups is None else groups
     if isinstance(count, int):
         if isinstance(count, bool) or not 1 <= count <= total:
@@ -253,15 +244,9 @@ def _write_repeated(layers: nn.Module, state_dict: dict[str, Any], prefix: str, 
 
 
 def _refuse_differing(
-    layers: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+    layers: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+    missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+) -> None:  # fmt: skip
     """Refuses to load different values into shared layers: the last would win, or the sharing would end."""
     values: dict[int, str] = {}
     for index, layer in enumerate(layers.children()):

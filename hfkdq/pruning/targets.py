@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..facts import read_facts
-from ..modeling import (
-    CountedStack,
-    UnitGroup,
-    bypass_,
-    find_channels,
-    find_heads,
-    find_hidden,
-    find_layer_stacks,
-    find_neurons,
-    norms_of,
-)
+from ..modeling.bypass import bypass_
+from ..modeling.channels import find_channels
 from ..modeling.forwards import body_of
+from ..modeling.heads import find_heads
+from ..modeling.hidden_width import find_hidden, norms_of
+from ..modeling.layers import CountedStack, find_layer_stacks
+from ..modeling.neurons import find_neurons
 from ..modeling.own_modules import as_pretrained_
-from ..modeling.units import CONVOLUTIONS
+from ..modeling.units import CONVOLUTIONS, UnitGroup
 from ..specs import PruningSpec, module_matches, unmatched
 from .masked_norms import mask_norm_
 
@@ -50,37 +44,11 @@ class Part:
 
     @property
     def values(self) -> Tensor:
-        """The tensor as it is now."""
         return getattr(self.module, self.tensor)
 
 
 Measure = Callable[[Part], Tensor | None]
 """From a part to one number for each of its entries, in its shape; `None` if the part does not count."""
-
-
-class PruningTarget(Protocol):
-    """Units that are ranked among themselves."""
-
-    @property
-    def name(self) -> str:
-        """Name of the module or stack that holds the units."""
-
-    @property
-    def units(self) -> int:
-        """Number of units."""
-
-    @property
-    def parts(self) -> list[Part]:
-        """The tensors that units have entries in."""
-
-    def reduce(self, measure: Measure) -> Tensor:
-        """The sum of `measure` over the entries of each unit; float32 of shape `(units,)`."""
-
-    def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """For every part a bool tensor that broadcasts over it: the entries of the units in the bool mask `pruned`."""
-
-    def apply_(self, pruned: Tensor) -> None:
-        """Takes the units out of what the model computes, in the shapes that it has."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +71,7 @@ class GroupTarget:
         return [Part(s.name, s.module, s.tensor, s.role) for s in self.group.slices]
 
     def reduce(self, measure: Measure) -> Tensor:
+        """The sum of `measure` over the entries of each unit; float32 of shape `(units,)`."""
         total = torch.zeros(self.units, device=self.parts[0].values.device)
         for part, entry in zip(self.parts, self.group.slices, strict=True):
             values = measure(part)
@@ -111,10 +80,12 @@ class GroupTarget:
         return total
 
     def entries(self, pruned: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """For every part a bool tensor that broadcasts over it: the entries of the units in the bool mask `pruned`."""
         for part, entry in zip(self.parts, self.group.slices, strict=True):
             yield part, entry.entries(pruned)
 
     def apply_(self, pruned: Tensor) -> None:
+        """Takes the units out of what the model computes, in the shapes that it has."""
         zero_(self, pruned)
         for norm in self.norms:
             mask_norm_(norm, pruned)
@@ -195,14 +166,9 @@ class LayerTarget:
 
     @property
     def layers(self) -> list[list[Part]]:
-        """The parameters of every layer."""
+        named = (layer.named_modules(prefix=f"{self.name}.{place}") for place, layer in enumerate(self.stack.layers))
         return [
-            [
-                Part(name, module, tensor, "other")
-                for name, module in layer.named_modules(prefix=f"{self.name}.{place}")
-                for tensor, _ in module.named_parameters(recurse=False)
-            ]
-            for place, layer in enumerate(self.stack.layers)
+            [Part(n, m, t, "other") for n, m in each for t, _ in m.named_parameters(recurse=False)] for each in named
         ]
 
     def reduce(self, measure: Measure) -> Tensor:
@@ -222,6 +188,15 @@ class LayerTarget:
             bypass_(layer, gone)
 
 
+PruningTarget = GroupTarget | WeightTarget | LayerTarget
+"""Units that are ranked among themselves; `GroupTarget` says what the methods of all of them do."""
+
+
+def is_zero(target: PruningTarget) -> Tensor:
+    """Which units have no entry but zeros, a bool tensor of shape `(units,)`."""
+    return target.reduce(lambda part: part.values.detach().abs()) == 0
+
+
 @torch.no_grad()
 def zero_(target: PruningTarget, pruned: Tensor) -> None:
     """Zeroes all entries of the pruned units."""
@@ -230,13 +205,9 @@ def zero_(target: PruningTarget, pruned: Tensor) -> None:
 
 
 def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarget]:
-    """The targets of `spec` in `model`, at least one; changes nothing.
-
-    Raises:
-        TypeError: `model` is no `PreTrainedModel`.
-        ValueError: nothing matches, the architecture lacks the structure, layers share their weights, or a weight is
-            not a plain floating-point tensor.
-    """
+    """The targets of `spec` in `model`, at least one; changes nothing. Raises `TypeError`: `model` is no
+    `PreTrainedModel`. Raises `ValueError`: nothing matches, the architecture lacks the structure, layers share their
+    weights, or a weight is not a plain floating-point tensor."""
     if not isinstance(as_pretrained_(model), PreTrainedModel):
         raise TypeError(
             f"Pruning needs a Transformers PreTrainedModel, got {type(model).__name__}. "
@@ -252,14 +223,15 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
             "unshare_layers_(model) before."
         )
     if spec.structure == "layer":
-        targets = [
-            LayerTarget(stack, tuple(stack.bound_to()), spec.plain_checkpoint) for stack in find_layer_stacks(model)
-        ]
+        targets = [LayerTarget(s, tuple(s.bound_to()), spec.plain_checkpoint) for s in find_layer_stacks(model)]
     elif spec.structure == "hidden":
         group = find_hidden(model)
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
     elif spec.structure in ("neuron", "head", "channel"):
-        _check_floating(model)
+        # Packed weights, before their tensors are looked up by name, which those of quantized models do not have.
+        for name, module in model.named_modules():
+            if isinstance(module, WEIGHTED):
+                _check_prunable(Part(name, module, "weight", "input"))
         finders: dict[str, Callable[[PreTrainedModel], list[UnitGroup]]] = {
             "neuron": find_neurons,
             "head": find_heads,
@@ -324,13 +296,6 @@ def _nothing_matches(model: PreTrainedModel, spec: PruningSpec, names: list[str]
         f"PruningSpec(target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}) matches no {kind} of "
         f"{type(model).__name__}. Those of it are, for example: {', '.join(names[:3]) or 'none'}."
     )
-
-
-def _check_floating(model: PreTrainedModel) -> None:
-    """Refuses packed weights before their tensors are looked up by name, which those of quantized models do not have."""
-    for name, module in model.named_modules():
-        if isinstance(module, WEIGHTED):
-            _check_prunable(Part(name, module, "weight", "input"))
 
 
 def _check_prunable(part: Part) -> None:

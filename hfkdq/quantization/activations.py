@@ -4,21 +4,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..specs import QuantizationScheme
-from .grids import (
-    SMALLEST_SCALE,
-    Grid,
-    constant,
-    expand,
-    fake_quantize,
-    learned_fake_quantize,
-    scale_gradient,
-    straight_through,
-)
+from . import grids
 from .scales import observed_bounds, scale_of, smallest_and_largest
 from .weights import Stateless, recomputing
 
@@ -73,19 +65,18 @@ class ActivationQuantizer(Stateless):
     def _quantize(self, values: Tensor) -> Tensor:
         scale, zero_point = self.qparams()
         if self.scheme.activation_mapping == "linear":
-            return fake_quantize(values, scale, zero_point, 0, self.maximum_code)
+            return grids.fake_quantize(values, scale, zero_point, 0, self.maximum_code)
         with torch.no_grad():
             mapped = self.grid.domain(values.detach().float())
             codes = (mapped * (1.0 / scale)).round() + zero_point
             inside = (codes >= 0) & (codes <= self.maximum_code)
-            quantized = expand((codes.clamp(0, self.maximum_code) - zero_point) * scale, self.scheme.power)
-        return straight_through(values, quantized, inside.to(values.dtype))
+            quantized = grids.expand((codes.clamp(0, self.maximum_code) - zero_point) * scale, self.scheme.power)
+        return grids.straight_through(values, quantized, inside.to(values.dtype))
 
     @property
-    def grid(self) -> Grid:
-        """The grid that ranges are searched on."""
+    def grid(self) -> grids.Grid:
         bits = self.scheme.activation_bits or 0
-        return Grid(bits, self.scheme.activation_symmetric, self.scheme.activation_mapping, self.scheme.power)
+        return grids.Grid(bits, self.scheme.activation_symmetric, self.scheme.activation_mapping, self.scheme.power)
 
     def _qparams_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for the range [low, high], which includes 0."""
@@ -108,12 +99,10 @@ class ActivationQuantizer(Stateless):
 
 
 class ObservedQuantizer(ActivationQuantizer):
-    r"""An [`ActivationQuantizer`] whose range follows what it sees in training mode.
-
-    \\(s = (max - min) / (2^b - 1)\\) and \\(z = \mathrm{round}(-min / s)\\), where min and max include 0 and come from the
-    first batch, then from each next one: for `"min_max"` the widest seen, else an exponential moving average of the
-    batch's bounds, its minimum and maximum, its percentiles, or those of least squared error.
-    """
+    r"""An [`ActivationQuantizer`] whose range follows what it sees in training mode. \\(s = (max - min) / (2^b - 1)\\)
+    and \\(z = \mathrm{round}(-min / s)\\), where min and max include 0 and come from the first batch, then from each
+    next one: for `"min_max"` the widest seen, else an exponential moving average of the batch's bounds, its minimum
+    and maximum, its percentiles, or those of least squared error."""
 
     state_names = ("minimum", "maximum", "scale", "zero_point")
     minimum: Tensor
@@ -177,10 +166,10 @@ class LearnedQuantizer(ActivationQuantizer):
             self.offset = nn.Parameter(offset)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        scale = constant(self.scale.data).clamp(min=SMALLEST_SCALE)
+        scale = grids.constant(self.scale.data).clamp(min=grids.SMALLEST_SCALE)
         if self.scheme.activation_symmetric:
             return scale, torch.full_like(scale, self.middle, dtype=torch.int32)
-        zero_point = (-constant(self.offset.data) / scale).round().clamp(0, self.maximum_code)
+        zero_point = (-grids.constant(self.offset.data) / scale).round().clamp(0, self.maximum_code)
         return scale, zero_point.to(torch.int32)
 
     def set_range(self, scale: float, zero_point: int) -> None:
@@ -194,7 +183,7 @@ class LearnedQuantizer(ActivationQuantizer):
             self.offset.copy_(low)
             self.initialized = True
         # An optimizer may step out of the valid range; a projection brings it back without stopping the gradient.
-        self.scale.data.clamp_(min=SMALLEST_SCALE)
+        self.scale.data.clamp_(min=grids.SMALLEST_SCALE)
         self.offset.data.clamp_(min=-self.maximum_code * self.scale.data, max=torch.zeros_like(self.scale.data))
 
     def _quantize(self, values: Tensor) -> Tensor:
@@ -202,13 +191,13 @@ class LearnedQuantizer(ActivationQuantizer):
             return super()._quantize(values)
         with torch.autocast(values.device.type, enabled=False):
             factor = 1.0 / math.sqrt(values.shape[-1] * self.maximum_code)
-            scale, offset = scale_gradient(self.scale, factor), scale_gradient(self.offset, factor)
+            scale, offset = grids.scale_gradient(self.scale, factor), grids.scale_gradient(self.offset, factor)
             with torch.no_grad():
                 if self.scheme.activation_symmetric:  # the middle stays, so what the offset stands for does not count
                     zero_point, offset = torch.full_like(self.scale, self.middle), torch.zeros_like(self.scale)
                 else:
                     zero_point = (-self.offset / self.scale).round()
-            return learned_fake_quantize(values, scale, offset, zero_point, self.maximum_code)
+            return grids.learned_fake_quantize(values, scale, offset, zero_point, self.maximum_code)
 
 
 class PACTQuantizer(ActivationQuantizer):
@@ -231,11 +220,12 @@ class PACTQuantizer(ActivationQuantizer):
         self.register_buffer("signed", signed, persistent=False)
 
     def _steps(self) -> Tensor:
-        """Steps of the grid between 0 and alpha."""
         return torch.where(self.signed > 0, float(self.middle - 1), float(self.maximum_code))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        scale = constant(constant(self.alpha.data).clamp(min=SMALLEST_SCALE) / constant(self._steps()))
+        scale = grids.constant(
+            grids.constant(self.alpha.data).clamp(min=grids.SMALLEST_SCALE) / grids.constant(self._steps())
+        )
         return scale, (self.signed * self.middle).to(torch.int32)
 
     def set_range(self, scale: float, zero_point: int) -> None:
@@ -255,21 +245,19 @@ class PACTQuantizer(ActivationQuantizer):
                 self.signed.copy_(low < 0)
             self.alpha.copy_(torch.maximum(-low, high))
             self.initialized = True
-        self.alpha.data.clamp_(min=SMALLEST_SCALE)
+        self.alpha.data.clamp_(min=grids.SMALLEST_SCALE)
 
     def _quantize(self, values: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return super()._quantize(values)
         with torch.autocast(values.device.type, enabled=False):
-            quantized = fake_quantize(values.detach().float(), *self.qparams(), 0, self.maximum_code)
+            quantized = grids.fake_quantize(values.detach().float(), *self.qparams(), 0, self.maximum_code)
             # There is one code more below zero than above.
             lowest = -self.alpha * self.signed * (self.middle / (self.middle - 1))
-            return straight_through(values.float().clamp(lowest, self.alpha), quantized).to(values.dtype)
+            return grids.straight_through(values.float().clamp(lowest, self.alpha), quantized).to(values.dtype)
 
 
-def make_activation_quantizer(
-    scheme: QuantizationScheme, device: torch.device | None = None
-) -> ActivationQuantizer | None:
+def make_activation_quantizer(scheme: QuantizationScheme, device: Any = None) -> ActivationQuantizer | None:
     """The quantizer that `scheme` asks for at the input of a module, `None` for weight-only schemes."""
     if scheme.activation_bits is None:
         return None

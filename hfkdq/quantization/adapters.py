@@ -13,11 +13,9 @@ from ..modeling.forwards import base_of
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `model.named_modules()`, with the modules and names that the model has once its adapters are merged.
-
-    Layers within adapters are left out, and of modules that PEFT trains as a whole the copy in use takes the place of the
-    original.
-    """
+    """As `model.named_modules()`, with the modules and names that the model has once its adapters are merged. Layers
+    within adapters are left out, and of modules that PEFT trains as a whole the copy in use takes the place of the
+    original."""
     if "peft" not in sys.modules:  # who has adapters has imported it
         yield from model.named_modules()
     else:
@@ -60,11 +58,8 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuses adapters that cannot be merged into weights.
-
-    Raises:
-        ValueError: `model` is a PEFT model of another kind than LoRA.
-    """
+    """Refuses adapters that cannot be merged into weights. Raises `ValueError`: `model` is a PEFT model of another
+    kind than LoRA."""
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return
@@ -78,10 +73,7 @@ def check_adapters(model: nn.Module) -> None:
 
 def check_adapter(name: str, wrapper: nn.Module | None) -> None:
     """Refuses a layer of PEFT around a module that is to be quantized, unless it is linear LoRA or a trained copy.
-
-    Raises:
-        ValueError: saying why.
-    """
+    Raises `ValueError`: saying why."""
     if wrapper is None or "modules_to_save" in wrapper._modules:
         return
     from .lora import unsupported_reason

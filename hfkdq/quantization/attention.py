@@ -41,7 +41,6 @@ class AttentionQuantizer(Stateless):
         return {**vars(self), "_modes": []}
 
     def quantize(self, name: str, values: Tensor) -> Tensor:
-        """`values` as the operand `name` on its grid."""
         quantized: Tensor = self.operands[name](values)
         return quantized
 
@@ -128,16 +127,10 @@ def _leave(module: Any, args: Any, output: Any) -> None:
 
 
 def find_attention(model: nn.Module, spec: QuantizationSpec) -> dict[str, nn.Module]:
-    """The modules that compute queries, keys and values, by name, without those that the spec excludes.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    found = {
-        name: module
-        for name, module in plain_modules(model)
-        if computes_attention(module) and not module_matches(name, spec.exclude_modules)
-    }
+    """The modules that compute queries, keys and values, by name, without those that the spec excludes. Raises
+    `ValueError`: the model has none."""
+    attention = {name: module for name, module in plain_modules(model) if computes_attention(module)}
+    found = {name: m for name, m in attention.items() if not module_matches(name, spec.exclude_modules)}
     if not found:
         raise ValueError(
             f"attention=True: {type(model).__name__} has no module with projections for query, key and value that are "
@@ -159,10 +152,8 @@ def swap_attention_in_(module: nn.Module, spec: QuantizationSpec) -> None:
     device = next(module.parameters()).device
     quantizer = AttentionQuantizer(spec, device)
     module.attention_quantizer = quantizer
-    quantizer.handles = [
-        module.register_forward_pre_hook(_enter),
-        module.register_forward_hook(_leave, always_call=True),
-    ]
+    after = module.register_forward_hook(_leave, always_call=True)
+    quantizer.handles = [module.register_forward_pre_hook(_enter), after]
     quantizer.train(module.training)
 
 

@@ -13,8 +13,6 @@ from transformers import PreTrainedModel
 
 from ..modeling.forwards import evaluating
 
-_NORMS: dict[type[nn.Module], type[nn.Module]] = {}
-
 
 class _Frozen:
     """A BatchNorm that uses and keeps its running statistics in training too."""
@@ -31,7 +29,7 @@ class FrozenBatchNorm2d(_Frozen, nn.BatchNorm2d):
     """An `nn.BatchNorm2d` whose statistics stay."""
 
 
-_NORMS = {nn.BatchNorm1d: FrozenBatchNorm1d, nn.BatchNorm2d: FrozenBatchNorm2d}
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm1d: FrozenBatchNorm1d, nn.BatchNorm2d: FrozenBatchNorm2d}
 
 
 def freeze_batch_norm_(model: nn.Module) -> None:
@@ -118,9 +116,7 @@ def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tu
     read = Counter(conv for conv, _ in pairs)
     pairs = [(conv, norm) for conv, norm in pairs if read[conv] == runs[conv] == runs[norm] == 1]
     if not pairs:
-        raise ValueError(
-            f"{type(model).__name__} has no BatchNorm that directly follows a convolution: nothing to fold."
-        )
+        raise ValueError(f"{type(model).__name__} has no BatchNorm that directly follows a convolution to fold into.")
     return pairs
 
 

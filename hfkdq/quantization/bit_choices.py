@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches
 from .convert import choose_modules
 from .layers import quantized_class, swap_in_, swap_out_, weight_of, weight_quantizers_of
-from .left_in_float import left_out_unasked
-from .naming import head_modules
+from .naming import head_modules, left_out_unasked
 from .quantized_module import QuantizedModule
 
 
@@ -49,16 +48,11 @@ class BitChoices:
 
     @classmethod
     def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> BitChoices:
-        """The choices that `spec` and `bits` leave.
-
-        Raises:
-            ValueError: the spec matches nothing, bits do not go with it, or a group size does not divide.
-        """
+        """The choices that `spec` and `bits` leave. Raises `ValueError`: the spec matches nothing, bits do not go with
+        it, or a group size does not divide."""
         chosen, heads = choose_modules(model, spec), head_modules(model)
         modules = {name: module for name, (module, _) in chosen.items()}
-        free = frozenset(
-            name for name, module in modules.items() if not _is_set(spec, name, module, id(module) in heads)
-        )
+        free = frozenset(n for n, module in modules.items() if not _is_set(spec, n, module, id(module) in heads))
         groups: dict[Any, list[str]] = {}
         for name, (module, scheme) in chosen.items():
             weight = weight_of(module)
@@ -92,18 +86,12 @@ class BitChoices:
         return replace(self, sizes=sizes, float_bytes=4 * sum(weights.values()))
 
     def limit(self, budget: float | int) -> int:
-        """`budget` in bytes for the modules of `groups`: without what stays in float32.
-
-        Raises:
-            TypeError: it is no number.
-            ValueError: no bits fit, or the most leave room.
-        """
+        """`budget` in bytes for the modules of `groups`: without what stays in float32. Raises `TypeError`: it is no
+        number. Raises `ValueError`: no bits fit, or the most leave room."""
         if isinstance(budget, bool) or not isinstance(budget, (int, float)):
             raise TypeError(f"budget must be a share (float) or bytes (int), got {type(budget).__name__} {budget!r}.")
         if isinstance(budget, float) and not 0.0 < budget <= 1.0:
-            raise ValueError(
-                f"budget={budget!r} is no share of the float32 size, which lies in (0, 1]. For bytes give an int."
-            )
+            raise ValueError(f"budget={budget!r} is no share of the float32 size, in (0, 1]. For bytes give an int.")
         rest, whole = self.rest_bytes, self.float_bytes + self.rest_bytes
         limit = int(budget * whole) if isinstance(budget, float) else budget
         smallest = rest + sum(min(sizes.values()) for sizes in self.sizes.values())
@@ -124,7 +112,6 @@ class BitChoices:
         return limit - rest
 
     def spec_with(self, bits: Mapping[str, int]) -> QuantizationSpec:
-        """The spec with an override of the bits of every module that is free."""
         overrides = dict(self.spec.overrides)
         for name in (name for name in self.modules if name in self.free):
             pattern = self.patterns[name]
@@ -161,13 +148,11 @@ def stored_bytes(module: QuantizedModule) -> int:
 
 
 def _is_set(spec: QuantizationSpec, name: str, module: nn.Module, is_head: bool) -> bool:
-    """Whether the spec itself sets the bits of a module."""
     if any("weight_bits" in (changes or {}) and override_matches(pattern, name, module)
            for pattern, changes in spec.overrides.items()):  # fmt: skip
         return True
-    return (
-        spec.head_bits if is_head else spec.embedding_bits if isinstance(module, nn.Embedding) else None
-    ) is not None
+    own = spec.head_bits if is_head else spec.embedding_bits if isinstance(module, nn.Embedding) else None
+    return own is not None
 
 
 def _patterns(model: nn.Module, names: Mapping[str, Any]) -> dict[str, str]:

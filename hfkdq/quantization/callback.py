@@ -3,32 +3,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.training_args import TrainingArguments
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationSpec
+from . import records
 from .batch_norm import fold_batch_norm_
 from .convert import prepare_qat_, strip_quantizers_
-from .ranges import UpdateScaling, learned_parameters
-from .records import (
-    activation_quantizers,
-    load_quantizer_states_,
-    load_weight_states_,
-    quantized_spec,
-    quantizer_states,
-    record_ranges,
-    recorded_quantization,
-    restore_record_,
-    weight_states,
-)
-from .schedule import BitSchedule, QATSchedule
+from .schedule import BitSchedule, QATSchedule, UpdateScaling, learned_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -93,13 +82,7 @@ class QATCallback(TrainerCallback, ExportableState):
         quantized_share: float = 1.0,
         learning_rate_factor: float = 1.0,
     ) -> None:
-        if isinstance(spec, dict):
-            spec = QuantizationSpec.from_dict(spec)
-        if not isinstance(spec, QuantizationSpec):
-            raise TypeError(
-                f"QATCallback takes a QuantizationSpec, got {type(spec).__name__}: QATCallback(QuantizationSpec())."
-            )
-        self.spec = spec
+        self.spec = spec = QuantizationSpec.given(spec, "QATCallback")
         self.strict_resume = strict_resume
         self.schedule = QATSchedule(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
         self.fold_batch_norm = fold_batch_norm
@@ -110,26 +93,22 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that is the callback's: its settings, and the state of the quantizers."""
-        schedule = {**self.schedule.to_dict(), "fold_batch_norm": self.fold_batch_norm}
+        schedule = {**asdict(self.schedule), "fold_batch_norm": self.fold_batch_norm}
         return {
             "args": {"spec": self.spec.to_dict(), **schedule, "learning_rate_factor": self.scaling.factor},
             "attributes": self._present() if self._states is None else self._states,
         }
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if model is None:
             return
-        if self.fold_batch_norm and quantized_spec(as_pretrained_(model)) is None:
+        if self.fold_batch_norm and records.quantized_spec(as_pretrained_(model)) is None:
             fold_batch_norm_(model)
         prepare_qat_(model, self.spec)
         self.schedule.at(0.0).apply_(model)
 
-    def on_train_begin(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
-        late = quantized_spec(as_pretrained_(model)) is None
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        late = records.quantized_spec(as_pretrained_(model)) is None
         prepare_qat_(model, self.spec)
         if late and learned_parameters(model):
             strip_quantizers_(model)
@@ -143,18 +122,14 @@ class QATCallback(TrainerCallback, ExportableState):
             self._resume(state, model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
         self._model = model
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # type: ignore[union-attr]
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._share(model, args)
 
-    def on_pre_optimizer_step(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         frozen = self.schedule.at(state.global_step / state.max_steps).frozen
         self.scaling.before_step(model, frozen)
 
-    def on_optimizer_step(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.scaling.after_step_()
         # The step being taken is not counted in global_step yet.
         before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
@@ -165,9 +140,7 @@ class QATCallback(TrainerCallback, ExportableState):
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._share(model, args)
 
-    def on_train_end(  # type: ignore[override]
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
                 f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the bits "
@@ -177,9 +150,9 @@ class QATCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint)
             has_config = (path / CONFIG_NAME).is_file()
-            recorded = recorded_quantization(type(model.config).from_pretrained(path)) if has_config else None
+            recorded = records.recorded_quantization(type(model.config).from_pretrained(path)) if has_config else None
             if recorded is not None:
-                restore_record_(model, recorded[1])
+                records.restore_record_(model, recorded[1])
             # A checkpoint of adapters has no configuration.
             elif has_config or not self._load_state_of(path, model):
                 logger.warning(
@@ -188,11 +161,10 @@ class QATCallback(TrainerCallback, ExportableState):
                 )
         self._share(model, args)
         self._states = None
-        record_ranges(model)
+        records.record_ranges(model)
 
-    def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
-        """The `state` of this callback in the Trainer's state."""
-        saved = state.stateful_callbacks.get(type(self).__name__)  # type: ignore[union-attr]
+    def _saved_in(self, state: Any) -> dict[str, Any] | None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
         found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
         return found
 
@@ -202,46 +174,38 @@ class QATCallback(TrainerCallback, ExportableState):
         saved = self._saved_in(TrainerState.load_from_json(str(file))) if file.is_file() else None
         if saved is None:
             return False
-        load_quantizer_states_(model, saved["attributes"]["ranges"])
-        load_weight_states_(model, saved["attributes"].get("weights", {}))
+        records.load_quantizer_states_(model, saved["attributes"]["ranges"])
+        records.load_weight_states_(model, saved["attributes"].get("weights", {}))
         return True
 
-    def _resume(self, state: TrainerState, model: PreTrainedModel) -> None:
+    def _resume(self, state: Any, model: PreTrainedModel) -> None:
         saved = self._saved_in(state)
         if saved is None:
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
             return
         then, ranges = saved["args"]["spec"], saved["attributes"]["ranges"]
         weights = saved["attributes"].get("weights", {})
-        if QuantizationSpec.from_dict(then) != self.spec:
-            told = f"The checkpoint was trained with QuantizationSpec.from_dict({then}), not with {self.spec}."
-            if self.strict_resume:
-                raise ValueError(
-                    f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
-                    "a new training from the weights."
-                )
-            logger.warning(f"{told} Training goes on with the new one.")
-            own = activation_quantizers(model)
+        if told := self.spec.differs([then], self.strict_resume):
+            logger.warning(told)
+            own = records.activation_quantizers(model)
             ranges = {k: v for k, v in ranges.items() if k in own and v.keys() == set(own[k].state_names)}
             weights = {}
-        load_quantizer_states_(model, ranges)
-        load_weight_states_(model, weights)
+        records.load_quantizer_states_(model, ranges)
+        records.load_weight_states_(model, weights)
 
     def _present(self) -> dict[str, Any]:
-        model = self._model
-        return {
-            "ranges": {} if model is None else quantizer_states(model),
-            "weights": {} if model is None else weight_states(model),
-        }
+        if self._model is None:
+            return {"ranges": {}, "weights": {}}
+        return {"ranges": records.quantizer_states(self._model), "weights": records.weight_states(self._model)}
 
-    def _share(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+    def _share(self, model: PreTrainedModel, args: Any) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            shared = [quantizer_states(model)]
+            shared = [records.quantizer_states(model)]
             dist.broadcast_object_list(shared)
-            load_quantizer_states_(model, shared[0])
+            records.load_quantizer_states_(model, shared[0])
         # What is saved between two micro batches goes on from the step before, so it must not have seen the first of them.
         steps_are_cut = args.gradient_accumulation_steps > 1
         if steps_are_cut:
             self._states = self._present()
-        record_ranges(model, live=not steps_are_cut, digest=False)
+        records.record_ranges(model, live=not steps_are_cut, digest=False)

@@ -11,19 +11,10 @@ from ..facts import drop_fact
 from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
 from ..specs.quantization import is_quantizable
-from .adapters import (
-    attach_lora_,
-    check_adapter,
-    check_adapters,
-    detach_lora_,
-    has_adapters,
-    plain_modules,
-    wrapped_modules,
-)
+from . import adapters
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
 from .layers import quantized_class, share_tables_, swap_in_, swap_out_, weight_of
-from .left_in_float import tell_left_in_float
-from .naming import head_modules, means_the_same, quantized_modules
+from .naming import head_modules, means_the_same, quantized_modules, tell_left_in_float
 from .quantized_module import QuantizedModule
 from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
@@ -70,7 +61,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
     """
     if not isinstance(spec, QuantizationSpec):
         raise TypeError(f"spec must be a QuantizationSpec, got {type(spec).__name__}.")
-    check_adapters(as_pretrained_(model))
+    adapters.check_adapters(as_pretrained_(model))
     present = quantized_spec(model)
     if present is not None and not means_the_same(model, spec):
         raise ValueError(
@@ -81,7 +72,7 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
         chosen = choose_modules(model, spec)
         attention = find_attention(model, spec) if spec.attention else {}
         try:
-            attach_lora_(model, {id(module) for module, _ in chosen.values()})
+            adapters.attach_lora_(model, {id(module) for module, _ in chosen.values()})
             for name, (module, scheme) in chosen.items():
                 swap_in_(module, name, scheme, spec)
             share_tables_(quantized_modules(model).values())
@@ -92,8 +83,8 @@ def prepare_qat_(model: PreTrainedModel, spec: QuantizationSpec) -> PreTrainedMo
             raise
         record_ranges(model)
         tell_left_in_float(model, spec)
-    elif has_adapters(model):  # they may have come after the fake quantizers, and PEFT freezes what it finds
-        attach_lora_(model, {id(module) for module in quantized_modules(model).values()})
+    elif adapters.has_adapters(model):  # they may have come after the fake quantizers, and PEFT freezes what it finds
+        adapters.attach_lora_(model, {id(module) for module in quantized_modules(model).values()})
         for quantizer in (*activation_quantizers(model).values(), *weight_quantizers(model).values()):
             quantizer.requires_grad_(True)
     return model
@@ -104,8 +95,8 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
     heads = head_modules(model)
     chosen: dict[str, tuple[nn.Module, QuantizationScheme]] = {}
     skipped: dict[str, str] = {}
-    adapted = has_adapters(model)
-    for name, module, wrapper in wrapped_modules(model):
+    adapted = adapters.has_adapters(model)
+    for name, module, wrapper in adapters.wrapped_modules(model):
         if not spec.selects(name, module):
             continue
         scheme = spec.scheme(name, module, is_head=id(module) in heads)
@@ -121,26 +112,33 @@ def choose_modules(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, 
         if quantized_class(module) is None:
             skipped[name] = f"{type(module).__name__} has a forward pass of its own"
         else:
-            check_adapter(name, wrapper)
+            adapters.check_adapter(name, wrapper)
             chosen[name] = (module, scheme)
     for name, reason in skipped.items():
         logger.info(f"{name} stays in floating point: {reason}.")
     if not chosen:
-        raise ValueError(_no_match(model, spec, skipped))
+        names = [name for name, module in adapters.plain_modules(model) if quantized_class(module)]
+        told = (
+            "A list holds names or their last parts, a string is a regular expression for the whole name. "
+            f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."
+        )
+        if skipped:
+            told = f"Skipped were {'; '.join(f'{name}: {reason}' for name, reason in skipped.items())}."
+        raise ValueError(
+            f"The spec matches no module of {type(model).__name__} that can be quantized: "
+            f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}. {told}"
+        )
     _check_patterns(model, spec)
     return chosen
 
 
 def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     """Refuses a single pattern that means no module, as a misspelt one does."""
-    modules = [(name, module) for name, module in plain_modules(model) if quantized_class(module)]
+    modules = [(name, module) for name, module in adapters.plain_modules(model) if quantized_class(module)]
     targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
     lost = [f"target_modules: {p!r}" for p in unmatched(targets, [name for name, _ in modules])]
-    names = [
-        name
-        for name, module in plain_modules(model)
-        if is_quantizable(module) or (spec.attention and computes_attention(module))
-    ]
+    attends = computes_attention if spec.attention else lambda module: False
+    names = [name for name, module in adapters.plain_modules(model) if is_quantizable(module) or attends(module)]
     lost += [f"exclude_modules: {p!r}" for p in unmatched(spec.exclude_modules, names)]
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
     if lost:
@@ -164,26 +162,12 @@ def _check_convertible(name: str, module: nn.Module, weight: Tensor) -> None:
         )
 
 
-def _no_match(model: PreTrainedModel, spec: QuantizationSpec, skipped: dict[str, str]) -> str:
-    message = (
-        f"The spec matches no module of {type(model).__name__} that can be quantized: "
-        f"target_modules={spec.target_modules!r}, exclude_modules={spec.exclude_modules!r}. "
-    )
-    if skipped:
-        return message + "Skipped were " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) + "."
-    names = [name for name, module in plain_modules(model) if quantized_class(module)]
-    return message + (
-        "A list holds names or their last parts, a string is a regular expression for the whole name. "
-        f"The model has {len(names)} modules that can be, for example: {', '.join(names[:4]) or 'none'}."
-    )
-
-
 def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes [`prepare_qat_`], in place: a floating-point model with the weights as they are, and no record."""
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             swap_out_(module)
-    detach_lora_(model)
+    adapters.detach_lora_(model)
     swap_attention_out_(model)
     drop_fact(model, FACT)
     return model

@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Keeps empty channels and ranges from dividing by zero; far below any scale that training produces.
 SMALLEST_SCALE = 1e-12
+MaybeTensor = Tensor | None
 
 
 def compand(values: Tensor, power: float) -> Tensor:
@@ -50,12 +51,10 @@ class Grid:
 
     @property
     def low(self) -> int:
-        """The smallest code."""
         return -self.high if self.symmetric and self.mapping != "kmeans" else 0
 
     @property
     def high(self) -> int:
-        """The largest code."""
         if self.mapping == "kmeans" or not self.symmetric:
             return int(2**self.bits) - 1
         return max(int(2 ** (self.bits - 1)) - 1, 1)
@@ -69,9 +68,7 @@ class Grid:
         """`values` where scales count: companded for the power law."""
         return compand(values, self.power) if self.mapping == "power_law" else values
 
-    def codes(
-        self, values: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
-    ) -> Tensor:
+    def codes(self, values: Tensor, scale: Tensor, zero_point: MaybeTensor, codebook: MaybeTensor = None) -> Tensor:
         """The codes of `values`, as float32 integers of their shape."""
         if self.mapping == "kmeans" and codebook is not None:
             borders = (codebook[1:] + codebook[:-1]) / 2
@@ -91,9 +88,7 @@ class Grid:
         code = (self.high + exponent).clamp(1, self.high).float()
         return torch.where(size * 2.0**self.high >= 1.0, code, torch.zeros_like(code)) * ratio.sign()
 
-    def values(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
-    ) -> Tensor:
+    def values(self, codes: Tensor, scale: Tensor, zero_point: MaybeTensor, codebook: MaybeTensor = None) -> Tensor:
         """The values of `codes`, float32."""
         if self.mapping == "kmeans" and codebook is not None:
             return codebook[codes.long()] * scale
@@ -102,10 +97,7 @@ class Grid:
         values = (codes if zero_point is None else codes - zero_point) * scale
         return expand(values, self.power) if self.mapping == "power_law" else values
 
-    def quantize(
-        self, values: Tensor, scale: Tensor, zero_point: Tensor | None, codebook: Tensor | None = None
-    ) -> Tensor:
-        """`values(codes(values))`, float32."""
+    def quantize(self, values: Tensor, scale: Tensor, zero_point: MaybeTensor, codebook: MaybeTensor = None) -> Tensor:
         return self.values(self.codes(values, scale, zero_point, codebook), scale, zero_point, codebook)
 
 
@@ -122,9 +114,7 @@ def fake_quantize(
     values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, clips: bool = True
 ) -> Tensor:
     """Rounds `values` to a linear grid, per tensor or per row, with the straight-through gradient inside the range.
-
-    `clips=False` says that none is outside, which saves looking.
-    """
+    `clips=False` says that none is outside, which saves looking."""
     scale, zero_point = constant(scale), constant(zero_point)
     if torch.compiler.is_compiling():  # torch.compile cannot look into the kernels, and makes one of these itself
         with torch.no_grad():
@@ -195,12 +185,10 @@ class _LearnedFakeQuantize(torch.autograd.Function):
 
 
 def learned_fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, zero_point: Tensor, high: int) -> Tensor:
-    """Rounds `values` to an unsigned linear grid whose scale and offset have the gradients of LSQ+.
-
-    Inside the range that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1.
-    Scale, offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is
-    the largest code.
-    """
+    """Rounds `values` to an unsigned linear grid whose scale and offset have the gradients of LSQ+. Inside the range
+    that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1. Scale,
+    offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is the
+    largest code."""
     result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)
     return result
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of torch and Transformers that compute with fake-quantized weights and inputs.
-
-An existing layer becomes one by changing its class, so that its parameters, and their names, stay what they were.
-"""
+"""The layers of torch and Transformers that compute with fake-quantized weights and inputs. An existing layer becomes
+one by changing its class, so that its parameters, and their names, stay what they were."""
 
 from __future__ import annotations
 
@@ -85,24 +83,25 @@ class QuantizedConv1D(SmoothedModule, Conv1D):  # type: ignore[misc]
         return F.linear(x, weight.t(), self.bias)
 
 
-class QuantizedConv1d(QuantizedModule, nn.Conv1d):
+class _Convolution(QuantizedModule):
+    _conv_forward: Any
+    bias: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
+        return output
+
+
+class QuantizedConv1d(_Convolution, nn.Conv1d):
     """An `nn.Conv1d`, also depthwise, with fake-quantized weights and inputs."""
 
     plain_class = nn.Conv1d
 
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
-        return output
 
-
-class QuantizedConv2d(QuantizedModule, nn.Conv2d):
+class QuantizedConv2d(_Convolution, nn.Conv2d):
     """An `nn.Conv2d`, also depthwise, with fake-quantized weights and inputs."""
 
     plain_class = nn.Conv2d
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
-        return output
 
 
 class QuantizedEmbedding(QuantizedModule, nn.Embedding):
@@ -123,14 +122,9 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
 
 CLASSES: Mapping[type[nn.Module], type[QuantizedModule]] = {
-    nn.Linear: QuantizedLinear,
-    Conv1D: QuantizedConv1D,
-    nn.Conv1d: QuantizedConv1d,
-    nn.Conv2d: QuantizedConv2d,
-    nn.Embedding: QuantizedEmbedding,
-    nn.LSTM: QuantizedLSTM,
-    nn.GRU: QuantizedGRU,
-}
+    nn.Linear: QuantizedLinear, Conv1D: QuantizedConv1D, nn.Conv1d: QuantizedConv1d, nn.Conv2d: QuantizedConv2d,
+    nn.Embedding: QuantizedEmbedding, nn.LSTM: QuantizedLSTM, nn.GRU: QuantizedGRU,
+}  # fmt: skip
 
 
 def layer_class(module: nn.Module) -> type[nn.Module]:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 
 class QuantizedLoraLinear(LoraLinear):
-    r"""A `lora.Linear` that computes \\(Q(W + \sum_i \frac{\alpha_i}{r_i} B_i A_i)\\) of its quantized input.
-
-    The sum is over the active adapters, in the order and precision in which PEFT merges them, so that merging them later
-    (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1) changes nothing.
-    """
+    r"""A `lora.Linear` that computes \\(Q(W + \sum_i \frac{\alpha_i}{r_i} B_i A_i)\\) of its quantized input. The sum
+    is over the active adapters, in the order and precision in which PEFT merges them, so that merging them later (Hu
+    et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, section 4.1) changes nothing."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("adapter_names") is not None:

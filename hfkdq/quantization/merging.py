@@ -52,24 +52,29 @@ def merge_adapters(model: Any) -> PreTrainedModel:
     for module in merged.modules():
         vars(module).pop("adapter", None)
     if restored:
-        _forget_integers_(merged, restored)
+        # The marks of bitsandbytes go, and its former layers stay out of the spec.
+        quantizer = getattr(merged, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(merged)
+        for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(merged).pop(mark, None)
+        for module in merged.modules():
+            if isinstance(module, QuantizedModule):
+                spec = module.quantization_spec
+                module.quantization_spec = replace(spec, overrides={**spec.overrides, **dict.fromkeys(restored)})
+        record_ranges(merged)
     return merged.requires_grad_(True)
 
 
 def _restore_integers_(model: Any) -> list[str]:
     """Puts layers in floating point in the place of those of bitsandbytes and their adapters; their names."""
     owners = dict(plain_modules(model))
-    found = [
-        (name, module, wrapper)
-        for name, module, wrapper in wrapped_modules(model)
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point()
-    ]
+    linear: list[Any] = [entry for entry in wrapped_modules(model) if isinstance(entry[1], nn.Linear)]
+    found = [entry for entry in linear if not entry[1].weight.is_floating_point()]
     for name, module, wrapper in found:
         parent, _, key = name.rpartition(".")
         if wrapper is not None and "modules_to_save" in wrapper._modules:
-            raise ValueError(
-                f"{name} is trained as a whole (modules_to_save), which integers cannot be. Leave it out."
-            )
+            raise ValueError(f"{name} is trained whole (modules_to_save), which integers cannot be. Leave it out.")
         setattr(owners[parent], key, _in_floating_point(module, wrapper))
     return [name for name, _, _ in found]
 
@@ -108,17 +113,3 @@ def _dequantized(module: nn.Linear) -> Tensor:
         if not state.nested:  # bitsandbytes 0.50 leaves them transposed
             state.absmax = state.absmax.t().reshape(-1).float()
     return dequantize_module_weight(module).detach()
-
-
-def _forget_integers_(model: PreTrainedModel, names: list[str]) -> None:
-    """Takes away the marks of bitsandbytes, and keeps its former layers out of the spec."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(mark, None)
-    for module in model.modules():
-        if isinstance(module, QuantizedModule):
-            spec = module.quantization_spec
-            module.quantization_spec = replace(spec, overrides={**spec.overrides, **dict.fromkeys(names)})
-    record_ranges(model)

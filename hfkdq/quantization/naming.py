@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resolves the patterns of a spec to the names of modules in one model, as records keep it."""
+"""Resolves the patterns of a spec to the names of modules in one model, and tells those left in floating point."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from transformers.utils import logging
 
+from ..facts import AUXILIARY, NOTABLE, left_of, told_left
 from ..modeling.forwards import base_of, body_of
 from ..schema import Name, brief, check
-from ..specs import QuantizationScheme, QuantizationSpec, module_matches
+from ..specs import QuantizationScheme, QuantizationSpec, module_matches, override_matches
 from ..specs.quantization import is_quantizable
 from .adapters import plain_modules
 from .attention import AttentionQuantizer, computes_attention
@@ -36,11 +38,8 @@ def head_modules(model: nn.Module) -> set[int]:
 
 
 def spec_of_record(data: dict[str, Any]) -> QuantizationSpec:
-    """The spec in a record, whose patterns are names.
-
-    Raises:
-        ValueError: it is none, or has a pattern that is no name. A regular expression of somebody else may never end.
-    """
+    """The spec in a record, whose patterns are names. Raises `ValueError`: it is none, or has a pattern that is no
+    name. A regular expression of somebody else may never end."""
     try:
         spec = QuantizationSpec.from_dict(data)
     except (TypeError, ValueError) as error:  # whose message may hold all that stands there
@@ -75,11 +74,8 @@ def spec_of_former(model: nn.Module, spec: QuantizationSpec, record: Mapping[str
 
 
 def named_spec(model: nn.Module, spec: QuantizationSpec) -> QuantizationSpec:
-    """The spec of a prepared model with the names of its modules in place of patterns; itself if it has none.
-
-    Raises:
-        ValueError: names are parts of one another, so that no list of them means these modules.
-    """
+    """The spec of a prepared model with the names of its modules in place of patterns; itself if it has none. Raises
+    `ValueError`: names are parts of one another, so that no list of them means these modules."""
     if spec.target_modules is None and spec.exclude_modules is None and not spec.overrides:
         return spec
     schemes = _schemes(model)
@@ -138,7 +134,6 @@ def _meant(spec: QuantizationSpec, name: str, module: nn.Module, heads: set[int]
 
 
 def _eligible(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are quantized where a spec says so."""
 
     def is_free(module: nn.Module) -> bool:
         weight = weight_of(module)
@@ -155,6 +150,58 @@ def _schemes(model: nn.Module) -> dict[str, QuantizationScheme]:
 def _unquantized_attention(model: nn.Module) -> list[str]:
     """The modules of attention without quantizers for their products."""
     attention = {name: module for name, module in plain_modules(model) if computes_attention(module)}
-    return sorted(
-        n for n, m in attention.items() if not isinstance(m._modules.get("attention_quantizer"), AttentionQuantizer)
+    kinds = {name: module._modules.get("attention_quantizer") for name, module in attention.items()}
+    return sorted(name for name, own in kinds.items() if not isinstance(own, AttentionQuantizer))
+
+
+logger = logging.get_logger(__name__)
+
+
+def left_in_float(model: nn.Module, chosen: Collection[nn.Module] = ()) -> dict[str, int]:
+    """How many weights, parameters with more than one axis, are in floating point, by the name of their module.
+    `chosen` are modules that are going to be quantized; those that are count without."""
+    quantized = [*quantized_modules(model).values(), *chosen]
+    inside = {id(parameter) for module in quantized for parameter in module.parameters()}
+    found: dict[str, int] = {}
+    for name, module in plain_modules(model):
+        if name.startswith(AUXILIARY):
+            continue
+        own = {} if isinstance(module, QuantizedModule) else dict(module.named_parameters(recurse=False))
+        free = [p for p in own.values() if p.dim() > 1 and p.is_floating_point() and id(p) not in inside]
+        inside |= set(map(id, free))  # what modules share counts once
+        if free:
+            found[name] = sum(parameter.numel() for parameter in free)
+    return found
+
+
+def left_out_unasked(model: nn.Module, spec: QuantizationSpec, chosen: Collection[nn.Module] = ()) -> dict[str, int]:
+    """`left_in_float` without what the spec itself leaves out by name."""
+    if spec.target_modules is not None:
+        return {}
+    off = [pattern for pattern, changes in spec.overrides.items() if changes is None]
+    modules = dict(plain_modules(model))
+    left = left_in_float(model, chosen)
+    asked = {name for name in left if any(override_matches(each, name, modules[name]) for each in off)}
+    return {n: left[n] for n in left if n not in asked and not module_matches(n, spec.exclude_modules)}
+
+
+def describe_left(model: nn.Module) -> dict[str, Any]:
+    """`{"share": of all parameters, "modules": the largest eight by name}`, JSON-ready."""
+    return left_of(left_in_float(model), _size(model))
+
+
+def _size(model: nn.Module) -> int:
+    return max(1, sum(p.numel() for name, p in model.named_parameters() if not name.startswith(AUXILIARY)))
+
+
+def tell_left_in_float(model: nn.Module, spec: QuantizationSpec) -> None:
+    """Warns where a spec leaves a notable part of a prepared model in floating point without being asked to."""
+    found = left_out_unasked(model, spec)
+    share = sum(found.values()) / _size(model)
+    if share <= NOTABLE:
+        return
+    logger.warning_once(  # type: ignore[attr-defined]
+        f"{share:.0%} of the parameters of {type(model).__name__} stay in floating point, as hfkdq has no fake quantizers "
+        f"for their modules: {told_left(found, dict(plain_modules(model)))}. Name them in "
+        "exclude_modules if that is meant."
     )

@@ -96,5 +96,4 @@ class QuantizedModule(nn.Module):
         self.register_module("activation_quantizer", make_activation_quantizer(scheme, self.weight.device))
 
     def detach_quantizers(self) -> None:
-        """Takes away what `attach_quantizers` made."""
         del self.weight_quantizer, self.activation_quantizer

@@ -24,8 +24,7 @@ from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
 from .attention import attention_quantizers
 from .layers import SmoothedModule, weight_quantizers_of
-from .left_in_float import describe_left
-from .naming import beyond_former, named_spec, quantized_modules, spec_of_record
+from .naming import beyond_former, describe_left, named_spec, quantized_modules, spec_of_record
 from .quantized_module import QuantizedModule
 from .weights import WeightQuantizer
 
@@ -52,11 +51,8 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def weight_quantizers(model: nn.Module) -> dict[str, WeightQuantizer]:
     """The weight quantizers of `model`, by the name of the parameter that they quantize."""
-    return {
-        f"{name}.{key}": quantizer
-        for name, module in quantized_modules(model).items()
-        for key, (quantizer, _) in weight_quantizers_of(module).items()
-    }
+    layers = {name: weight_quantizers_of(module) for name, module in quantized_modules(model).items()}
+    return {f"{name}.{key}": quantizer for name, own in layers.items() for key, (quantizer, _) in own.items()}
 
 
 def activation_ranges(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -98,9 +94,7 @@ def set_activation_ranges_(model: PreTrainedModel, ranges: dict[str, dict[str, A
     for name, entry in ranges.items():
         largest = quantizers[name].maximum_code
         if not (0 < entry["scale"] < math.inf and 0 <= entry["zero_point"] <= largest):
-            raise ValueError(
-                f"Not a range for {name}: {entry}. The scale must be positive, the zero point in 0 to {largest}."
-            )
+            raise ValueError(f"Not a range for {name}: {entry}. The scale is above 0, the zero point 0 to {largest}.")
     for name, entry in ranges.items():
         quantizers[name].set_range(entry["scale"], entry["zero_point"])
     record_ranges(model)
@@ -126,11 +120,8 @@ def weight_states(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_weight_states_(model: nn.Module, states: dict[str, dict[str, Any]]) -> None:
-    """Restores the state of weight quantizers from [`weight_states`], in place.
-
-    Raises:
-        ValueError: a name or a shape that the model has not.
-    """
+    """Restores the state of weight quantizers from [`weight_states`], in place. Raises `ValueError`: a name or a shape
+    that the model has not."""
     modules = {f"{name}.weight": module for name, module in quantized_modules(model).items()}
     own = weight_quantizers(model)
     for name, entry in states.items():
@@ -168,9 +159,7 @@ def _decode(encoded: dict[str, Any]) -> Tensor:
 
 def weights_digest(model: nn.Module) -> dict[str, str] | None:
     """A hash of all weights, whatever their names, and their precisions; `None` where they are not all at hand."""
-    tensors = [
-        tensor for tensor in model.state_dict().values() if torch.is_tensor(tensor) and tensor.is_floating_point()
-    ]
+    tensors = [t for t in model.state_dict().values() if torch.is_tensor(t) and t.is_floating_point()]
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel() for tensor in tensors):
         return None
     rows: list[Any] = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors]
@@ -193,13 +182,11 @@ def warn_of_other_weights(model: PreTrainedModel, record: Mapping[str, Any]) -> 
 
 @refreshes_facts
 def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = True) -> None:
-    """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`.
-
-    `ranges` has scale and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not
-    reached the spec yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake
-    quantizers are off. A `live` record is that of the moment at which it is read or saved, as in a training; others have
-    the `digest` of the weights that they belong to.
-    """
+    """Writes the spec and the present state of the quantizers of `model` into `model.config.hfkdq`. `ranges` has scale
+    and zero point of every activation, `weights` what [`weight_states`] gives. Where training has not reached the spec
+    yet, `weight_bits` has the bits that differ from it, and `enabled` is `False` while the fake quantizers are off. A
+    `live` record is that of the moment at which it is read or saved, as in a training; others have the `digest` of the
+    weights that they belong to."""
     spec = quantized_spec(model)
     if spec is not None and not (live and isinstance(getattr(model.config, "hfkdq", {}).get(FACT), _LiveRecord)):
         found = _LiveRecord(model, spec) if live else _state_of(model, spec)
@@ -208,10 +195,8 @@ def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = Tru
 
 
 class _LiveRecord(dict[str, Any]):
-    """A record that is made anew when it is copied, as saving a configuration does.
-
-    So no step of a training has to write it, which moves every scale from the device.
-    """
+    """A record that is made anew when it is copied, as saving a configuration does. So no step of a training has to
+    write it, which moves every scale from the device."""
 
     def __init__(self, model: PreTrainedModel, spec: QuantizationSpec) -> None:
         super().__init__(_state_of(model, spec))
@@ -248,15 +233,10 @@ def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
     return fact
 
 
-def recorded_quantization(
-    model_or_config: PreTrainedModel | PretrainedConfig,
-) -> tuple[QuantizationSpec, dict[str, Any]] | None:
-    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record.
-
-    Raises:
-        ValueError: the record is damaged.
-    """
-    fact = read_facts(model_or_config).get(FACT)
+def recorded_quantization(model: PreTrainedModel | PretrainedConfig) -> tuple[QuantizationSpec, dict[str, Any]] | None:
+    """The spec and the whole record that [`record_ranges`] wrote, `None` if there is no such record. Raises
+    `ValueError`: the record is damaged."""
+    fact = read_facts(model).get(FACT)
     if fact is None:
         return None
     missing = [name for name in ("spec", "ranges") if name not in fact]
@@ -266,11 +246,8 @@ def recorded_quantization(
 
 
 def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTrainedModel:
-    """Brings a prepared model into the state that [`record_ranges`] wrote, in place.
-
-    Raises:
-        ValueError: it belongs to another model, or lacks ranges.
-    """
+    """Brings a prepared model into the state that [`record_ranges`] wrote, in place. Raises `ValueError`: it belongs
+    to another model, or lacks ranges."""
     modules = quantized_modules(model)
     for name, bits in record.get("weight_bits", {}).items():
         module = modules.get(name.rpartition(".")[0])
@@ -278,12 +255,8 @@ def restore_record_(model: PreTrainedModel, record: dict[str, Any]) -> PreTraine
             raise ValueError(f"The record has weights of {bits} bits for {name}, which has none such. {_AGAIN}")
         set_weight_bits_(module, bits)
     recorded = record.get("weights", {})
-    lost = [
-        f"{name} ({kind})"
-        for name, entry in weight_states(model).items()
-        for kind in entry
-        if kind not in recorded.get(name, {})
-    ]
+    pairs = [(name, kind) for name, entry in weight_states(model).items() for kind in entry]
+    lost = [f"{name} ({kind})" for name, kind in pairs if kind not in recorded.get(name, {})]
     if lost:
         raise ValueError(f"The record lacks values of {len(lost)} weights, such as {', '.join(lost[:4])}. {_AGAIN}")
     load_weight_states_(model, recorded)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the scale and zero point with which a tensor is quantized, from its values.
-
-Pure functions of tensors; blocks of values that share a scale lie along the last axis.
-"""
+"""Finds the scale and zero point with which a tensor is quantized, from its values. Pure functions of tensors; blocks
+of values that share a scale lie along the last axis."""
 
 from __future__ import annotations
 
@@ -21,10 +19,8 @@ SAMPLE = 1 << 16
 
 
 def find_scale(blocks: Tensor, grid: Grid, estimator: str, percentile: float) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of blocks of weights, float32 of shape `(..., values)`, by an estimator of a scheme.
-
-    Both are float32 of shape `(..., 1)`; the zero point is `None` for symmetric grids.
-    """
+    """Scale and zero point of blocks of weights, float32 of shape `(..., values)`, by an estimator of a scheme. Both
+    are float32 of shape `(..., 1)`; the zero point is `None` for symmetric grids."""
     values = grid.domain(blocks)
     if estimator == "mean_abs":
         return _mean_abs(values, grid).clamp(min=SMALLEST_SCALE), None
@@ -90,10 +86,8 @@ def _mean_abs(values: Tensor, grid: Grid) -> Tensor:
 
 
 def observed_bounds(values: Tensor, grid: Grid, estimator: str, percentile: float) -> tuple[Tensor, Tensor]:
-    """The range of a batch of activations, scalars that include 0, in the grid's domain.
-
-    `"percentile"` and `"mse"` look at 65,536 values at most, evenly spaced.
-    """
+    """The range of a batch of activations, scalars that include 0, in the grid's domain. `"percentile"` and `"mse"`
+    look at 65,536 values at most, evenly spaced."""
     if estimator not in ("percentile", "mse"):
         low, high = smallest_and_largest(grid.domain(values))
         return low.clamp(max=0.0), high.clamp(min=0.0)
@@ -107,10 +101,8 @@ def observed_bounds(values: Tensor, grid: Grid, estimator: str, percentile: floa
 
 def kmeans_codebook(normalised: Tensor, size: int, codebook: Tensor | None = None, steps: int = 1) -> Tensor:
     """A codebook of k-means in one dimension (Lloyd, "Least Squares Quantization in PCM", 1982): `(size,)`, ascending.
-
-    It starts from `codebook`, or evenly spaced from the smallest to the largest value, as "Deep Compression" (2016) found
-    best, and takes `steps` iterations of assigning and averaging. An entry that nothing is nearest to stays.
-    """
+    It starts from `codebook`, or evenly spaced from the smallest to the largest value, as "Deep Compression" (2016)
+    found best, and takes `steps` iterations of assigning and averaging. An entry that nothing is nearest to stays."""
     values = normalised.reshape(-1)
     if codebook is None:
         fraction = torch.linspace(0.0, 1.0, size, device=values.device)

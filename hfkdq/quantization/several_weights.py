@@ -27,7 +27,6 @@ class SeveralWeights(QuantizedModule):
 
     @property
     def weight_quantizer(self) -> WeightQuantizer:  # type: ignore[override]
-        """That of the first weight."""
         return self._quantizer(next(iter(self.weight_quantizers)))
 
     def integer_weights(self) -> dict[str, Tensor]:
@@ -64,9 +63,8 @@ class _Recurrent(SeveralWeights):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._update_flat_weights()  # the layer itself would put its weights back where one is another since the last pass
         kept, values = self._flat_weights, self._values()
-        self._flat_weights = [
-            values.get(name, weight) for name, weight in zip(self._flat_weights_names, kept, strict=True)
-        ]
+        names = self._flat_weights_names
+        self._flat_weights = [values.get(name, weight) for name, weight in zip(names, kept, strict=True)]
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -93,9 +91,8 @@ class QuantizedExperts(SeveralWeights):
         for key, weight in expert_weights(self).items():
             is_transposed = self._is_transposed(key, weight)
             outputs = weight.shape[0] * weight.shape[2 if is_transposed else 1]
-            self.weight_quantizers[key] = WeightQuantizer(
-                scheme, weight, transposed=is_transposed, gates=outputs, name=f"{name}.{key}"
-            )
+            how: dict[str, Any] = {"transposed": is_transposed, "gates": outputs, "name": f"{name}.{key}"}
+            self.weight_quantizers[key] = WeightQuantizer(scheme, weight, **how)
 
     def _is_transposed(self, key: str, weight: Tensor) -> bool:
         """Whether outputs are the last axis: as long as a bias, or by what the layer says of itself."""

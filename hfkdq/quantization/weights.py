@@ -96,12 +96,10 @@ class WeightQuantizer(Stateless):
 
     @property
     def grid(self) -> Grid:
-        """The integers in use now."""
         return Grid(self.bits, self.scheme.symmetric, self.scheme.weight_mapping, self.scheme.power)
 
     @property
     def estimator(self) -> str:
-        """The estimator of scales in use now."""
         if self.scheme.weight_mapping == "kmeans":
             return "min_max"  # the codebook is in units of the largest weight
         if self.scheme.weight_estimator is not None:
@@ -164,7 +162,6 @@ class WeightQuantizer(Stateless):
         )  # fmt: skip
 
     def restore(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `blocks`, for a weight of `shape`."""
         if self.transposed and self.scheme.per_channel:
             return blocks.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
         return blocks.reshape(shape)

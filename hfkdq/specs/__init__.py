@@ -6,11 +6,6 @@ from .pruning import PruningSpec
 from .quantization import QuantizationScheme, QuantizationSpec, override_matches
 
 __all__ = [
-    "ModulePatterns",
-    "PruningSpec",
-    "QuantizationScheme",
-    "QuantizationSpec",
-    "module_matches",
-    "override_matches",
+    "ModulePatterns", "PruningSpec", "QuantizationScheme", "QuantizationSpec", "module_matches", "override_matches",
     "unmatched",
-]
+]  # fmt: skip

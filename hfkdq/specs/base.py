@@ -53,28 +53,42 @@ class Serializable:
 
     @classmethod
     def from_dict(cls: type[_Spec], data: dict[str, Any]) -> _Spec:
-        """The spec that `to_dict` described.
-
-        Raises:
-            ValueError: a key that is no field of this spec.
-        """
+        """The spec that `to_dict` described. Raises `ValueError`: a key that is no field of this spec."""
         if not isinstance(data, dict):
             raise ValueError(f"{cls.__name__} is described by a dictionary, got {data!r:.80}.")
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(map(str, set(data) - known))
         if unknown:
-            raise ValueError(
-                f"{cls.__name__} has no field {', '.join(unknown)}. Its fields are: {', '.join(sorted(known))}."
-            )
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}. Its fields are: {names}.")
         return cls(**data)
+
+    @classmethod
+    def given(cls: type[_Spec], spec: Any, who: str) -> _Spec:
+        """The spec that was given to `who`, as it is or as a dictionary. Raises `TypeError`: it is neither."""
+        spec = cls.from_dict(spec) if isinstance(spec, dict) else spec
+        if not isinstance(spec, cls):
+            raise TypeError(f"{who} takes a {cls.__name__}, got {type(spec).__name__}: {who}({cls.__name__}(...)).")
+        return spec
+
+    def differs(self, then: Sequence[dict[str, Any]], strict: bool) -> str:
+        """In words, that a checkpoint was trained with another spec, or with several of which none is this one; empty
+        where it was not. Raises `ValueError`: it was, and `strict`."""
+        if self in [self.from_dict(each) for each in then]:
+            return ""
+        told = f"The checkpoint was trained with {type(self).__name__}.from_dict({then[0]}), not with {self}."
+        if strict:
+            raise ValueError(
+                f"{told} Resume with the same spec, give strict_resume=False to go on with the new one, or start "
+                "a new training from the weights."
+            )
+        return f"{told} Training goes on with the new one."
 
     @classmethod
     def describe_rest(cls, settings: Mapping[str, Any], covered: Collection[str], code: Callable[..., str]) -> str:
         """The recorded settings that are not in `covered` and not as by default, as the end of a sentence."""
         defaults = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
-        rest = [
-            name for name, value in settings.items() if name not in covered and value != defaults.get(name, MISSING)
-        ]
+        rest = [name for name, v in settings.items() if name not in covered and v != defaults.get(name, MISSING)]
         return f"; {', '.join(code(name, '=', settings[name]) for name in rest)}" if rest else ""
 
 

@@ -136,9 +136,7 @@ class PruningSpec(Serializable):
                 raise ValueError(f"{field}={getattr(self, field)!r} does not exist. Use one of {', '.join(known)}.")
         self._check_pattern()
         if self.sparsity is None and self.structure != "vocab":
-            raise ValueError(
-                f"structure={self.structure!r} needs a sparsity in [0, 1). For half of the units use 0.5."
-            )
+            raise ValueError(f"structure={self.structure!r} needs a sparsity in [0, 1). For one half use 0.5.")
         if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity!r}. For half of the weights use 0.5.")
         if not 0.0 <= self.begin < self.end <= 1.0:
@@ -159,38 +157,28 @@ class PruningSpec(Serializable):
         first, _, second = str(self.pattern).partition(sign)
         if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
             example = "'2:4'" if sign == ":" else "'4x4' (rows x columns)"
-            raise ValueError(
-                f"pattern={self.pattern!r} does not fit structure={self.structure!r}. Use one like {example}."
-            )
+            raise ValueError(f"pattern={self.pattern!r} does not fit structure={self.structure!r}. Use {example}.")
         if sign == ":":
             n, m = int(first), int(second)
             if n >= m:
                 raise ValueError(f"pattern={self.pattern!r} must keep fewer weights than it has: n < m, as in '2:4'.")
             if self.sparsity not in (None, 1.0 - n / m):
-                raise ValueError(
-                    f"pattern={self.pattern!r} is a sparsity of {1.0 - n / m}, not {self.sparsity}. Leave sparsity out."
-                )
+                told = f"pattern={self.pattern!r} is a sparsity of {1.0 - n / m}"
+                raise ValueError(f"{told}, not {self.sparsity}. Leave sparsity out.")
             object.__setattr__(self, "sparsity", 1.0 - n / m)
 
     def _check_together(self) -> None:
-        """Refuses what cannot be had at once."""
         where = f"structure={self.structure!r}"
         if self.structure in ("layer", "hidden") and self.cut != "remove":
-            raise ValueError(
-                f"{where} cannot be cut={self.cut!r}: a model without them has other shapes. Use 'remove'."
-            )
+            raise ValueError(f"{where} cannot be cut={self.cut!r}: that changes the shapes of a model. Use 'remove'.")
         if self.cut == "mean" and self.structure not in ("neuron", "head"):
-            raise ValueError(
-                f"cut='mean' is for neurons and heads, whose readers have a bias to take it; not for {where}."
-            )
+            raise ValueError(f"cut='mean' is for neurons and heads, whose readers have a bias; not for {where}.")
         if self.criterion == "activation" and self.structure == "hidden":
             raise ValueError(
                 f"{where} has no input of its own for criterion='activation'. Use 'taylor' or 'magnitude'."
             )
         if self.structure in ("layer", "hidden", "vocab") and (self.target_modules or self.exclude_modules):
-            raise ValueError(
-                f"{where} goes through the whole model; target_modules and exclude_modules are not for it."
-            )
+            raise ValueError(f"{where} goes through the whole model, without target_modules or exclude_modules.")
         if self.ranking == "global" and self.structure in ("n:m", "hidden"):
             raise ValueError(f"{where} has one ranking only: leave ranking='local'.")
         if self.structure == "vocab" and (self.criterion, self.cut) != ("magnitude", "remove"):

@@ -122,11 +122,8 @@ class QuantizationScheme(Serializable):
         self._check_together()
 
     def _check_together(self) -> None:
-        """Refuses settings that contradict one another."""
         if self.group_size is not None and not self.per_channel:
-            raise ValueError(
-                f"group_size={self.group_size} divides channels; it has no meaning with per_channel=False."
-            )
+            raise ValueError(f"group_size={self.group_size} divides channels; per_channel=False has none of them.")
         if self.weight_bits == 16 and self.storage_dtype == "float32":
             raise ValueError("weight_bits=16 keeps weights in storage_dtype; set it to 'float16' or 'bfloat16'.")
         if not self.symmetric and (self.weight_bits == 1 or self.weight_mapping in ("power_of_two", "kmeans")):
@@ -137,15 +134,14 @@ class QuantizationScheme(Serializable):
         if self.weight_estimator == "mean_abs" and not self.symmetric:
             raise ValueError("weight_estimator='mean_abs' gives a scale and no zero point. Use symmetric=True.")
         if self.weight_bits == 1 and self.weight_mapping != "linear":
-            raise ValueError(
-                f"At weight_bits=1 there are two values; weight_mapping={self.weight_mapping!r} adds none."
-            )
+            raise ValueError(f"weight_bits=1 has two values, and weight_mapping={self.weight_mapping!r} adds none.")
         if self.weight_mapping == "kmeans" and self.weight_estimator is not None:
             raise ValueError(
                 f"weight_mapping='kmeans' finds its codebook itself; weight_estimator={self.weight_estimator!r} would have "
                 "no effect. Leave it at None."
             )
-        if self.weight_estimator == "learned" and not self._learns_plainly():
+        plain = self.symmetric and self.weight_mapping == "linear" and self.group_size is None
+        if self.weight_estimator == "learned" and not (plain and 2 <= self.weight_bits <= 8):
             raise ValueError(
                 "weight_estimator='learned' trains one scale a channel or module, of symmetric linear weights. Use it "
                 "with symmetric=True, weight_mapping='linear', group_size=None and 8 to 2 bits."
@@ -154,10 +150,6 @@ class QuantizationScheme(Serializable):
             raise ValueError(
                 f"range_estimator={self.range_estimator!r} has gradients for activation_mapping='linear' alone."
             )
-
-    def _learns_plainly(self) -> bool:
-        linear = self.symmetric and self.weight_mapping == "linear" and self.group_size is None
-        return linear and 2 <= self.weight_bits <= 8
 
     @property
     def learns_ranges(self) -> bool:
@@ -240,9 +232,8 @@ class QuantizationSpec(QuantizationScheme):
             )
         unknown = sorted(set(changes or ()) - set(_SCHEME_FIELDS))
         if unknown:
-            raise ValueError(
-                f"overrides[{pattern!r}] has no field {', '.join(unknown)}. Known: {', '.join(_SCHEME_FIELDS)}."
-            )
+            names = ", ".join(_SCHEME_FIELDS)
+            raise ValueError(f"overrides[{pattern!r}] has no field {', '.join(unknown)}. Known: {names}.")
         if changes is not None:
             try:
                 self._changed(changes)

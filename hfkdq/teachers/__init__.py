@@ -1,25 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teachers: a frozen model, the student's own moving average, or a model that is trained along with it."""
 
-from .averaged import EMATeacher
-from .base import Indices, Teacher, TeacherSource
+from .base import Indices, Teacher, TeacherSource, check_vocabulary, fingerprint, weights_fingerprint
 from .cotrained import CoTrainedTeacher, PeerParameters, detached
-from .fingerprints import fingerprint, weights_fingerprint
-from .frozen import FrozenTeacher, as_source, load_teacher
-from .vocabulary import check_vocabulary
+from .frozen import EMATeacher, FrozenTeacher, as_source, load_teacher
 
 __all__ = [
-    "CoTrainedTeacher",
-    "EMATeacher",
-    "FrozenTeacher",
-    "Indices",
-    "PeerParameters",
-    "Teacher",
-    "TeacherSource",
-    "as_source",
-    "check_vocabulary",
-    "detached",
-    "fingerprint",
-    "load_teacher",
-    "weights_fingerprint",
-]
+    "CoTrainedTeacher", "EMATeacher", "FrozenTeacher", "Indices", "PeerParameters", "Teacher", "TeacherSource",
+    "as_source", "check_vocabulary", "detached", "fingerprint", "load_teacher", "weights_fingerprint",
+]  # fmt: skip

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two sides of a teacher: how a user gives it to a trainer, and how it answers during a training."""
+"""The two sides of a teacher, how a user gives it and how it answers in a training, and by what it is known again."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
+from torch import nn
+from transformers.utils import logging
 
+from ..modeling.forwards import TEACHER_PREFIX, base_of
 from ..objectives.base import Objective
 
 Indices = Mapping[str, Collection[int] | None]
@@ -103,3 +111,106 @@ def refuse_shared_parameters(model: Any, student: Any) -> None:
             "Load it a second time or use copy.deepcopy; to learn from a PEFT student's own base model, give "
             "teacher_model=model.get_base_model()."
         )
+
+
+_CHUNK = 2**24
+_NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Class of a model and a hash of its parameters: names, and shapes and 16 values of those in floats."""
+    return _hashed(model, hashlib.sha256(), model.named_parameters(), sample=16)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Class of a model and a hash of its configuration and of all its weights and persistent buffers in floats.
+
+    All weights are read, at about a gigabyte per second, because a teacher that was trained a little further may differ
+    in any of them. Of those that lie on disk under a `device_map`, only names and shapes count.
+    """
+    config = json.loads(base_of(model).config.to_json_string(use_diff=False))
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NOT_OF_THE_MODEL}
+    owned = ((path, name) for path, m in model.named_modules() for name in m._non_persistent_buffers_set)
+    transient = {f"{path}.{name}" if path else name for path, name in owned}
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in transient]
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    return _hashed(model, digest, [*model.named_parameters(), *buffers])
+
+
+def _hashed(model: Any, digest: Any, tensors: Iterable[tuple[str, torch.Tensor]], sample: int | None = None) -> str:
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        # When first used, bitsandbytes repacks weights in integers and casts biases up.
+        if not tensor.is_floating_point():
+            continue
+        digest.update(f" {tuple(tensor.shape)}".encode())
+        if tensor.device.type == "meta":
+            continue
+        values = tensor.detach().reshape(-1)[:: 1 if sample is None else max(tensor.numel() // sample, 1)]
+        for chunk in torch.split(values, _CHUNK):
+            digest.update(chunk.float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{type(base_of(model)).__name__} {digest.hexdigest()[:16]}"
+
+
+logger = logging.get_logger(__name__)
+_COLUMN = "input_ids"
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """How many token ids a model has embeddings for; `None` for one that reads no tokens."""
+    base = base_of(model)
+    if getattr(base, "main_input_name", None) != _COLUMN:
+        return None
+    try:
+        table = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
+
+
+def check_vocabulary(teacher: Any, name: str, dataset: Any, student: Any = None) -> None:
+    """Refuses a teacher called `name` that lacks embeddings for token ids of a data set.
+
+    Not needed where `student` has embeddings for no more ids than the teacher. Of data sets that are no
+    `datasets.Dataset` nothing is known before the training.
+
+    Raises:
+        ValueError: an id that the teacher has no embedding for.
+    """
+    size, own = vocabulary_size(teacher), None if student is None else vocabulary_size(student)
+    if size is None or (own is not None and own <= size):
+        return
+    column = TEACHER_PREFIX + _COLUMN
+    column = column if column in (getattr(dataset, "column_names", None) or ()) else _COLUMN
+    largest = _largest(dataset, column)
+    if largest is None:
+        if own is not None and dataset is not None:
+            logger.warning(
+                f"{name} has {size:,} token ids and the student {own:,}; whether all ids in train_dataset are below {size:,} could "
+                "not be looked up. One that is not ends the training."
+            )
+    elif largest >= size:
+        raise ValueError(
+            f"{name} ({type(base_of(teacher)).__name__}) has {size:,} token ids, and {column} of the data set goes up to {largest:,}, so "
+            "it cannot read these rows. Take a teacher with the tokenizer that made them; for one with another tokenizer, "
+            f"add its own ids as the column {TEACHER_PREFIX + _COLUMN}."
+        )
+
+
+def _largest(dataset: Any, column: str) -> int | None:
+    """The largest number in a column of a data set; `None` where nothing tells without running its code."""
+    if not isinstance(dataset, datasets.Dataset) or column not in dataset.column_names or not len(dataset):
+        return None
+    if dataset.format["type"] == "custom":
+        return None
+    tables = dataset.with_format("arrow", columns=[column]).iter(batch_size=10_000)
+    found = [pc.max(_flat(table[column].combine_chunks())).as_py() for table in tables]
+    return max((number for number in found if isinstance(number, int)), default=None)
+
+
+def _flat(array: Any) -> Any:
+    is_list = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    while any(test(array.type) for test in is_list):
+        array = pc.list_flatten(array)
+    return array

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +16,8 @@ from ..facts import AUXILIARY
 from ..modeling.forwards import TEACHER_PREFIX, forward_columns, hide_training_queries
 from ..objectives import LogitKD, TaskLoss
 from ..objectives.base import Objective, as_objective
-from ..objectives.projections import Projections
-from .base import Teacher, TeacherSource, refuse_shared_parameters
-from .fingerprints import fingerprint
+from ..objectives.projections import Auxiliary, Projections
+from .base import Teacher, TeacherSource, fingerprint, refuse_shared_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +70,14 @@ class CoTrainedTeacher(TeacherSource):
         return objectives
 
 
-class PeerParameters(nn.Module):
+class PeerParameters(Auxiliary):
     """Registers the parameters of co-trained models in the student, so that optimizer, clipping and processes see them.
 
-    Quantization and pruning, which look for modules, find no layers of another model there. The student's state dict
-    neither holds nor misses the parameters.
+    Quantization and pruning, which look for modules, find no layers of another model there. The student returns the
+    peers' `outputs` beside its own, where DistributedDataParallel looks for the parameters that took part in a pass.
     """
 
-    NAME: ClassVar[str] = f"{AUXILIARY}peer_parameters"
+    NAME = f"{AUXILIARY}peer_parameters"
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -86,35 +85,12 @@ class PeerParameters(nn.Module):
             for name, parameter in model.named_parameters():
                 self.register_parameter(f"{owner}/{name.replace('.', '/')}", parameter)
         self.outputs: list[Any] = []
-        self.register_load_state_dict_post_hook(_forget_missing)
-
-    def install(self, student: nn.Module) -> None:
-        """Registers the parameters in the student, which then returns the peers' `outputs` beside its own.
-
-        DistributedDataParallel looks in the outputs for the parameters that took part in a forward pass.
-        """
-        student.add_module(self.NAME, self)
-        self._hook = student.register_forward_hook(self._append)
 
     def _append(self, student: nn.Module, args: Any, output: Any) -> Any:
         if not self.outputs or not isinstance(output, Mapping):
             return output
         others, self.outputs = [dict(other) for other in self.outputs], []
         return {**output, self.NAME: others}  # the classes of Transformers take no further entry
-
-    def remove(self, student: nn.Module) -> None:
-        """Removes the parameters from the student."""
-        if getattr(student, self.NAME, None) is self:
-            delattr(student, self.NAME)
-            self._hook.remove()
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Empty: every peer has a state dict of its own."""
-        return {} if destination is None else destination
-
-
-def _forget_missing(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if PeerParameters.NAME not in key]
 
 
 class CoTrainedModel(Teacher):
@@ -137,7 +113,6 @@ class CoTrainedModel(Teacher):
         self.projections = getattr(self.model, Projections.NAME, None)
 
     def install(self) -> None:
-        """Installs the projections of its objectives."""
         self._hook = self._hook or hide_training_queries(self.model)
         if self.projections is not None:
             self.projections.install(self.model)

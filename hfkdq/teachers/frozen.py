@@ -1,33 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen teacher: loading, placement, inputs, and the check that its logits are finite."""
+"""Teachers that are not trained: a frozen model, loaded and placed, and the moving average of the student."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, send_to_device
 from transformers import PreTrainedModel
 
+from ..fields import SHARE, check_rules, value_at
 from ..modeling import load_checkpoint
 from ..modeling.examples import model_inputs
-from ..modeling.forwards import (
-    as_output,
-    base_of,
-    forward_columns,
-    full_precision,
-    output_kwargs,
-    return_dict_kwargs,
-)
+from ..modeling.forwards import as_output, base_of, forward_columns, full_precision, output_kwargs, return_dict_kwargs
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.placement import has_device_map, is_dispatched, place_frozen
-from .base import Indices, Teacher, TeacherSource, refuse_shared_parameters
-from .fingerprints import fingerprint
+from ..objectives.base import plain
+from ..schedules import Schedule
+from .base import Indices, Teacher, TeacherSource, fingerprint, refuse_shared_parameters
 
 
 def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -123,19 +120,14 @@ class FrozenTeacher(Teacher):
         self._stays = adapters_of is None and has_device_map(self._base) and not is_dispatched(self._base)
 
     def __call__(self, batch: Mapping[str, Any], needs: frozenset[str], indices: Indices, step: int) -> Any:
-        """The teacher's output for a batch of optimizer step `step`, counted from 1.
-
-        Of hidden states and attentions, all but those of `indices` are `None`.
-        """
+        """The teacher's output for a batch of optimizer step `step`, counted from 1. Of hidden states and attentions,
+        all but those of `indices` are `None`."""
         training = self._running.training
         self._running.eval()
         try:
             with torch.no_grad(), self._autocast(), self._without_adapters():
-                output = as_output(
-                    self._running(
-                        **self._inputs(batch), **output_kwargs(needs, indices), **return_dict_kwargs(self._base)
-                    )
-                )
+                kwargs = {**output_kwargs(needs, indices), **return_dict_kwargs(self._base)}
+                output = as_output(self._running(**self._inputs(batch), **kwargs))
         finally:
             self._running.train(training and self._adapters_of is not None)
         for name, read in indices.items():
@@ -172,10 +164,8 @@ class FrozenTeacher(Teacher):
         if self._stays:
             inputs = send_to_device(inputs, self._base.device)
         kind = self._base.dtype
-        return {
-            name: value.to(kind) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
-        }
+        floats = {n for n, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+        return {name: value.to(kind) if name in floats else value for name, value in inputs.items()}
 
     def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
         """Remembers the first step whose logits were not finite; raises at once on the CPU."""
@@ -199,3 +189,64 @@ class FrozenTeacher(Teacher):
                 "Check the teacher's weights and that step's inputs; a teacher in float16 may overflow, try bfloat16 "
                 "or float32."
             )
+
+
+@dataclass(frozen=True)
+class EMATeacher(TeacherSource):
+    """Makes the student its own teacher: the moving average of its weights over the optimizer steps.
+
+    `teacher = d * teacher + (1 - d) * student` after every step, from the student as it is when the trainer is made.
+    Tarvainen and Valpola, "Mean teachers are better role models" (2017). It is in every checkpoint, and after training
+    `trainer.teacher_model` is the averaged model.
+
+    Args:
+        decay (`float` or schedule, defaults to 0.999): `d`, in [0, 1].
+
+    Raises:
+        ValueError: a decay outside of [0, 1].
+
+    Example:
+        ```python
+        >>> from hfkdq import EMATeacher
+        >>> EMATeacher(decay=0.99)
+        EMATeacher(decay=0.99)
+
+        ```
+    """
+
+    changes = copies_student = True
+    decay: Annotated[float | Schedule, SHARE] = 0.999
+
+    def __post_init__(self) -> None:
+        check_rules(self)
+
+    def model_for(self, student: Any, student_is_remade: bool) -> Any:
+        return copy.deepcopy(student).eval().requires_grad_(False)
+
+    def place(self, model: Any, student: Any, accelerator: Accelerator, label_names: list[str]) -> Teacher:
+        return AveragedTeacher(model, accelerator, label_names, self.decay)
+
+
+class AveragedTeacher(FrozenTeacher):
+    """A copy of the student that follows it; `decay` is the share of the average that stays in a step."""
+
+    def __init__(self, model: Any, accelerator: Accelerator, label_names: list[str], decay: float | Schedule) -> None:
+        super().__init__(model, accelerator, label_names)
+        self.decay = decay
+        # The weights differ from step to step; the identity does not.
+        self.fingerprint = f"{self.name}, the average of the student with decay {plain(decay)}"
+
+    @torch.no_grad()
+    def update(self, student: Any, progress: float) -> None:
+        decay = value_at(self.decay, progress)
+        parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
+        for name, average in self.model.named_parameters():
+            average.lerp_(parameters[name].detach().to(average), 1.0 - decay)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.state_dict())
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(tensors)

@@ -84,12 +84,8 @@ def _is_factory(value: Any) -> bool:
 
 
 def teacher_sources(teacher: Any) -> dict[str, TeacherSource]:
-    """The teachers by their names; a single one that was given without a name is called "teacher".
-
-    Raises:
-        TypeError: a teacher of the wrong type.
-        ValueError: an empty dict, or a name that is no name.
-    """
+    """The teachers by their names; a single one that was given without a name is called "teacher". Raises `TypeError`:
+    a teacher of the wrong type. Raises `ValueError`: an empty dict, or a name that is no name."""
     if not isinstance(teacher, Mapping):
         return {} if teacher is None else {SINGLE: as_source(teacher)}
     bad = [name for name in teacher if not (isinstance(name, str) and name.isidentifier()) or name == STUDENT]
@@ -102,11 +98,8 @@ def teacher_sources(teacher: Any) -> dict[str, TeacherSource]:
 
 
 def load_teachers(sources: Mapping[str, TeacherSource], init_kwargs: Mapping[str, Any] | None) -> None:
-    """Loads the teachers that are given by name.
-
-    Raises:
-        ValueError: arguments to load them with, but they are loaded already.
-    """
+    """Loads the teachers that are given by name. Raises `ValueError`: arguments to load them with, but they are loaded
+    already."""
     if init_kwargs is not None and not any(source.to_load for source in sources.values()):
         raise ValueError(
             "teacher_init_kwargs says how to load a teacher, but teacher_model is "
@@ -117,12 +110,8 @@ def load_teachers(sources: Mapping[str, TeacherSource], init_kwargs: Mapping[str
 
 
 def validated(teachers: Mapping[str, Any], objectives: Any) -> list[Objective]:
-    """The objectives for the teachers, each a copy of its own.
-
-    Raises:
-        TypeError: objectives of the wrong type.
-        ValueError: nothing to train on, or a teacher that is not there.
-    """
+    """The objectives for the teachers, each a copy of its own. Raises `TypeError`: objectives of the wrong type.
+    Raises `ValueError`: nothing to train on, or a teacher that is not there."""
     if objectives is not None and not isinstance(objectives, (list, tuple)):
         raise TypeError(f"objectives must be a list, got {objectives!r}. Write objectives=[{objectives!r}].")
     if not objectives and (teachers or objectives is not None):

@@ -35,11 +35,8 @@ def save(
     alone = getattr(args, "enable_jit_checkpoint", False)
     distillation.weighting.adapt(accelerator, together=not alone)
     tensors: dict[str, torch.Tensor] = {}
-    facts = {
-        **distillation.fingerprint(),
-        "archives": _required_files(args, distillation.sharded),
-        "adapted": distillation.weighting.state(),
-    }
+    facts = {**distillation.fingerprint(), "adapted": distillation.weighting.state()}
+    facts["archives"] = _required_files(args, distillation.sharded)
     if (sums := log.finished(step)) is not None:
         rows = sums.unsqueeze(0)
         tensors["log_window"], facts["log_start"] = rows if alone else accelerator.gather(rows), log.start
@@ -49,11 +46,8 @@ def save(
 
 
 def load(folder: str, distillation: Distillation, log: LossLog, args: TrainingArguments, strict: bool) -> None:
-    """Restores all that `save` wrote.
-
-    Raises:
-        ValueError: `strict`, and the checkpoint was written with another teacher or other objectives.
-    """
+    """Restores all that `save` wrote. Raises `ValueError`: `strict`, and the checkpoint was written with another
+    teacher or other objectives."""
     changes = config_changes(folder, distillation)
     if changes and strict:
         raise ValueError(
@@ -87,11 +81,6 @@ def _load_facts(folder: str | Path) -> dict[str, Any]:
         return {}
     with safe_open(file, framework="pt") as stream:
         return json.loads(stream.metadata()["facts"])
-
-
-def invalidate(folder: str) -> None:
-    """Removes the last file of a checkpoint before it is written anew, so that it is not taken for complete."""
-    Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def _required_files(args: TrainingArguments, sharded: bool) -> list[str]:
@@ -136,11 +125,8 @@ def optimizer_fits(groups: Sequence[Mapping[str, Any]], folder: str) -> bool:
 
 
 def resolve(checkpoint: str | bool | None, output_dir: str) -> str | bool | None:
-    """The checkpoint to resume from: of `True` the newest complete one, or `True` where there are none at all.
-
-    Raises:
-        ValueError: the checkpoint is not complete, or none of those in `output_dir` is.
-    """
+    """The checkpoint to resume from: of `True` the newest complete one, or `True` where there are none at all. Raises
+    `ValueError`: the checkpoint is not complete, or none of those in `output_dir` is."""
     if checkpoint is True:
         newest = newest_complete(output_dir)
         if newest is None and _checkpoints(output_dir):
@@ -175,6 +161,5 @@ def how_to_go_on(output_dir: str) -> str:
 
 
 def _checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
     steps = {path: path.name.split("-")[-1] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     return sorted((path for path in steps if steps[path].isdigit()), key=lambda path: int(steps[path]), reverse=True)

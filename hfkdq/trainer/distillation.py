@@ -19,8 +19,7 @@ from ..modeling.own_modules import as_pretrained_
 from ..objectives.base import Objective
 from ..objectives.projections import Projections
 from ..teachers import PeerParameters, Teacher, TeacherSource
-from .loss_weighting import LossWeighting
-from .terms import SINGLE, required_outputs, sources_of, terms_of
+from .terms import SINGLE, LossWeighting, required_outputs, sources_of, terms_of
 
 TOO_LATE = (
     "Learned projections of hidden states must be there before a training goes on from a checkpoint or is shared among "
@@ -30,32 +29,18 @@ TOO_LATE = (
 
 
 class Distillation:
-    """Teachers and objectives of one student, with the modules that are trained along with it.
-
-    `student_is_remade` by `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an
-    earlier student, which stay where they are. Models are tried on `example`, a batch; without one on a made-up one, and where
-    that fails or leads to a refusal, on the first `rows` of the training. Where a model runs on neither, objectives are
-    not `attached` yet, and `attach` takes a batch of the training.
-
-    Raises:
-        ValueError: an objective or a teacher that does not fit the student.
-        TypeError: a student that is no Transformers model.
-    """
+    """Teachers and objectives of one student, with the modules that are trained along with it. `student_is_remade` by
+    `model_init` for every training; `sharded` by FSDP or DeepSpeed. `placed` are the teachers of an earlier student,
+    which stay where they are. Models are tried on `example`, a batch; without one on a made-up one, and where that
+    fails or leads to a refusal, on the first `rows` of the training. Where a model runs on neither, objectives are not
+    `attached` yet, and `attach` takes a batch of the training. Raises `ValueError`: an objective or a teacher that
+    does not fit the student. Raises `TypeError`: a student that is no Transformers model."""
 
     def __init__(
-        self,
-        student: Any,
-        objectives: Sequence[Objective],
-        sources: Mapping[str, TeacherSource],
-        *,
-        accelerator: Accelerator,
-        label_names: list[str],
-        student_is_remade: bool,
-        sharded: bool,
-        placed: Mapping[str, Teacher],
-        example: Batch | None,
-        rows: Callable[[], Batch | None],
-    ) -> None:
+        self, student: Any, objectives: Sequence[Objective], sources: Mapping[str, TeacherSource], *,
+        accelerator: Accelerator, label_names: list[str], student_is_remade: bool, sharded: bool,
+        placed: Mapping[str, Teacher], example: Batch | None, rows: Callable[[], Batch | None],
+    ) -> None:  # fmt: skip
         prepare_student_(student)
         self.sharded, self._objectives = sharded, objectives
         self._models = {name: source.model_for(student, student_is_remade) for name, source in sources.items()}
@@ -103,14 +88,10 @@ class Distillation:
                 one(student)
 
     def attach(self, student: Any, batch: Batch, optimizer: Any, is_late: bool) -> None:
-        """Attaches what could not be attached yet, with a batch of the training to try the models on.
-
-        `is_late` where the optimizer's state was restored, or the student wrapped for several processes.
-
-        Raises:
-            ValueError: an objective that does not fit the models, a model that does not run on the batch, or a learned
-                projection that comes too late.
-        """
+        """Attaches what could not be attached yet, with a batch of the training to try the models on. `is_late` where
+        the optimizer's state was restored, or the student wrapped for several processes. Raises `ValueError`: an
+        objective that does not fit the models, a model that does not run on the batch, or a learned projection that
+        comes too late."""
         self._attach_on(batch, student, self._attach_objectives, self._attach_teachers)
         if is_late and self.projections is not None:
             self.projections.remove(student)
@@ -139,7 +120,6 @@ class Distillation:
 
     @property
     def names(self) -> list[str]:
-        """The names under which the terms are logged."""
         return [term.name for term in self.terms]
 
     def install(self, student: Any, optimizer: Any = None) -> None:
@@ -159,7 +139,6 @@ class Distillation:
             optimizer.param_groups[0]["params"] += missing
 
     def remove(self, student: Any) -> None:
-        """Takes the auxiliary modules out of the student again."""
         for module in self._auxiliary:
             module.remove(student)
         for teacher in self.teachers.values():
@@ -202,7 +181,6 @@ class Distillation:
         record_fact(student, "distillation", fact)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The tensors of projections and teachers in a checkpoint."""
         maps = {} if self.projections is None or self.sharded else self.projections.maps.state_dict()
         states = {f"{n}/{key}": v.clone() for n, t in self.teachers.items() for key, v in t.state().items()}
         return {**maps, **states}
@@ -237,11 +215,8 @@ def _unchanged_by_refusal(student: Any, teachers: Mapping[str, Any]) -> Iterator
 
 
 def prepare_student_(student: Any) -> None:
-    """Checks the type of a student, and frees it from what another trainer or bitsandbytes did to it.
-
-    Raises:
-        TypeError: it is no Transformers model.
-    """
+    """Checks the type of a student, and frees it from what another trainer or bitsandbytes did to it. Raises
+    `TypeError`: it is no Transformers model."""
     if not isinstance(base_of(as_pretrained_(student)), PreTrainedModel):
         raise TypeError(
             f"Objectives read what Transformers models return; the student is a {type(student).__name__}. Give a "

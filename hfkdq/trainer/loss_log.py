@@ -60,11 +60,8 @@ class LossLog:
     def close(
         self, names: Sequence[str], teachers: Collection[Teacher], accelerator: Accelerator, step: int
     ) -> dict[str, float]:
-        """The mean of every term since the last log, over optimizer steps and processes; empty where nothing was added.
-
-        Raises:
-            RuntimeError: a term or a teacher's logits were not finite.
-        """
+        """The mean of every term since the last log, over optimizer steps and processes; empty where nothing was
+        added. Raises `RuntimeError`: a term or a teacher's logits were not finite."""
         sums, self.sums = self.sums, None
         if sums is None:
             return {}
@@ -81,11 +78,8 @@ class LossLog:
 
 
 def check_finite(names: Sequence[str], values: Sequence[float], accelerator: Accelerator, step: int) -> None:
-    """Stops a training of which a term is not finite; under fp16 it warns, as one step may overflow there.
-
-    Raises:
-        RuntimeError: naming the terms.
-    """
+    """Stops a training of which a term is not finite; under fp16 it warns, as one step may overflow there. Raises
+    `RuntimeError`: naming the terms."""
     bad = [f"{name} is {value}" for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
     if not bad:
         return
@@ -98,9 +92,8 @@ def check_finite(names: Sequence[str], values: Sequence[float], accelerator: Acc
 def check_gradient(norm: float | None, accelerator: Accelerator, step: int) -> None:
     """Raises `RuntimeError` where the norm of the gradient is not finite, except under fp16."""
     if norm is not None and not math.isfinite(norm) and accelerator.scaler is None:
-        raise RuntimeError(
-            f"The gradient was {norm} before step {step}, so the weights are of no use from there on. {_ADVICE}"
-        )
+        told = f"The gradient was {norm} before step {step}, so the weights are of no use from there on."
+        raise RuntimeError(f"{told} {_ADVICE}")
 
 
 def check_weights(model: Any) -> None:
@@ -109,6 +102,5 @@ def check_weights(model: Any) -> None:
     fine = torch.stack([weight.isfinite().all().cpu() for weight in trained.values()]).tolist()
     bad = [name for name, is_fine in zip(trained, fine, strict=True) if not is_fine]
     if bad:
-        raise RuntimeError(
-            f"After training {len(bad)} of {len(fine)} weights are not finite, such as {bad[0]}. {_ADVICE}"
-        )
+        told = f"After training {len(bad)} of {len(fine)} weights are not finite, such as {bad[0]}."
+        raise RuntimeError(f"{told} {_ADVICE}")

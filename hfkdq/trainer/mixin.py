@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..caching import CachedCollator
@@ -109,17 +109,12 @@ class DistillationMixin(_TrainerBase):
 
     def _attached(self, student: Any) -> Distillation:
         return Distillation(
-            student,
-            self.objectives,
-            self._sources,
-            accelerator=self.accelerator,
-            label_names=self.label_names,
+            student, self.objectives, self._sources, accelerator=self.accelerator, label_names=self.label_names,
             student_is_remade=self.model_init is not None,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            placed={} if self._distillation is None else self._distillation.teachers,
-            example=self._example_inputs,
+            placed={} if self._distillation is None else self._distillation.teachers, example=self._example_inputs,
             rows=lambda: arguments.first_batch(self, student, self._sources.values()),
-        )
+        )  # fmt: skip
 
     def _attach_to(self, batch: Any) -> None:
         """Attaches the objectives to the first batch of a training, where no example could be had before."""
@@ -141,8 +136,6 @@ class DistillationMixin(_TrainerBase):
                     self._distillation.install(model)
             self._factories.replace_callbacks(self, trial, model)
         return model
-
-    # ------------------------------------------------------------------ training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; afterwards the student is as it was built, without projections.
@@ -227,32 +220,19 @@ class DistillationMixin(_TrainerBase):
             return super().compute_loss(
                 model, student_inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
+        # Whether the loss is scaled for gradient accumulation already, so that `Trainer` does not divide it: so says 5.x.
+        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         loss, self._running_step.terms, output = MicroBatch(
-            distillation=self._distillation,
-            student=self.model,
-            wrapped=model,
-            batch=dict(inputs),
-            inputs=student_inputs,
-            step=self.state.global_step,
-            progress=self.state.global_step / max(self.state.max_steps, 1),
-            accelerator=self.accelerator,
+            distillation=self._distillation, student=self.model, wrapped=model, batch=dict(inputs),
+            inputs=student_inputs, step=self.state.global_step,
+            progress=self.state.global_step / max(self.state.max_steps, 1), accelerator=self.accelerator,
             task_loss=super().compute_loss,
-            loss_is_scaled=self._loss_is_scaled,
-            takes_items=self._running_step.takes_items,
-            items=num_items_in_batch,
+            loss_is_scaled=self.compute_loss_func is not None if scaled is None else scaled,
+            takes_items=self._running_step.takes_items, items=num_items_in_batch,
             skips_logits=bool(self.args.use_liger_kernel),
-            accumulated=getattr(self, "current_gradient_accumulation_steps", 1),
-            window=self._window,
-        ).loss(return_outputs)
+            accumulated=getattr(self, "current_gradient_accumulation_steps", 1), window=self._window,
+        ).loss(return_outputs)  # fmt: skip
         return (loss, output) if return_outputs else loss
-
-    @property
-    def _loss_is_scaled(self) -> bool:
-        """Whether the task loss is scaled for gradient accumulation already, so that `Trainer` does not divide it."""
-        told = (
-            self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
-        )  # from Transformers 5 on
-        return self.compute_loss_func is not None if told is None else told
 
     def _student_inputs(self, inputs: Any) -> Any:
         return inputs if self._distillation is None else self._distillation.student_inputs(self.model, inputs)
@@ -260,8 +240,6 @@ class DistillationMixin(_TrainerBase):
     def _update_teachers(self) -> None:
         if self._distillation is not None:
             self._distillation.update_teachers(self.model, self.state.global_step, self.state.max_steps)
-
-    # ------------------------------------------------------------------ logs
 
     def _add_to_log(self, distillation: Distillation, terms: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
         """Adds terms and loss of a micro batch to the next log; returns the loss for Trainer's own sum."""
@@ -298,8 +276,6 @@ class DistillationMixin(_TrainerBase):
                     lambda: self._distillation.names if self._distillation else []
                 )
 
-    # ------------------------------------------------------------------ evaluation and card
-
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, without the columns that are the teacher's alone."""
         return super().prediction_step(model, self._student_inputs(inputs), *args, **kwargs)
@@ -317,8 +293,6 @@ class DistillationMixin(_TrainerBase):
             tags = kwargs.get("tags") or []
             kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "distillation"]
         super().create_model_card(*args, **kwargs)
-
-    # ------------------------------------------------------------------ checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._distillation is not None:
@@ -338,7 +312,7 @@ class DistillationMixin(_TrainerBase):
             return
         self._update_teachers()
         if self.args.should_save:
-            checkpoints.invalidate(str(folder))
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # so that it is not taken for complete
         super().save_model(output_dir, _internal_call)
         step = self.state.global_step
         checkpoints.save(str(folder), distillation, self._loss_log, self.args, self.accelerator, step)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table that a notebook shows while a model is trained, with a column for every loss term.
-
-Imported in notebooks only.
-"""
+"""The table that a notebook shows while a model is trained, with a column for every loss term. Imported in notebooks
+only."""
 
 from __future__ import annotations
 
@@ -25,7 +23,6 @@ class NotebookTermsCallback(NotebookProgressCallback):
         self._terms: dict[str, float] = {}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the table."""
         super().on_train_begin(*args, **kwargs)
         tracker: Any = self.training_tracker
         self._terms = {}

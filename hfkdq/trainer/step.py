@@ -16,21 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..modeling.forwards import (
-    accepts_num_items,
-    as_output,
-    base_of,
-    forward_columns,
-    no_logits,
-    output_kwargs,
-    return_dict_kwargs,
-    statistics_kept,
-    without_gradient,
-)
+from ..fields import value_at
+from ..modeling import forwards
 from ..modeling.masks import Batch
 from ..objectives.base import TrainingStep
-from ..objectives.quantization_loss import QuantizationLoss
-from ..schedules import value_at
+from ..objectives.perturbed import QuantizationLoss
 from ..teachers import Indices, Teacher, detached
 from .distillation import Distillation
 from .terms import STUDENT, Term, required_outputs
@@ -131,7 +121,6 @@ class MicroBatch:
         return outputs
 
     def teacher_forward(self, name: str, batch: dict[str, Any], needs: frozenset[str], indices: Indices) -> Any:
-        """The output of a teacher for a batch."""
         teacher = self.distillation.teachers[name]
         if not teacher.learns:
             return teacher(batch, needs, indices, step=self.step + 1)
@@ -142,24 +131,24 @@ class MicroBatch:
     def student_forward(self, batch: dict[str, Any], needs: frozenset[str], indices: Indices) -> Any:
         """The output of the student for another batch than its own, without a task loss."""
         inputs = self.distillation.student_inputs(self.student, batch)
-        return as_output(self.wrapped(**self._kwargs(self.wrapped, inputs, needs, indices)))
+        return forwards.as_output(self.wrapped(**self._kwargs(self.wrapped, inputs, needs, indices)))
 
     def _run(self, name: str, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Indices) -> Any:
         """The output of a model that learns; its `loss` is the task loss, a mean over this micro batch."""
         kwargs = self._kwargs(model, inputs, needs, indices)
         if "loss" in needs:
             task, output = self._task_loss(name, model, kwargs)
-            if isinstance(output, ModelOutput) and without_gradient(output, needs):
+            if isinstance(output, ModelOutput) and forwards.without_gradient(output, needs):
                 logger.warning_once(  # type: ignore[attr-defined]
                     "The compute_loss that the trainer inherits returns outputs without gradient, so the student runs a "
                     "second time in every step for the objectives."
                 )
                 unlabelled = {k: v for k, v in inputs.items() if k != "labels"}
-                output = as_output(model(**self._kwargs(model, unlabelled, needs, indices)))
+                output = forwards.as_output(model(**self._kwargs(model, unlabelled, needs, indices)))
         else:
-            output = as_output(model(**kwargs))
-        if not isinstance(output, ModelOutput) or ("logits" in needs and no_logits(output)):
-            who = type(base_of(self.student if name == STUDENT else model)).__name__
+            output = forwards.as_output(model(**kwargs))
+        if not isinstance(output, ModelOutput) or ("logits" in needs and forwards.no_logits(output)):
+            who = type(forwards.base_of(self.student if name == STUDENT else model)).__name__
             found = ", ".join(output) if isinstance(output, ModelOutput) else type(output).__name__
             raise TypeError(
                 f"{who} returned {found} in training; objectives read a ModelOutput"
@@ -171,19 +160,19 @@ class MicroBatch:
 
     def _task_loss(self, name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         items = {"num_items_in_batch": self.items} if self.loss_is_scaled else {}
-        if not items and (self.takes_items if name == STUDENT else accepts_num_items(model)):
+        if not items and (self.takes_items if name == STUDENT else forwards.accepts_num_items(model)):
             terms = self.distillation.terms
             objective = next(t.objective for t in terms if t.learner == name and "loss" in t.objective.needs)
             kwargs["num_items_in_batch"] = torch.as_tensor(objective.positions(self.batch)).clamp(min=1)
         task, output = self.task_loss(model, kwargs, return_outputs=True, **items)
-        return task, as_output(output)
+        return task, forwards.as_output(output)
 
     def _kwargs(self, model: nn.Module, inputs: Any, needs: frozenset[str], indices: Indices) -> dict[str, Any]:
-        bare = model if isinstance(base_of(model), PreTrainedModel) else self.student
-        kwargs = {**inputs, **output_kwargs(needs, indices), **return_dict_kwargs(bare)}
-        if "use_cache" in forward_columns(bare):  # with one, Transformers 4 lets packed texts see one another
+        bare = model if isinstance(forwards.base_of(model), PreTrainedModel) else self.student
+        kwargs = {**inputs, **forwards.output_kwargs(needs, indices), **forwards.return_dict_kwargs(bare)}
+        if "use_cache" in forwards.forward_columns(bare):  # with one, Transformers 4 lets packed texts see one another
             kwargs.setdefault("use_cache", False)
-        if self.skips_logits and "skip_logits" in forward_columns(bare):
+        if self.skips_logits and "skip_logits" in forwards.forward_columns(bare):
             kwargs["skip_logits"] = not needs & {"logits", "outputs"}
         return kwargs
 
@@ -215,7 +204,6 @@ class MicroBatch:
         return loss * (1 if self.loss_is_scaled else self.accumulated), torch.stack(values).detach()
 
     def _mean(self, term: Term, step: TrainingStep) -> torch.Tensor:
-        """The term over this micro batch, in float32."""
         with torch.autocast(self.accelerator.device.type, enabled=False):
             mean = term.objective.loss(step)
         if not isinstance(mean, torch.Tensor):
@@ -261,12 +249,12 @@ class TermPasses:
     def student(self, batch: Batch, needs: frozenset[str] = _LOGITS, indices: Indices | None = None) -> Any:
         """The student's output for a batch, without a task loss; its running statistics stay as they are."""
         unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-        with statistics_kept(self._micro.wrapped):
+        with forwards.statistics_kept(self._micro.wrapped):
             return self._micro.student_forward(unlabelled, needs - {"loss"}, _both(indices))
 
     def teacher(self, batch: Batch, needs: frozenset[str] = _LOGITS, indices: Indices | None = None) -> Any:
         """The teacher's output for a batch, without a gradient."""
-        kept = statistics_kept(self.teacher_model) if self._teacher.learns else contextlib.nullcontext()
+        kept = forwards.statistics_kept(self.teacher_model) if self._teacher.learns else contextlib.nullcontext()
         with torch.no_grad(), kept:
             return self._micro.teacher_forward(self._source, dict(batch), needs, _both(indices))
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 from hfkdq.caching import CachedCollator, CachedOutput, CachedTeacher, CacheInfo, cache_info
-from hfkdq.caching.codec import decode, encode, quantize
+from hfkdq.caching.shards import decode, encode, quantize
 from tests import tiny
 from tests.caching.common import KINDS, cached, padder
 

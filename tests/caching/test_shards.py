@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hfkdq.caching import cache_info, cache_teacher_outputs, writer
-from hfkdq.caching.fingerprints import processor_fingerprint
+from hfkdq.caching.info import processor_fingerprint
 from hfkdq.teachers import weights_fingerprint
 from tests import tiny
 from tests.caching.common import KINDS, cached, language_rows, padder

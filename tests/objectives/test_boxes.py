@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hfkdq import BoxKD, CoTrainedTeacher, DistillationTrainer, LogitKD, TaskLoss
-from hfkdq.objectives.matching import matched_queries
+from hfkdq.objectives.heads import matched_queries
 from tests import tiny
 
 

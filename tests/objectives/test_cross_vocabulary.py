@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hfkdq.losses.divergences import in_chunks
-from hfkdq.losses.transport import sorted_distance
+from hfkdq.losses.relations import sorted_distance
 from hfkdq.objectives import cross_vocabulary
 from hfkdq.objectives.cross_vocabulary import ULD
 from hfkdq.objectives.model_signature import ModelSignature

@@ -33,7 +33,7 @@ def half_known(monkeypatch):
 
 
 def told(act):
-    with CaptureLogger(logging.get_logger("hfkdq.pruning.left_unpruned")) as said:
+    with CaptureLogger(logging.get_logger("hfkdq.pruning.finishing")) as said:
         act()
     return said.out
 

@@ -36,8 +36,8 @@ from transformers import (
 
 from hfkdq import QuantizationSpec
 from hfkdq.pruning.vocabulary import prune_vocabulary
-from hfkdq.pruning.vocabulary.merges import Merges
-from hfkdq.pruning.vocabulary.token_ids import renumbered_fields
+from hfkdq.pruning.vocabulary.rows import renumbered_fields
+from hfkdq.pruning.vocabulary.tokenizers import Merges
 from hfkdq.quantization.convert import prepare_qat_
 
 NOUNS = [

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hfkdq import QuantizationSpec, quantize
 from hfkdq.quantization import prepare_qat_, quantized_modules, strip_quantizers_
-from hfkdq.quantization.corrections import correct_biases_, smooth_
+from hfkdq.quantization.post_training import correct_biases_, smooth_
 from tests import tiny
 from tests.quantization.test_attention import gpt2
 

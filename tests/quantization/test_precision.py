@@ -8,8 +8,8 @@ import torch
 
 from hfkdq import QuantizationSpec
 from hfkdq.quantization import prepare_qat_
-from hfkdq.quantization.ranges import learned_parameters
 from hfkdq.quantization.records import quantizer_states
+from hfkdq.quantization.schedule import learned_parameters
 from tests import tiny
 
 LEARNED = QuantizationSpec(weight_bits=4, range_estimator="learned", weight_estimator="learned")

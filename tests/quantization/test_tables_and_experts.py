@@ -16,8 +16,8 @@ from hfkdq.export.lowering import lower_quantizers_
 from hfkdq.facts import describe_facts, read_facts
 from hfkdq.pruning import prune
 from hfkdq.quantization import QuantizedEmbedding, prepare_qat_, quantized_modules, strip_quantizers_
-from hfkdq.quantization.left_in_float import left_in_float
-from hfkdq.quantization.ranges import learned_parameters
+from hfkdq.quantization.naming import left_in_float
+from hfkdq.quantization.schedule import learned_parameters
 from hfkdq.specs import PruningSpec
 from tests import tiny
 from tests.families import FAMILIES, VARIANTS

@@ -20,7 +20,7 @@ from transformers import (
 
 from hfkdq.collators import TeacherCollator
 from hfkdq.losses import forward_kl
-from hfkdq.losses.transport import sorted_distance
+from hfkdq.losses.relations import sorted_distance
 from hfkdq.objectives import VID, AttentionKD, HiddenStateKD, LogitKD, RelationKD, TaskLoss
 from hfkdq.objectives.cross_vocabulary import ULD
 from hfkdq.trainer import DistillationTrainer, Seq2SeqDistillationTrainer

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ...facts import record_fact, refresh_facts
-from .rows import VocabularyRows
-from .token_ids import renumbered
+from .rows import VocabularyRows, renumbered
 from .tokenizers import TokenizerVocabulary
 
 BATCH = 1000
@@ -93,7 +92,12 @@ def prune_vocabulary(
 
         ```
     """
-    _check_limits(min_count, max_size, keep)
+    if not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"min_count must be a whole number from 1, got {min_count!r}. With 1, all that occurs stays.")
+    if max_size is not None and (not isinstance(max_size, int) or max_size < 1):
+        raise ValueError(f"max_size must be a whole number from 1 or None, got {max_size!r}.")
+    if isinstance(keep, str):
+        raise ValueError(f"keep must be a sequence of tokens or texts, got {keep!r}. Write keep=[{keep!r}].")
     rows, vocabulary = VocabularyRows(model), TokenizerVocabulary(tokenizer)
     last = max(vocabulary.ids.values())
     if last >= rows.rows:
@@ -132,22 +136,11 @@ def prune_vocabulary(
     return model, tokenizer
 
 
-def _check_limits(min_count: int, max_size: int | None, keep: Sequence[str]) -> None:
-    if not isinstance(min_count, int) or min_count < 1:
-        raise ValueError(f"min_count must be a whole number from 1, got {min_count!r}. With 1, all that occurs stays.")
-    if max_size is not None and (not isinstance(max_size, int) or max_size < 1):
-        raise ValueError(f"max_size must be a whole number from 1 or None, got {max_size!r}.")
-    if isinstance(keep, str):
-        raise ValueError(f"keep must be a sequence of tokens or texts, got {keep!r}. Write keep=[{keep!r}].")
-
-
 def _choose(
     vocabulary: TokenizerVocabulary, counts: Counter[int], required: set[int], min_count: int, max_size: int | None
 ) -> list[int]:
-    """The ids to keep, ascending: what is required, then the most frequent with all that they need.
-
-    A character counts wherever it is written, so that it comes before the tokens that it could stand in for.
-    """
+    """The ids to keep, ascending: what is required, then the most frequent with all that they need. A character counts
+    wherever it is written, so that it comes before the tokens that it could stand in for."""
     if max_size is not None and len(required) > max_size:
         raise ValueError(
             f"max_size={max_size} is less than the {len(required)} tokens that must stay: special and added tokens, "
@@ -168,7 +161,6 @@ def _choose(
 
 
 def _count(vocabulary: TokenizerVocabulary, corpus: Iterable[Any], column: str | Sequence[str] | None) -> Counter[int]:
-    """How often each id occurs in the corpus."""
     if isinstance(corpus, (str, Mapping)):
         raise ValueError(
             f"corpus must be an iterable of texts or a data set, got one {type(corpus).__name__}. Pass a list of "
@@ -210,9 +202,7 @@ def _rows(corpus: Iterable[Any], columns: Sequence[str] | None) -> Iterator[Any]
             )
         if columns is not None and (not isinstance(row, Mapping) or any(name not in row for name in columns)):
             had = f"the columns {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "no columns"
-            raise ValueError(
-                f"column={columns!r}, but a row of the corpus has {had}. Name columns that all rows have."
-            )
+            raise ValueError(f"column={columns!r}, but a row of the corpus has {had}. Name columns of all rows.")
         for value in [row] if columns is None else [row[name] for name in columns]:
             if not isinstance(value, str) and not hasattr(value, "__len__"):
                 raise ValueError(

@@ -13,20 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...protocols import Adapted, FollowsPruning
 from ..removal import slice_
-from .token_ids import renumbered_fields
 
 
 class VocabularyRows:
-    """The embedding tables, heads, biases and ids of a model that follow its vocabulary.
-
-    Which tensors those are is read off two empty models of its class that differ in `vocab_size` alone, so that what
-    is cut is what `from_pretrained` will expect.
-
-    The model is left alone until `keep_`.
-
-    Raises:
-        ValueError: no table of tokens, or one that the configuration doesn't describe.
-    """
+    """The embedding tables, heads, biases and ids of a model that follow its vocabulary. Which tensors those are is
+    read off two empty models of its class that differ in `vocab_size` alone, so that what is cut is what
+    `from_pretrained` will expect. The model is left alone until `keep_`. Raises `ValueError`: no table of tokens, or
+    one that the configuration doesn't describe."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -137,16 +130,11 @@ class VocabularyRows:
                     yield module, not is_table and bool(module._parameters or module._buffers)
 
     def _id_holders(self) -> list[Any]:
-        generation = {
-            id(module.generation_config): module.generation_config
-            for module in self.model.modules()
-            if getattr(module, "generation_config", None) is not None
-        }
-        return [*self.configs.values(), *generation.values()]
+        generation = [getattr(module, "generation_config", None) for module in self.model.modules()]
+        return [*self.configs.values(), *{id(held): held for held in generation if held is not None}.values()]
 
 
 def _table_rows(model: PreTrainedModel) -> int:
-    """The number of rows of the model's table of tokens."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"Expected a Transformers PreTrainedModel, got {type(model).__name__}. Unwrap the model first; merge "
@@ -204,3 +192,34 @@ def _empty_shapes(model: PreTrainedModel, config: PretrainedConfig) -> dict[str,
             f"{type(model).__name__} cannot be built from its configuration with {config.vocab_size} tokens ({error}), "
             "so the pruned model could not be loaded. Prune the vocabulary of a model that from_pretrained gives."
         ) from error
+
+
+ID_SUFFIXES = ("_token_id", "_token_ids", "_token_index")
+ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
+ID_TABLES = ("lang_to_id", "task_to_id")
+
+
+def renumbered_fields(fields: dict[str, Any], renumber: Callable[[int], int]) -> dict[str, Any]:
+    """Those of the `fields` of a configuration that hold ids, with `renumber` applied to each."""
+    changed: dict[str, Any] = {}
+    for name, value in fields.items():
+        if value is None or name.startswith("_"):
+            continue
+        if name.endswith(ID_SUFFIXES) or name in ID_LISTS:
+            changed[name] = renumbered(value, renumber)
+        elif name in ID_TABLES:
+            changed[name] = {key: renumbered(id_, renumber) for key, id_ in value.items()}
+        elif name == "forced_decoder_ids":  # pairs of a place and an id
+            changed[name] = [[place, renumbered(id_, renumber)] for place, id_ in value]
+        elif name == "sequence_bias":
+            pairs = value.items() if isinstance(value, dict) else value
+            new = [(renumbered(ids, renumber), bias) for ids, bias in pairs]
+            changed[name] = {tuple(k): bias for k, bias in new} if isinstance(value, dict) else list(map(list, new))
+    return changed
+
+
+def renumbered(value: Any, renumber: Callable[[int], int]) -> Any:
+    """`value` with every id in it replaced, in lists of any depth; what is no id stays."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(renumbered(item, renumber) for item in value)
+    return renumber(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -6,13 +6,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
-
-from .merges import Merges
 
 MODEL_TYPES = ("BPE", "Unigram", "WordLevel", "WordPiece")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -23,13 +22,9 @@ CACHED_NAMES = ("id_to_lang_code", "id_to_lang_token", "fairseq_ids_to_tokens")
 
 
 class TokenizerVocabulary:
-    """The tokens of a fast tokenizer, which of them cannot go, and what each of the others needs.
-
-    The tokenizer, a fast one, is left alone until `replace_`.
-
-    Raises:
-        ValueError: a slow tokenizer, or a backend whose parts are not known.
-    """
+    """The tokens of a fast tokenizer, which of them cannot go, and what each of the others needs. The tokenizer, a
+    fast one, is left alone until `replace_`. Raises `ValueError`: a slow tokenizer, or a backend whose parts are not
+    known."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -65,9 +60,7 @@ class TokenizerVocabulary:
             alphabet = pre_tokenizers.ByteLevel.alphabet()
             tokens |= {form for character in alphabet for form in self._forms(character)}
         named = {holder[key] for holder, key in _id_slots(self.state, self.model)}
-        return {self.ids[token] for token in tokens if token in self.ids} | {
-            id_ for id_ in named if id_ in self.tokens
-        }
+        return {self.ids[token] for token in tokens if token in self.ids} | {i for i in named if i in self.tokens}
 
     def needed(self, id_: int) -> set[int]:
         """The ids without which token `id_` would not be found, or its characters be unknown in other words."""
@@ -189,9 +182,7 @@ def _id_slots(state: dict[str, Any], model: dict[str, Any]) -> Iterator[tuple[An
         elif kind in ("BertProcessing", "RobertaProcessing"):
             yield from ((processor[name], 1) for name in ("sep", "cls"))
         elif kind != "ByteLevel":
-            raise ValueError(
-                f"The tokenizer's post-processor {kind} is not known; use TemplateProcessing in its place."
-            )
+            raise ValueError(f"The tokenizer's post-processor {kind} is not known; use TemplateProcessing instead.")
 
 
 def _mentions_bytes(state: Any) -> bool:
@@ -199,3 +190,45 @@ def _mentions_bytes(state: Any) -> bool:
     if isinstance(state, dict):
         return state.get("type") == "ByteLevel" or any(map(_mentions_bytes, state.values()))
     return isinstance(state, list) and any(map(_mentions_bytes, state))
+
+
+class Merges:
+    """The merges of a tokenizer by rank, as its JSON has them. `prefix` is what every symbol but the first of a word
+    begins with, `suffix` what its last symbol ends with."""
+
+    def __init__(self, merges: Sequence[str | Sequence[str]], prefix: str, suffix: str) -> None:
+        self._pairs = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in merges]
+        self._ranks = {pair: rank for rank, pair in enumerate(self._pairs)}
+        self._prefix, self._suffix = prefix, suffix
+
+    def parts(self, token: str) -> set[str]:
+        """All symbols that come up while `token` is built. They are the same wherever it stands in a text: of the
+        merges inside it, the first by rank goes first there too."""
+        symbols = self._symbols(token)
+        parts = set(symbols)
+        while len(symbols) > 1:
+            ranks = [self._ranks.get(pair, len(self._pairs)) for pair in pairwise(symbols)]
+            place = ranks.index(min(ranks))
+            if ranks[place] == len(self._pairs):
+                break
+            symbols[place : place + 2] = [self._merged(symbols[place], symbols[place + 1])]
+            parts.add(symbols[place])
+        return parts
+
+    def among(self, vocabulary: Container[str]) -> list[list[str]]:
+        """The merges whose two parts and result are in `vocabulary`, in their order."""
+        return [list(pair) for pair in self._pairs if all(part in vocabulary for part in (*pair, self._merged(*pair)))]
+
+    def _merged(self, left: str, right: str) -> str:
+        return left + right[len(self._prefix) :]
+
+    def _symbols(self, token: str) -> list[str]:
+        """The characters that `token` starts from, as symbols."""
+        inside = bool(self._prefix) and token.startswith(self._prefix) and len(token) > len(self._prefix)
+        body = token[len(self._prefix) :] if inside else token
+        ends = bool(self._suffix) and body.endswith(self._suffix) and len(body) > len(self._suffix)
+        body = body[: -len(self._suffix)] if ends else body
+        symbols = [self._prefix * (inside or place > 0) + character for place, character in enumerate(body)]
+        if ends:
+            symbols[-1] += self._suffix
+        return symbols
