@@ -41,3 +41,17 @@ def test_a_list_that_is_as_long_as_a_stack_by_chance_is_none_of_its_fields():
     student = make_student(teacher, 1, num_decoder_layers=1)
     assert len(student.model.encoder.layers) == len(student.model.decoder.layers) == 1
     assert student.config.num_conv_layers == len(student.config.conv_kernel_sizes) == 2
+
+
+def test_parameters_that_are_float32_whatever_is_asked_for_are_tried_all_the_same():
+    """XLNet makes some with `torch.FloatTensor`, so that a model loaded in float64 has two precisions."""
+    model = ENTRIES["xlnet"].make()
+    student = make_student(model, 1)
+    assert student.config.n_layer == len(student.transformer.layer) == 1
+    assert prune(model, PruningSpec(structure="layer", sparsity=0.5)).config.n_layer == 1
+
+
+def test_a_field_of_any_name_describes_the_neurons_that_a_batch_has_found():
+    model = ENTRIES["xlnet"].make()
+    spec = PruningSpec(structure="neuron", sparsity=0.5, exclude_modules=["sequence_summary.summary"])
+    assert prune(model, spec).config.d_inner == model.transformer.layer[0].ff.layer_1.out_features == 24

@@ -148,7 +148,9 @@ class Probe:
             model.save_pretrained(folder)
             eager = getattr(model.config, "_attn_implementation", None) == "eager"  # others are not for every backbone
             loaded = load(folder, dtype=model.dtype, **({"attn_implementation": "eager"} if eager else {}))
-            return self.outputs(loaded.eval())
+            return self.outputs(
+                loaded.to(model.dtype).eval()
+            )  # XLNet makes parameters in float32 whatever is asked for
 
 
 def differing(found: Sequence[Tensor], expected: Sequence[Tensor], kept: Tensor | None = None) -> str | None:
