@@ -41,3 +41,32 @@ def test_a_list_that_is_as_long_as_a_stack_by_chance_is_none_of_its_fields():
     student = make_student(teacher, 1, num_decoder_layers=1)
     assert len(student.model.encoder.layers) == len(student.model.decoder.layers) == 1
     assert student.config.num_conv_layers == len(student.config.conv_kernel_sizes) == 2
+
+
+def test_parameters_that_are_float32_whatever_is_asked_for_are_tried_all_the_same():
+    """XLNet makes some with `torch.FloatTensor`, so that a model loaded in float64 has two precisions."""
+    model = ENTRIES["xlnet"].make()
+    student = make_student(model, 1)
+    assert student.config.n_layer == len(student.transformer.layer) == 1
+    assert prune(model, PruningSpec(structure="layer", sparsity=0.5)).config.n_layer == 1
+
+
+def test_a_field_of_any_name_describes_the_neurons_that_a_batch_has_found():
+    model = ENTRIES["xlnet"].make()
+    spec = PruningSpec(structure="neuron", sparsity=0.5, exclude_modules=["sequence_summary.summary"])
+    assert prune(model, spec).config.d_inner == model.transformer.layer[0].ff.layer_1.out_features == 24
+
+
+def test_numbers_and_lists_beside_the_layers_of_an_encoder_follow_them():
+    """LED has a window for each layer of the encoder, and Transformers 4 the number of these twice."""
+    teacher = ENTRIES["led"].make()
+    student = make_student(teacher, 1, num_decoder_layers=2)
+    assert len(student.led.encoder.layers) == student.config.encoder_layers == student.config.num_hidden_layers == 1
+    assert len(student.led.decoder.layers) == student.config.decoder_layers == 2
+    assert student.config.attention_window == [4]
+
+
+def test_a_layer_may_call_its_input_as_it_likes():
+    """PatchTST gives its layers `hidden_state=`."""
+    student = make_student(ENTRIES["patchtst"].make(), 1)
+    assert len(student.model.encoder.layers) == student.config.num_hidden_layers == 1

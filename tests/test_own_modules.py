@@ -360,3 +360,7 @@ def test_channels_go_where_they_can_and_a_recurrent_layer_is_left(tmp_path):
     small = SmallGRU()
     with pytest.raises(ValueError, match=r"What fits this model: structure='weight'"):
         prune(small, spec, example_inputs=batch)
+    with pytest.raises(
+        ValueError, match=r"^SmallGRU has no neurons that could go: .* linear layers alone read\. What fits"
+    ):
+        prune(small, PruningSpec(sparsity=0.5, structure="neuron"), example_inputs=batch)

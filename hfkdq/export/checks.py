@@ -8,17 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..facts import read_facts
-from ..modeling.forwards import base_of
+from ..modeling.forwards import base_of, evaluating, full_precision
 from ..modeling.own_modules import as_pretrained_
+from ..modeling.tasks import tasks_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
-from .exporters_tasks import own_task
+from .exporters_tasks import keeps_tokens, own_task
 from .inputs import is_own
 from .protocol import PAST, Backend, UnknownArchitecture
 
+TEXT_GENERATION = "text-generation"
+_LONG = 600
+"""Tokens: more than two of the pieces that such models compute a text by, which are 256 at most."""
 TARGETS = ("onnxruntime", "standard")
 WEIGHT_TYPES = ("auto", "int8", "uint8")
 
@@ -82,12 +88,16 @@ def require_ranges(model: PreTrainedModel) -> Iterator[None]:
 def resolve_task(backend: Backend, model: PreTrainedModel, task: str | None) -> str:
     """The task as the backend resolves it, without a cache where heads were pruned layer by layer."""
     resolved = own_task(model, task) if is_own(model) else None
+    unknown = False
     try:
         resolved = backend.resolve_task(model, task) if resolved is None else resolved
     except UnknownArchitecture:  # what is one file is traced from a batch, as classes of one's own are
-        resolved = own_task(model, task)
+        resolved = own_task(model, task) or _without_cache(model, task)
         if resolved is None:
             raise
+        unknown = True
+    if resolved == TEXT_GENERATION and (unknown or not keeps_tokens(model)):
+        _check_any_length(model)
     shapes = read_facts(model).get("shapes", {}).get("tensors", {})
     if not resolved.endswith(PAST) or not any("attn" in name or "attention" in name.lower() for name in shapes):
         return resolved
@@ -96,4 +106,52 @@ def resolve_task(backend: Backend, model: PreTrainedModel, task: str | None) -> 
     raise ValueError(
         f"The layers of {type(model).__name__} were left with different attention heads, which a cache of the task "
         f"{resolved!r} cannot hold. Export it for {resolved.removesuffix(PAST)!r}, which works without."
+    )
+
+
+def _without_cache(model: PreTrainedModel, task: str | None) -> str | None:
+    """The task of a decoder that an exporter does not know; `None` for other models and for a task with a cache."""
+    names = [known.name for known in tasks_of(model)]
+    asked = task in (None, TEXT_GENERATION, "causal-lm")
+    return TEXT_GENERATION if asked and names and names[0] == TEXT_GENERATION else None
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operations, up to a number."""
+
+    def __init__(self, most: float = math.inf) -> None:
+        super().__init__()
+        self.count, self.most = 0, most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count > self.most:
+            raise _TooMany
+        return func(*args, **(kwargs or {}))
+
+
+class _TooMany(Exception):
+    pass
+
+
+def _check_any_length(model: PreTrainedModel) -> None:
+    """Refuses a decoder that computes a text in a loop, of which a file would have as many turns as the traced text took."""
+    short, count = 16, 0
+    longest = getattr(model.config, "max_position_embeddings", None) or _LONG
+    try:
+        with torch.no_grad(), evaluating(model), full_precision(model):
+            for length in (short, min(longest, _LONG)):
+                ids = (torch.arange(length, device=model.device) % model.config.get_text_config().vocab_size)[None]
+                with _Calls(count or math.inf) as calls:
+                    model(input_ids=ids, use_cache=False)
+                count = calls.count
+        return
+    except _TooMany:
+        told = f"{short} tokens take {count} operations, {min(longest, _LONG)} take more"
+    except Exception:  # it takes something else, and its export says what
+        return
+    raise ValueError(
+        f"{type(model).__name__} computes a text in a loop over its tokens or the experts that they go to, of which an ONNX file "
+        f"would have as many turns as one text takes: {told}. Distill, prune and quantize it without a file: quantize, "
+        "save_pretrained and load_quantized need none."
     )

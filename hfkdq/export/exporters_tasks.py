@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..modeling.forwards import as_output, evaluating, full_precision
 from ..modeling.tasks import TASKS, Task, is_bare, tasks_of
 from .protocol import PAST, UnknownArchitecture
 
@@ -93,6 +95,19 @@ def _is_registered(model: nn.Module, task: Task) -> bool:
     return any(type(model) in (value if isinstance(value, tuple) else (value,)) for value in values)
 
 
+def keeps_tokens(model: PreTrainedModel) -> bool:
+    """Whether a decoder keeps a key and a value for each token, as caches in files do, and not a state (Mamba, RWKV)."""
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad(), evaluating(model), full_precision(model):
+            cache = as_output(model(input_ids=ids, use_cache=True)).get("past_key_values")
+    except Exception:  # it takes something else, and its export says what
+        return not getattr(model, "_is_stateful", False)
+    layers = [vars(layer) for layer in getattr(cache, "layers", None) or ()]
+    tensors = [{k for k, value in held.items() if isinstance(value, Tensor) and value.ndim > 1} for held in layers]
+    return bool(tensors) and all(names == {"keys", "values"} for names in tensors)
+
+
 def _tasks_of(model: PreTrainedModel) -> Iterator[str]:
     """The tasks that a model of this class can be exported for, the default first."""
     encoder_decoder = model.config.is_encoder_decoder
@@ -100,7 +115,8 @@ def _tasks_of(model: PreTrainedModel) -> Iterator[str]:
         if encoder_decoder and task.name == "fill-mask":
             continue  # BART is in that table as well, but has no mask to fill
         # A BERT that is no decoder sees what comes later, so nothing of it can be kept.
-        if task.generates and (encoder_decoder or getattr(model.config, "is_decoder", None) is not False):
+        decodes = encoder_decoder or (getattr(model.config, "is_decoder", None) is not False and keeps_tokens(model))
+        if task.generates and decodes:
             yield task.name + PAST
         yield task.name
     if is_bare(model):

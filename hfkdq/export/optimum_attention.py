@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as a tracer should see it: two matrix products, a constant scale, one softmax."""
+"""Operations as a tracer should see them: attention as two matrix products, a constant scale, one softmax."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ class PlainAttention(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         return (plain_attention if func is _FUSED else func)(*args, **(kwargs or {}))
+
+
+class CountedFromTheFront(TorchFunctionMode):
+    """While active, dimensions are permuted by numbers from 0 on, as ONNX has no others and the tracer writes what it gets."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.permute, torch.permute) and not kwargs:
+            dims = args[1] if len(args) == 2 else args[1:]
+            args = (args[0], [dim % args[0].ndim for dim in dims])
+        return func(*args, **(kwargs or {}))
 
 
 def plain_attention(

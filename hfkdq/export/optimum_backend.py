@@ -29,7 +29,7 @@ from ..modeling.tasks import tasks_of
 from . import runner
 from .dummies import dummy_batches as random_batches
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
-from .optimum_attention import PlainAttention
+from .optimum_attention import CountedFromTheFront, PlainAttention
 from .protocol import PAST, UnknownArchitecture
 from .runner import SINGLE
 from .silence import silent_and_seeded
@@ -139,7 +139,7 @@ def trace(
         if hasattr(module, "attn_implementation"):
             module.attn_implementation = "eager"  # type: ignore[assignment]
     samples = [dict(batch) for batch in batches or dummy_batches(model, task)]
-    with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work, PlainAttention():
+    with silent_and_seeded(), tempfile.TemporaryDirectory(dir=folder) as work, PlainAttention(), CountedFromTheFront():
         for name, (part, config) in _parts(model, task, samples).items():
             path = Path(work, f"{name}.onnx")
             export(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,7 @@ def bypass_(layer: nn.Module, on: bool) -> None:
 
 
 def _hand_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    came = args[0] if args else kwargs["hidden_states"]
+    came = args[0] if args else kwargs[list(inspect.signature(type(layer).forward).parameters)[1]]
     made = output if isinstance(output, Tensor) else output[0]
     passed = came + 0.0 * made.nan_to_num(0.0, 0.0, 0.0) if torch.is_grad_enabled() and made.requires_grad else came
     return passed if isinstance(output, Tensor) else (passed, *output[1:])

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
     # Weights of other shapes are let in to be named: Transformers refuses them without saying which.
     kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, told = model_class.from_pretrained(path, **kwargs)
+        with completed_by(model_class):
+            model, told = model_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError, NotImplementedError):
         raise
     except Exception as error:
@@ -163,6 +165,20 @@ def _check_weights(folder: Path) -> None:
             f"{folder} has its weights in {pickles[0]} alone, a pickle, which may hold code. If you trust it, load it with "
             "from_pretrained of Transformers and write it with save_pretrained, which makes safetensors."
         )
+
+
+@contextmanager
+def completed_by(model_class: type[PreTrainedModel]) -> Iterator[None]:
+    """Says, where a class of one's own is loaded that Transformers 5 cannot load, what it lacks (`ValueError`)."""
+    try:
+        yield
+    except AttributeError as error:
+        if "all_tied_weights_keys" not in str(error):  # which post_init makes
+            raise
+        raise ValueError(
+            f"{model_class.__name__} is not complete: its __init__ does not call self.post_init(), without which Transformers 5 "
+            "loads no model. Call it at the end of __init__; what is saved already can then be loaded."
+        ) from error
 
 
 def _damaged(what: Any, error: BaseException) -> ValueError:

@@ -33,6 +33,9 @@ _LAYER_NUMBERS = (
 _FIRST_LAYERS = ("first_k_dense_replace",)
 """How many layers at the beginning are of another kind."""
 
+_SAME_AS_ENCODER = "num_hidden_layers"
+"""Which Transformers 4 keeps beside the number of the encoder's layers, and LED reads."""
+
 _PERIOD = "global_attn_every_n_layers"
 
 
@@ -237,6 +240,8 @@ def _fields_of(
         names = [stages[0], *(f"stage{i}" for i in range(1, len(kept) + 1))]
         chosen = list(dict.fromkeys(after))
         fields |= {"stage_names": names, "_out_indices": chosen, "_out_features": [names[i] for i in chosen]}
+    if name == f"{prefix}encoder_layers" and held.get(_SAME_AS_ENCODER) == count:
+        fields[_SAME_AS_ENCODER] = len(kept)
     return {name: len(kept), **{prefix + key: value for key, value in fields.items()}}
 
 
@@ -256,6 +261,8 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
             return None
 
     after = longer(lists)
+    if after is None and lists:  # those of the encoder may be as long as the decoder by chance (LED)
+        lists, after = [], longer([])
     try:
         before = build_shapes(model, config_with(model.config, **{name: count}))
     except Exception as error:

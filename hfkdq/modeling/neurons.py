@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .own_modules import OwnModule
 from .probing import doubled, nested_configs
 from .tracing import traced_neurons
 from .units import CONVOLUTIONS, NoStructure, Slice, UnitGroup, each, runs
@@ -56,8 +57,13 @@ def find_neurons(model: PreTrainedModel) -> list[UnitGroup]:
     """
     try:
         return _neurons_of_fields(model)
-    except NoStructure:
+    except NoStructure as error:
         found = traced_neurons(model)
+        if not found and isinstance(model, OwnModule):  # whose configuration was made for it, and decides nothing
+            raise NoStructure(
+                f"{type(model).__name__} has no neurons that could go: it computes nothing by a linear layer that linear "
+                "layers alone read."
+            ) from error
         if not found:
             raise
         return found

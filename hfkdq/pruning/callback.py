@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..facts import drop_fact
 from ..modeling.batches import Batches, first_batch, make_batches
-from ..modeling.examples import given_to, tried_on
+from ..modeling.examples import NoExample, first_rows, given_to, tried_on
 from ..modeling.masks import Batch
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
@@ -61,13 +61,14 @@ class PruningCallback(TrainerCallback, ExportableState):
             inputs, or examples to make them from, which are looked at whenever the sparsity grows.
         teacher_model (`PreTrainedModel`, *optional*): for the criterion `"teacher"`; by default the model itself.
         batch_size, data_collator, processing_class: as of [`prune`], for a `Dataset`; 8 examples in a batch by default.
-        example_inputs (`dict`, *optional*): as of [`prune`]; by default that of the [`DistillationTrainer`], or the first
-            one of `calibration`.
+        example_inputs (`dict`, *optional*): a batch as your collator makes it, on which a copy is tried where none that is
+            made up from the configuration fits, as [`prune`] does; by default that of the [`DistillationTrainer`], the
+            first one of `calibration`, or, as training begins, the first rows that are trained on, if they have places.
 
     Raises:
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
         ValueError: a bound without `spec.rounds`, or the criterion `"teacher"` without data; as training is set up, the
-            spec does not fit the model or there is no batch to try it on, has more rounds than steps, or the checkpoint is one of another spec.
+            spec does not fit the model or, as training begins, there is no batch to try it on, has more rounds than steps, or the checkpoint is one of another spec.
         RuntimeError: as training starts, the optimizer does not hold the weights to prune. A `Trainer` that has
             removed units once cannot train again; make a new one.
 
@@ -119,7 +120,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.metric, self.at_least, self.at_most = metric, at_least, at_most
         self._calibration, self._teacher = calibration, teacher_model
         self._how = (batch_size, data_collator, processing_class)
-        self._example = example_inputs
+        self._example, self._waits = example_inputs, False
         self._progress: Progress | None = None
         self._judging = False
         self._evaluates_first: bool | None = None
@@ -140,12 +141,20 @@ class PruningCallback(TrainerCallback, ExportableState):
                 self._example = first_batch(make_batches(model, calibration, *self._how))
         return tried_on(self._example, model)
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def _rehearse(self, model: Any) -> None:
         with self._tried(model):
             targets = targets_of(model, self.spec)
             check_prunable(model, self.spec, targets)
             rehearse(model, self.spec)
             tell_left_unpruned(model, self.spec, targets)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        try:
+            self._rehearse(model)
+        except NoExample:
+            if self._example is not None:
+                raise
+            self._waits = True  # for the data, which a Trainer shows its callbacks as training begins
         if self._bounded and args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end would choose among models of different sparsity. Leave it out: with at_least or "
@@ -153,8 +162,20 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
+        if self._waits:
+            data, collate = (getattr(train_dataloader, name, None) for name in ("dataset", "collate_fn"))
+            self._example = None if collate is None else first_rows(data, collate, None)
+            self._rehearse(model)
+            self._waits = False
         with self._tried(model):
             targets = targets_of(model, self.spec)
         if optimizer is not None:

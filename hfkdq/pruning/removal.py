@@ -80,7 +80,7 @@ def _candidates(
         return [{hidden_field(config): kept[0]}]
     if spec.structure == "neuron":
         followed = any(isinstance(target, GroupTarget) and target.group.followed for target in targets)
-        return [] if followed else _width_candidates(model, targets, kept)
+        return _any_field(config, targets, kept) if followed else _width_candidates(model, targets, kept)
     if spec.structure == "head":
         if len(shares) != 1:
             return []
@@ -93,6 +93,15 @@ def _candidates(
         size = _size_of_heads(targets)
         return [heads] if size is None else [heads, {**heads, "head_dim": size}]
     return []
+
+
+def _any_field(config: Any, targets: Sequence[PruningTarget], kept: Sequence[int]) -> list[dict[str, Any]]:
+    """Every number of a configuration that is that of the neurons of each layer, where a batch has found these."""
+    sizes = {(target.units, count) for target, count in zip(targets, kept, strict=True)}
+    if len(sizes) != 1:
+        return []
+    units, count = sizes.pop()
+    return [{name: count} for name, value in config.to_dict().items() if type(value) is int and value == units]
 
 
 def _width_candidates(model: Any, targets: Sequence[PruningTarget], kept: Sequence[int]) -> list[dict[str, Any]]:

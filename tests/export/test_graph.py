@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from hfkdq.export.graph import fix_shapes, fuse_linears, improve, saving
+from hfkdq.export.graph import fix_shapes, fuse_linears, improve, quantize_dynamically, saving
 
 QUANTIZED = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -160,3 +160,33 @@ def test_weights_that_do_not_fit_into_one_file_lie_beside_it(tmp_path, monkeypat
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", before or "model.onnx_data"}
     assert path.stat().st_size < weight.nbytes
     np.testing.assert_allclose(ort.InferenceSession(path).run(None, {"x": x})[0], x @ weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("outputs", "product"), [(3, "Gemm"), (64, "MatMulInteger")])
+def test_a_dynamic_file_is_not_larger_than_its_float_file(tmp_path, outputs, product):
+    """A weight of 3 x 64 takes less than the nodes of an integer product. No shape is noted that was not before."""
+    random = np.random.default_rng(0)
+    shapes = {"weight": (outputs, 64), "bias": (outputs,)}
+    weights = [
+        onnx.numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    nodes = [
+        onnx.helper.make_node("Relu", ["x"], ["positive"], name="relu"),
+        onnx.helper.make_node("Gemm", ["positive", "weight", "bias"], ["y"], name="head", transB=1),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, ["n", size]) for name, size in (("x", 64), ("y", outputs))]
+    file = onnx.helper.make_graph(nodes, "linear", ends[:1], ends[1:], weights)
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(file, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+    before, given = path.stat().st_size, random.standard_normal((5, 64)).astype(np.float32)
+    expected = ort.InferenceSession(path).run(None, {"x": given})[0]
+    quantize_dynamically(path)
+    found = onnx.load(path)
+    assert path.stat().st_size <= before
+    assert product in [node.op_type for node in found.graph.node]
+    assert not found.graph.value_info
+    got = ort.InferenceSession(path).run(None, {"x": given})[0]
+    # Half a step of each weight times its input, and half a step of each input times its weight.
+    largest = np.abs(given).max() * np.abs(onnx.numpy_helper.to_array(weights[0])).max()
+    assert np.abs(got - expected).max() <= 64 * largest * (1 / 254 + 1 / 510)

@@ -18,8 +18,10 @@ from hfkdq import (
     QuantizationSpec,
     fit_sparsity,
     load_pruned,
+    load_quantized,
     make_student,
     prune,
+    quantize,
 )
 from hfkdq.modeling.following import STAYS, Following
 from hfkdq.pruning.targets import find_targets
@@ -294,13 +296,18 @@ KINDS = {"input_ids": torch.randint(4, 60, (2, 8)), "kind": torch.ones(2, 8), "l
 HALF = PruningSpec(sparsity=0.5, structure="neuron", plain_checkpoint=False)
 
 
-def trainer(model, callback, tmp_path, cls=tf.Trainer, **given):
+def trainer(model, callback, tmp_path, cls=tf.Trainer, rows=None, **given):
     arguments = tf.TrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True,
         save_strategy="no",
     )  # fmt: skip
-    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(8)]
+    rows = rows or [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(8)]
     return cls(model, arguments, train_dataset=rows, callbacks=callback, **given)
+
+
+def begun(made):
+    """The trainer where training begins, without data that could be looked at."""
+    made.callback_handler.on_train_begin(made.args, made.state, made.control)
 
 
 CALLS = {
@@ -308,9 +315,9 @@ CALLS = {
     "fit_sparsity": lambda model, tmp_path, example_inputs=None: fit_sparsity(
         model, HALF, parameters=0.95, inputs=example_inputs
     ),
-    "callback": lambda model, tmp_path, **given: trainer(model, [PruningCallback(HALF, **given)], tmp_path),
-    "DistillationTrainer": lambda model, tmp_path, **given: trainer(
-        model, [PruningCallback(HALF)], tmp_path, DistillationTrainer, **given
+    "callback": lambda model, tmp_path, **given: begun(trainer(model, [PruningCallback(HALF, **given)], tmp_path)),
+    "DistillationTrainer": lambda model, tmp_path, **given: begun(
+        trainer(model, [PruningCallback(HALF)], tmp_path, DistillationTrainer, **given)
     ),
     "make_student": lambda model, tmp_path, **given: make_student(model, 2, **given),
 }
@@ -325,6 +332,24 @@ def test_what_no_batch_can_be_made_up_for_is_refused_with_advice_that_works(call
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     assert not hasattr(model.config, "hfkdq")
     CALLS[call](model, tmp_path, example_inputs=KINDS)
+
+
+@pytest.mark.parametrize("cls", [tf.Trainer, DistillationTrainer])
+def test_the_first_rows_that_are_trained_on_are_tried_too(cls, tmp_path):
+    model = needs()
+    rows = [{name: value[i % 2] for name, value in KINDS.items()} for i in range(8)]
+    one = trainer(model, [PruningCallback(HALF)], tmp_path, cls, rows)
+    one.train()
+    assert model.bert.encoder.layer[0].intermediate.dense.out_features == needs().config.intermediate_size // 2
+
+
+def test_rows_that_the_model_does_not_run_on_are_refused_before_a_step(tmp_path):
+    model = needs()
+    before = copy.deepcopy(model.state_dict())
+    one = trainer(model, [PruningCallback(HALF)], tmp_path)
+    with pytest.raises(ValueError, match=r"Needs runs on none of the batches .* nor on the one given"):
+        one.train()
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
 def test_the_first_batch_of_the_calibration_is_tried_too():
@@ -347,6 +372,34 @@ def test_a_model_of_ones_own_is_pruned_while_it_trains(quantized, tmp_path):
     assert model.second.weight.shape == (6, 4, 3, 3)
     assert model.config.hfkdq["pruning"]["achieved_sparsity"] == 0.5
     assert model(**BATCH).logits.shape == (2, 3)
+
+
+class Incomplete(tf.PreTrainedModel):
+    """It does not call `post_init`, without which Transformers 5 loads no model."""
+
+    config_class = OwnConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        features = self.second(self.first(pixel_values).relu()).mean((2, 3))
+        return ImageClassifierOutput(logits=self.head(features))
+
+
+def test_a_class_that_cannot_be_loaded_is_told_what_it_lacks(tmp_path):
+    spec = PruningSpec(sparsity=0.5, structure="channel", plain_checkpoint=False)
+    model = quantize(Incomplete(OwnConfig()), QuantizationSpec(), [BATCH])
+    model.save_pretrained(tmp_path)
+    if int(tf.__version__.split(".")[0]) < 5:
+        assert load_quantized(tmp_path, model=Incomplete)(**BATCH).logits.shape == (2, 3)
+        return
+    with pytest.raises(ValueError, match=r"Incomplete .* does not call self.post_init\(\)"):
+        load_quantized(tmp_path, model=Incomplete)
+    with pytest.raises(ValueError, match=r"Incomplete .* does not call self.post_init\(\)"):
+        prune(Incomplete(OwnConfig()), spec, example_inputs=BATCH)
 
 
 def test_targets_are_the_same_whenever_they_are_looked_for():
