@@ -35,7 +35,7 @@ def trace_file(part: Part, path: Path, *, axes: Callable[[str], Mapping[int, str
     depends on weights alone. `RuntimeError` if such an axis came out fixed.
     """
     inputs = part.inputs
-    with silent_and_seeded(), _plain_masks(), _folding(fold_constants), _calling(part.model, part.forward):
+    with silent_and_seeded(), _plain_masks(), _lengths(), _folding(fold_constants), _calling(part.model, part.forward):
         config = OnnxConfig(dynamic_shapes=_dynamic_shapes(inputs, axes), opset_version=OPSET, optimize=True)
         exported = OnnxExporter().export(part.model, dict(inputs), config)
     program: ir.Model = exported.program
@@ -94,6 +94,26 @@ def _plain_masks() -> Iterator[None]:
         yield
     finally:
         del masks["eager"]
+
+
+@contextmanager
+def _lengths() -> Iterator[None]:
+    """Lets `len(tensor)` leave open how long a tensor is, where Python would have the tracer fix it (RT-DETR, D-FINE).
+
+    It is the length of what is traced. What depends on it does not work for other sizes, which files are run with.
+    """
+    original = Tensor.__len__
+
+    def length(tensor: Tensor) -> int:
+        size: Any = tensor.shape[0] if tensor.dim() else None
+        hint = size.node.hint if isinstance(size, torch.SymInt) else None
+        return original(tensor) if hint is None else int(hint)
+
+    Tensor.__len__ = length  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.__len__ = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -232,6 +232,19 @@ def test_an_axis_that_the_tracer_fixed_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Counting(nn.Module):
+    def forward(self, values):
+        return {"result": values * 2 if len(values) > 1 else values}
+
+
+def test_a_length_that_the_model_asks_for_leaves_its_axis_open(tmp_path):
+    length, wide = torch.Tensor.__len__, torch.randn(5, 4)
+    path = trace_module(Counting(), tmp_path / "m.onnx", {"values": torch.randn(3, 4)})
+    (result,) = ort.InferenceSession(path).run(None, {"values": wide.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), wide * 2)
+    assert torch.Tensor.__len__ is length
+
+
 def test_weights_that_no_file_holds_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "MAX_BYTES", 100)
     layer, values = nn.Linear(64, 64), torch.randn(3, 64)
