@@ -74,7 +74,8 @@ def check_rules(owner: Any) -> None:
             if not all(map(rule.holds, bounds if callable(value) else (value,))):
                 said = rule.words
         if said is not None:
-            raise ValueError(f"{type(owner).__name__}: {name} {said}, got {value!r}.")
+            advice = f" Write one of them for {name}={value!r}." if get_origin(hint) is Literal else ""
+            raise ValueError(f"{kind.__name__}: {name} {said}, got {value!r}.{advice}")
 
 
 def check_fields(owner: Any) -> None:

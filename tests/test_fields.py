@@ -30,7 +30,7 @@ class Settings:
         (dict(share=Linear(0.5, 1.5)), r"share must be in \[0, 1\], got Linear"),
         (dict(count=1.5), "count must be a positive integer, got 1.5"),
         (dict(count=0), "count must be a positive integer, got 0"),
-        (dict(kind="d"), "Settings: kind must be 'a' or 'b' or 'c', got 'd'"),
+        (dict(kind="d"), "Settings: kind must be 'a' or 'b' or 'c', got 'd'. Write one of them for kind='d'."),
     ],
 )
 def test_what_breaks_a_rule_is_refused(settings, message):
