@@ -86,7 +86,11 @@ def follow_choices(
 @contextmanager
 def _choosing(folder: Path) -> Iterator[tuple[list[str], OnnxSession] | None]:
     """The names of what the file chooses, in its order, and a session of a copy that gives them too; `None` without."""
-    file = onnx.load(folder / f"{SINGLE}.onnx", load_external_data=False)
+    path = folder / f"{SINGLE}.onnx"
+    if not path.is_file():  # but several parts
+        yield None
+        return
+    file = onnx.load(path, load_external_data=False)
     nodes = [node for node in file.graph.node if node.op_type == "TopK" and len(node.output) == 2]
     if not nodes:
         yield None

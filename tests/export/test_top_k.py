@@ -86,9 +86,10 @@ def test_what_scores_worse_is_no_tie(folder):
         _check_parity(parity, 1e-4, "float32", choices=choices)
 
 
-def test_a_file_that_chooses_elsewhere_or_nowhere_is_compared_as_it_is(folder, monkeypatch):
+def test_a_file_that_chooses_elsewhere_or_nowhere_is_compared_as_it_is(folder, monkeypatch, tmp_path):
     model, batch = best(0.5), examples()
     own = run_torch(model, [batch])
+    assert follow_choices(tmp_path, model, [batch], own, 1e-4) == (own, None)  # of several parts, none is the model
     monkeypatch.setattr(
         Best, "forward", lambda self, input_features, **_: {"logits": self.head(input_features[:, :3])}
     )
