@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-export bench-equality bench-kernels docs-models constraints clean
+.PHONY: help docs demo coverage test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels docs-models constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -127,6 +127,9 @@ bench-memory: .venv/.dev ## peak memory of distilling a large vocabulary against
 
 bench-convolutions: .venv/.dev ## convolutions in floats and in integers, beside ONNX Runtime's own quantized file
 	$(O)/python benchmarks/convolutions.py
+
+bench-sizes: .venv/.dev ## bytes of the files of every precision, of tiny models and of models of usual width
+	$(O)/python -m benchmarks.sizes
 
 bench-overhead: .venv/.dev ## a step of the trainer against the same work written by hand: time and peak memory
 	$(O)/python benchmarks/trainer_overhead.py

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..modeling.forwards import forward_columns
-from ..modeling.tasks import tasks_of
+from ..modeling.tasks import is_bare, tasks_of
 from . import runner
 from .dummies import dummy_batches as random_batches
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
@@ -96,8 +96,11 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
             if task in supported and cls.__name__ in names:
                 return task + PAST if task + PAST in supported else task
     listed = next((entry.name for entry in tasks_of(model) if entry.name in supported), None)
-    if listed is not None or len(supported) == 1:
-        return listed or supported[0]
+    headed = [
+        task for task in supported if task != "feature-extraction" or is_bare(model)
+    ]  # PatchTST has one for heads
+    if listed is not None or len(headed) == 1:
+        return listed or headed[0]
     raise ValueError(
         f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
     )

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from packaging.version import Version
 from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, pipeline
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq import QuantizationSpec
 from hfkdq.export.graph import improve, multiplies_exactly
 from hfkdq.export.lowering import lower_quantizers_
@@ -130,6 +131,12 @@ def test_the_default_task_is_that_of_the_class_with_a_cache_if_it_generates(fami
 )
 def test_synonyms_of_a_task(family, given, resolved):
     assert backend.resolve_task(FAMILIES[family].make(), given) == resolved
+
+
+def test_the_one_task_that_optimum_has_for_heads_is_that_of_a_head_in_no_table():
+    model = ENTRIES["patchtst"].make()
+    assert backend.resolve_task(model, None) == "time-series-forecasting"
+    assert backend.resolve_task(model.model, None) == "feature-extraction"
 
 
 def test_an_architecture_that_optimum_lacks_gets_the_nearest_names():
