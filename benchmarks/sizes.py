@@ -4,7 +4,7 @@
 
     make bench-sizes
 
-The models have random weights, two layers each, and all of the vocabulary that their family has. It fails if a file is larger
+The models have random weights and, where they are of usual width, their family's vocabulary; those with attention have two layers. It fails if a file is larger
 than the float file of the same model.
 """
 
@@ -115,8 +115,8 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, int]]], versions: str) 
     return (
         "# How large the files are\n\n"
         "`make bench-sizes` writes this page: the ONNX files of every precision, in percent of the float32 file of the same model, of\n"
-        "models with random weights and two layers. What is shared, as the table of an embedding and the head of a language\n"
-        "model, is in a file once. int8 ranges are found on made-up inputs, on which no size depends.\n\n"
+        "models with random weights, of two layers where they have attention. What is shared, as the table of an embedding and the head of a language\n"
+        "model, is in a file once. int8 ranges are found on made-up inputs, on which no size depends. Dynamic files leave convolutions in floating point.\n\n"
         f"{told} ({versions})\n\n{tables}\n"
     )
 
