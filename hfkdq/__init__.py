@@ -22,7 +22,7 @@ _HOMES = {
         "pruning": "PruningCallback cluster_weights compressed_size fit_sparsity load_pruned prune "
         "prune_vocabulary share_layers",
         "specs": "PruningSpec QuantizationSpec",
-        "caching": "cache_teacher_outputs",
+        "caching": "cache_teacher_outputs generate_targets",
         "export": "export_onnx",
         "students": "make_student",
         "hub": "push_to_hub",
@@ -36,12 +36,12 @@ __all__ = [
     "FeatureMapKD", "HiddenStateKD", "LogitKD", "NoisyKD", "OnPolicyKD", "PruningCallback", "PruningSpec",
     "QATCallback", "QuantizationLoss", "QuantizationSpec", "RelationKD", "Seq2SeqDistillationTrainer",
     "SimilarityPreservingKD", "TaskLoss", "cache_teacher_outputs", "cluster_weights", "compressed_size", "export_onnx",
-    "fit_sparsity", "load_pruned", "load_quantized", "make_student", "merge_adapters", "prune", "prune_vocabulary",
+    "fit_sparsity", "generate_targets", "load_pruned", "load_quantized", "make_student", "merge_adapters", "prune", "prune_vocabulary",
     "push_to_hub", "quantize", "share_layers", "suggest_bits",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .caching import cache_teacher_outputs
+    from .caching import cache_teacher_outputs, generate_targets
     from .export import export_onnx
     from .hub import push_to_hub
     from .objectives import (
