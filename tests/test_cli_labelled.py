@@ -221,3 +221,59 @@ def test_what_lacks_is_named(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             Run(tmp_path, model, rows)
+
+
+CONTEXT = " ".join(f"w{i}" for i in range(20))
+ANSWER = {"text": ["w3"], "answer_start": [CONTEXT.index("w3")]}
+
+
+def tagger():
+    names = ["O", "B-x", "I-x"]
+    return tiny.bert_tokens(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "words"),
+    [
+        (tagger, {"tokens": [["w1", "w2"]] * 2, "tags": [[0, 0], [0]]}, r"2 words in tokens and 1 labels in tags of row 1"),
+        (tagger, {"tokens": [["w1"]] * 2, "tags": [[0], [0, 1]]}, r"1 words in tokens and 2 labels in tags of row 1"),
+        (tagger, {"tokens": [["w1"], ["w2"]], "tags": [[0], None]}, r"lack a value of tags in row 1 \(1 of 2 rows\)"),
+        (tagger, {"tokens": [["w1"]], "tags": [[7]]}, r"have the label 7; the model has the classes 0 to 2"),
+        (tagger, {"tokens": [["w1"]], "tags": [["B-z"]]}, r"label 'B-z', which the model does not know"),
+        (tagger, {"input_ids": [[2, 5, 3]], "labels": [[-100] * 3]}, r"no label other than -100"),
+        (tiny.bert_qa, {"question": ["w1"], "context": [None], "answers": [ANSWER]}, r"lack a value of context in row 0"),
+        (tiny.bert_qa, {"question": ["w1"], "context": [CONTEXT], "answers": ["w3"]}, r"needs lists text and answer_start"),
+        (tiny.bert_qa, {"question": ["w1"], "context": [CONTEXT], "answers": [{"text": ["w3"]}]}, r"needs lists text and ans"),
+        (tiny.bert_qa, {"question": ["w1 " * 50], "context": [CONTEXT], "answers": [ANSWER]}, r"No window of 32 tokens"),
+        (tiny.t5, {"de": TEXTS, "en": [None, *TEXTS[1:]]}, r"lack a value of en in row 0 \(1 of 6 rows\)"),
+        (tiny.llama, {"text": ["", " "]}, r"The column text has no text in any row"),
+        (tiny.bert_mlm, {"text": ["w1", "w2"]}, r"no label other than -100"),
+        (tiny.bert, {"text": [None, *TEXTS[1:]], "label": [0] * 6}, r"lack a value of text in row 0"),
+        (tiny.bert, {"text": TEXTS, "label": [[0], None, [1], [], [2], [0]]}, r"lack a value of label in row 1"),
+        (tiny.bert, {"text": TEXTS, "label": [["pink"]] * 6}, r"label 'pink', which the model does not know"),
+        (lambda: tiny.bert(labels=1), {"text": TEXTS, "label": [None, *range(5)]}, r"lack a value of label in row 0"),
+        (lambda: tiny.bert(labels=1), {"text": TEXTS, "label": [float("nan")] * 6}, r"needs numbers that are finite"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_wrong_is_named(tmp_path, model, rows, words):
+    with pytest.raises(ValueError, match=words):
+        Run(tmp_path, model(), rows, processor=pairing())
+
+
+@pytest.mark.parametrize(
+    ("objects", "words"),
+    [
+        ({"bbox": [[1, 1, 2, 2]], "category": [0, 1]}, "1 boxes and 2 of category in row 0"),
+        ({"bbox": [[1, 1, 2]], "category": [0]}, "a box is x, y, width and height"),
+        ({"bbox": [[1, 1, -2, 2]], "category": [0]}, "the last two positive"),
+        ({"bbox": [[1, 1, 2, 2]], "category": [9]}, "have the label 9; the model has the classes 0 to 2"),
+        ({"bbox": [], "category": []}, "no object in any image"),
+    ],
+)
+def test_a_box_that_is_wrong_is_named(tmp_path, objects, words):
+    feature = {"bbox": List(List(Value("float32"))), "category": List(Value("int64"))}
+    rows = {"image": images(2), "objects": [objects] * 2}
+    rows = Dataset.from_dict(rows, features=Features({"image": Image(), "objects": feature}))
+    processor = tf.YolosImageProcessor(size={"height": 16, "width": 16}, do_pad=False)
+    with pytest.raises(ValueError, match=words):
+        Run(tmp_path, tiny.yolos(), rows, processor=processor)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset, LargeList, List, Value
@@ -27,6 +28,16 @@ def strings_of(rows: Dataset) -> list[str]:
 def is_string(feature: Any) -> bool:
     """Whether a column holds one text a row."""
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def refuse_gaps(rows: Dataset, columns: Iterable[str], description: str) -> None:
+    """Raises `ValueError`: a row has no value in one of the columns; says which, and of how many."""
+    for name in columns:
+        gaps = rows.with_format("arrow")[:].column(name).is_null().to_pylist()
+        if any(gaps):
+            raise ValueError(
+                f"{description} lack a value of {name} in row {gaps.index(True)} ({sum(gaps)} of {len(gaps)} rows). Leave such rows out."
+            )
 
 
 def lists_of(feature: Any) -> Any:

@@ -18,7 +18,7 @@ from ..export.verify import COMPARE_BATCH_SIZE
 from ..measuring.evaluation import with_decoder_inputs
 from ..modeling.forwards import forward_columns
 from .audio import decodable, samples_of
-from .columns import is_string, names_of, only, strings_of
+from .columns import is_string, names_of, only, refuse_gaps, strings_of
 from .data import load_rows
 from .labelled import labelled, reads_whole_rows
 from .labels import LABELS
@@ -111,6 +111,7 @@ class Reader:
 
     def _texts(self, rows: Dataset) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:
         columns = self._text_columns(rows)
+        refuse_gaps(rows, columns, "The rows")
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = (batch[name] for name in columns)

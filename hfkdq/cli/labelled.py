@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ..metrics import answer_features
 from ..metrics.base import IGNORED
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import CLASSIFICATION, class_names, is_bare, is_listed
-from .columns import MASKS, is_string, lists_of, names_of, only, strings_of
+from .columns import MASKS, is_string, lists_of, names_of, only, refuse_gaps, strings_of
 from .labels import LABELS, label_reader, label_table
 
 _BLOCK = 512  # tokens of a text that a language model is measured on, where it takes more
@@ -83,11 +84,15 @@ def _classes(reader: Any, rows: Dataset, description: str) -> Labelled:
     feature, problem = rows.features[column], config.problem_type
     element = lists_of(feature)
     if element is not None or problem == "multi_label_classification":
+        refuse_gaps(rows, [column], description)
         table = label_table({label for row in rows[column] for label in row}, element, config, description)
         read = _several(column, table, config.num_labels)
     elif problem == "regression" or (problem is None and config.num_labels == 1):
-        if not all(isinstance(value, (int, float)) for value in rows[column]):
-            raise ValueError(f"{description} have a column {column} of {feature}, and a regression needs numbers.")
+        refuse_gaps(rows, [column], description)
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in rows[column]):
+            raise ValueError(
+                f"{description} have a column {column} of {feature}, and a regression needs numbers that are finite."
+            )
         read = _number(column)
     else:
         read = label_reader(rows, config, description)
@@ -117,6 +122,14 @@ def _tokens(reader: Any, rows: Dataset, description: str) -> Labelled:
         raise ValueError(
             f"{type(reader.model).__name__} reads one column of lists of words; there are {len(words)} of them in {names_of(rows)}."
         )
+    refuse_gaps(rows, [*words, column], description)
+    sizes = [(len(said), len(tags)) for said, tags in zip(rows[words[0]], rows[column], strict=True)]
+    wrong = next((row for row, (said, tags) in enumerate(sizes) if said != tags), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{description} have {sizes[wrong][0]} words in {words[0]} and {sizes[wrong][1]} labels in {column} of row {wrong}; every word "
+            "needs one."
+        )
     found = {label for row in rows[column] for label in row}
     table = label_table(found, lists_of(rows.features[column]), reader.model.config, description)
     tokenizer = reader.tokenizer
@@ -140,6 +153,7 @@ def _tokens(reader: Any, rows: Dataset, description: str) -> Labelled:
 
 
 def _answers(reader: Any, rows: Dataset, description: str) -> Labelled:
+    refuse_gaps(rows, [name for name in ("question", "context", "answers") if name in rows.column_names], description)
     longest = min(reader.longest or 384, 384)
     features = answer_features(rows, reader.tokenizer, longest, stride=longest // 3)
     return Labelled(features, DataCollatorWithPadding(reader.tokenizer), "question, context and answers")
@@ -185,6 +199,7 @@ def _pairs_of_texts(reader: Any, rows: Dataset, description: str) -> Labelled:
             f"{type(reader.model).__name__} reads a column of texts and one of what it is to write for them; the columns are "
             f"{names_of(rows)}. Name the two with --text-columns SOURCE,TARGET."
         )
+    refuse_gaps(rows, texts, description)
     tokenizer, (source, target) = reader.tokenizer, texts
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -207,6 +222,7 @@ def _speech(reader: Any, rows: Dataset, description: str) -> Labelled:
             f"{type(reader.model).__name__} needs the column with what is said; name it with --text-columns. There are {names_of(rows)}."
         )
     (said,) = texts
+    refuse_gaps(rows, texts, description)
     rows, encode, collate, column = reader.sounds(rows)
     pad = reader.tokenizer.pad
 
@@ -262,6 +278,13 @@ def _boxes(reader: Any, rows: Dataset, description: str) -> Labelled:
     (column, fields), processor = found[0], getattr(reader.processor, "image_processor", reader.processor)
     category = "category" if "category" in fields else "category_id"
     objects = [_by_field(row) for row in rows[column]]
+    for number, row in enumerate(objects):
+        sizes = [len(row["bbox"]), len(row[category])]
+        if sizes[0] != sizes[1] or not all(len(box) == 4 and min(box[2:]) > 0 for box in row["bbox"]):
+            raise ValueError(
+                f"{description} have {sizes[0]} boxes and {sizes[1]} of {category} in row {number}: {str(row['bbox'])[:99]}. Every object needs "
+                "both, and a box is x, y, width and height in pixels, the last two positive."
+            )
     names = {label for row in objects for label in row[category]}
     table = label_table(names, lists_of(fields[category]) or fields[category], reader.model.config, description)
 
@@ -308,6 +331,8 @@ def _encoded(reader: Any, rows: Dataset, truncation: bool = True) -> tuple[Datas
             f"{type(reader.model).__name__} reads one column of strings; there are {len(texts)} of them in {names_of(rows)}. Name it with "
             "--text-columns."
         )
+    if not any(text and text.strip() for text in rows[texts[0]]):
+        raise ValueError(f"The column {texts[0]} has no text in any row.")
     cut = dict(truncation=True, max_length=reader.longest) if truncation and reader.longest is not None else {}
     encoded = rows.filter(lambda text: bool(text and text.strip()), input_columns=texts, desc="Texts").map(
         lambda batch: reader.taken(reader.tokenizer(batch[texts[0]], **cut)), batched=True,

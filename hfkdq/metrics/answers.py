@@ -39,6 +39,9 @@ def answer_features(rows: Dataset, tokenizer: Any, max_length: int = 384, stride
         raise ValueError(
             f"Answers need the columns question, context and answers; there is no {missing[0]} among {rows.column_names}."
         )
+    answers = rows.features["answers"]
+    if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
+        raise ValueError(f"The column answers needs lists text and answer_start, as SQuAD has them; it is {answers}.")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             "Answers need a fast tokenizer, which tells the characters of a token. Load it with AutoTokenizer."
@@ -47,10 +50,17 @@ def answer_features(rows: Dataset, tokenizer: Any, max_length: int = 384, stride
         raise ValueError(f"stride must be less than max_length, {max_length}, got {stride}.")
 
     def encode(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        encoded = tokenizer(
-            batch["question"], batch["context"], truncation="only_second", max_length=max_length, stride=stride,
-            return_overflowing_tokens=True, return_offsets_mapping=True,
-        )  # fmt: skip
+        try:
+            encoded = tokenizer(
+                batch["question"], batch["context"], truncation="only_second", max_length=max_length, stride=stride,
+                return_overflowing_tokens=True, return_offsets_mapping=True,
+            )  # fmt: skip
+        except Exception as error:  # tokenizers raises nothing more special
+            longest = max(batch["question"], key=len)
+            raise ValueError(
+                f"No window of {max_length} tokens with {stride} shared holds a question and some of its context ({error}); the longest "
+                f"question of these rows begins with {longest[:60]!r}. Take a larger max_length, a smaller stride, or leave it out."
+            ) from error
         owners = encoded.pop("overflow_to_sample_mapping")
         columns: dict[str, list[Any]] = {name: list(values) for name, values in encoded.items()}
         columns |= {name: [] for name in ("start_positions", "end_positions", "example", "context", "answers")}

@@ -23,6 +23,7 @@ from .text import Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
 
 Outputs = Mapping[str, Tensor]
+_NO_LABELS = "There is no label other than -100 to predict; use an eval_dataset that has labels."
 LOWER_IS_BETTER = ("wer", "cer", "mse", "perplexity")
 """Of the usual metrics, those that fall as models get better."""
 
@@ -120,6 +121,8 @@ def _tokens(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         found, labels = _first(prediction.predictions).argmax(-1), np.asarray(prediction.label_ids)
+        if not (labels != IGNORED).any():
+            raise ValueError(_NO_LABELS)
         pairs = [(ours[true != IGNORED], true[true != IGNORED]) for ours, true in zip(found, labels, strict=True)]
         texts = [[[names[int(label)] for label in row] for row in rows] for rows in zip(*pairs, strict=True)]
         return EntityF1.score(*texts)
@@ -143,7 +146,7 @@ def _language(shift: int) -> Callable[..., TaskMetrics]:
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         valid = np.asarray(prediction.label_ids)[:, shift:] != IGNORED
         if not valid.any():
-            raise ValueError("There is no label other than -100 to predict; use an eval_dataset that has labels.")
+            raise ValueError(_NO_LABELS)
         loss, hits = np.moveaxis(np.asarray(prediction.predictions)[valid].astype(np.float64), -1, 0)
         return {"accuracy": float(hits.mean()), "perplexity": float(np.exp(loss.mean()))}
 
