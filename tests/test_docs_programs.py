@@ -7,6 +7,7 @@ import tempfile
 import timeit
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import peft
 import pytest
@@ -28,6 +29,13 @@ CORPUS = [f"w{i} w{i + 1} w{2 * i % 7}" for i in range(64)]
 
 class AnyTrainer(transformers.Trainer):
     """A trainer of the user's own."""
+
+
+def _stacked(rows):
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": [row["labels"] for row in rows],
+    }
 
 
 def fresh(folder):
@@ -59,7 +67,19 @@ def fresh(folder):
     wide = transformers.BertForSequenceClassification(config)
     lora = peft.get_peft_model(tiny.bert(), peft.LoraConfig(target_modules=["query", "value"]))
     batch = dict(transformers.DataCollatorWithPadding(tokenizer)([{k: row[k] for k in ("input_ids", "attention_mask")} for row in dev.select(range(4))]))  # fmt: skip
+    size = {"height": 16, "width": 16}
+    box = {"image_id": 0, "annotations": [{"bbox": [2, 2, 6, 6], "category_id": 1, "area": 36, "iscrowd": 0}]}
+    image_processor = transformers.YolosImageProcessor(size=size, do_pad=False)
+    pixels = [np.full((16, 16, 3), shade, np.uint8) for shade in range(4)]
+    encoded = image_processor(pixels, annotations=[box] * 4, return_tensors="pt")
+    pictures = [
+        {"pixel_values": p, "labels": b} for p, b in zip(encoded["pixel_values"], encoded["labels"], strict=True)
+    ]
+    said = {"question": ["w1"], "context": ["w2 w3 w4"], "answers": [{"text": ["w3"], "answer_start": [3]}]}
     return {
+        "detector": tiny.yolos(), "image_processor": image_processor, "pictures": pictures, "collate": _stacked,
+        "translator": tiny.t5(), "sentences": train.remove_columns("labels").select(range(4)),
+        "questions": Dataset.from_dict(said),
         **{name: getattr(hfkdq, name) for name in hfkdq.__all__},
         "DistillationTrainer": GivenTrainer, "MyTrainer": AnyTrainer, "SFTTrainer": trl.SFTTrainer,
           "torch": torch, "tempfile": tempfile, "timeit": timeit,
@@ -74,7 +94,7 @@ def fresh(folder):
 
 
 # What is shortened so that it takes seconds, and what stands for the Hub.
-SHORTER = {"latency=0.6": "latency=0.95", "n_trials=20": "n_trials=1", "number=1, repeat=50": "number=1, repeat=2", "cost=cost": "cost=lambda pruned: min(cost(pruned), 0.9)"}  # fmt: skip
+SHORTER = {"latency=0.6": "latency=0.95", "n_trials=20": "n_trials=1", "number=1, repeat=50": "number=1, repeat=2", "max_length=384, stride=128": "max_length=16, stride=4", "cost=cost": "cost=lambda pruned: min(cost(pruned), 0.9)"}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)
