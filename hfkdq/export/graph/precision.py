@@ -28,7 +28,8 @@ def quantize_dynamically(path: Path) -> None:
     a file that would not become smaller, as that of convolutions before a small head.
     """
     convolutions = [node.name for node in ir.load(path).graph.all_nodes() if node.op_type == "Conv"]
-    noted = {value.name for value in onnx.load(path, load_external_data=False).graph.value_info}
+    given = onnx.load(path, load_external_data=False)
+    noted = {value.name for value in given.graph.value_info}
     before = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         target = Path(folder, path.name)
@@ -46,6 +47,7 @@ def quantize_dynamically(path: Path) -> None:
         kept = [value for value in model.graph.value_info if value.name in noted]
         del model.graph.value_info[:], model.metadata_props[:]
         model.graph.value_info.extend(kept)
+        model.metadata_props.extend(given.metadata_props)
         onnx.save(model, target)
         if target.stat().st_size < before:
             target.replace(path)
