@@ -125,6 +125,8 @@ def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool =
     report.save(folder / "report.json")
     (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
     Console().print(report.table())
+    metric = next(iter(report.engines[0].metrics))
+    print(f"{metric}: {', '.join(f'{row.name} {row.metrics[metric]:.4f}' for row in report.engines)}.")
     print(f"{steps_and_terms(trainer)}. Saved in {trainer.args.output_dir}.")
 
 

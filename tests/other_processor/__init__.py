@@ -162,7 +162,7 @@ def switch_on(seed: int) -> None:
     @replaces("_convolution")  # which `convolution` calls, and which is what `torch.jit.trace` sees
     def _(original, x, w, bias, stride, padding, dilation, transposed, output_padding, groups, *flags):
         rest = (bias, stride, padding, dilation, transposed, output_padding, groups, *flags)
-        if transposed or not summed(x, w):
+        if transposed or not summed(x, w) or x.ndim != w.ndim or x.shape[1] != w.shape[1] * groups:  # which it refuses
             return original(x, w, *rest)
         p = order(f"convolution {rest[1:]}", w.shape[1], x, w)
         x = x.index_select(1, torch.cat([p + group * len(p) for group in range(groups)]))
