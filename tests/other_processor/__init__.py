@@ -167,8 +167,11 @@ def switch_on(seed: int) -> None:
         p = order(f"convolution {rest[1:]}", w.shape[1], x, w)
         x = x.index_select(1, torch.cat([p + group * len(p) for group in range(groups)]))
         w = w.index_select(1, p)
-        sizes = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
         turned = list(range(2, x.ndim))
+        stride, padding, dilation = (
+            list(v) * (len(turned) // len(v)) for v in (stride, padding, dilation)
+        )  # one for all
+        sizes = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
         if any((n + 2 * pad - d * (k - 1) - 1) % s for n, k, s, pad, d in sizes):
             turned = []  # the last places would not be the same
         return original(x.flip(turned), w.flip(turned), *rest).flip(turned)
