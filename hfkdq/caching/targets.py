@@ -15,15 +15,15 @@ from accelerate.utils import send_to_device
 from transformers.utils import logging
 
 from ..metrics import WordErrorRate
+from ..metrics.base import IGNORED
 from ..modeling.forwards import base_of
-from ..teachers import load_teacher, weights_fingerprint
-from .info import FORMAT_VERSION, ROW_CHECK, CachedOutput, CacheInfo, collator_name, processor_fingerprint
+from ..teachers import load_teacher
+from .info import ROW_CHECK, CachedOutput, CacheInfo
 from .shards import assemble, prepare_folder, write_shards
-from .writer import SHARD_ROWS, Source, default_collator
+from .writer import Source, cache_key, default_collator
 
 logger = logging.get_logger(__name__)
 _WRITTEN = CachedOutput("labels", None, (), "int32")
-_IGNORED = -100
 
 
 def generate_targets(
@@ -92,7 +92,11 @@ def generate_targets(
         )
     collator = data_collator or default_collator(processing_class)
     source = Source(dataset, collator, teacher, True)
-    place, info = _place(teacher, dataset, collator, processing_class, generation, folder, accelerator)
+    settings = {**model.generation_config.to_diff_dict(), **generation}
+    said = {name: str(value) for name, value in sorted(settings.items()) if name != "transformers_version"}
+    key = cache_key(teacher, dataset, collator, processing_class, accelerator, generation=said)
+    info = CacheInfo((_WRITTEN,), (), {}, key)
+    place = prepare_folder(folder, info, accelerator)
 
     def write(first: int, last: int) -> list[dict[str, Any]]:
         batch = collator(source.features(first, last))
@@ -118,26 +122,6 @@ def generate_targets(
     return whole.rename_column(_WRITTEN.column, "labels")
 
 
-def _place(
-    teacher: Any, dataset: Any, collator: Any, processor: Any, generation: Any, folder: Any, accelerator: Accelerator
-) -> tuple[Any, CacheInfo]:
-    """The folder of the shards, and what they depend on."""
-    settings = {**base_of(teacher).generation_config.to_diff_dict(), **generation}
-    key = {
-        "version": FORMAT_VERSION,
-        "teacher": weights_fingerprint(teacher),
-        "precision": f"{base_of(teacher).dtype}, autocast {accelerator.mixed_precision}".replace("torch.", ""),
-        "processor": processor_fingerprint(processor),
-        "dataset": dataset._fingerprint,
-        "rows": len(dataset),
-        "collator": collator_name(collator),
-        "generation": {name: str(value) for name, value in sorted(settings.items()) if name != "transformers_version"},
-        "part_rows": SHARD_ROWS,
-    }
-    info = CacheInfo((_WRITTEN,), (), {}, key)
-    return prepare_folder(folder, info, accelerator), info
-
-
 def _text_of(tokens: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """What was written behind the token that starts, up to its end."""
     written = tokens[1:]
@@ -149,7 +133,7 @@ def _agreeing(whole: datasets.Dataset, decode: Callable[..., list[str]], max_wer
     """The rows whose two texts differ by no more than that."""
     kept, rows = [], whole.select_columns(["labels", _WRITTEN.column])
     for number, row in enumerate(rows):
-        ids = [[token for token in row[name] if token != _IGNORED] for name in (_WRITTEN.column, "labels")]
+        ids = [[token for token in row[name] if token != IGNORED] for name in (_WRITTEN.column, "labels")]
         said, true = (text.strip() for text in decode(ids, skip_special_tokens=True))
         wrong = float(said != "") if not true else WordErrorRate.score([said], [true])["wer"]
         if wrong <= max_wer:

@@ -120,7 +120,9 @@ def cache_teacher_outputs(
         with tried_on(batch, student=None):
             plan = make_plan(teacher, top_k, temperature, hidden_states, dtype)
     inputs = checked_inputs(batch, source.columns, plan.decodes_labels)
-    key = _key(teacher, dataset, collator, processing_class, plan, dtype, accelerator)
+    settings: dict[str, Any] = {"top_k": plan.top_k, "temperature": plan.temperature if plan.top_k else None}
+    settings |= {"hidden_states": list(plan.layers), "dtype": dtype}
+    key = cache_key(teacher, dataset, collator, processing_class, accelerator, **settings)
     # By this one checkpoints know the teacher, so that a run that was begun beside it may go on with its cache.
     described = {**plan.outline.to_dict(), "fingerprint": fingerprint(teacher)}
     info = CacheInfo(plan.outputs, inputs, described, key)
@@ -200,10 +202,10 @@ class _Cells:
         return cell
 
 
-def _key(
-    teacher: Any, dataset: Any, collator: Any, processor: Any, plan: Plan, dtype: str, accelerator: Accelerator
+def cache_key(
+    teacher: Any, dataset: Any, collator: Any, processor: Any, accelerator: Accelerator, **settings: Any
 ) -> dict[str, Any]:
-    """What the outputs depend on, as the main process sees it."""
+    """What a teacher's outputs depend on, as the main process sees it: models and rows, and `settings` of the caller."""
     key = {
         "version": FORMAT_VERSION,
         "teacher": weights_fingerprint(teacher),
@@ -212,10 +214,7 @@ def _key(
         "dataset": dataset._fingerprint,
         "rows": len(dataset),
         "collator": collator_name(collator),
-        "top_k": plan.top_k,
-        "temperature": plan.temperature if plan.top_k else None,
-        "hidden_states": list(plan.layers),
-        "dtype": dtype,
+        **settings,
         "part_rows": SHARD_ROWS,
     }
     # A dataset made by a function that cannot be hashed has another fingerprint in every process.

@@ -95,7 +95,7 @@ class GeneratingFiles:
         shared = self._encoded({name: value.cpu().numpy() for name, value in batch.items()})
         states: Any
         states, mask = (torch.from_numpy(value).to(model.device) for value in shared.values())
-        decoder, forward = self._sessions[self._decoder(0)], model.forward
+        name, forward = self._decoder(0), model.forward
 
         @functools.wraps(forward)  # generate reads the signature
         def compute(*_: Any, decoder_input_ids: Tensor, encoder_outputs: Any, **inputs: Any) -> Seq2SeqLMOutput:
@@ -108,9 +108,8 @@ class GeneratingFiles:
                 else seen,
             }
             arrays = {name: value.cpu().numpy() for name, value in given.items()}
-            name = self._decoder(0)
             empty = {**self._empty(name, len(decoder_input_ids)), "use_cache_branch": np.array([False])}
-            logits: Any = torch.from_numpy(decoder({**arrays, **empty})["logits"]).to(model.device)
+            logits: Any = torch.from_numpy(self._sessions[name]({**arrays, **empty})["logits"]).to(model.device)
             return Seq2SeqLMOutput(logits=logits)
 
         masked = {"attention_mask": mask} if "attention_mask" in batch else {}

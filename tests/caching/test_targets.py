@@ -10,7 +10,7 @@ import transformers as tf
 from datasets import Dataset
 
 from hfkdq import DistillationTrainer, LogitKD, TaskLoss, generate_targets, make_student
-from hfkdq.caching import targets
+from hfkdq.caching import writer
 from hfkdq.metrics import WordErrorRate
 
 from .. import tiny
@@ -50,7 +50,7 @@ def test_labels_are_what_the_teacher_writes(tmp_path, beams):
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(targets, "SHARD_ROWS", 4)
+    monkeypatch.setattr(writer, "SHARD_ROWS", 4)
     teacher, data, calls = tiny.t5(), rows(), []
     generate = teacher.generate
 
