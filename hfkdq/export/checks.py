@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..facts import read_facts
 from ..modeling.forwards import base_of, evaluating, full_precision
 from ..modeling.own_modules import as_pretrained_
+from ..modeling.placement import refuse_sharded
 from ..modeling.tasks import tasks_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
@@ -35,6 +36,7 @@ def check_arguments(model: Any, tolerance: float | None, target: str, weight_typ
         raise TypeError(
             f"model must be a PreTrainedModel, got {type(model).__name__}. Unwrap it first: trainer.model."
         )
+    refuse_sharded(model)
     if getattr(model, "is_quantized", False) and base_of(model) is model:
         raise ValueError(
             "The model was loaded with integer weights (quantization_config). Load it in floating point to export it."

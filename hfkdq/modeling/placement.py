@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.tensor import DTensor
 
 from .forwards import base_of
 
@@ -42,6 +44,21 @@ def is_dispatched(model: Any) -> bool:
     """Whether hooks move what a model is given to its parts, on several devices or on disk."""
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     return len(devices) > 1 or "disk" in devices
+
+
+def sharding() -> str | None:
+    """What shards the model that this process trains, "FSDP" or "DeepSpeed"; `None` if nothing does."""
+    names = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+    return names.get(AcceleratorState().distributed_type) if is_initialized() else None
+
+
+def refuse_sharded(model: Any) -> None:
+    """Raises `ValueError` for a model of which this process holds a part."""
+    if was_split_while_loaded(model) or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "The parameters of the model are spread over several processes. Save it in all of them (trainer.save_model) and "
+            "go on in one, with the model that hfkdq.load_quantized or from_pretrained loads."
+        )
 
 
 def was_split_while_loaded(model: Any) -> bool:

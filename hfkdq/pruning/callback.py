@@ -18,6 +18,7 @@ from ..facts import drop_fact
 from ..modeling.batches import Batches, first_batch, make_batches
 from ..modeling.examples import NoExample, first_rows, given_to, tried_on
 from ..modeling.masks import Batch
+from ..modeling.placement import sharding
 from ..specs import PruningSpec
 from .criteria import FROM_GRADIENTS, check_trained
 from .finishing import count_parameters, finish_, rehearse, tell_left_unpruned
@@ -69,6 +70,7 @@ class PruningCallback(TrainerCallback, ExportableState):
         TypeError: `spec` is neither; or, as training is set up, the model is no `PreTrainedModel`.
         ValueError: a bound without `spec.rounds`, or the criterion `"teacher"` without data; as training is set up, the
             spec does not fit the model or, as training begins, there is no batch to try it on, has more rounds than steps, or the checkpoint is one of another spec.
+        NotImplementedError: as training is set up, FSDP or DeepSpeed shard the model.
         RuntimeError: as training starts, the optimizer does not hold the weights to prune. A `Trainer` that has
             removed units once cannot train again; make a new one.
 
@@ -149,6 +151,11 @@ class PruningCallback(TrainerCallback, ExportableState):
             tell_left_unpruned(model, self.spec, targets)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if (by := sharding()) is not None:
+            raise NotImplementedError(
+                f"{by} spreads every parameter over the processes, and units leave whole parameters alone. Prune before this "
+                "training, in one process (prune(model, spec) and save_pretrained), or train under DDP."
+            )
         try:
             self._rehearse(model)
         except NoExample:

@@ -12,6 +12,7 @@ from ..facts import read_facts
 from ..modeling import NoStructure
 from ..modeling.batches import Batches, first_batch, make_batches
 from ..modeling.examples import tried_on
+from ..modeling.placement import refuse_sharded
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
 from .finishing import count_parameters, finish_, record_pruning, rehearse, tell_left_unpruned
@@ -67,7 +68,7 @@ def prune(
     Raises:
         TypeError: `model` is no `PreTrainedModel`.
         ValueError: the spec does not fit the model, a copy pruned so computes something else, there is no batch to try it
-            on, or data are missing. The model is then as it was.
+            on, data are missing, or processes hold parts of the model. The model is then as it was.
 
     Example:
         ```python
@@ -80,6 +81,7 @@ def prune(
 
         ```
     """
+    refuse_sharded(model)
     if spec.structure == "vocab":
         return _prune_vocabulary(model, spec, calibration, processing_class)
     batches = None

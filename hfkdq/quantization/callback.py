@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import CONFIG_NAME, logging
 
 from ..modeling.own_modules import as_pretrained_
+from ..modeling.placement import sharding
 from ..specs import QuantizationSpec
 from . import records
 from .batch_norm import fold_batch_norm_
@@ -54,6 +55,7 @@ class QATCallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError: `spec` is neither.
+        NotImplementedError: as training is set up, scales of one number are to be learned under FSDP.
         RuntimeError: at the start of training, if scales are to be learned but the model got its fake quantizers after
             its optimizer.
         ValueError: the spec matches no module, points of training or bits are not in order, or training resumes from
@@ -105,6 +107,11 @@ class QATCallback(TrainerCallback, ExportableState):
         if self.fold_batch_norm and records.quantized_spec(as_pretrained_(model)) is None:
             fold_batch_norm_(model)
         prepare_qat_(model, self.spec)
+        if sharding() == "FSDP" and any(parameter.ndim == 0 for parameter in learned_parameters(model)):
+            raise NotImplementedError(
+                "The spec learns ranges or scales that are single numbers, and FSDP shards no parameter of one number. Leave out "
+                "range_estimator and weight_estimator, or train under DDP or DeepSpeed."
+            )
         self.schedule.at(0.0).apply_(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

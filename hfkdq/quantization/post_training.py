@@ -17,6 +17,7 @@ from ..modeling import load_checkpoint, load_config
 from ..modeling.batches import Batches, make_batches, on_device
 from ..modeling.forwards import evaluating
 from ..modeling.own_modules import as_pretrained_, own_class
+from ..modeling.placement import refuse_sharded
 from ..specs import QuantizationSpec
 from . import records
 from .convert import prepare_qat_, strip_quantizers_
@@ -69,6 +70,7 @@ def quantize(
         model.save_pretrained("int8")
         ```
     """
+    refuse_sharded(model)
     if records.quantized_spec(as_pretrained_(model)) is not None:
         raise ValueError(
             f"{type(model).__name__} already has fake quantizers. Remove them first with strip_quantizers_(model)."

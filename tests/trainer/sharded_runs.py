@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
+from hfkdq import PruningCallback, PruningSpec, QATCallback, QuantizationSpec, export_onnx
 from hfkdq.trainer import DistillationTrainer
 from tests import tiny
 from tests.trainer.common import ALL_TERMS, losses
@@ -32,6 +33,7 @@ def make(arguments: TrainingArguments, models) -> DistillationTrainer:
     return DistillationTrainer(
         student, arguments, train_dataset=tiny.text_dataset(64), processing_class=tiny.tokenizer(),
         teacher_model=teacher, objectives=ALL_TERMS["sum"],
+        callbacks=[QATCallback(QuantizationSpec(activation_bits=None))],  # ranges are those of one process's batches
         optimizer_cls_and_kwargs=optimizer,
     )  # fmt: skip
 
@@ -84,8 +86,28 @@ def main(folder: str) -> None:
     facts["logs"] = losses(trainer, "loss", "grad_norm", "task_loss", "logit_kd", "hidden_state_kd", "attention_kd")
     facts["recorded"] = trainer.model.config.hfkdq["distillation"]["teacher"]
     save_file(whole_weights(trainer), out / f"{name}{rank}.safetensors")
-    (out / f"{name}{rank}.json").write_text(json.dumps(facts))
     trainer.save_model(str(out / "final"))
+    facts["refused"] = refused(trainer, out / f"{name}{rank}")
+    (out / f"{name}{rank}.json").write_text(json.dumps(facts))
+
+
+def refused(trainer: DistillationTrainer, folder: Path) -> dict[str, str]:
+    """What cannot be done with the sharded model, and what is said."""
+
+    def attach(callback) -> None:
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=tiny.bert(0))
+
+    told = {}
+    for what, action in {
+        "pruning": lambda: attach(PruningCallback(PruningSpec(sparsity=0.5, structure="neuron"))),
+        "learned": lambda: attach(QATCallback(QuantizationSpec(range_estimator="learned"))),
+        "export": lambda: export_onnx(trainer.model, folder),
+    }.items():
+        try:
+            action()
+        except (ValueError, NotImplementedError) as error:
+            told[what] = str(error)
+    return told
 
 
 if __name__ == "__main__":

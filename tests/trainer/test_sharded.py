@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from hfkdq import load_quantized
 from hfkdq.trainer.arguments import refuse_unsupported
 from tests import tiny
 from tests.launch import accelerate_launch
@@ -61,6 +62,12 @@ def test_a_sharded_training_gives_the_updates_of_one_process_and_resumes(tmp_pat
         assert [fact["teacher"] for fact in facts] == [parameters] * 4
     else:
         assert all(fact["teacher"] < 0.6 * parameters for fact in facts)
+        assert all("trainer.save_model" in fact["refused"]["export"] for fact in facts)
+    assert all("prune(model, spec)" in fact["refused"]["pruning"] for fact in facts)
+    assert all(("learned" in fact["refused"]) == (name == "fsdp2") for fact in facts)
+    quantized, batch = load_quantized(tmp_path / "final"), tiny.batch(one.model)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(**batch).logits, one.model(**batch).logits, rtol=1e-4, atol=1e-5)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
     assert saved.state_dict().keys() == tiny.bert(0).state_dict().keys()
     for key, value in saved.named_parameters():
