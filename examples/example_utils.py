@@ -49,6 +49,10 @@ def parse(
     args, training_args = parser.parse_args_into_dataclasses(argv)
     if not args.tiny and not (args.dataset and getattr(args, needs)):
         parser.error(f"Give --dataset and --{needs}, or --tiny.")
+    if (Path(training_args.output_dir) / "onnx").exists():
+        parser.error(
+            f"{training_args.output_dir}/onnx holds an earlier file. Name another --output_dir, or remove it."
+        )
     set_seed(training_args.seed)
     return args, training_args
 
@@ -115,9 +119,11 @@ def train_and_save(trainer: Trainer) -> dict[str, float] | None:
 
 
 def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool = True) -> None:
-    """Exports what was trained, measures teacher, student and file by the usual metrics of their task, and saves report and card."""
+    """Exports what was trained, measures teacher, student and file, and saves report and card; without metrics of the trainer
+    by the usual ones of the task."""
     folder = Path(trainer.args.output_dir)
     how = dict(eval_dataset=data, processing_class=trainer.processing_class, data_collator=trainer.data_collator)
+    how["compute_metrics"] = trainer.compute_metrics
     file = export_onnx(trainer.model, folder / "onnx", latency_rounds=0, **how)
     report = CompressionReport.measure(
         teacher=teacher, student=trainer.model, onnx=file, latency_rounds=3 if timed else 0, **how

@@ -22,7 +22,11 @@ from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -110,6 +114,12 @@ def _bert(kind: Any, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Pre
             max_position_embeddings=64, initializer_range=0.1, **settings,
         )
     )  # fmt: skip
+
+
+def masked_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A BERT of random weights that guesses words."""
+    tokenizer.mask_token = "[UNK]"
+    return _bert(BertForMaskedLM, tokenizer).eval()
 
 
 def named_entities() -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedModel]:
@@ -255,6 +265,31 @@ def _tones(text: str, rate: int = 2000) -> bytes:
         sound.setparams((1, 2, rate, 0, "NONE", ""))
         sound.writeframes((np.concatenate(tones) * 20000).astype("<i2").tobytes())
     return file.getvalue()
+
+
+def sounds() -> tuple[DatasetDict, ASTFeatureExtractor, PreTrainedModel]:
+    """Tones of three pitches, and an audio spectrogram transformer of random weights."""
+    rng, pitches = random.Random(0), ["a", "b", "c"]
+    texts = ["".join(rng.choices(pitch, k=2)) for pitch in pitches for _ in range(24)]
+    rows = {
+        "audio": [{"bytes": _tones(text, 16000), "path": None} for text in texts],
+        "label": [ord(t[0]) - 97 for t in texts],
+    }
+    raw = (
+        Dataset.from_dict(rows)
+        .cast_column("audio", Audio(decode=False))
+        .cast_column("label", ClassLabel(names=pitches))
+    )
+    config = ASTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_length=64, num_mel_bins=32,
+        frequency_stride=16, time_stride=16, initializer_range=0.1, id2label=dict(enumerate(pitches)),
+        label2id={name: i for i, name in enumerate(pitches)},
+    )  # fmt: skip
+    return (
+        raw.train_test_split(24, seed=0),
+        ASTFeatureExtractor(max_length=64, num_mel_bins=32),
+        ASTForAudioClassification(config),
+    )
 
 
 def detection() -> tuple[DatasetDict, YolosImageProcessor, PreTrainedModel]:

@@ -74,6 +74,10 @@ FAMILIES = [
     ("image_features", "--objective mutual_information", {"task_loss", "crd", "vid"}),
     ("image_features", "--objective feature_maps", {"task_loss", "feature_map_kd"}),
     ("image_features", "--objective noise", {"task_loss", "noisy_kd", "adversarial_kd"}),
+    ("image_classification", "--mixing cutmix", {"task_loss", "logit_kd"}),
+    ("audio_classification", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
+    ("text_augmentation", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
+    ("text_augmentation", "--how masked_lm --learning_rate 5e-3", {"task_loss", "logit_kd"}),
     ("speech_ctc", "", {"task_loss", "logit_kd"}),
     ("token_classification", "", {"task_loss", "logit_kd", "hidden_state_kd"}),
     ("question_answering", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
@@ -107,7 +111,14 @@ def test_every_example_is_run_here():
     assert {path.name for path in EXAMPLES.glob("*.py")} == tried
 
 
-@pytest.mark.parametrize(("script", "options", "terms"), FAMILIES, ids=[f"{s} {o}".strip() for s, o, _ in FAMILIES])
+LONG = {"image_classification"}  # a student of fifty convolutions
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "terms"),
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] in LONG)) for one in FAMILIES],
+    ids=[f"{s} {o}".strip() for s, o, _ in FAMILIES],
+)
 def test_what_an_example_is_about_is_learned_and_saved(run, script, options, terms, tmp_path):
     rows, printed = run(script, tmp_path, "--tiny", "--max_steps", "20", *options.split())
     assert len(rows) == 4
