@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import re
+import zlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,8 +32,10 @@ THREADS = int(os.environ.get("HFKDQ_TEST_THREADS", "1"))  # the models are tiny,
 NUMBERS = re.compile(
     r"equal\(|allclose|assert_close|approx\(|assert_array|\.abs\(|hexdigest|losses?\b|logits|launch|export_onnx"
 )
-SAMPLE = 8
-"""Of a test with more cases these many always run, spread evenly, on each line others; the rest runs in `make test-slow`."""
+IS_5 = not transformers.__version__.startswith("4.")
+SAMPLE = 4 if IS_5 else 6
+"""Of a test with more cases these many always run, spread evenly, on each line others; the rest runs in `make test-slow`. A file takes
+five times as long to write on the v5 line."""
 DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -68,15 +71,19 @@ def _compares_numbers(path: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of modules that compare numbers are marked `numbers`, cases beyond a sample `slow`, before `-m` chooses."""
+    """Tests of modules that compare numbers are marked `numbers`, cases beyond a sample and what takes long on the other line
+    `slow`, before `-m` chooses."""
     cases = {}
     for item in items:
         if _compares_numbers(item.path):
             item.add_marker("numbers")
-        whole = item.get_closest_marker("every_case") or item.get_closest_marker("slow")
-        if os.environ.get("HFKDQ_TEST_CASES") != "all" and not whole:
+        if os.environ.get("HFKDQ_TEST_CASES") == "all":
+            continue
+        if item.get_closest_marker("one_line") and zlib.crc32(item.nodeid.encode()) % 2 != IS_5:
+            item.add_marker("slow")
+        elif not (item.get_closest_marker("every_case") or item.get_closest_marker("slow")):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    offset = 0.0 if transformers.__version__.startswith("4.") else 0.5
+    offset = 0.5 * IS_5
     for found in cases.values():
         if len(found) > SAMPLE:
             kept = {int((place + offset) * len(found) / SAMPLE) for place in range(SAMPLE)}

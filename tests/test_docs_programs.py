@@ -97,6 +97,7 @@ def fresh(folder):
 SHORTER = {"latency=0.6": "latency=0.95", "n_trials=20": "n_trials=1", "number=1, repeat=50": "number=1, repeat=2", "max_length=384, stride=128": "max_length=16, stride=4", "cost=cost": "cost=lambda pruned: min(cost(pruned), 0.9)"}  # fmt: skip
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize("page", PAGES)
 def test_the_programs_of_a_guide_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -114,6 +114,7 @@ def test_every_example_is_run_here():
 LONG = {"image_classification"}  # a student of fifty convolutions
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize(
     ("script", "options", "terms"),
     [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] in LONG)) for one in FAMILIES],
@@ -227,6 +228,7 @@ def test_boxes_are_read_from_files(run, tmp_path, data_folder):
     assert str(tmp_path / "out") in printed[-1]
 
 
+@pytest.mark.one_line
 def test_the_precision_of_a_detector_is_that_of_its_file(run, tmp_path):
     _, printed = run("object_detection", tmp_path, "--tiny", "--max_steps", "40", "--max_drop", "0")
     rows = {row["name"]: row["metrics"] for row in json.loads((tmp_path / "report.json").read_text())["engines"]}

@@ -178,6 +178,7 @@ print(commit.oid)
 """
 
 
+@pytest.mark.one_line
 def test_round_trip_with_from_pretrained(hub_server, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hfkdq": {"pruning": {"sparsity": 0.5}}}))

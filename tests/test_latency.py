@@ -44,6 +44,7 @@ def engine(checkpoint):
     return TimedEngine("torch", torch_call, checkpoint, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
+@pytest.mark.one_line
 def test_files_of_the_current_folder_do_not_run(checkpoint, hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(hostile)
     monkeypatch.setenv("PYTHONSTARTUP", str(hostile / "numpy.py"))
@@ -52,11 +53,13 @@ def test_files_of_the_current_folder_do_not_run(checkpoint, hostile, tmp_path, m
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.one_line
 def test_a_path_from_here_is_found_from_there(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
     assert time_engines([engine(Path("model"))], threads=1, rounds=1)[0].calls >= 10
 
 
+@pytest.mark.one_line
 def test_secrets_stay_with_the_parent(checkpoint, monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_API_KEY"):
         monkeypatch.setenv(name, "pretend")

@@ -440,6 +440,7 @@ def test_engines_are_timed_in_turn_and_their_processes_end(folder, processes, mo
     assert all(process.poll() == 0 for process in processes)
 
 
+@pytest.mark.one_line
 def test_measured_latency_covers_torch_and_onnx(folder):
     report = measure(folder, latency_rounds=1, threads=1)
     assert all(engine.latency.calls >= 10 for engine in report.engines)

@@ -131,6 +131,7 @@ print(json.dumps([trainer.state.log_history[0]["logit_kd"], fingerprint(trainer.
 """
 
 
+@pytest.mark.one_line
 def test_a_teacher_named_by_its_hub_id_is_downloaded_at_the_revision_asked_for(
     training_arguments, hub_server, folder, tmp_path
 ):

@@ -58,6 +58,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
     assert dataset[:] == whole[:]
 
 
+@pytest.mark.one_line
 def test_two_processes_make_the_dataset_of_one(tmp_path):
     told = accelerate_launch(SCRIPT, tmp_path / "two", tmp_path / "log", 0, tmp_path / "result")
     assert told.count("rows 22 shards 6") == 2

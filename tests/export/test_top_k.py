@@ -96,6 +96,7 @@ def test_a_file_that_chooses_elsewhere_or_nowhere_is_compared_as_it_is(folder, m
     assert follow_choices(folder, model, [batch], own, 1e-4) == (own, None)
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize("quantization", [None, QuantizationSpec()], ids=["float32", "int8"])
 def test_a_detector_of_two_stages_is_exported(quantization, tmp_path):
     """Places whose boxes would leave the image all have one score."""

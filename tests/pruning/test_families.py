@@ -490,6 +490,7 @@ def test_structures_are_pruned_one_after_the_other(name, order, ranking, tmp_pat
     check(family, model, outputs, tmp_path / "end")
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_both_stacks_of_an_encoder_decoder_are_pruned_one_after_the_other(name, tmp_path):
     family = FAMILIES[name]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hfkdq import PruningCallback, PruningSpec
@@ -27,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_line
 def test_the_same_units_are_pruned_on_all_processes(tmp_path):
     accelerate_launch(Path(__file__), tmp_path)
     first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -90,6 +90,7 @@ def flat(states):
     return [value for state in states.values() for value in state.values()]
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_compiled_training_is_the_same_in_one_graph(training_arguments, kind):
     make, spec, callback, graphs = SETTINGS[kind]

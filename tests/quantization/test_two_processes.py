@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hfkdq import QATCallback, QuantizationSpec
@@ -40,6 +41,7 @@ LEARNED = {
 }  # fmt: skip
 
 
+@pytest.mark.one_line
 def test_quantizers_are_equal_on_all_processes(tmp_path):
     accelerate_launch(Path(__file__), tmp_path)
     first, second = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]

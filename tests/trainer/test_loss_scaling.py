@@ -48,6 +48,7 @@ def test_other_teachers_and_terms_are_accumulated_as_exactly(tmp_path, kind, ter
     assert_same_update(one, other)
 
 
+@pytest.mark.one_line
 def test_two_processes_give_the_update_of_one(tmp_path):
     """Every term and their sum, 2 x 16 rows against 1 x 32, in one launch."""
     configuration = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "ddp.yaml"

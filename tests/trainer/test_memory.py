@@ -4,6 +4,7 @@
 import gc
 import weakref
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -51,6 +52,7 @@ def test_only_mapped_layers_are_kept_and_nothing_after_the_step(training_argumen
     assert counts[1::2] == [{"hidden_states": 0, "attentions": 0, "logits": 0}] * 2
 
 
+@pytest.mark.one_line
 def test_a_thousand_steps_leave_no_more_tensors_than_a_hundred(training_arguments):
     living = {}
 

@@ -280,6 +280,7 @@ def test_an_encoder_decoder_answers_what_its_encoder_reads(training_arguments):
 FOUND = {"found": True, "not found": False}
 
 
+@pytest.mark.one_line
 def test_two_processes_take_the_mean_of_what_both_wrote(tmp_path):
     accelerate_launch(Path(__file__), tmp_path)
     for name in FOUND:

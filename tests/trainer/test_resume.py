@@ -146,6 +146,7 @@ def draw(moments, count, seed):
     return [generator.choice(numbers[kind]) for kind in generator.sample(kinds, count)]
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_killed_at_random_moments_it_ends_as_if_never_cut(whole, tmp_path, estimator):
     moments = whole[estimator]["moments"]
@@ -156,6 +157,7 @@ def test_killed_at_random_moments_it_ends_as_if_never_cut(whole, tmp_path, estim
             assert_same_end(end, whole[estimator], f"killed {moments[at]} ({at})")
 
 
+@pytest.mark.one_line
 def test_killed_again_and_again_it_ends_as_if_never_cut(whole, tmp_path):
     length = len(whole["moving_average"]["moments"])
     generator = random.Random(2)
@@ -166,6 +168,7 @@ def test_killed_again_and_again_it_ends_as_if_never_cut(whole, tmp_path):
             assert_same_end(end, whole["moving_average"], f"killed at {kills}")
 
 
+@pytest.mark.one_line
 def test_two_processes_killed_between_two_logs_end_as_if_never_cut(tmp_path):
     """What each process summed up since the last log differs; losses and terms of both count in the next row."""
 

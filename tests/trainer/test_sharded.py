@@ -25,6 +25,7 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 )
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
