@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -203,7 +204,8 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
         return {
             # A name without its owner is no id that the card's example could load from.
             "README.md": report.to_card(repo_id if "/" in repo_id else None).encode(),
-            "compression_report.json": report.to_json().encode(),
+            # Rows of the data that it was measured on stay here.
+            "compression_report.json": replace(report, mistakes=()).to_json().encode(),
             "report.png": plot.read_bytes(),
         }
 

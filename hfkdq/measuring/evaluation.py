@@ -38,10 +38,12 @@ class Scores:
         metrics (`dict[str, float]`): what `compute_metrics` gave, numbers only.
         top_classes (`torch.Tensor`): the likeliest class at every place of the data set that has a label, int64 of
             shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for.
+        prediction (`EvalPrediction`): what `compute_metrics` was given.
     """
 
     metrics: dict[str, float]
     top_classes: Tensor
+    prediction: EvalPrediction
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,8 @@ class Evaluation:
                 f"eval_dataset gives {type(model).__name__} no labels, so nothing can be measured. Its columns are "
                 f"{', '.join(getattr(self.dataset, 'column_names', [])) or 'unknown'}; name the labels 'labels'."
             )
-        values = denumpify_detensorize(
-            dict(self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=labels)))
-        )
+        prediction = EvalPrediction(predictions=output.predictions, label_ids=labels)
+        values = denumpify_detensorize(dict(self.compute_metrics(prediction)))
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
         if len(numbers) < len(values):
             logger.warning(f"Left out of the report, as no numbers: {', '.join(sorted(set(values) - set(numbers)))}.")
@@ -156,7 +157,7 @@ class Evaluation:
         if wrong:
             raise ValueError(f"compute_metrics gave {', '.join(wrong)} for {name!r}; the report needs finite numbers.")
         tops = trainer.top_classes if isinstance(trainer, RunnerTrainer) else []
-        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64))
+        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64), prediction)
 
     def batches(self, model: PreTrainedModel, batch_size: int) -> Iterator[dict[str, Any]]:
         """The batches of the data set, with what an encoder-decoder makes of the labels."""

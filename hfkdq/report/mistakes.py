@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that a compressed model gets wrong and the model that it is compared with right, with what can be shown of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import wave
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Audio, Dataset
+from transformers import EvalPrediction
+
+from ..measuring.intervals import rows_of
+from ..metrics.base import IGNORED
+from ..metrics.tasks import LOWER_IS_BETTER, TaskMetrics
+from .data import Mistake
+from .environment import hide_secrets
+
+# What one row may take of a report.
+_TEXT, _PIXELS, _SECONDS = 600, 160, 10
+# A metric is computed for each row alone, which takes time.
+_MOST_ROWS = 2000
+
+
+def find_mistakes(
+    names: Sequence[str],
+    task: TaskMetrics,
+    predictions: Sequence[EvalPrediction],
+    model: Any,
+    rows: Any,
+    processor: Any,
+    limit: int,
+) -> tuple[Mistake, ...]:
+    """The rows on which the last engine loses most to the first one, by the first metric of each row alone.
+
+    Args:
+        names (`Sequence[str]`): the engines.
+        task (`TaskMetrics`): how they were measured.
+        predictions (`Sequence[EvalPrediction]`): of each, of the same rows; nothing is found where their numbers differ.
+        model (`PreTrainedModel`): names the classes.
+        rows (`datasets.Dataset`): the rows to show; a row that is told by several or not at all is shown by its number alone.
+        processor (tokenizer or processor, *optional*): turns token ids into texts.
+        limit (`int`): how many rows at most.
+    """
+    scored = [_scores(task, prediction, model) for prediction in predictions]
+    if not scored[0][0] or len({len(scores) for scores, _, _ in scored}) != 1:
+        return ()
+    first, last = (np.asarray(scored[place][0], np.float64) for place in (0, -1))
+    lost = (last - first) if task.metric in LOWER_IS_BETTER else (first - last)
+    chosen = [int(row) for row in np.argsort(-lost, kind="stable")[:limit] if lost[row] > 0]
+    plain = _readable(rows)
+    found = []
+    for row in chosen:
+        said = {name: told[row] for name, (_, told, _) in zip(names, scored, strict=True) if told}
+        label = scored[0][2][row] if scored[0][2] else None
+        shown = plain[row] if len(plain) == len(lost) or len(lost) == _MOST_ROWS < len(plain) else {}
+        texts, media = _shown(shown, processor)
+        values = {name: float(values[row]) for name, (values, _, _) in zip(names, scored, strict=True)}
+        found.append(
+            Mistake(
+                row=row, scores=values, said=_safe(said), label=None if label is None else _safe({"": label})[""],
+                texts=_safe(texts), media=media,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _scores(task: TaskMetrics, prediction: EvalPrediction, model: Any) -> tuple[list[float], list[str], list[str]]:
+    """The first metric of every row, what is said of it and what is right, as far as that can be told."""
+    if task.pairs is not None and task.score is not None:
+        said, right = task.pairs(prediction)
+        values = [
+            task.score([ours], [theirs]) for ours, theirs in zip(said[:_MOST_ROWS], right[:_MOST_ROWS], strict=True)
+        ]
+        return [value[task.metric] for value in values], [_told(one) for one in said], [_told(one) for one in right]
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    labels = prediction.label_ids
+    if not isinstance(logits, np.ndarray) or not isinstance(labels, np.ndarray) or len(logits) != len(labels):
+        return [], [], []
+    if logits.ndim == 2 and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        classes, tops = getattr(model.config, "id2label", None) or {}, logits.argmax(-1)
+        told = [[str(classes.get(int(number), number)) for number in numbers] for numbers in (tops, labels)]
+        hits = np.where(labels == IGNORED, 0.0, tops == labels)
+        return hits.astype(float).tolist(), told[0], told[1]
+    if not task.metric or not task.needs_labels:
+        return [], [], []
+    alone: list[float] = []
+    for row in range(min(len(labels), _MOST_ROWS)):
+        try:
+            alone.append(task(rows_of(prediction, np.array([row])))[task.metric])
+        except ValueError:  # a row without a label that counts
+            alone.append(0.0)
+    return alone, [], []
+
+
+def _readable(rows: Any) -> Any:
+    """The rows without their transform, sounds as the bytes of their files."""
+    if not isinstance(rows, Dataset):
+        return rows
+    sounds = [name for name, feature in rows.features.items() if isinstance(feature, Audio)]
+    rows = rows.with_format(None)
+    for name in sounds:
+        rows = rows.cast_column(name, Audio(decode=False))
+    return rows
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else " / ".join(map(str, value))
+
+
+def _shown(row: Mapping[str, Any], processor: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """The texts of a row, and its images and sounds."""
+    texts, media = {}, {}
+    for name, value in row.items():
+        if name in ("label", "labels"):
+            continue
+        if isinstance(value, str):
+            texts[name] = value
+        elif isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+            texts[name] = " ".join(value)
+        elif hasattr(value, "convert") and hasattr(value, "thumbnail"):
+            media[name] = _picture(value)
+        elif isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+            sound = _sound_of_file(value["bytes"] or Path(value["path"]).read_bytes())
+            media |= {} if sound is None else {name: sound}
+        elif isinstance(value, Mapping) and "array" in value and "sampling_rate" in value:
+            media[name] = _sound(np.asarray(value["array"]), int(value["sampling_rate"]))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not texts and "input_ids" in row and hasattr(tokenizer, "decode"):
+        texts["input_ids"] = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+    if not media and "pixel_values" in row:
+        media["pixel_values"] = _pixels(np.asarray(row["pixel_values"], np.float64))
+    return texts, media
+
+
+def _picture(image: Any) -> str:
+    """A PNG file of an image, of at most `_PIXELS` a side."""
+    small = image.convert("RGB")
+    small.thumbnail((_PIXELS, _PIXELS))
+    factor = _PIXELS // (2 * max(small.size))
+    if factor > 1:  # a few pixels are seen by nobody
+        small = small.resize((factor * small.width, factor * small.height), 0)
+    file = io.BytesIO()
+    small.save(file, format="PNG", optimize=True)
+    return _address("image/png", file.getvalue())
+
+
+def _pixels(values: np.ndarray[Any, Any]) -> str:
+    """A picture of what a model reads, `(channels, height, width)` of any range."""
+    from PIL import Image
+
+    channels = values[:3] if len(values) >= 3 else values[:1].repeat(3, axis=0)
+    low, high = channels.min(), channels.max()
+    scaled = (255 * (channels - low) / max(high - low, 1e-9)).astype(np.uint8).transpose(1, 2, 0)
+    return _picture(Image.fromarray(scaled))
+
+
+def _sound_of_file(data: bytes) -> str | None:
+    """The beginning of a WAV file as it is; `None` for what no WAV file is."""
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            if file.getsampwidth() != 2:
+                return None
+            rate, channels = file.getframerate(), file.getnchannels()
+            frames = np.frombuffer(file.readframes(_SECONDS * rate), "<i2")
+    except (wave.Error, EOFError):
+        return None
+    return _sound(frames.reshape(-1, channels).mean(1) / 32768, rate)
+
+
+def _sound(samples: np.ndarray[Any, Any], rate: int) -> str:
+    """A WAV file of samples in [-1, 1], its first seconds."""
+    file, mono = io.BytesIO(), samples if samples.ndim == 1 else samples.mean(0)
+    with wave.open(file, "wb") as written:
+        written.setnchannels(1)
+        written.setsampwidth(2)
+        written.setframerate(rate)
+        written.writeframes((32767 * np.clip(mono[: _SECONDS * rate], -1, 1)).astype("<i2").tobytes())
+    return _address("audio/wav", file.getvalue())
+
+
+def _address(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _safe(texts: Mapping[str, str]) -> dict[str, str]:
+    """Texts of at most `_TEXT` characters, without secrets and without halves of characters."""
+    cut = {name: text if len(text) <= _TEXT else f"{text[:_TEXT]}…" for name, text in texts.items()}
+    return {name: hide_secrets(text.encode(errors="replace").decode()) for name, text in cut.items()}
