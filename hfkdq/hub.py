@@ -198,14 +198,17 @@ def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -
 
 def _report_files(report: CompressionReport, repo_id: str) -> Contents:
     """Card, facts and plot of a report, rendered without touching the user's folder."""
+    from .report import CompressionReport
+
+    if isinstance(report, CompressionReport):
+        report = replace(report, mistakes=())  # rows of the data that it was measured on stay here
     with tempfile.TemporaryDirectory() as scratch:
         plot = Path(scratch) / "report.png"
         report.save_plot(plot)
         return {
             # A name without its owner is no id that the card's example could load from.
             "README.md": report.to_card(repo_id if "/" in repo_id else None).encode(),
-            # Rows of the data that it was measured on stay here.
-            "compression_report.json": replace(report, mistakes=()).to_json().encode(),
+            "compression_report.json": report.to_json().encode(),
             "report.png": plot.read_bytes(),
         }
 

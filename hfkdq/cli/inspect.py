@@ -61,6 +61,8 @@ def _told(found: dict[str, Any]) -> str:
             sizes |= {"export": f"{export.get('kind')}, {export.get('task')}, opset {export.get('opset')}"}
             sizes |= {"its files": "are those that were exported" if export["unchanged"] else export["difference"]}
         grid = Table.grid(padding=(0, 2))
+        grid.add_column()
+        grid.add_column(overflow="fold")
         for name, value in sizes.items():
             if value is not None:
                 grid.add_row(Text(one_line(name)), Text(one_line(value)))
@@ -70,7 +72,8 @@ def _told(found: dict[str, Any]) -> str:
         if found["weights"]:
             table = Table(box=box.SIMPLE_HEAD, padding=0)
             for title in ("Weight", "Shape", "Type", "Zeros (%)"):
-                table.add_column(title, justify="left" if title == "Weight" else "right")
+                left = title == "Weight"
+                table.add_column(title, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
             for row in found["weights"]:
                 shape = " x ".join(map(str, row["shape"]))
                 table.add_row(Text(one_line(row["name"])), shape, row["dtype"], f"{100 * row['zeros']:.1f}")

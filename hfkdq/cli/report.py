@@ -8,9 +8,10 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..files import check_new
-from .names import check_data
+from .names import check_data, split_name
 from .options import add_data, add_timing, check_least
 
 HELP = "measure and compare checkpoints, files and models of the Hub; writes a page"
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..files import staged
-    from ..report import Candidate, CompressionReport, DatasetInfo
+    from ..report import Candidate, CompressionReport
     from ..report.curves import read_curves
     from .data import EVALUATION
     from .inputs import Reader
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
             report = CompressionReport.compare(
                 candidates, batch_size=options.batch_size, latency_rounds=options.latency_rounds, threads=options.threads,
                 resamples=options.resamples, examples=options.examples, rows=readers[0].rows,
-                dataset=DatasetInfo(name=Path(options.eval_data).name),
+                dataset=_dataset(options.eval_data),
             )  # fmt: skip
             curves = [read_curves(place.folder) for place, _, _ in loaded if place.name != "teacher"]
             report = replace(report, curves=next(filter(None, reversed(curves)), {}))
@@ -97,3 +98,13 @@ def run(options: argparse.Namespace) -> None:
     console = Console(file=sys.stdout)
     console.print(report.table())
     sys.stdout.write(f"{staging.folder / 'report.html'}\n")
+
+
+def _dataset(where: str) -> Any:
+    """What the data are: by the name of the file or folder, or by their id on the Hub."""
+    from ..report import DatasetInfo
+
+    path, config, split = split_name(where)
+    if Path(path).expanduser().exists():
+        return DatasetInfo(name=Path(path).expanduser().resolve().name, split=split)
+    return DatasetInfo(name=path, id=path, config=config, split=split)

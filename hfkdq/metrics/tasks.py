@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..modeling.tasks import class_names, is_bare, is_listed
 from .answers import answer_pairs, has_answers, span_metrics
 from .base import IGNORED
 from .classes import MeanIoU, MultiLabelF1, classification_metrics
-from .detection import detection_metrics
+from .detection import detection_metrics, detection_pairs, score_detection
 from .text import AnswerF1, Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
 
@@ -297,8 +298,10 @@ def _first_label(dataset: Any) -> Any:
 
 def _boxes(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
     names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    compute = detection_metrics(getattr(processor, "image_processor", processor), id2label=names)
-    return TaskMetrics(compute=compute, metric="map", concat_batches=False)
+    processor = getattr(processor, "image_processor", processor)
+    detection_metrics(processor)  # refuses what is no processor of a detector, and a missing library
+    score = partial(score_detection, id2label=names)
+    return _of_pairs(detection_pairs(processor), score, metric="map", concat_batches=False)
 
 
 # In the order of `modeling.tasks.TASKS`: a class that two tables list is for the first of them.

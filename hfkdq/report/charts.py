@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def _pareto(report: ReportData, rows: Sequence[Engine], metric: str, cost: str, 
         for engine, x, y in zip(rows, costs, values, strict=True)
     )
     unbeaten = ", ".join(rows[i].name for i in best)
-    return Chart(f"{metric} by {cost}", f"{told}. Not beaten in both: {unbeaten}.", _svg(draw, f"by-{cost[:4]}"))
+    return Chart(f"{metric} by {cost}", f"{told}. Not beaten in both: {unbeaten}.", _svg(draw))
 
 
 def _curve(name: str, points: Sequence[Sequence[float]]) -> Chart:
@@ -101,7 +102,7 @@ def _curve(name: str, points: Sequence[Sequence[float]]) -> Chart:
         axis.set_xlabel("optimizer step", fontsize=8.5, color=_FAINT)
 
     told = f"From {values[0]:.4g} at step {steps[0]:g} to {values[-1]:.4g} at step {steps[-1]:g}; lowest {min(values):.4g}."
-    return Chart(name, told, _svg(draw, f"curve-{re.sub('[^a-zA-Z0-9]', '-', name)}"))
+    return Chart(name, told, _svg(draw))
 
 
 def _bars(name: str, what: str, heights: Sequence[float]) -> Chart:
@@ -111,10 +112,15 @@ def _bars(name: str, what: str, heights: Sequence[float]) -> Chart:
         axis.set_ylim(0, 1.1 * max(1.0, *heights))
 
     told = f"{what} of {len(heights)} weights of {name}: from {min(heights):.3g} to {max(heights):.3g}."
-    return Chart(f"{name}: {what}", told, _svg(draw, f"{what[:4]}-{re.sub('[^a-zA-Z0-9]', '-', name)}"))
+    return Chart(f"{name}: {what}", told, _svg(draw))
 
 
-def _svg(draw: Callable[[Any], None], name: str) -> str:
+def with_prefix(svg: str, prefix: str) -> str:
+    """The element with `prefix` before all its names, which are those of the whole page."""
+    return re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"{prefix}-", svg)
+
+
+def _svg(draw: Callable[[Any], None]) -> str:
     """An SVG element with one pair of axes."""
     try:
         import matplotlib
@@ -123,7 +129,8 @@ def _svg(draw: Callable[[Any], None], name: str) -> str:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError(f"The page has charts, which need matplotlib: {EXTRA}.") from error
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hfkdq"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hfkdq"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has other letters
         figure = Figure(figsize=(4.6, 3.0), layout=ConstrainedLayoutEngine())
         FigureCanvasSVG(figure)
         axis = figure.subplots()
@@ -137,7 +144,6 @@ def _svg(draw: Callable[[Any], None], name: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(?<=\bid=")|(?<=url\(#)|(?<=href="#)', f"{name}-", text)  # names are those of the whole page
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     head, rest = text.split(">", 1)
     head = re.sub(r' (?:height|width|xmlns:xlink)="[^"]*"', "", head)

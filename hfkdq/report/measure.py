@@ -135,6 +135,9 @@ def compare(
     """The measured fields of a report on candidates of any kind. `CompressionReport.compare` describes the rest."""
     settings = _Settings(latency_rounds, threads, resamples, examples, batch_size)
     names = [candidate.name for candidate in candidates]
+    wrong = next((name for name in names if not name or not name.isprintable()), None)
+    if wrong is not None:
+        raise ValueError(f"A candidate is called {wrong!r}. A name is a line of text that can be printed.")
     twice = next((name for name in names if names.count(name) > 1), None)
     if not names or twice is not None:
         raise ValueError(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from ..metrics.tasks import LOWER_IS_BETTER, TaskMetrics
 from .data import Mistake
 from .environment import hide_secrets
 
+COLORS = {"right": "#1a9850", "first": "#2f6fb5", "last": "#e0793a"}
+"""Of boxes: those that are there, and those that the first and the last engine find."""
 # What one row may take of a report.
-_TEXT, _PIXELS, _SECONDS = 600, 160, 10
+_TEXT, _PIXELS, _SECONDS = 600, 240, 10
 # A metric is computed for each row alone, which takes time.
 _MOST_ROWS = 2000
 
@@ -53,30 +55,38 @@ def find_mistakes(
     lost = (last - first) if task.metric in LOWER_IS_BETTER else (first - last)
     chosen = [int(row) for row in np.argsort(-lost, kind="stable")[:limit] if lost[row] > 0]
     plain = _readable(rows)
+    fits = len(plain) == len(lost) or len(lost) == _MOST_ROWS < len(plain)
+    classes = getattr(model.config, "id2label", None) or {}
     found = []
     for row in chosen:
         said = {name: told[row] for name, (_, told, _) in zip(names, scored, strict=True) if told}
         label = scored[0][2][row] if scored[0][2] else None
-        shown = plain[row] if len(plain) == len(lost) or len(lost) == _MOST_ROWS < len(plain) else {}
+        shown = dict(plain[row]) if fits else {}
+        drawn = {} if label is None else {"": label, names[0]: said[names[0]], names[-1]: said[names[-1]]}
+        for name, value in shown.items():
+            if _is_picture(value) and any(isinstance(boxes, Mapping) for boxes in drawn.values()):
+                shown[name] = _with_boxes(value, list(drawn.values()))
         texts, media = _shown(shown, processor)
-        values = {name: float(values[row]) for name, (values, _, _) in zip(names, scored, strict=True)}
         found.append(
             Mistake(
-                row=row, scores=values, said=_safe(said), label=None if label is None else _safe({"": label})[""],
-                texts=_safe(texts), media=media,
+                row=row,
+                scores={name: float(values[row]) for name, (values, _, _) in zip(names, scored, strict=True)},
+                said=_safe({name: _told(value, classes) for name, value in said.items()}),
+                label=None if label is None else _safe({"": _told(label, classes)})[""],
+                texts=_safe(texts),
+                media=media,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
-def _scores(task: TaskMetrics, prediction: EvalPrediction, model: Any) -> tuple[list[float], list[str], list[str]]:
+def _scores(task: TaskMetrics, prediction: EvalPrediction, model: Any) -> tuple[list[float], list[Any], list[Any]]:
     """The first metric of every row, what is said of it and what is right, as far as that can be told."""
     if task.pairs is not None and task.score is not None:
-        said, right = task.pairs(prediction)
-        values = [
-            task.score([ours], [theirs]) for ours, theirs in zip(said[:_MOST_ROWS], right[:_MOST_ROWS], strict=True)
-        ]
-        return [value[task.metric] for value in values], [_told(one) for one in said], [_told(one) for one in right]
+        said, right = (values[:_MOST_ROWS] for values in task.pairs(prediction))
+        score = task.score
+        alone = [_score(task, lambda: score([ours], [theirs])) for ours, theirs in zip(said, right, strict=True)]  # noqa: B023 - called at once
+        return alone, said, right
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     labels = prediction.label_ids
     if not isinstance(logits, np.ndarray) or not isinstance(labels, np.ndarray) or len(logits) != len(labels):
@@ -88,13 +98,16 @@ def _scores(task: TaskMetrics, prediction: EvalPrediction, model: Any) -> tuple[
         return hits.astype(float).tolist(), told[0], told[1]
     if not task.metric or not task.needs_labels:
         return [], [], []
-    alone: list[float] = []
-    for row in range(min(len(labels), _MOST_ROWS)):
-        try:
-            alone.append(task(rows_of(prediction, np.array([row])))[task.metric])
-        except ValueError:  # a row without a label that counts
-            alone.append(0.0)
-    return alone, [], []
+    numbers = range(min(len(labels), _MOST_ROWS))
+    return [_score(task, lambda: task(rows_of(prediction, np.array([row])))) for row in numbers], [], []  # noqa: B023 - called at once
+
+
+def _score(task: TaskMetrics, compute: Callable[[], Mapping[str, float]]) -> float:
+    """The first metric of a row; nothing is lost on a row without a label that counts."""
+    try:
+        return compute()[task.metric]
+    except ValueError:
+        return 0.0
 
 
 def _readable(rows: Any) -> Any:
@@ -108,8 +121,37 @@ def _readable(rows: Any) -> Any:
     return rows
 
 
-def _told(value: Any) -> str:
+def _told(value: Any, classes: Mapping[int, str]) -> str:
+    if isinstance(value, Mapping):
+        names = [str(classes.get(int(label), label)) for label in np.asarray(value["labels"])[_likely(value)]]
+        return ", ".join(names) or "nothing"
     return value if isinstance(value, str) else " / ".join(map(str, value))
+
+
+def _likely(boxes: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """The places of the boxes that are as likely as not, or are those of a label."""
+    return np.flatnonzero(np.asarray(boxes.get("scores", np.ones(len(boxes["labels"])))) >= 0.5)
+
+
+def _is_picture(value: Any) -> bool:
+    return hasattr(value, "convert") and hasattr(value, "thumbnail")
+
+
+def _with_boxes(image: Any, boxes: Sequence[Any]) -> Any:
+    """The picture with the boxes that are right, of the first engine and of the last, in the colours of `COLORS`."""
+    from PIL import ImageDraw
+
+    drawn = image.convert("RGB")
+    scale = max(1.0, 2 * _PIXELS / max(drawn.size))
+    drawn = drawn.resize((round(scale * drawn.width), round(scale * drawn.height)))
+    pen = ImageDraw.Draw(drawn)
+    for found, color in zip(boxes, COLORS.values(), strict=True):
+        for corners in np.asarray(found["boxes"], np.float64).reshape(-1, 4)[_likely(found)]:
+            left, top, right, bottom = (scale * corner for corner in corners)
+            pen.rectangle(
+                [left, top, max(left, right), max(top, bottom)], outline=color, width=max(2, drawn.width // 100)
+            )
+    return drawn
 
 
 def _shown(row: Mapping[str, Any], processor: Any) -> tuple[dict[str, str], dict[str, str]]:
@@ -122,7 +164,7 @@ def _shown(row: Mapping[str, Any], processor: Any) -> tuple[dict[str, str], dict
             texts[name] = value
         elif isinstance(value, list) and value and all(isinstance(word, str) for word in value):
             texts[name] = " ".join(value)
-        elif hasattr(value, "convert") and hasattr(value, "thumbnail"):
+        elif _is_picture(value):
             media[name] = _picture(value)
         elif isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
             sound = _sound_of_file(value["bytes"] or Path(value["path"]).read_bytes())

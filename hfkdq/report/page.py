@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..export.record import MADE_UP
 from ..facts import describe_facts, three_digits
 from .card import parity_cells
-from .charts import Chart, curve_charts, layer_charts, pareto_charts
+from .charts import Chart, curve_charts, layer_charts, pareto_charts, with_prefix
 from .data import ReportData
 from .markdown import one_line
 from .table import cells, is_share, metric_names, metric_text, told_doubts
@@ -47,9 +47,13 @@ def render_page(report: ReportData) -> str:
         header=header,
         rows=[[_split(cell) for cell in row] for row in rows],
         doubts=told_doubts(report),
-        pareto=_marked(pareto_charts(report)),
-        curves=_marked(curve_charts(report)),
-        layers=[(engine, _marked(layer_charts(engine))) for engine in report.engines if engine.layers],
+        pareto=_marked(pareto_charts(report), "pareto"),
+        curves=_marked(curve_charts(report), "curve"),
+        layers=[
+            (engine, _marked(layer_charts(engine), f"layers-{number}"))
+            for number, engine in enumerate(report.engines)
+            if engine.layers
+        ],
         parity=parity_cells(report),
         made_up=[e.name for e in report.engines if (e.parity or {}).get("compared_on") == MADE_UP],
         recipe=describe_facts(report.facts),
@@ -84,5 +88,10 @@ def _split(cell: str) -> tuple[str, str]:
     return (number, f"[{bounds}") if bracket and bounds.endswith("]") else (cell, "")
 
 
-def _marked(charts: list[Chart]) -> list[dict[str, Any]]:
-    return [{"title": one.title, "description": one.description, "svg": Markup(one.svg)} for one in charts]
+def _marked(charts: list[Chart], prefix: str) -> list[dict[str, Any]]:
+    """Charts whose elements, in which matplotlib has escaped all texts, are HTML already."""
+    elements = [with_prefix(one.svg, f"{prefix}-{number}") for number, one in enumerate(charts)]
+    return [
+        {"title": one.title, "description": one.description, "svg": Markup(svg)}
+        for one, svg in zip(charts, elements, strict=True)
+    ]

@@ -15,7 +15,7 @@ from .data import BUSY, Engine, ReportData
 from .markdown import Markdown, escape, one_line
 
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "auc")
-_NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
+NONE = "–"  # noqa: RUF001 - the sign for a cell without a value
 
 
 def metric_names(report: ReportData) -> list[str]:
@@ -61,15 +61,15 @@ def cells(report: ReportData) -> tuple[list[str], list[list[str]]]:
     # Hardly any dense model is without a zero; a column of zeros is for those that were pruned.
     if all((engine.sparsity or 0.0) < 0.01 for engine in report.engines):
         for row in rows:
-            row[header.index("Zeros (%)")] = _NONE
-    used = [index for index in range(len(header)) if any(row[index] != _NONE for row in rows)]
+            row[header.index("Zeros (%)")] = NONE
+    used = [index for index in range(len(header)) if any(row[index] != NONE for row in rows)]
     return [header[index] for index in used], [[row[index] for index in used] for row in rows]
 
 
 def _metrics(report: ReportData, engine: Engine, names: list[str]) -> list[str]:
     def text(name: str) -> str:
         if name not in engine.metrics:
-            return _NONE
+            return NONE
         share = is_share(report, name)
         return with_interval(metric_text(engine.metrics[name], share), engine.intervals.get(name), share)
 
@@ -79,7 +79,7 @@ def _metrics(report: ReportData, engine: Engine, names: list[str]) -> list[str]:
 def _drop(report: ReportData, engine: Engine, names: list[str]) -> list[str]:
     """How much worse than the first row the engine is, by the first metric, where the interval of that is known."""
     if not names or names[0] not in engine.changes:
-        return [_NONE] * len(names)
+        return [NONE] * len(names)
     sign, share = (-1 if higher_is_better(names[0]) else 1), is_share(report, names[0])
     drop = sign * (engine.metrics[names[0]] - report.engines[0].metrics[names[0]])
     return [with_interval(metric_text(drop, share), sorted(sign * bound for bound in engine.changes[names[0]]), share)]
@@ -127,19 +127,19 @@ def told_doubts(report: ReportData) -> list[str]:
 def _numbers(report: ReportData, engine: Engine) -> list[str]:
     latency = engine.latency
     return [
-        _NONE if engine.parameters is None else short_count(engine.parameters),
-        _NONE if engine.sparsity is None else f"{100 * engine.sparsity:.1f}",
+        NONE if engine.parameters is None else short_count(engine.parameters),
+        NONE if engine.sparsity is None else f"{100 * engine.sparsity:.1f}",
         megabytes(engine.size),
         f"{report.size_ratio(engine):.2f}",
-        _NONE if latency is None else three_digits(latency.median_ms),
-        _NONE if latency is None else three_digits(latency.min_ms),
+        NONE if latency is None else three_digits(latency.median_ms),
+        NONE if latency is None else three_digits(latency.min_ms),
         speedup_text(report.speedup(engine), report.speedup_interval(engine)),
     ]
 
 
 def speedup_text(speedup: float | None, bounds: Sequence[float] | None) -> str:
     """A ratio of times and, in brackets, its bounds; a dash where it is not known."""
-    ratio = _NONE if speedup is None else f"{three_digits(speedup)}x"
+    ratio = NONE if speedup is None else f"{three_digits(speedup)}x"
     return ratio if bounds is None else f"{ratio} [{', '.join(map(three_digits, bounds))}]"
 
 

@@ -32,7 +32,7 @@ class Timed:
         name (`str`): the candidate.
         threads (`int`): threads that it computed with.
         batch_size (`int`): examples of a call.
-        length (`int`): tokens of each, for models of texts.
+        length (`int`, *optional*): tokens of each, of models of texts.
         latency ([`Latency`]): milliseconds of a call.
         percentiles (`dict[str, float]`): such as `{"p50": 1.9, "p90": 2.0, "p99": 2.4}`, milliseconds of a call.
         throughput (`float`): examples a second, by the median.
@@ -43,7 +43,7 @@ class Timed:
     name: str
     threads: int
     batch_size: int
-    length: int
+    length: int | None
     latency: Latency
     percentiles: dict[str, float]
     throughput: float
@@ -84,15 +84,16 @@ def time_files(
         )
         for (name, _, path), size, calls in zip(candidates, sizes, turns, strict=True)
     ]  # fmt: skip
-    timing = {"device": "cpu", "threads": threads, "rounds": rounds, "inputs": {"batch": [batch_size, length]}}
+    timing = {"device": "cpu", "threads": threads, "rounds": rounds, "inputs": {}}
     report = ReportData(engines=tuple(rows), architecture="Model", samples=0, timing=timing)
     return [
-        _timed(report, row, calls, threads, batch_size, length) for row, calls in zip(rows, turns, strict=True)
+        _timed(report, row, calls, threads, batch_size, length if "input_ids" in engine.inputs else None)
+        for row, engine, calls in zip(rows, engines, turns, strict=True)
     ], report
 
 
 def _timed(
-    report: ReportData, row: Engine, turns: list[list[float]], threads: int, batch_size: int, length: int
+    report: ReportData, row: Engine, turns: list[list[float]], threads: int, batch_size: int, length: int | None
 ) -> Timed:
     calls = [ms for turn in turns for ms in turn]
     latency = latency_of(turns)
