@@ -66,15 +66,12 @@ def _print(found: list[Any], told: list[str]) -> None:
 
     from ..facts import three_digits
     from ..report.markdown import one_line
-    from ..report.table import NONE, speedup_text
+    from ..report.table import NONE, add_column, speedup_text
 
     console, table = Console(file=sys.stdout), Table(box=box.SIMPLE_HEAD, padding=0)
     titles = ["File", "Threads", "Batch", "Length", *(f"{name} (ms)" for name in found[0].percentiles), "Fastest (ms)", "Examples/s", "Speed-up"]  # fmt: skip
     for title in titles:
-        left = title == "File"
-        table.add_column(
-            title.replace(" ", "\n", 1), justify="left" if left else "right", overflow="fold" if left else "ellipsis"
-        )
+        add_column(table, title, left=title == "File")
     for row in found:
         numbers = [*row.percentiles.values(), row.latency.min_ms, row.throughput]
         sizes = [NONE if size is None else str(size) for size in (row.threads, row.batch_size, row.length)]

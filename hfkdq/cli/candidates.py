@@ -42,12 +42,15 @@ def split_names(given: list[str]) -> list[tuple[str, str]]:
         ValueError: two have one name.
         FileNotFoundError: one is a file or folder of this machine, and is not there.
     """
-    pairs = [("", where) if Path(where).exists() else where.partition("=")[::2] for where in given]
-    pairs = [(name, where) if where else ("", name) for name, where in pairs]
-    for name, where in pairs:
-        if not where:
-            raise ValueError(f"There is no name of a checkpoint, file or folder in {name!r}.")
-        refuse_missing(where)
+    pairs = []
+    for one in given:
+        name, sign, where = ("", "", one) if Path(one).exists() else one.partition("=")
+        pairs.append((name, where) if sign else ("", one))
+        if not pairs[-1][1].strip() or (sign and not name.strip()):
+            raise ValueError(
+                f"There is no name of a checkpoint, file or folder in {one!r}. Write PLACE, or NAME=PLACE."
+            )
+        refuse_missing(pairs[-1][1])
     short = [name or _short(where) for name, where in pairs]
     names = [
         name if short.count(name) == 1 or pairs[place][0] else pairs[place][1] for place, name in enumerate(short)

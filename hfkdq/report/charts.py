@@ -23,6 +23,9 @@ _IN_CSS = {
 }  # fmt: skip
 
 
+_LONGEST = 28  # letters of a name
+
+
 class Chart(NamedTuple):
     """A chart: what it is called, what is to be seen in it, for those who do not see it, and the SVG element."""
 
@@ -62,6 +65,11 @@ def front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     return best
 
 
+def _label(name: str) -> str:
+    """A name as it fits into a chart."""
+    return plain_text(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…")
+
+
 def _pareto(report: ReportData, rows: Sequence[Engine], metric: str, cost: str, costs: Sequence[float]) -> Chart:
     factor = 100 if is_share(report, metric) else 1
     unit = " in percent" if factor == 100 else ""
@@ -78,10 +86,10 @@ def _pareto(report: ReportData, rows: Sequence[Engine], metric: str, cost: str, 
                 axis.plot([x, x], [factor * bound for bound in engine.intervals[metric]], color=color, zorder=2)
             axis.scatter([x], [y], s=42, color=color, zorder=3)
             above = (5, 6) if y >= middle else (5, -13)
-            axis.annotate(plain_text(engine.name), (x, y), above, textcoords="offset points", fontsize=9, color=_INK)
+            axis.annotate(_label(engine.name), (x, y), above, textcoords="offset points", fontsize=9, color=_INK)
         axis.set_xlim(min(costs) / 1.4, max(costs) * 3)
         axis.set_xlabel(f"{cost}, on a logarithmic axis", fontsize=8.5, color=_FAINT)
-        axis.set_ylabel(plain_text(metric) + unit, fontsize=8.5, color=_FAINT)
+        axis.set_ylabel(_label(metric) + unit, fontsize=8.5, color=_FAINT)
         ends = sorted({min(costs), max(costs)})
         axis.minorticks_off()
         axis.set_xticks(ends, [three_digits(end) for end in ends])
@@ -100,6 +108,7 @@ def _curve(name: str, points: Sequence[Sequence[float]]) -> Chart:
     def draw(axis: Any) -> None:
         axis.plot(steps, values, color=_LAST, linewidth=1.5)
         axis.set_xlabel("optimizer step", fontsize=8.5, color=_FAINT)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
 
     told = f"From {values[0]:.4g} at step {steps[0]:g} to {values[-1]:.4g} at step {steps[-1]:g}; lowest {min(values):.4g}."
     return Chart(name, told, _svg(draw))
@@ -107,8 +116,9 @@ def _curve(name: str, points: Sequence[Sequence[float]]) -> Chart:
 
 def _bars(name: str, what: str, heights: Sequence[float]) -> Chart:
     def draw(axis: Any) -> None:
-        axis.bar(range(len(heights)), heights, color=_KINDS["onnx"], width=0.8)
+        axis.bar(range(1, len(heights) + 1), heights, color=_KINDS["onnx"], width=0.8)
         axis.set_xlabel("weights, the first to the last", fontsize=8.5, color=_FAINT)
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.set_ylim(0, 1.1 * max(1.0, *heights))
 
     told = f"{what} of {len(heights)} weights of {name}: from {min(heights):.3g} to {max(heights):.3g}."

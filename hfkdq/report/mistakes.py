@@ -142,7 +142,7 @@ def _with_boxes(image: Any, boxes: Sequence[Any]) -> Any:
     from PIL import ImageDraw
 
     drawn = image.convert("RGB")
-    scale = max(1.0, 2 * _PIXELS / max(drawn.size))
+    scale = _PIXELS / max(drawn.size)
     drawn = drawn.resize((round(scale * drawn.width), round(scale * drawn.height)))
     pen = ImageDraw.Draw(drawn)
     for found, color in zip(boxes, COLORS.values(), strict=True):

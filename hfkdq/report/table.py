@@ -152,19 +152,19 @@ def render_table(report: ReportData) -> Table:
     title = Text(one_line(f"{report.architecture}, {report.samples:,} examples"))
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", padding=0)
     for name in header:
-        left = name == "Model"
-        style = "dim" if name.startswith("Fastest") else None
-        # rich shrinks wide columns in proportion, into words; with two lines to a name none is wide.
-        title = Text(one_line(name).replace(" ", "\n", 1))
-        width = max(map(len, title.plain.split("\n")))
-        table.add_column(
-            title, justify="left" if left else "right", style=style, no_wrap=left, min_width=min(width, 12)
-        )
+        add_column(table, name, left=name == "Model", style="dim" if name.startswith("Fastest") else None)
     for row in rows:
         table.add_row(*(Text(one_line(cell).replace(" [", "\n[")) for cell in row))
     table.caption_justify = "left"
     table.caption = Text(" ".join(map(one_line, told_doubts(report)))) if told_doubts(report) else None
     return table
+
+
+def add_column(table: Table, name: str, left: bool = False, style: str | None = None) -> None:
+    """Adds a column whose name is on two lines: rich shrinks wide columns in proportion, into words."""
+    title = Text(one_line(name).replace(" ", "\n", 1))
+    width = min(12, max(map(len, title.plain.split("\n"))))
+    table.add_column(title, justify="left" if left else "right", style=style, no_wrap=left, min_width=width)
 
 
 def render_markdown(report: ReportData) -> str:
