@@ -393,4 +393,4 @@ def test_push_refuses_before_anything_is_sent(hub_server, exported, tmp_path, ca
     ):
         assert main(["push", *given]) == 1
         assert words in capsys.readouterr().err
-    assert not hub_server.routes
+    assert hub_server.requests == []
