@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import binomtest
 from transformers import EvalPrediction
 
-from hfkdq.measuring.intervals import change, rounds_confidence, sample, wilson
-from hfkdq.measuring.latency import latency_of, total_latency
+from hfkdq.measuring.intervals import change, sample, wilson
+from hfkdq.measuring.latency import latency_of, rounds_confidence, total_latency
 from hfkdq.metrics import classification_metrics
 from hfkdq.metrics.tasks import TaskMetrics, metrics_for
 from hfkdq.report import CompressionReport, Engine, Latency

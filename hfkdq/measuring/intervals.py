@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a measured number is: intervals of metrics over the rows that were drawn, and of ratios of times over rounds."""
+"""How sure a measured number is: intervals of metrics over the rows that were drawn."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,16 +97,6 @@ def change(first: Sampled, other: Sampled) -> dict[str, list[float]]:
     shared = [name for name in other.draws if name in first.draws]
     sizes = {name: min(len(first.draws[name]), len(other.draws[name])) for name in shared}
     return {name: _middle(other.draws[name][:size] - first.draws[name][:size]) for name, size in sizes.items()}
-
-
-def rounds_confidence(rounds: int) -> float:
-    """How often the lowest and the highest of so many paired ratios hold the median ratio (sign test)."""
-    return 1 - 0.5 ** (rounds - 1)
-
-
-def paired_ratios(first: Sequence[float], other: Sequence[float]) -> list[float]:
-    """How many times faster `other` was in each round: medians of the turns of both, which followed one another."""
-    return [a / b for a, b in zip(first, other, strict=False)]
 
 
 def _middle(values: Array) -> list[float]:

@@ -27,6 +27,8 @@ TURN_SECONDS = 0.5
 # The threads of ONNX Runtime keep a core busy for about 20 ms after its last call.
 SETTLE_SECONDS = 0.05
 STDERR_TAIL = 2000
+BUSY = 2.0
+"""The factor between two estimates of one ratio, or two rounds of it, from which on it is not told."""
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "safetensors")
 
 
@@ -189,6 +191,38 @@ def latency_of(turns: Sequence[Sequence[float]]) -> Latency:
     calls = [ms for turn in turns for ms in turn]
     rounds = tuple(statistics.median(turn) for turn in turns)
     return Latency(median_ms=statistics.median(calls), min_ms=min(calls), calls=len(calls), rounds=rounds)
+
+
+def paired_ratios(first: Latency, other: Latency) -> list[float]:
+    """How many times faster `other` was in each round: by the medians of the turns of both, which followed one another."""
+    return [a / b for a, b in zip(first.rounds, other.rounds, strict=False)]
+
+
+def is_busy(first: Latency, other: Latency) -> bool:
+    """Whether the machine was too busy for a ratio of two engines: by the medians it is more than `BUSY` times or less than a
+    `BUSY`th of what it is by the fastest calls, or one paired round gives more than `BUSY` times what another does."""
+    two = [first.median_ms / other.median_ms, first.min_ms / other.min_ms]
+    return any(max(ratios) > BUSY * min(ratios) for ratios in (two, paired_ratios(first, other)) if ratios)
+
+
+def speedup(first: Latency, other: Latency) -> float | None:
+    """How many times faster `other` is: the median of the ratios of paired rounds, or the ratio of the medians where there are no
+    rounds; `None` where the machine was too busy to tell."""
+    if is_busy(first, other):
+        return None
+    ratios = paired_ratios(first, other)
+    return statistics.median(ratios) if ratios else first.median_ms / other.median_ms
+
+
+def speedup_interval(first: Latency, other: Latency) -> tuple[float, float] | None:
+    """The lowest and the highest ratio of paired rounds; `None` where there are no two rounds, or no ratio is given."""
+    ratios = paired_ratios(first, other)
+    return None if len(ratios) < 2 or is_busy(first, other) else (min(ratios), max(ratios))
+
+
+def rounds_confidence(rounds: int) -> float:
+    """How often the lowest and the highest of so many paired ratios hold the median ratio (sign test)."""
+    return 1 - 0.5 ** (rounds - 1)
 
 
 def total_latency(found: Iterable[tuple[Latency, int]]) -> Latency:

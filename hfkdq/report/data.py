@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..export.precisions import recorded_precision
 from ..export.record import Export, FileFacts, Timing
 from ..facts import Facts
-from ..measuring.intervals import paired_ratios, rounds_confidence
-from ..measuring.latency import Latency
+from ..measuring.latency import Latency, is_busy, rounds_confidence, speedup, speedup_interval
 from ..schema import Count, FreeText, check
 from .environment import MEDIUM
 
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     Text = str
 else:
     Text = FreeText  # what JSON is held against
-BUSY = 2.0
-"""The factor between two estimates of one ratio, or two rounds of it, from which on neither is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,41 +134,29 @@ class ReportData:
         return engine.size / self.engines[0].size
 
     def speedup(self, engine: Engine) -> float | None:
-        """How many times faster than the first row `engine` is: the median of the ratios of paired rounds, or the ratio of the
-        medians where there are no rounds. `None` if it was not timed, or the machine was too busy to tell (`is_busy`)."""
+        """How many times faster than the first row `engine` is, by paired rounds; `None` if it was not timed, or the machine was too
+        busy to tell."""
         first = self.engines[0].latency
-        if first is None or engine.latency is None or self.is_busy(engine):
-            return None
-        ratios = self._paired(engine)
-        return statistics.median(ratios) if ratios else first.median_ms / engine.latency.median_ms
+        return None if first is None or engine.latency is None else speedup(first, engine.latency)
 
     def speedup_interval(self, engine: Engine) -> tuple[float, float] | None:
-        """The lowest and the highest ratio of paired rounds, which hold the median with `rounds_confidence`; `None` where there
-        are no two rounds, for the first row itself, and where there is no ratio."""
-        ratios = self._paired(engine)
-        if len(ratios) < 2 or engine is self.engines[0] or self.is_busy(engine):
+        """The lowest and the highest ratio of paired rounds, which hold the median with `rounds_confidence`; `None` for the first row
+        itself, and where there are no two rounds or there is no ratio."""
+        first = self.engines[0].latency
+        if first is None or engine.latency is None or engine is self.engines[0]:
             return None
-        return min(ratios), max(ratios)
+        return speedup_interval(first, engine.latency)
 
     @property
     def rounds_confidence(self) -> float | None:
-        """How often the interval of a speed-up holds it; `None` where no row has rounds in a pair."""
-        counts = [len(self._paired(engine)) for engine in self.engines[1:]]
+        """How often the interval of a speed-up holds it; `None` where no two rows have rounds in a pair."""
+        counts = [len(engine.latency.rounds) for engine in self.engines if engine.latency is not None]
         return rounds_confidence(min(counts)) if counts and min(counts) > 1 else None
 
     def is_busy(self, engine: Engine) -> bool:
-        """Whether the machine was too busy for a ratio of `engine` to the first row: by the medians it is more than twice or less
-        than half what it is by the fastest calls, or one paired round gives more than twice what another does."""
+        """Whether the machine was too busy for a ratio of `engine` to the first row ([`~hfkdq.measuring.latency.is_busy`])."""
         first = self.engines[0].latency
-        if first is None or engine.latency is None or engine is self.engines[0]:
-            return False
-        ratios = self._paired(engine)
-        two = [first.median_ms / engine.latency.median_ms, first.min_ms / engine.latency.min_ms]
-        return any(max(pair) > BUSY * min(pair) for pair in (two, ratios) if pair)
-
-    def _paired(self, engine: Engine) -> list[float]:
-        first = self.engines[0].latency
-        return [] if first is None or engine.latency is None else paired_ratios(first.rounds, engine.latency.rounds)
+        return first is not None and engine.latency is not None and is_busy(first, engine.latency)
 
     @property
     def is_noisy(self) -> bool:

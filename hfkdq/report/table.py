@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..facts import short_count, three_digits
+from ..measuring.latency import BUSY
 from ..metrics.tasks import LOWER_IS_BETTER
-from .data import BUSY, Engine, ReportData
+from .data import Engine, ReportData
 from .markdown import Markdown, escape, one_line
 
 SHARES = ("accuracy", "f1", "precision", "recall", "exact_match", "auc")
