@@ -79,8 +79,11 @@ def _metrics(report: ReportData, engine: Engine, names: list[str]) -> list[str]:
 
 def _drop(report: ReportData, engine: Engine, names: list[str]) -> list[str]:
     """How much worse than the first row the engine is, by the first metric, where the interval of that is known."""
-    if not names or names[0] not in engine.changes:
+    metrics = (engine.changes, engine.metrics, report.engines[0].metrics)
+    if not all(name in values for name in names for values in metrics):
         return [NONE] * len(names)
+    if not names:
+        return []
     sign, share = (-1 if higher_is_better(names[0]) else 1), is_share(report, names[0])
     drop = sign * (engine.metrics[names[0]] - report.engines[0].metrics[names[0]])
     return [with_interval(metric_text(drop, share), sorted(sign * bound for bound in engine.changes[names[0]]), share)]
