@@ -23,6 +23,7 @@ from hfkdq.cli import main
 from hfkdq.cli.candidates import find_place, split_names
 from hfkdq.measuring import latency
 from hfkdq.report import Candidate, CompressionReport
+from hfkdq.report.layers import describe_stored
 from hfkdq.report.mistakes import _readable, _shown
 
 from . import tiny
@@ -118,6 +119,11 @@ def test_candidates_of_all_kinds_are_measured_against_the_teacher(teacher, small
     assert found.curves == {"loss": [[1.0, 2.0], [2.0, 1.0]]}
     assert found.dataset.name == "rows.parquet"
     assert {layer.bits for layer in plain.layers} == {32}
+    for engine in (folder, file):  # by the names of the model, in bits as they are on disk
+        layers = {layer.name: layer for layer in engine.layers}
+        assert layers["bert.encoder.layer.0.output.dense.weight"].bits == 8
+        assert layers["bert.encoder.layer.0.output.dense.weight"].parameters == 64 * 32
+        assert sum(layer.parameters for layer in engine.layers) == sum(layer.parameters for layer in plain.layers)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"report.json", "report.html", "report.md", "report.png"}
     assert capsys.readouterr().out.splitlines()[-1] == str(out / "report.html")
@@ -294,6 +300,20 @@ def test_sounds_can_be_heard(tmp_path):
     assert texts == {}
     with wave.open(io.BytesIO(base64.b64decode(media["audio"].partition(",")[2]))) as heard:
         assert (heard.getnchannels(), heard.getframerate(), heard.getnframes()) == (1, 8000, 80_000)  # ten seconds
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits"), [("int4_weights", 4), ("int8_weights", 8), ("float16", 16), ("dynamic", 8)]
+)
+def test_bits_of_a_file_are_those_on_disk(precision, bits, tmp_path):
+    model = tiny.bert(layers=1, hidden=64)
+    folder = export_onnx(model, tmp_path / "onnx", quantization=precision, latency_rounds=0)
+    layers = {layer.name: layer for layer in describe_stored([folder / "model.onnx"], model)}
+    whole = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+    assert sum(layer.parameters for layer in layers.values()) == whole
+    large = [layer for layer in layers.values() if layer.parameters == 128 * 64]  # the feed-forward layers
+    assert [layer.bits for layer in large] == [bits, bits]
+    assert all(layer.sparsity is None or layer.sparsity < 0.1 for layer in layers.values())
 
 
 # ------------------------------------------------------------------ inspect, bench, push

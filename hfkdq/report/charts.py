@@ -52,7 +52,10 @@ def curve_charts(report: ReportData) -> list[Chart]:
 
 def layer_charts(engine: Engine) -> list[Chart]:
     """Bits and share of zeros of every weight of a row, in the order of the model."""
-    values = {"bits": [float(layer.bits) for layer in engine.layers], "zeros in percent": [100 * layer.sparsity for layer in engine.layers]}  # fmt: skip
+    values = {"bits": [float(layer.bits) for layer in engine.layers]}
+    zeros = [100 * layer.sparsity for layer in engine.layers if layer.sparsity is not None]
+    if len(zeros) == len(engine.layers):
+        values["zeros in percent"] = zeros
     return [_bars(engine.name, what, heights) for what, heights in values.items() if heights]
 
 
@@ -90,7 +93,7 @@ def _pareto(report: ReportData, rows: Sequence[Engine], metric: str, cost: str, 
         axis.set_xlim(min(costs) / 1.4, max(costs) * 3)
         axis.set_xlabel(f"{cost}, on a logarithmic axis", fontsize=8.5, color=_FAINT)
         axis.set_ylabel(_label(metric) + unit, fontsize=8.5, color=_FAINT)
-        ends = sorted({min(costs), max(costs)})
+        ends = sorted({min(costs), max(costs)} if max(costs) > 1.3 * min(costs) else {max(costs)})
         axis.minorticks_off()
         axis.set_xticks(ends, [three_digits(end) for end in ends])
 

@@ -46,14 +46,14 @@ class Layer:
     Args:
         name (`str`): its name in the checkpoint.
         parameters (`int`): how many numbers it holds.
-        bits (`int`): of each of them: of its fake quantizer, else of its data type.
-        sparsity (`float`): share of zeros.
+        bits (`int`): of each of them: of its fake quantizer, else of its data type, or as a file has it on disk.
+        sparsity (`float`, *optional*): share of zeros; `None` for integers of a file that are packed, or whose zero is another number.
     """
 
     name: str
     parameters: Count
     bits: Count
-    sparsity: float
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Engine:
         files (`dict`): size (`bytes`) and `sha256` of every file with weights in the folder, by name; for ONNX.
         intervals (`dict[str, list[float]]`): lower and upper bound of metrics over the rows, 95 %.
         changes (`dict[str, list[float]]`): the bounds of how much metrics differ from those of the first row, on the same rows.
-        layers (`tuple` of [`Layer`]): its weights of two axes and more; for PyTorch.
+        layers (`tuple` of [`Layer`]): its weights of two axes and more.
     """
 
     name: str
@@ -197,7 +197,9 @@ def _check_engine(engine: Engine, where: str) -> None:
         ),
         "intervals": not all(map(_is_interval, engine.intervals.values())),
         "changes": not all(map(_is_interval, engine.changes.values())),
-        "layers": not all(layer.bits > 0 and 0 <= layer.sparsity <= 1 for layer in engine.layers),
+        "layers": not all(
+            layer.bits > 0 and (layer.sparsity is None or 0 <= layer.sparsity <= 1) for layer in engine.layers
+        ),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:

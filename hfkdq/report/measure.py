@@ -40,7 +40,7 @@ from ..provenance import describe_files
 from .data import Engine, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
-from .layers import describe_layers
+from .layers import describe_layers, describe_stored
 from .mistakes import find_mistakes
 
 logger = logging.get_logger(__name__)
@@ -299,6 +299,7 @@ def _describe_onnx(
         size=sum(weights),
         parity=public_parity(row.facts) if "kind" in row.facts else None,
         files=row.facts["files"],
+        layers=describe_stored(_graphs(row), row.model),
     )
     # Of a model that generates it is the prompt that is timed, as in torch; next tokens are in the record of the export.
     calls = [call for call in files.calls(row.evaluation.first_example(row.model)) if call.part != "next token"]
@@ -306,6 +307,12 @@ def _describe_onnx(
     return engine, [
         TimedEngine(label, onnx_call, call.path, call.inputs) for label, call in zip(labels, calls, strict=True)
     ]
+
+
+def _graphs(row: _Row) -> list[Path]:
+    if row.path is None or row.path.is_file():
+        return [] if row.path is None else [row.path]
+    return sorted(row.path.glob("*.onnx"))
 
 
 def _check_models(models: Mapping[str, Any]) -> None:
