@@ -45,7 +45,7 @@ def report() -> CompressionReport:
         Engine(name="ONNX int8", kind="onnx", metrics={"accuracy": 0.85, "f1": 0.83}, size=1_500_000,
                latency=Latency(median_ms=2.0, rounds=(2.0, 2.1, 1.9), **rounds), intervals={"accuracy": [0.81, 0.88]},
                changes={"accuracy": [-0.07, -0.03]},
-               parity={"kind": "int8", "max_abs_diff": 0.02, "samples": 64, "tolerance": 0.1}),
+               parity={"kind": "int8", "max_abs_diff": 0.02, "samples": 64, "tolerance": 0.1, "compared_on": "calibration"}),
     )  # fmt: skip
     mistakes = (
         Mistake(row=4, scores={"teacher": 1.0, "ONNX int8": 0.0}, said={"teacher": "cat", "ONNX int8": "dog"}, label="cat",

@@ -38,12 +38,10 @@ class Scores:
         metrics (`dict[str, float]`): what `compute_metrics` gave, numbers only.
         top_classes (`torch.Tensor`): the likeliest class at every place of the data set that has a label, int64 of
             shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for.
-        prediction (`EvalPrediction`): what `compute_metrics` was given.
     """
 
     metrics: dict[str, float]
     top_classes: Tensor
-    prediction: EvalPrediction
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,12 @@ class Evaluation:
         return self.scores(name, model, runner).metrics
 
     def scores(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> Scores:
-        """Runs the engine called `name` over the whole data set: `runner` if there is one, else `model`.
+        """As [`~Evaluation.run`], without what `compute_metrics` was given."""
+        return self.run(name, model, runner)[0]
+
+    def run(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> tuple[Scores, EvalPrediction]:
+        """Runs the engine called `name` over the whole data set: `runner` if there is one, else `model`; what was found, and the
+        predictions and labels that `compute_metrics` was given.
 
         Raises:
             ValueError: the data have no labels, or a metric is not finite.
@@ -157,7 +160,7 @@ class Evaluation:
         if wrong:
             raise ValueError(f"compute_metrics gave {', '.join(wrong)} for {name!r}; the report needs finite numbers.")
         tops = trainer.top_classes if isinstance(trainer, RunnerTrainer) else []
-        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64), prediction)
+        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64)), prediction
 
     def batches(self, model: PreTrainedModel, batch_size: int) -> Iterator[dict[str, Any]]:
         """The batches of the data set, with what an encoder-decoder makes of the labels."""

@@ -41,7 +41,7 @@ from .data import Engine, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
 from .layers import describe_layers, describe_stored
-from .mistakes import find_mistakes
+from .mistakes import ScoredRows, find_mistakes, score_rows
 
 logger = logging.get_logger(__name__)
 
@@ -197,23 +197,24 @@ def _measure_rows(
     engines: list[Engine] = []
     timed: list[list[TimedEngine]] = []
     sampled: list[Sampled] = []
-    predictions: list[EvalPrediction] = []
+    scored: list[ScoredRows] = []
     bar = logging.tqdm(rows, desc="Quality")
     for number, row in enumerate(bar):
         bar.set_postfix_str(row.name)
         files = None if row.path is None else _open(row.path, row.facts)
-        scores = row.evaluation.scores(row.name, row.model, files)
+        scores, prediction = row.evaluation.run(row.name, row.model, files)
         if files is None:
             engine, calls = _describe_torch(row, scores.metrics, temporary / f"torch-{number}")
         else:
             engine, calls = _describe_onnx(row, scores.metrics, files)
         task, resamples = row.evaluation.task, settings.resamples_of(row.evaluation)
-        sampled.append(sample(task, scores.prediction, scores.metrics, resamples, not task.concat_batches))
+        sampled.append(sample(task, prediction, scores.metrics, resamples, not task.concat_batches))
         same_rows = len(row.evaluation.dataset) == len(rows[0].evaluation.dataset)
         changes = change(sampled[0], sampled[-1]) if number and same_rows else {}
         engines.append(replace(engine, intervals=sampled[-1].intervals, changes=changes))
         timed.append(calls)
-        predictions.append(scores.prediction)
+        # Predictions, which may be large, are not kept.
+        scored += [score_rows(row.name, task, prediction, row.model)] if settings.examples and len(rows) > 1 else []
     if settings.latency_rounds and settings.threads is not None:
         calls = [call for own in timed for call in own]
         times = iter(time_engines(calls, threads=settings.threads, rounds=settings.latency_rounds))
@@ -223,13 +224,7 @@ def _measure_rows(
     inputs = {name: list(array.shape) for name, array in last.first_example(student).items()}
     timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
     processor = last.processing_class
-    mistakes = (
-        find_mistakes(
-            [row.name for row in rows], last.task, predictions, student, raw_rows, processor, settings.examples
-        )
-        if settings.examples and len(rows) > 1
-        else ()
-    )
+    mistakes = find_mistakes(scored, last.task.metric, student, raw_rows, processor, settings.examples)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,

@@ -8,7 +8,7 @@ import io
 import wave
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Audio, Dataset
@@ -28,41 +28,42 @@ _TEXT, _PIXELS, _SECONDS = 600, 240, 10
 _MOST_ROWS = 2000
 
 
+class ScoredRows(NamedTuple):
+    """Of an engine, the first metric of each row alone, what it says of the rows and what is right, as far as that can be told."""
+
+    name: str
+    scores: list[float]
+    said: list[Any]
+    right: list[Any]
+
+
 def find_mistakes(
-    names: Sequence[str],
-    task: TaskMetrics,
-    predictions: Sequence[EvalPrediction],
-    model: Any,
-    rows: Any,
-    processor: Any,
-    limit: int,
+    engines: Sequence[ScoredRows], metric: str, model: Any, rows: Any, processor: Any, limit: int
 ) -> tuple[Mistake, ...]:
     """The rows on which the last engine loses most to the first one, by the first metric of each row alone.
 
     Args:
-        names (`Sequence[str]`): the engines.
-        task (`TaskMetrics`): how they were measured.
-        predictions (`Sequence[EvalPrediction]`): of each, of the same rows; nothing is found where their numbers differ.
+        engines (`Sequence[ScoredRows]`): on the same rows; nothing is found where their numbers differ.
+        metric (`str`): the metric.
         model (`PreTrainedModel`): names the classes.
-        rows (`datasets.Dataset`): the rows to show; a row that is told by several or not at all is shown by its number alone.
+        rows (`datasets.Dataset`): the rows to show, where there are as many.
         processor (tokenizer or processor, *optional*): turns token ids into texts.
         limit (`int`): how many rows at most.
     """
-    scored = [_scores(task, prediction, model) for prediction in predictions]
-    if not scored[0][0] or len({len(scores) for scores, _, _ in scored}) != 1:
+    if not engines or not engines[0].scores or len({len(engine.scores) for engine in engines}) != 1:
         return ()
-    first, last = (np.asarray(scored[place][0], np.float64) for place in (0, -1))
-    lost = (last - first) if task.metric in LOWER_IS_BETTER else (first - last)
+    first, last = (np.asarray(engines[place].scores, np.float64) for place in (0, -1))
+    lost = (last - first) if metric in LOWER_IS_BETTER else (first - last)
     chosen = [int(row) for row in np.argsort(-lost, kind="stable")[:limit] if lost[row] > 0]
     plain = _readable(rows)
     fits = len(plain) == len(lost) or len(lost) == _MOST_ROWS < len(plain)
     classes = getattr(model.config, "id2label", None) or {}
     found = []
     for row in chosen:
-        said = {name: told[row] for name, (_, told, _) in zip(names, scored, strict=True) if told}
-        label = scored[0][2][row] if scored[0][2] else None
+        said = {engine.name: engine.said[row] for engine in engines if engine.said}
+        label = engines[0].right[row] if engines[0].right else None
         shown = dict(plain[row]) if fits else {}
-        drawn = {} if label is None else {"": label, names[0]: said[names[0]], names[-1]: said[names[-1]]}
+        drawn = {} if label is None else {"": label, "first": said[engines[0].name], "last": said[engines[-1].name]}
         for name, value in shown.items():
             if _is_picture(value) and any(isinstance(boxes, Mapping) for boxes in drawn.values()):
                 shown[name] = _with_boxes(value, list(drawn.values()))
@@ -70,7 +71,7 @@ def find_mistakes(
         found.append(
             Mistake(
                 row=row,
-                scores={name: float(values[row]) for name, (values, _, _) in zip(names, scored, strict=True)},
+                scores={engine.name: float(engine.scores[row]) for engine in engines},
                 said=_safe({name: _told(value, classes) for name, value in said.items()}),
                 label=None if label is None else _safe({"": _told(label, classes)})[""],
                 texts=_safe(texts),
@@ -80,8 +81,19 @@ def find_mistakes(
     return tuple(found)
 
 
+def score_rows(name: str, task: TaskMetrics, prediction: EvalPrediction, model: Any) -> ScoredRows:
+    """The rows of an engine one by one; none where its metrics are those of a function of the user's own, or of all rows together.
+
+    Args:
+        name (`str`): the engine.
+        task (`TaskMetrics`): how it was measured.
+        prediction (`EvalPrediction`): its predictions, and the labels.
+        model (`PreTrainedModel`): names the classes.
+    """
+    return ScoredRows(name, *_scores(task, prediction, model))
+
+
 def _scores(task: TaskMetrics, prediction: EvalPrediction, model: Any) -> tuple[list[float], list[Any], list[Any]]:
-    """The first metric of every row, what is said of it and what is right, as far as that can be told."""
     if task.pairs is not None and task.score is not None:
         said, right = (values[:_MOST_ROWS] for values in task.pairs(prediction))
         score = task.score

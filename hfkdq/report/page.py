@@ -55,6 +55,7 @@ def render_page(report: ReportData) -> str:
             if engine.layers
         ],
         parity=parity_cells(report),
+        is_compared=any((e.parity or {}).get("compared_on") for e in report.engines),
         made_up=[e.name for e in report.engines if (e.parity or {}).get("compared_on") == MADE_UP],
         recipe=describe_facts(report.facts),
         facts=json.dumps(report.facts, indent=2, ensure_ascii=False),
