@@ -199,6 +199,21 @@ def test_what_cannot_be_measured_is_one_line_and_leaves_nothing(what, words, sma
     assert not (tmp_path / "out").exists()
 
 
+def test_a_candidate_that_cannot_read_the_rows_is_named(teacher, data, tmp_path, capsys):
+    other = saved(tiny.bert(labels=2), tmp_path / "two")
+    assert report(tmp_path / "out", data, other, options=("--teacher", str(teacher), "--latency-rounds", "0")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("hfkdq report: two: 40 rows of")
+
+
+def test_blocks_of_texts_are_shown_as_they_are_read(data, tmp_path):
+    """A language model reads all texts one after the other, so its rows are not those of the data."""
+    places = [saved(tiny.llama(seed, layers=1), tmp_path / f"llama{seed}") for seed in (1, 0)]
+    found = report(tmp_path / "out", data, *places, options=("--latency-rounds", "0", "--max-length", "16"))
+    assert found.samples != 40
+    assert found.mistakes
+    assert all(set(mistake.texts["input_ids"].split()) <= set(tiny.WORDS) for mistake in found.mistakes)
+
+
 def test_names_are_the_last_part_or_those_that_are_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a/onnx", "b/onnx", "c=d"):

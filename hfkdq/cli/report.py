@@ -67,7 +67,6 @@ def run(options: argparse.Namespace) -> None:
     from ..files import staged
     from ..report import Candidate, CompressionReport
     from ..report.curves import read_curves
-    from .data import EVALUATION
     from .inputs import Reader
     from .summary import quietly
 
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         candidates = [
             Candidate(
                 name=place.name, model=model, path=place.path, processing_class=processor,
-                **reader.evaluation(options.eval_data, EVALUATION, options.eval_samples),
+                **_read(place.name, reader, options),
             )
             for (place, model, processor), reader in zip(loaded, readers, strict=True)
         ]  # fmt: skip
@@ -98,6 +97,16 @@ def run(options: argparse.Namespace) -> None:
     console = Console(file=sys.stdout)
     console.print(report.table())
     sys.stdout.write(f"{staging.folder / 'report.html'}\n")
+
+
+def _read(name: str, reader: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The rows as one candidate reads them; an error names it."""
+    from .data import EVALUATION
+
+    try:
+        return reader.evaluation(options.eval_data, EVALUATION, options.eval_samples)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _dataset(where: str) -> Any:

@@ -119,7 +119,7 @@ def measure(
             for name, model in models.items()
         ]
         rows += [_Row(name, student, evaluation, folder, exported[name]) for name, folder in folders.items()]
-        return _measure_rows(rows, student, settings, Path(temporary), eval_dataset)
+        return _measure_rows(rows, student, settings, Path(temporary), [eval_dataset])
 
 
 def compare(
@@ -159,8 +159,8 @@ def compare(
             rows.append(
                 _Row(one.name, one.model, evaluation, path, {} if path is None else _recorded(path, one.model))
             )
-        raw_rows = candidates[0].eval_dataset if raw_rows is None else raw_rows
-        return _measure_rows(rows, rows[-1].model, settings, Path(temporary), raw_rows)
+        shown = [one for one in (raw_rows, candidates[0].eval_dataset) if one is not None]
+        return _measure_rows(rows, rows[-1].model, settings, Path(temporary), shown)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class _Settings:
 
 
 def _measure_rows(
-    rows: Sequence[_Row], student: PreTrainedModel, settings: _Settings, temporary: Path, raw_rows: Any
+    rows: Sequence[_Row], student: PreTrainedModel, settings: _Settings, temporary: Path, shown: Sequence[Any]
 ) -> dict[str, Any]:
     engines: list[Engine] = []
     timed: list[list[TimedEngine]] = []
@@ -224,7 +224,7 @@ def _measure_rows(
     inputs = {name: list(array.shape) for name, array in last.first_example(student).items()}
     timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
     processor = last.processing_class
-    mistakes = find_mistakes(scored, last.task.metric, student, raw_rows, processor, settings.examples)
+    mistakes = find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,

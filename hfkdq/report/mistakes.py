@@ -38,7 +38,7 @@ class ScoredRows(NamedTuple):
 
 
 def find_mistakes(
-    engines: Sequence[ScoredRows], metric: str, model: Any, rows: Any, processor: Any, limit: int
+    engines: Sequence[ScoredRows], metric: str, model: Any, rows: Sequence[Any], processor: Any, limit: int
 ) -> tuple[Mistake, ...]:
     """The rows on which the last engine loses most to the first one, by the first metric of each row alone.
 
@@ -46,7 +46,7 @@ def find_mistakes(
         engines (`Sequence[ScoredRows]`): on the same rows; nothing is found where their numbers differ.
         metric (`str`): the metric.
         model (`PreTrainedModel`): names the classes.
-        rows (`datasets.Dataset`): the rows to show, where there are as many.
+        rows (`Sequence` of `datasets.Dataset`): what may be shown, the best first; the first that has as many rows is.
         processor (tokenizer or processor, *optional*): turns token ids into texts.
         limit (`int`): how many rows at most.
     """
@@ -55,14 +55,14 @@ def find_mistakes(
     first, last = (np.asarray(engines[place].scores, np.float64) for place in (0, -1))
     lost = (last - first) if metric in LOWER_IS_BETTER else (first - last)
     chosen = [int(row) for row in np.argsort(-lost, kind="stable")[:limit] if lost[row] > 0]
-    plain = _readable(rows)
-    fits = len(plain) == len(lost) or len(lost) == _MOST_ROWS < len(plain)
+    fitting = [one for one in rows if len(one) == len(lost) or len(lost) == _MOST_ROWS < len(one)]
+    plain = _readable(fitting[0]) if fitting else None
     classes = getattr(model.config, "id2label", None) or {}
     found = []
     for row in chosen:
         said = {engine.name: engine.said[row] for engine in engines if engine.said}
         label = engines[0].right[row] if engines[0].right else None
-        shown = dict(plain[row]) if fits else {}
+        shown = {} if plain is None else dict(plain[row])
         drawn = {} if label is None else {"": label, "first": said[engines[0].name], "last": said[engines[-1].name]}
         for name, value in shown.items():
             if _is_picture(value) and any(isinstance(boxes, Mapping) for boxes in drawn.values()):
