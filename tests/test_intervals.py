@@ -134,7 +134,7 @@ def test_a_speed_up_is_the_median_of_paired_rounds():
     assert [rounds_confidence(rounds) for rounds in (1, 2, 6)] == [0.0, 0.5, 0.96875]
 
 
-def test_no_speed_up_is_told_where_the_machine_was_too_busy():
+def test_no_speed_up_is_told_where_the_machine_was_too_busy(tmp_path):
     # By the medians 492, by the fastest calls 24: something else had the cores while the first was timed.
     starved = Latency(median_ms=492.0, min_ms=24.0, calls=30, rounds=(480.0, 492.0, 500.0))
     quiet = Latency(median_ms=1.0, min_ms=1.0, calls=30, rounds=(1.0, 1.0, 1.0))
@@ -143,6 +143,8 @@ def test_no_speed_up_is_told_where_the_machine_was_too_busy():
     assert cells(report)[1][1][-1] == NONE
     assert any("No speed-up is given for b: the machine was too busy" in sentence for sentence in told_doubts(report))
     assert "too busy" in report.to_markdown()
+    assert "too busy" in report.to_html()
+    assert report.save_plot(tmp_path / "plot.png").stat().st_size > 0
     uneven = timed(turns(10.0, 10.0, 30.0), turns(5.0, 5.0, 5.0))
     assert uneven.speedup(uneven.engines[1]) is None  # 2 in one round, 6 in another
     both = timed(turns(10.0, 10.0, 30.0), turns(5.0, 5.0, 15.0))
