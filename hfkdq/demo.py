@@ -191,6 +191,7 @@ def _publish(
         license="apache-2.0",
     )  # fmt: skip
     report.save(folder / "report.json")
+    report.save_html(folder / "report.html")
     report.save_plot(folder / "report.png")
     (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
     DEMO.mark(folder, __version__)

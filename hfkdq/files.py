@@ -108,7 +108,7 @@ class MarkedFiles:
 
 
 DEMO = MarkedFiles(
-    names=("teacher", "onnx-float", "onnx-int8", "report.json", "report.png", "README.md"),
+    names=("teacher", "onnx-float", "onnx-int8", "report.json", "report.html", "report.png", "README.md"),
     mark_name=".hfkdq-demo.json",
     run="a demo",
 )

@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -197,6 +198,10 @@ def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -
 
 def _report_files(report: CompressionReport, repo_id: str) -> Contents:
     """Card, facts and plot of a report, rendered without touching the user's folder."""
+    from .report import CompressionReport
+
+    if isinstance(report, CompressionReport):
+        report = replace(report, mistakes=())  # rows of the data that it was measured on stay here
     with tempfile.TemporaryDirectory() as scratch:
         plot = Path(scratch) / "report.png"
         report.save_plot(plot)

@@ -18,7 +18,7 @@ from hfkdq.cli import main
 from hfkdq.cli.checkpoint import load_model
 from hfkdq.cli.export import default_folder
 from hfkdq.cli.messages import as_options
-from hfkdq.cli.summary import print_summary
+from hfkdq.cli.summary import print_summary, summary_lines
 from hfkdq.quantization import quantized_spec
 
 from . import tiny
@@ -239,6 +239,17 @@ def test_the_summary_has_the_numbers_of_the_report(tmp_path, capsys):
     assert "layers 14 with integer weights, 13 of them in an integer kernel; 1 linear layer in floating point" in text
     assert "latency 2.00 ms a call, 2.50 times as fast as float32 (5.00 ms); input_ids 1 x 32, 1 thread" in text
     assert "not accepted accuracy goes from 0.91 to 0.9" in text
+    facts["latency"]["speedup_interval"] = [2.4, 2.75]
+    (tmp_path / "report.json").write_text(json.dumps(facts))
+    print_summary(tmp_path, sys.stdout)
+    assert "2.50 times as fast as float32 (5.00 ms), 2.40 to 2.75 in the rounds;" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    busy = {key: value for key, value in facts["latency"].items() if not key.startswith("speedup")}
+    told = dict(summary_lines({**facts, "latency": {**busy, "speedup_left_out": "the machine was too busy"}}, 0))
+    assert (
+        told["latency"] == "2.00 ms a call; no ratio to float32: the machine was too busy; input_ids 1 x 32, 1 thread"
+    )
     facts["latency"]["parts"] = {"encoder": {"times": 1}, "prompt": {"times": 1}, "next token": {"times": 31}}
     (tmp_path / "report.json").write_text(json.dumps(facts))
     print_summary(tmp_path, sys.stdout)

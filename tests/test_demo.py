@@ -24,7 +24,15 @@ def demo(tmp_path_factory):
 def test_it_writes_what_it_names(demo):
     folder, report = demo
     assert [engine.name for engine in report.engines] == ["teacher", "student", "ONNX float", "ONNX int8"]
-    for name in ("README.md", "report.json", "report.png", "onnx-int8/model.onnx", "onnx-float/model.onnx", "teacher"):
+    for name in (
+        "README.md",
+        "report.json",
+        "report.html",
+        "report.png",
+        "onnx-int8/model.onnx",
+        "onnx-float/model.onnx",
+        "teacher",
+    ):
         assert (folder / name).exists(), name
     config = json.loads((folder / "onnx-int8" / "config.json").read_text())
     assert set(config["hfkdq"]) == {"student", "distillation", "pruning", "quantization"}

@@ -13,6 +13,7 @@ from typing import Any
 from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..files import check_new, refuse_missing
 from .names import check_data
+from .options import DATA, add_data, add_timing, check_least
 
 HELP = "write a checkpoint as ONNX files that are compared with PyTorch"
 DESCRIPTION = (
@@ -22,8 +23,6 @@ DESCRIPTION = (
 _QUANTIZATION = f"""{"; ".join(f"{entry.name}: {entry.help}" for entry in PRECISIONS.values())}; {TRAINED}: the integers
 that a QATCallback trained; {AUTO}: the fastest of these that loses at most --max-drop on the evaluation data. Default:
 trained for a checkpoint that was saved with fake quantizers, else {FLOAT}"""
-_DATA = """parquet, CSV or JSON file, a folder of them, or the id of a data set on the Hub; a split may follow a colon,
-as in squad:validation, and so may a configuration before it, as in nyu-mll/glue:sst2:validation"""
 # What an interruption leaves.
 LEFT = "Nothing was written; the same command begins again."
 
@@ -62,25 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: Any) -> None:
     group.add_argument(
         "--calibration-data", metavar="DATA",
-        help=f"what ranges are found and files compared on: a {' '.join(_DATA.split())} (split: train first)",
+        help=f"what ranges are found and files compared on: a {DATA} (split: train first)",
     )  # fmt: skip
     group.add_argument(
         "--calibration-samples", type=int, default=256, metavar="N",
         help="rows of it, drawn at random, the same at every call (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument(
-        "--eval-data", metavar="DATA",
-        help="labelled rows that PyTorch and the file are measured on, named in the same way (split: validation, then "
-        "test): texts, pairs, lists of words, questions, translations, images, masks, boxes or sounds, with what the task's data sets have beside them",
-    )  # fmt: skip
-    group.add_argument("--eval-samples", type=int, metavar="N", help="rows of it, drawn likewise (default: all)")
-    group.add_argument(
-        "--text-columns", type=_names, metavar="NAME[,NAME]",
-        help="one column of texts, or two for pairs (default: the one or two columns of strings that there are)",
-    )  # fmt: skip
-    group.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens beyond this are cut off (default: what the model takes)"
-    )
+    add_data(group)
 
 
 def _add_validation(group: Any) -> None:
@@ -94,13 +81,7 @@ def _add_validation(group: Any) -> None:
         help="refuse a file whose metric is worse than PyTorch's by more, in its unit: [0, 1], BLEU 100 (default: refuse none; auto: a hundredth)",
     )  # fmt: skip
     group.add_argument("--allow-drop", action="store_true", help="keep such a file, and say so in its report")
-    group.add_argument(
-        "--latency-rounds", type=int, default=3, metavar="N",
-        help="turns of half a second that the file and its float32 file are timed for, 0 for none (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="threads while timing (default: as many as PyTorch uses)"
-    )
+    add_timing(group, rounds=3)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -160,10 +141,7 @@ def _check_options(options: argparse.Namespace) -> None:
         for name, is_given in needy.items():
             if is_given:
                 raise ValueError(f"{name} needs --eval-data: there is nothing to measure on.")
-    for name in ("calibration_samples", "eval_samples", "max_length", "threads", "latency_rounds"):
-        value, least = getattr(options, name), int(name != "latency_rounds")
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}.")
+    check_least(options, calibration_samples=1, eval_samples=1, max_length=1, threads=1, latency_rounds=0)
     if options.tolerance is not None and not 0 < options.tolerance < math.inf:
         raise ValueError(
             f"--tolerance must be a positive number, a share of the largest logit, got {options.tolerance}."
@@ -172,11 +150,3 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--max-drop must be 0 or a positive number, in the unit of the metric, got {options.max_drop}."
         )
-
-
-def _names(text: str) -> list[str]:
-    """One or two names of columns."""
-    names = [name.strip() for name in text.split(",")]
-    if len(names) > 2 or not all(names):
-        raise argparse.ArgumentTypeError(f"expected one name or two with a comma between them, got {text!r}")
-    return names

@@ -44,6 +44,7 @@ class Reader:
         self.text_columns = text_columns
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.longest = max_length or _longest(self.tokenizer, model)
+        self.rows: Dataset | None = None  # what `evaluation` read
 
     def taken(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
         """Those of a processor's values that the model takes."""
@@ -80,6 +81,7 @@ class Reader:
             ValueError: the command knows no data for the model's task, or the rows have no inputs or no labels for it.
         """
         rows, description = load_rows(where, preferred, samples)
+        self.rows = rows
         dataset, collate, columns = labelled(self, rows, description)
         _say(f"Evaluating on {description}: {columns}")
         return {"eval_dataset": dataset, "data_collator": collate}

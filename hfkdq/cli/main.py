@@ -6,12 +6,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..version import __version__
-from . import card, demo, export
+from . import bench, card, demo, export, inspect, push, report
 from .messages import as_options
 
-COMMANDS = {"demo": demo, "export": export, "card": card}
+COMMANDS: dict[str, Any] = {
+    "demo": demo, "export": export, "report": report, "bench": bench, "inspect": inspect, "card": card, "push": push,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

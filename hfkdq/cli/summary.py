@@ -110,6 +110,10 @@ def _latency(latency: Mapping[str, Any]) -> str:
         text += (
             f", {latency['speedup']:.2f} times as fast as float32 ({three_digits(latency['float32']['median_ms'])} ms)"
         )
+    if "speedup_interval" in latency:
+        text += f", {' to '.join(f'{bound:.2f}' for bound in latency['speedup_interval'])} in the rounds"
+    if "speedup_left_out" in latency:
+        text += f"; no ratio to float32: {latency['speedup_left_out']}"
     return f"{text}; {shape}, {latency['threads']} {'thread' if latency['threads'] == 1 else 'threads'}"
 
 

@@ -25,10 +25,16 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
     return [_dummy_batch(model, task, generator, *size) for size in ((8, 1.0), (3, 0.5))]
 
 
+def dummy_batch(model: PreTrainedModel, task: str, size: int, length: int) -> dict[str, Tensor]:
+    """Random inputs of `size` examples without padding, texts of `length` tokens, the same at every call."""
+    batch = _dummy_batch(model, task, torch.Generator().manual_seed(0), size, 1.0, length)
+    return {name: torch.ones_like(value) if name == "attention_mask" else value for name, value in batch.items()}
+
+
 def _dummy_batch(
-    model: PreTrainedModel, task: str, generator: torch.Generator, size: int, share: float
+    model: PreTrainedModel, task: str, generator: torch.Generator, size: int, share: float, length: int | None = None
 ) -> dict[str, Tensor]:
-    """One batch of `size` examples, `share` as long as the longest."""
+    """One batch of `size` examples, `share` as long as the longest, or of texts of `length`."""
     main = getattr(model, "main_input_name", None)
     if main not in _MAIN:
         raise ValueError(
@@ -41,7 +47,7 @@ def _dummy_batch(
         return {main: torch.randn(size, model.config.max_length, model.config.num_mel_bins, generator=generator)}
     if main == "input_values":
         return {main: torch.randn(size, int(16000 * share), generator=generator)}
-    length = max(2, int(sequence_length(model) * share))
+    length = max(2, int(sequence_length(model) * share)) if length is None else length
     if main == "input_features":
         config = model.config
         frames = 2 * getattr(config, "max_source_positions", 1500)

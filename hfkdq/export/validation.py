@@ -16,7 +16,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..measuring.evaluation import Evaluation, Runner, Scores
-from ..measuring.latency import Latency, TimedEngine, check_counts, time_engines, total_latency
+from ..measuring.latency import (
+    BUSY,
+    Latency,
+    TimedEngine,
+    check_counts,
+    speedup,
+    speedup_interval,
+    time_engines,
+    total_latency,
+)
 from ..metrics.tasks import LOWER_IS_BETTER
 from .precisions import FLOAT
 from .verify import run_torch
@@ -24,6 +33,7 @@ from .verify import run_torch
 logger = logging.get_logger(__name__)
 # Two medians closer than this are alike; the machines that this runs on do other work too.
 NOISE = 0.05
+TOO_BUSY = f"the machine was too busy to tell: two estimates of it, by medians and by fastest calls or by two rounds, differ by more than {BUSY:g} times"
 BATCH_SIZE = 32
 
 
@@ -185,7 +195,11 @@ class Timing:
                 f"The {name} file takes {ours.median_ms:.3g} ms, that of float32 {theirs.median_ms:.3g} ms: on "
                 "this machine it is smaller, but not faster."
             )
-        return {**facts, FLOAT: asdict(theirs), "speedup": theirs.median_ms / ours.median_ms}
+        ratio, bounds = speedup(theirs, ours), speedup_interval(theirs, ours)
+        facts[FLOAT] = asdict(theirs)
+        if ratio is None:
+            return {**facts, "speedup_left_out": TOO_BUSY}
+        return {**facts, "speedup": ratio} | ({} if bounds is None else {"speedup_interval": list(bounds)})
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,12 @@ class Evaluation:
         return self.scores(name, model, runner).metrics
 
     def scores(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> Scores:
-        """Runs the engine called `name` over the whole data set: `runner` if there is one, else `model`.
+        """As [`~Evaluation.run`], without what `compute_metrics` was given."""
+        return self.run(name, model, runner)[0]
+
+    def run(self, name: str, model: PreTrainedModel, runner: Runner | None = None) -> tuple[Scores, EvalPrediction]:
+        """Runs the engine called `name` over the whole data set: `runner` if there is one, else `model`; what was found, and the
+        predictions and labels that `compute_metrics` was given.
 
         Raises:
             ValueError: the data have no labels, or a metric is not finite.
@@ -146,9 +151,8 @@ class Evaluation:
                 f"eval_dataset gives {type(model).__name__} no labels, so nothing can be measured. Its columns are "
                 f"{', '.join(getattr(self.dataset, 'column_names', [])) or 'unknown'}; name the labels 'labels'."
             )
-        values = denumpify_detensorize(
-            dict(self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=labels)))
-        )
+        prediction = EvalPrediction(predictions=output.predictions, label_ids=labels)
+        values = denumpify_detensorize(dict(self.compute_metrics(prediction)))
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
         if len(numbers) < len(values):
             logger.warning(f"Left out of the report, as no numbers: {', '.join(sorted(set(values) - set(numbers)))}.")
@@ -156,7 +160,7 @@ class Evaluation:
         if wrong:
             raise ValueError(f"compute_metrics gave {', '.join(wrong)} for {name!r}; the report needs finite numbers.")
         tops = trainer.top_classes if isinstance(trainer, RunnerTrainer) else []
-        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64))
+        return Scores(numbers, torch.cat(tops) if tops else torch.zeros(0, dtype=torch.int64)), prediction
 
     def batches(self, model: PreTrainedModel, batch_size: int) -> Iterator[dict[str, Any]]:
         """The batches of the data set, with what an encoder-decoder makes of the labels."""

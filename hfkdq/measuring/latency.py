@@ -27,6 +27,8 @@ TURN_SECONDS = 0.5
 # The threads of ONNX Runtime keep a core busy for about 20 ms after its last call.
 SETTLE_SECONDS = 0.05
 STDERR_TAIL = 2000
+BUSY = 2.0
+"""The factor between two estimates of one ratio, or two rounds of it, from which on it is not told."""
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "safetensors")
 
 
@@ -38,11 +40,13 @@ class Latency:
         median_ms (`float`): median of all timed calls.
         min_ms (`float`): the fastest of them.
         calls (`int`): how many were timed.
+        rounds (`tuple[float]`): the median of each turn; empty in records of earlier releases.
     """
 
     median_ms: float
     min_ms: float
     calls: int
+    rounds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,11 @@ def check_counts(**limits: tuple[Any, int]) -> None:
 
 
 def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> list[Latency]:
+    """As [`time_calls`]: the latency of each engine, over all its turns."""
+    return [latency_of(turns) for turns in time_calls(engines, threads=threads, rounds=rounds)]
+
+
+def time_calls(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> list[list[list[float]]]:
     """Latency of each engine, timed in turn (A B C A B C ...), each in a process of its own.
 
     The spinning threads of an idle ONNX Runtime session slow other engines in the same process, and machines drift;
@@ -156,7 +165,7 @@ def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -
             that do not count.
 
     Returns:
-        `list[Latency]`: minimum and median over all turns, in the order of `engines`.
+        `list[list[list[float]]]`: milliseconds of every call of every turn of each engine, in the order of `engines`.
 
     Raises:
         RuntimeError: a process ended early; the message holds the end of what it wrote to its standard error.
@@ -168,13 +177,52 @@ def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -
             stack.callback(workers[-1].close)
         for worker in workers:
             worker.wait_until_ready()
-        timings: list[list[float]] = [[] for _ in workers]
+        timings: list[list[list[float]]] = [[] for _ in workers]
         turns = [(index, worker) for _ in range(rounds) for index, worker in enumerate(workers)]
         bar = logging.tqdm(turns, desc="Latency")
         for index, worker in bar:
             time.sleep(SETTLE_SECONDS)
-            timings[index] += worker.time(TURN_SECONDS)
-    return [Latency(median_ms=statistics.median(ms), min_ms=min(ms), calls=len(ms)) for ms in timings]
+            timings[index].append(worker.time(TURN_SECONDS))
+    return timings
+
+
+def latency_of(turns: Sequence[Sequence[float]]) -> Latency:
+    """Median, minimum and medians by turn of the calls of an engine."""
+    calls = [ms for turn in turns for ms in turn]
+    rounds = tuple(statistics.median(turn) for turn in turns)
+    return Latency(median_ms=statistics.median(calls), min_ms=min(calls), calls=len(calls), rounds=rounds)
+
+
+def paired_ratios(first: Latency, other: Latency) -> list[float]:
+    """How many times faster `other` was in each round: by the medians of the turns of both, which followed one another."""
+    return [a / b for a, b in zip(first.rounds, other.rounds, strict=False)]
+
+
+def is_busy(first: Latency, other: Latency) -> bool:
+    """Whether the machine was too busy for a ratio of two engines: by the medians it is more than `BUSY` times or less than a
+    `BUSY`th of what it is by the fastest calls, or one paired round gives more than `BUSY` times what another does."""
+    two = [first.median_ms / other.median_ms, first.min_ms / other.min_ms]
+    return any(max(ratios) > BUSY * min(ratios) for ratios in (two, paired_ratios(first, other)) if ratios)
+
+
+def speedup(first: Latency, other: Latency) -> float | None:
+    """How many times faster `other` is: the median of the ratios of paired rounds, or the ratio of the medians where there are no
+    rounds; `None` where the machine was too busy to tell."""
+    if is_busy(first, other):
+        return None
+    ratios = paired_ratios(first, other)
+    return statistics.median(ratios) if ratios else first.median_ms / other.median_ms
+
+
+def speedup_interval(first: Latency, other: Latency) -> tuple[float, float] | None:
+    """The lowest and the highest ratio of paired rounds; `None` where there are no two rounds, or no ratio is given."""
+    ratios = paired_ratios(first, other)
+    return None if len(ratios) < 2 or is_busy(first, other) else (min(ratios), max(ratios))
+
+
+def rounds_confidence(rounds: int) -> float:
+    """How often the lowest and the highest of so many paired ratios hold the median ratio (sign test)."""
+    return 1 - 0.5 ** (rounds - 1)
 
 
 def total_latency(found: Iterable[tuple[Latency, int]]) -> Latency:
@@ -184,4 +232,8 @@ def total_latency(found: Iterable[tuple[Latency, int]]) -> Latency:
         median_ms=sum(latency.median_ms * times for latency, times in found),
         min_ms=sum(latency.min_ms * times for latency, times in found),
         calls=min(latency.calls for latency, _ in found),
+        rounds=tuple(
+            sum(median * times for median, (_, times) in zip(medians, found, strict=True))
+            for medians in zip(*(latency.rounds for latency, _ in found), strict=False)
+        ),
     )

@@ -104,7 +104,14 @@ def answer_metrics(features: Dataset) -> Callable[[EvalPrediction], dict[str, fl
         `Callable`: `compute_metrics` for a `Trainer`.
     """
 
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
+    pairs = answer_pairs(features)
+    return lambda prediction: AnswerF1.score(*pairs(prediction))
+
+
+def answer_pairs(features: Dataset) -> Callable[[EvalPrediction], tuple[list[str], list[list[str]]]]:
+    """What reads the answer to every question off predictions, and what is right, as [`answer_metrics`] scores them."""
+
+    def pairs(prediction: EvalPrediction) -> tuple[list[str], list[list[str]]]:
         starts, ends = (np.asarray(logits) for logits in prediction.predictions[:2])
         best: dict[int, tuple[float, str]] = {}
         right: dict[int, list[str]] = {}
@@ -113,9 +120,9 @@ def answer_metrics(features: Dataset) -> Callable[[EvalPrediction], dict[str, fl
             if score >= best.get(row["example"], (-np.inf, ""))[0]:
                 best[row["example"]] = score, text
             right[row["example"]] = row["answers"] or [""]
-        return AnswerF1.score([best[number][1] for number in right], list(right.values()))
+        return [best[number][1] for number in right], list(right.values())
 
-    return compute
+    return pairs
 
 
 def _best_answer(row: Mapping[str, Any], starts: Array, ends: Array) -> tuple[float, str]:

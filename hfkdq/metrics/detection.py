@@ -110,16 +110,29 @@ def detection_metrics(
             "post_process_object_detection. Pass AutoImageProcessor.from_pretrained(...) of the model."
         )
     _coco()
+    pairs = detection_pairs(processor, threshold)
+    return lambda prediction: score_detection(*pairs(prediction), id2label or {})
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        found, there = [], []
+
+def detection_pairs(processor: Any, threshold: float = 0.0) -> Callable[[EvalPrediction], tuple[list[Any], list[Any]]]:
+    """What reads the boxes that are found in each image off predictions, and those that are there off labels; the arguments are those of
+    [`detection_metrics`]."""
+
+    def pairs(prediction: EvalPrediction) -> tuple[list[Any], list[Any]]:
+        found: list[Any] = []
+        there: list[Any] = []
         for outputs, labels in _batches(prediction):
             sizes = [tuple(int(side) for side in one["orig_size"]) for one in labels]
             there += [_reference(one, size) for one, size in zip(labels, sizes, strict=True)]
             found += processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
-        return _average_precision(found, there, id2label or {}, "map_")
+        return found, there
 
-    return compute_metrics
+    return pairs
+
+
+def score_detection(found: Rows[Any], there: Rows[Any], id2label: Mapping[int, str]) -> dict[str, float]:
+    """What [`detection_metrics`] says of the boxes of some images."""
+    return _average_precision(found, there, id2label, "map_")
 
 
 def _batches(prediction: EvalPrediction) -> Iterator[tuple[ModelOutput, Rows[Mapping[str, Any]]]]:

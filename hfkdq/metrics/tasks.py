@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from transformers import EvalPrediction
 
 from ..modeling.masks import output_mask, position_mask
 from ..modeling.tasks import class_names, is_bare, is_listed
-from .answers import answer_metrics, has_answers, span_metrics
+from .answers import answer_pairs, has_answers, span_metrics
 from .base import IGNORED
 from .classes import MeanIoU, MultiLabelF1, classification_metrics
-from .detection import detection_metrics
-from .text import Bleu, EntityF1, WordErrorRate
+from .detection import detection_metrics, detection_pairs, score_detection
+from .text import AnswerF1, Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
 
 Outputs = Mapping[str, Tensor]
@@ -42,6 +43,9 @@ class TaskMetrics:
         generates (`bool`): whether the predictions are generated tokens, as with `predict_with_generate`.
         concat_batches (`bool`): `eval_do_concat_batches` of `TrainingArguments`.
         needs_labels (`bool`): without labels, predictions are held against those of the first model that is measured.
+        pairs (`Callable`, *optional*): from an `EvalPrediction` to what is said and what is right, two lists as long as there are
+            texts or questions, where rows are not what is scored.
+        score (`Callable`, *optional*): from the two lists to what `compute` gives.
 
     Example:
         ```python
@@ -58,6 +62,8 @@ class TaskMetrics:
     generates: bool = False
     concat_batches: bool = True
     needs_labels: bool = True
+    pairs: Callable[[EvalPrediction], tuple[list[Any], list[Any]]] | None = None
+    score: Callable[[list[Any], list[Any]], dict[str, float]] | None = None
 
     def __call__(self, eval_prediction: EvalPrediction) -> dict[str, float]:
         """The metrics."""
@@ -119,19 +125,30 @@ def _tokens(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
     if not any(name[:2] in ("B-", "I-") for name in names.values()):
         return TaskMetrics(compute=classification_metrics, metric="accuracy")
 
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
+    def tags(prediction: EvalPrediction) -> tuple[list[Any], list[Any]]:
         found, labels = _first(prediction.predictions).argmax(-1), np.asarray(prediction.label_ids)
         if not (labels != IGNORED).any():
             raise ValueError(_NO_LABELS)
         pairs = [(ours[true != IGNORED], true[true != IGNORED]) for ours, true in zip(found, labels, strict=True)]
-        texts = [[[names[int(label)] for label in row] for row in rows] for rows in zip(*pairs, strict=True)]
-        return EntityF1.score(*texts)
+        ours, theirs = ([[names[int(label)] for label in row] for row in rows] for rows in zip(*pairs, strict=True))
+        return ours, theirs
 
-    return TaskMetrics(compute=compute, metric="f1")
+    return _of_pairs(tags, EntityF1.score, metric="f1")
+
+
+def _of_pairs(
+    pairs: Callable[[EvalPrediction], tuple[list[Any], list[Any]]],
+    score: Callable[[Any, Any], dict[str, float]],
+    **settings: Any,
+) -> TaskMetrics:
+    """Metrics of what is read off predictions and labels."""
+    return TaskMetrics(compute=lambda prediction: score(*pairs(prediction)), pairs=pairs, score=score, **settings)
 
 
 def _answers(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
-    return TaskMetrics(compute=answer_metrics(dataset) if has_answers(dataset) else span_metrics, metric="f1")
+    if has_answers(dataset):
+        return _of_pairs(answer_pairs(dataset), AnswerF1.score, metric="f1")
+    return TaskMetrics(compute=span_metrics, metric="f1")
 
 
 def _language(shift: int) -> Callable[..., TaskMetrics]:
@@ -155,17 +172,17 @@ def _language(shift: int) -> Callable[..., TaskMetrics]:
 
 def _translation(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
     decode = _decoder(model, processor)
-    return TaskMetrics(
-        compute=lambda prediction: Bleu.score(decode(prediction.predictions), decode(prediction.label_ids)),
-        metric="bleu", scale=100.0, generates=True,
+    return _of_pairs(
+        lambda prediction: (decode(prediction.predictions), decode(prediction.label_ids)),
+        Bleu.score, metric="bleu", scale=100.0, generates=True,
     )  # fmt: skip
 
 
 def _transcript(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
     decode = _decoder(model, processor)
-    return TaskMetrics(
-        compute=lambda prediction: WordErrorRate.score(decode(prediction.predictions), decode(prediction.label_ids)),
-        metric="wer", generates=True,
+    return _of_pairs(
+        lambda prediction: (decode(prediction.predictions), decode(prediction.label_ids)),
+        WordErrorRate.score, metric="wer", generates=True,
     )  # fmt: skip
 
 
@@ -182,11 +199,9 @@ def _ctc(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
         silence[..., blank] = 0.0
         return {"logits": torch.where(valid.unsqueeze(-1).to(logits.device), logits, silence)}
 
-    return TaskMetrics(
-        compute=lambda prediction: WordErrorRate.score(
-            decode(prediction.predictions), decode(prediction.label_ids, group_tokens=False)
-        ),
-        metric="wer", prepare=mask,
+    return _of_pairs(
+        lambda prediction: (decode(prediction.predictions), decode(prediction.label_ids, group_tokens=False)),
+        WordErrorRate.score, metric="wer", prepare=mask,
         preprocess=lambda logits, labels: _first(logits).argmax(-1),
     )  # fmt: skip
 
@@ -283,8 +298,10 @@ def _first_label(dataset: Any) -> Any:
 
 def _boxes(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
     names = {int(number): str(name) for number, name in model.config.id2label.items()}
-    compute = detection_metrics(getattr(processor, "image_processor", processor), id2label=names)
-    return TaskMetrics(compute=compute, metric="map", concat_batches=False)
+    processor = getattr(processor, "image_processor", processor)
+    detection_metrics(processor)  # refuses what is no processor of a detector, and a missing library
+    score = partial(score_detection, id2label=names)
+    return _of_pairs(detection_pairs(processor), score, metric="map", concat_batches=False)
 
 
 # In the order of `modeling.tasks.TASKS`: a class that two tables list is for the first of them.

@@ -63,14 +63,14 @@ def config_with(config: PretrainedConfig, **fields: Any) -> PretrainedConfig:
     return config
 
 
-def build_empty(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """A model of the same class made from `config`; no memory is taken and nothing is drawn at random.
+def build_empty(model: PreTrainedModel | type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """A model of the same class, or of this class, made from `config`; no memory is taken and nothing is drawn at random.
 
     Raises:
         Exception: whatever the class raises for a configuration that it cannot be made from.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), undrawn():
-        return type(model)._from_config(config)
+        return (model if isinstance(model, type) else type(model))._from_config(config)
 
 
 def build_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..measuring.latency import Latency
-    from .compression import CompressionReport, DatasetInfo, Engine
+    from .compression import CompressionReport, DatasetInfo, Engine, Layer, Mistake
+    from .measure import Candidate
 
-__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency"]
+__all__ = ["Candidate", "CompressionReport", "DatasetInfo", "Engine", "Latency", "Layer", "Mistake"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Candidate":
+        from . import measure
+
+        return measure.Candidate
     if name in __all__:
         from . import compression
 

@@ -190,7 +190,12 @@ def _export(report: ReportData) -> str:
 
 
 def _parity(report: ReportData) -> Markdown | None:
-    """The differences between the logits of every exported file and of its model, as a table."""
+    found = parity_cells(report)
+    return None if found is None else Markdown(markdown_table(*found))
+
+
+def parity_cells(report: ReportData) -> tuple[list[str], list[list[str]]] | None:
+    """The differences between the logits of every exported file and of its model: header and rows; `None` without any."""
     engines = [engine for engine in report.engines if engine.parity is not None]
     keys = [key for key in _PARITY if any((engine.parity or {}).get(key) is not None for engine in engines)]
     if "max_abs_diff" not in keys:
@@ -202,7 +207,7 @@ def _parity(report: ReportData) -> Markdown | None:
         return "" if value is None else form.format(factor * value)
 
     rows = [[engine.name, *(cell(engine, key) for key in keys)] for engine in engines]
-    return Markdown(markdown_table(["File", *(_PARITY[key][0] for key in keys)], rows))
+    return ["File", *(_PARITY[key][0] for key in keys)], rows
 
 
 def _zeroed(report: ReportData) -> bool:

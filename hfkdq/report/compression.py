@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from ..files import replacing
 from ..measuring.latency import Latency
 from ..schema import build, read_file, read_json
 from .card import render_card
-from .data import DatasetInfo, Engine, ReportData, check_renderable
+from .curves import curves_of
+from .data import DatasetInfo, Engine, Layer, Mistake, ReportData, check_renderable
 from .environment import hide_secrets
 from .files import check_engine, fields_of_export
 from .plots import draw_plot
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
 
+    from .measure import Candidate
 
-__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency"]
+__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency", "Layer", "Mistake"]
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +51,8 @@ class CompressionReport(ReportData):
         base_model (`str`, *optional*): Hub id of the model that the student comes from.
         license (`str`, *optional*): license of the student, in the Hub's spelling.
         language (`str` or `list[str]`, *optional*): language of the data, as an ISO 639 code.
+        curves (`dict[str, list[list[float]]]`): step and value of every loss term and metric of the training.
+        mistakes (`tuple` of [`Mistake`]): rows that the first engine gets right and the last one wrong.
     """
 
     @classmethod
@@ -71,6 +75,9 @@ class CompressionReport(ReportData):
         base_model: str | None = None,
         license: str | None = None,
         language: str | list[str] | None = None,
+        resamples: int | None = None,
+        examples: int = 12,
+        log_history: Iterable[Mapping[str, Any]] = (),
     ) -> CompressionReport:
         """Measures teacher, student and ONNX files on the same examples.
 
@@ -104,6 +111,12 @@ class CompressionReport(ReportData):
                 configuration by default, if that names one.
             license (`str`, *optional*): license of the student, such as `"apache-2.0"`.
             language (`str` or `list[str]`, *optional*): language of the data, such as `"en"`.
+            resamples (`int`, *optional*): how often rows are drawn anew for the 95 % intervals of the metrics and of their drops; 0
+                for those of shares of rows alone, which need no draws. By default 1,000 with the metrics of hfkdq, and 0 with a
+                `compute_metrics` of your own, which is then called once for each row of the table.
+            examples (`int`, defaults to 12): how many rows to show at most that the first engine gets right and the last one
+                wrong. They are part of the report and of its page; [`push_to_hub`] leaves them out.
+            log_history (`Iterable[Mapping]`, *optional*): `trainer.state.log_history`, for the curves of the training.
 
         Returns:
             [`CompressionReport`]: the report.
@@ -120,14 +133,61 @@ class CompressionReport(ReportData):
         measured = measure(
             {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}, onnx,
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, latency_rounds, threads,
-            preprocess_logits_for_metrics, concat_batches,
+            preprocess_logits_for_metrics, concat_batches, resamples, examples,
         )  # fmt: skip
         report = cls(
-            **measured, dataset=dataset, base_model=base_model or hub_id(student), license=license, language=language
-        )
-        if report.is_noisy:
-            logger.warning("Latencies are rough: a median is more than twice the fastest call. Is the machine busy?")
-        return report
+            **measured, dataset=dataset, base_model=base_model or hub_id(student), license=license, language=language,
+            curves=curves_of(log_history),
+        )  # fmt: skip
+        return _warned(report)
+
+    @classmethod
+    def compare(
+        cls,
+        candidates: Sequence[Candidate],
+        *,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
+        batch_size: int = 32,
+        latency_rounds: int = 6,
+        threads: int | None = None,
+        resamples: int | None = None,
+        examples: int = 12,
+        rows: Dataset | None = None,
+        log_history: Iterable[Mapping[str, Any]] = (),
+        dataset: DatasetInfo | None = None,
+    ) -> CompressionReport:
+        """Measures models and ONNX files of any origin on the same rows; the first one is what all ratios and drops refer to.
+
+        Args:
+            candidates (`Sequence` of [`Candidate`]): what to measure, the reference first, what the report is about last.
+            compute_metrics (`Callable`, *optional*): as for `Trainer`. By default the usual metrics of each one's task
+                ([`metrics_for`]).
+            batch_size (`int`, defaults to 32): examples in a batch for the metrics.
+            latency_rounds (`int`, defaults to 6): turns of half a second of each; 0 leaves latency out. Six hold the ratio in 97 of
+                100 measurements.
+            threads (`int`, *optional*): threads of each while it is timed. As many as PyTorch uses by default.
+            resamples (`int`, *optional*): as for [`~CompressionReport.measure`].
+            examples (`int`, defaults to 12): as for [`~CompressionReport.measure`].
+            rows (`datasets.Dataset`, *optional*): the examples as people read them, for what is shown of mistakes; by default the
+                rows of the first candidate without their transform.
+            log_history (`Iterable[Mapping]`, *optional*): as for [`~CompressionReport.measure`].
+            dataset ([`DatasetInfo`], *optional*): what was measured on.
+
+        Returns:
+            [`CompressionReport`]: the report, with a row for each candidate.
+
+        Raises:
+            ValueError: no candidates, two of one name, files that changed since their export, rows without labels.
+            FileNotFoundError: there is no such file.
+            RuntimeError: a process that timed one died.
+        """
+        from .measure import compare, hub_id
+
+        measured = compare(
+            candidates, compute_metrics, batch_size, latency_rounds, threads, resamples, examples, rows
+        )  # fmt: skip
+        model = candidates[-1].model
+        return _warned(cls(**measured, dataset=dataset, base_model=hub_id(model), curves=curves_of(log_history)))
 
     @classmethod
     def from_export(cls, folder: str | Path) -> CompressionReport:
@@ -198,6 +258,26 @@ class CompressionReport(ReportData):
             check_engine(self, Path(folder))
         return render_card(self, repo_id)
 
+    def to_html(self) -> str:
+        """The report as one HTML page, which needs no network, no script and no other file: table, charts of quality, size and
+        latency, mistakes, curves, bits and zeros, parity, recipe, environment. What came from data stands in it as text.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .page import render_page
+
+        return render_page(CompressionReport.from_json(self.to_json()))  # without secrets
+
+    def save_html(self, path: str | Path) -> Path:
+        """Writes [`~CompressionReport.to_html`] to a file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        page = self.to_html()
+        return _replace(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
     def save_plot(self, path: str | Path) -> Path:
         """Draws metric, size and latency of every row into a PNG file.
 
@@ -205,6 +285,12 @@ class CompressionReport(ReportData):
             ImportError: matplotlib is not installed.
         """
         return _replace(path, lambda temporary: draw_plot(self, temporary))
+
+
+def _warned(report: CompressionReport) -> CompressionReport:
+    if report.is_noisy:
+        logger.warning("Latencies are rough: a median is more than twice the fastest call. Is the machine busy?")
+    return report
 
 
 def _checked(data: dict[str, Any]) -> CompressionReport:

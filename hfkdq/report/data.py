@@ -5,13 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..export.precisions import recorded_precision
 from ..export.record import Export, FileFacts, Timing
 from ..facts import Facts
-from ..measuring.latency import Latency
-from ..schema import check
+from ..measuring.latency import Latency, is_busy, rounds_confidence, speedup, speedup_interval
+from ..schema import Count, FreeText, check
+from .environment import MEDIUM
+
+if TYPE_CHECKING:
+    Text = str
+else:
+    Text = FreeText  # what JSON is held against
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,44 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A weight of a model.
+
+    Args:
+        name (`str`): its name in the checkpoint.
+        parameters (`int`): how many numbers it holds.
+        bits (`int`): of each of them: of its fake quantizer, else of its data type, or as a file has it on disk.
+        sparsity (`float`, *optional*): share of zeros; `None` for integers of a file that are packed, or whose zero is another number.
+    """
+
+    name: str
+    parameters: Count
+    bits: Count
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """A row that the first engine gets right, or better, and the last one wrong.
+
+    Args:
+        row (`int`): its number in the data set, from 0.
+        scores (`dict[str, float]`): the first metric on this row alone, by engine.
+        said (`dict[str, str]`): what each engine says of it, such as the name of a class, where that can be told.
+        label (`str`, *optional*): what is right.
+        texts (`dict[str, str]`): its texts, by column.
+        media (`dict[str, str]`): its images and sounds, by column, as `data:` addresses of PNG and WAV files.
+    """
+
+    row: int
+    scores: dict[Text, float]
+    said: dict[Text, Text] = field(default_factory=dict)
+    label: Text | None = None
+    texts: dict[Text, Text] = field(default_factory=dict)
+    media: dict[Text, Text] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """One row of the report: a model in PyTorch or a file in ONNX Runtime.
 
@@ -47,6 +91,9 @@ class Engine:
         latency ([`Latency`], *optional*): if it was timed.
         parity (`dict`, *optional*): what the export recorded about the file's difference from the model; for ONNX.
         files (`dict`): size (`bytes`) and `sha256` of every file with weights in the folder, by name; for ONNX.
+        intervals (`dict[str, list[float]]`): lower and upper bound of metrics over the rows, 95 %.
+        changes (`dict[str, list[float]]`): the bounds of how much metrics differ from those of the first row, on the same rows.
+        layers (`tuple` of [`Layer`]): its weights of two axes and more.
     """
 
     name: str
@@ -58,6 +105,9 @@ class Engine:
     latency: Latency | None = None
     parity: dict[str, Any] | None = None
     files: dict[str, FileFacts] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    changes: dict[str, list[float]] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +126,37 @@ class ReportData:
     base_model: str | None = None
     license: str | None = None
     language: str | list[str] | None = None
+    curves: dict[Text, list[list[float]]] = field(default_factory=dict)
+    mistakes: tuple[Mistake, ...] = ()
 
     def size_ratio(self, engine: Engine) -> float:
         """Bytes of `engine` as a share of those of the first row."""
         return engine.size / self.engines[0].size
 
     def speedup(self, engine: Engine) -> float | None:
-        """How many times faster than the first row `engine` is, by median latency; `None` if that is unknown."""
+        """How many times faster than the first row `engine` is, by paired rounds; `None` if it was not timed, or the machine was too
+        busy to tell."""
         first = self.engines[0].latency
-        return None if first is None or engine.latency is None else first.median_ms / engine.latency.median_ms
+        return None if first is None or engine.latency is None else speedup(first, engine.latency)
+
+    def speedup_interval(self, engine: Engine) -> tuple[float, float] | None:
+        """The lowest and the highest ratio of paired rounds, which hold the median with `rounds_confidence`; `None` for the first row
+        itself, and where there are no two rounds or there is no ratio."""
+        first = self.engines[0].latency
+        if first is None or engine.latency is None or engine is self.engines[0]:
+            return None
+        return speedup_interval(first, engine.latency)
+
+    @property
+    def rounds_confidence(self) -> float | None:
+        """How often the interval of a speed-up holds it; `None` where no two rows have rounds in a pair."""
+        counts = [len(engine.latency.rounds) for engine in self.engines if engine.latency is not None]
+        return rounds_confidence(min(counts)) if counts and min(counts) > 1 else None
+
+    def is_busy(self, engine: Engine) -> bool:
+        """Whether the machine was too busy for a ratio of `engine` to the first row ([`~hfkdq.measuring.latency.is_busy`])."""
+        first = self.engines[0].latency
+        return first is not None and engine.latency is not None and is_busy(first, engine.latency)
 
     @property
     def is_noisy(self) -> bool:
@@ -103,6 +175,11 @@ def check_renderable(report: ReportData) -> None:
         raise ValueError(f"samples is {report.samples}, expected 0 or more")
     check(report.facts, Facts, "facts")
     check(report.timing, Timing, "timing")
+    if not all(len(point) == 2 for points in report.curves.values() for point in points):
+        raise ValueError("curves has a point that is not a pair of step and value")
+    for number, mistake in enumerate(report.mistakes):
+        if not all(MEDIUM.fullmatch(address) for address in mistake.media.values()):
+            raise ValueError(f"mistakes[{number}].media has an address that is no image or sound in base64")
     if report.timing and not {"threads", "rounds", "inputs"} <= set(report.timing):
         raise ValueError("timing lacks threads, rounds or inputs")
 
@@ -114,13 +191,25 @@ def _check_engine(engine: Engine, where: str) -> None:
         "size": engine.size <= 0,
         "parameters": engine.parameters is not None and engine.parameters < 0,
         "sparsity": engine.sparsity is not None and not 0 <= engine.sparsity <= 1,
-        "latency": latency is not None and not (0 < latency.min_ms <= latency.median_ms and latency.calls > 0),
+        "latency": latency is not None
+        and not (
+            0 < latency.min_ms <= latency.median_ms and latency.calls > 0 and all(ms > 0 for ms in latency.rounds)
+        ),
+        "intervals": not all(map(_is_interval, engine.intervals.values())),
+        "changes": not all(map(_is_interval, engine.changes.values())),
+        "layers": not all(
+            layer.bits > 0 and (layer.sparsity is None or 0 <= layer.sparsity <= 1) for layer in engine.layers
+        ),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
             raise ValueError(f"{where}.{name} is {shortened(getattr(engine, name))}, which nothing can be measured as")
     if engine.parity is not None:
         check(engine.parity, Export, f"{where}.parity")
+
+
+def _is_interval(bounds: list[float]) -> bool:
+    return len(bounds) == 2 and bounds[0] <= bounds[1]
 
 
 def shortened(value: Any) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 from ..secrets import find_secrets, redact
 from ..version import __version__
 
+MEDIUM = re.compile(r"data:(image/png|audio/wav);base64,[A-Za-z0-9+/]*={0,2}")
+"""The address of an image or a sound that is in the address itself."""
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
 # Folders of users and machines within a longer text.
 _PATH = re.compile(
@@ -60,7 +62,8 @@ def hide_secrets(value: Any) -> Any:
         return {hide_secrets(key): hide_secrets(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [hide_secrets(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
+    # Letters of an image in base64 can be those of a secret by chance.
+    return redact(value) if isinstance(value, str) and not MEDIUM.fullmatch(value) else value
 
 
 def _is_private(value: Any) -> bool:

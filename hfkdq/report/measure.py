@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,22 @@ from transformers.utils import logging
 
 from ..export.graph import multiplies_exactly
 from ..export.record import export_file, read_export
-from ..export.runner import open_files
+from ..export.runner import GeneratingFiles, SingleFile, open_files
 from ..export.runtime import onnx_call
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
+from ..measuring.intervals import RESAMPLES, Sampled, change, sample
 from ..measuring.latency import TimedEngine, check_counts, time_engines, total_latency
 from ..measuring.torch_engine import torch_call
 from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import task_of
+from ..provenance import describe_files
 from .data import Engine, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
+from .layers import describe_layers, describe_stored
+from .mistakes import ScoredRows, find_mistakes, score_rows
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +51,39 @@ _PROCESSORS = {
     ProcessorMixin: "AutoProcessor",
     FeatureExtractionMixin: "AutoFeatureExtractor",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model, or a file that runs in its place, and the rows that it is measured on.
+
+    Args:
+        name (`str`): name of its row.
+        model ([`PreTrainedModel`]): the model; beside a file, the one that says which inputs and labels there are.
+        eval_dataset (`datasets.Dataset`): the rows as the model reads them.
+        path (`str` or `Path`, *optional*): a folder that `export_onnx` wrote, or any ONNX file; the model itself is measured
+            without one.
+        data_collator (`Callable`, *optional*): as for `Trainer`, with the same default.
+        processing_class (*optional*): tokenizer or processor, as for `Trainer`.
+    """
+
+    name: str
+    model: PreTrainedModel
+    eval_dataset: Any
+    path: str | Path | None = None
+    data_collator: Any = None
+    processing_class: Any = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is measured in a row: a model, or files in its place, with what their export recorded."""
+
+    name: str
+    model: PreTrainedModel
+    evaluation: Evaluation
+    path: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(
@@ -61,10 +98,11 @@ def measure(
     threads: int | None,
     preprocess_logits: Callable[[Any, Any], Any] | None = None,
     concat_batches: bool = True,
+    resamples: int | None = None,
+    examples: int = 0,
 ) -> dict[str, Any]:
     """The measured fields of a report; `models` has the student last. `CompressionReport.measure` describes the rest."""
-    threads = torch.get_num_threads() if threads is None else threads
-    check_counts(batch_size=(batch_size, 1), latency_rounds=(latency_rounds, 0), threads=(threads, 1))
+    settings = _Settings(latency_rounds, threads, resamples, examples, batch_size)
     _check_models(models)
     student = models["student"]
     if compute_metrics is None:
@@ -76,42 +114,147 @@ def measure(
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer",
             preprocess_logits, concat_batches,
         )  # fmt: skip
-        engines, timed = [], []
-        bar = logging.tqdm([*models, *folders], desc="Quality")
-        for name in bar:
-            bar.set_postfix_str(name)
-            if name in models:
-                how = evaluation if name == "student" else evaluation.of_teacher(student)
-                row = _measure_torch(name, models[name], how, Path(temporary, f"torch-{name}"))
-            else:
-                row = _measure_onnx(name, student, folders[name], exported[name], evaluation)
-            engines.append(row[0])
-            timed.append(row[1])
-        if latency_rounds:
-            times = iter(
-                time_engines([call for calls in timed for call in calls], threads=threads, rounds=latency_rounds)
+        rows = [
+            _Row(name, model, evaluation if name == "student" else evaluation.of_teacher(student))
+            for name, model in models.items()
+        ]
+        rows += [_Row(name, student, evaluation, folder, exported[name]) for name, folder in folders.items()]
+        return _measure_rows(rows, student, settings, Path(temporary), [eval_dataset])
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None,
+    batch_size: int,
+    latency_rounds: int,
+    threads: int | None,
+    resamples: int | None,
+    examples: int,
+    raw_rows: Any = None,
+) -> dict[str, Any]:
+    """The measured fields of a report on candidates of any kind. `CompressionReport.compare` describes the rest."""
+    settings = _Settings(latency_rounds, threads, resamples, examples, batch_size)
+    names = [candidate.name for candidate in candidates]
+    wrong = next((name for name in names if not name or not name.isprintable()), None)
+    if wrong is not None:
+        raise ValueError(f"A candidate is called {wrong!r}. A name is a line of text that can be printed.")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if not names or twice is not None:
+        raise ValueError(
+            "There is no candidate to measure."
+            if twice is None
+            else f"Two candidates are called {twice!r}. Give each a name of its own."
+        )
+    _check_models({candidate.name: candidate.model for candidate in candidates})
+    first: list[Any] = []  # what metrics without labels are held against
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = []
+        for one in candidates:
+            metrics = compute_metrics or metrics_for(one.model, one.processing_class, one.eval_dataset)
+            evaluation = Evaluation(
+                one.eval_dataset, metrics, one.processing_class, one.data_collator, batch_size, f"{temporary}/trainer",
+                _first_predictions=first,
+            )  # fmt: skip
+            path = None if one.path is None else Path(one.path)
+            rows.append(
+                _Row(one.name, one.model, evaluation, path, {} if path is None else _recorded(path, one.model))
             )
-            latencies = [total_latency([(next(times), 1) for _ in calls]) if calls else None for calls in timed]
-            engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
-        example = evaluation.first_example(student)
-    inputs = {name: list(array.shape) for name, array in example.items()}
-    timing = {"device": "cpu", "threads": threads, "rounds": latency_rounds, "inputs": inputs}
+        shown = [one for one in (raw_rows, candidates[0].eval_dataset) if one is not None]
+        return _measure_rows(rows, rows[-1].model, settings, Path(temporary), shown)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How often things are measured."""
+
+    latency_rounds: int
+    threads: int | None
+    resamples: int | None
+    examples: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        threads = torch.get_num_threads() if self.threads is None else self.threads
+        object.__setattr__(self, "threads", threads)
+        check_counts(
+            batch_size=(self.batch_size, 1), latency_rounds=(self.latency_rounds, 0), threads=(threads, 1),
+            resamples=(0 if self.resamples is None else self.resamples, 0), examples=(self.examples, 0),
+        )  # fmt: skip
+
+    def resamples_of(self, evaluation: Evaluation) -> int:
+        """How often a metric is computed for its interval: a function of the user's own, which may keep what it was given, is
+        called no more than it must."""
+        if self.resamples is not None:
+            return self.resamples
+        is_ours = type(evaluation.compute_metrics).__module__.startswith("hfkdq.")
+        is_ours |= str(getattr(evaluation.compute_metrics, "__module__", "")).startswith("hfkdq.")
+        return RESAMPLES if is_ours else 0
+
+
+def _measure_rows(
+    rows: Sequence[_Row], student: PreTrainedModel, settings: _Settings, temporary: Path, shown: Sequence[Any]
+) -> dict[str, Any]:
+    engines: list[Engine] = []
+    timed: list[list[TimedEngine]] = []
+    sampled: list[Sampled] = []
+    scored: list[ScoredRows] = []
+    bar = logging.tqdm(rows, desc="Quality")
+    for number, row in enumerate(bar):
+        bar.set_postfix_str(row.name)
+        files = None if row.path is None else _open(row.path, row.facts)
+        scores, prediction = row.evaluation.run(row.name, row.model, files)
+        if files is None:
+            engine, calls = _describe_torch(row, scores.metrics, temporary / f"torch-{number}")
+        else:
+            engine, calls = _describe_onnx(row, scores.metrics, files)
+        task, resamples = row.evaluation.task, settings.resamples_of(row.evaluation)
+        sampled.append(sample(task, prediction, scores.metrics, resamples, not task.concat_batches))
+        same_rows = len(row.evaluation.dataset) == len(rows[0].evaluation.dataset)
+        changes = change(sampled[0], sampled[-1]) if number and same_rows else {}
+        engines.append(replace(engine, intervals=sampled[-1].intervals, changes=changes))
+        timed.append(calls)
+        # Predictions, which may be large, are not kept.
+        scored += [score_rows(row.name, task, prediction, row.model)] if settings.examples and len(rows) > 1 else []
+    if settings.latency_rounds and settings.threads is not None:
+        calls = [call for own in timed for call in own]
+        times = iter(time_engines(calls, threads=settings.threads, rounds=settings.latency_rounds))
+        latencies = [total_latency([(next(times), 1) for _ in own]) if own else None for own in timed]
+        engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
+    last = rows[-1].evaluation
+    inputs = {name: list(array.shape) for name, array in last.first_example(student).items()}
+    timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
+    processor = last.processing_class
+    mistakes = find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,
-        "samples": len(eval_dataset),
+        "samples": len(last.dataset),
         "task": _task(student),
-        "processor": next((auto for cls, auto in _PROCESSORS.items() if isinstance(processing_class, cls)), None),
+        "processor": next((auto for cls, auto in _PROCESSORS.items() if isinstance(processor, cls)), None),
         "facts": public_facts(read_facts(student)),
-        "timing": timing if latency_rounds else {},
+        "timing": timing if settings.latency_rounds else {},
         "environment": describe_environment(),
+        "mistakes": mistakes,
     }
 
 
-def _measure_torch(
-    name: str, model: PreTrainedModel, evaluation: Evaluation, folder: Path
-) -> tuple[Engine, list[TimedEngine]]:
-    metrics = evaluation.metrics(name, model)
+def _recorded(path: Path, model: PreTrainedModel) -> dict[str, Any]:
+    """What the export of a folder recorded, held against its files and the model; what is known of any other ONNX file."""
+    if path.is_dir():
+        return check_measured(path, model)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file or folder {path}.")
+    return {
+        "files": {name: facts for name, facts in describe_files(path.parent).items() if name.startswith(path.name)}
+    }
+
+
+def _open(path: Path, facts: Mapping[str, Any]) -> SingleFile | GeneratingFiles:
+    return open_files(path, facts.get("task", "")) if path.is_dir() else SingleFile(path)
+
+
+def _describe_torch(row: _Row, metrics: dict[str, float], folder: Path) -> tuple[Engine, list[TimedEngine]]:
+    name, model = row.name, row.model
     model.save_pretrained(folder)
     # Learned ranges of fake quantizers are parameters in memory, but not of the checkpoint.
     saved = model.state_dict().keys()
@@ -124,39 +267,47 @@ def _measure_torch(
         size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         parameters=sum(value.numel() for key, value in model.named_parameters() if key in saved),
         sparsity=sum(int((weight == 0).sum()) for weight in weights) / total if total else None,
+        layers=describe_layers(model),
     )
     if getattr(transformers, type(model).__name__, None) is not type(model):
         logger.warning(f"The {name} is not timed: its class, {type(model).__name__}, is not known to another process.")
         return engine, []
-    example = evaluation.first_example(model)
+    example = row.evaluation.first_example(model)
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # the first token, as the files are timed on
         example.setdefault("decoder_input_ids", np.zeros((1, 1), np.int64))
     return engine, [TimedEngine(name, torch_call, folder, example)]
 
 
-def _measure_onnx(
-    name: str, student: PreTrainedModel, folder: Path, facts: dict[str, Any], evaluation: Evaluation
+def _describe_onnx(
+    row: _Row, metrics: dict[str, float], files: SingleFile | GeneratingFiles
 ) -> tuple[Engine, list[TimedEngine]]:
-    files = open_files(folder, facts.get("task", ""))
-    if facts.get("weight_type") == "int8" and not multiplies_exactly():
+    if row.facts.get("weight_type") == "int8" and not multiplies_exactly():
         logger.warning(
-            f"{folder} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
+            f"{row.path} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
             "is worse than on one with VNNI. Export with weight_type='uint8' for this one."
         )
+    weights = [facts["bytes"] for name, facts in row.facts["files"].items() if ".onnx" in name]
     engine = Engine(
-        name=name,
+        name=row.name,
         kind="onnx",
-        metrics=evaluation.metrics(name, student, files),
-        size=sum(part.stat().st_size for part in folder.glob("*.onnx*")),
-        parity=public_parity(facts),
-        files=facts["files"],
+        metrics=metrics,
+        size=sum(weights),
+        parity=public_parity(row.facts) if "kind" in row.facts else None,
+        files=row.facts["files"],
+        layers=describe_stored(_graphs(row), row.model),
     )
     # Of a model that generates it is the prompt that is timed, as in torch; next tokens are in the record of the export.
-    calls = [call for call in files.calls(evaluation.first_example(student)) if call.part != "next token"]
-    labels = [name if len(calls) == 1 else f"{name}, {call.part}" for call in calls]
+    calls = [call for call in files.calls(row.evaluation.first_example(row.model)) if call.part != "next token"]
+    labels = [row.name if len(calls) == 1 else f"{row.name}, {call.part}" for call in calls]
     return engine, [
         TimedEngine(label, onnx_call, call.path, call.inputs) for label, call in zip(labels, calls, strict=True)
     ]
+
+
+def _graphs(row: _Row) -> list[Path]:
+    if row.path is None or row.path.is_file():
+        return [] if row.path is None else [row.path]
+    return sorted(row.path.glob("*.onnx"))
 
 
 def _check_models(models: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from .data import ReportData, check_renderable
 from .markdown import one_line
 from .table import is_share, megabytes, metric_names
 
+EXTRA = 'pip install "hfkdq[plots]"'
 _COLORS = {"torch": "#9aa7b8", "onnx": "#3b7dc4"}
 _LAST = "#e0793a"
 _INK = "#22262d"
@@ -27,7 +28,7 @@ def draw_plot(report: ReportData, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise ImportError('The plot needs matplotlib: pip install "hfkdq[plots]".') from error
+        raise ImportError(f"The plot needs matplotlib: {EXTRA}.") from error
     check_renderable(report)
     timed = all(engine.latency is not None for engine in report.engines)
     panels: list[Callable[[Any, ReportData], None]] = []
@@ -43,7 +44,7 @@ def draw_plot(report: ReportData, path: Path) -> None:
     for axis, draw in zip(axes, panels, strict=True):
         _prepare(axis, rows)
         draw(axis, report)
-    axes[0].set_yticks(range(rows), [_text(engine.name) for engine in report.engines])
+    axes[0].set_yticks(range(rows), [plain_text(engine.name) for engine in report.engines])
     figure.suptitle(_title(report), x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
     if timed:
         figure.supxlabel(_timing(report), x=0.01, ha="left", fontsize=7.5, color=_FAINT)
@@ -52,17 +53,17 @@ def draw_plot(report: ReportData, path: Path) -> None:
 
 def _title(report: ReportData) -> str:
     where = "" if report.dataset is None else f" on {report.dataset.name}"
-    return _text(f"{report.architecture}{where}, {report.samples:,} examples")
+    return plain_text(f"{report.architecture}{where}, {report.samples:,} examples")
 
 
-def _text(value: str) -> str:
+def plain_text(value: str) -> str:
     """A text as matplotlib draws it letter by letter, without secrets."""
     return one_line(redact(value)).replace("$", r"\$")
 
 
 def _timing(report: ReportData) -> str:
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report.timing["inputs"].items())
-    return _text(f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call.")
+    return plain_text(f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call.")
 
 
 def _prepare(axis: Any, rows: int) -> None:
@@ -100,7 +101,7 @@ def _draw_metric(axis: Any, report: ReportData) -> None:
         text = f"{value:.2f} %" if share else f"{value:.4g}"
         axis.annotate(text, (value, row), (7, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK,
                       bbox=dict(facecolor="white", edgecolor="none", pad=1.0), zorder=3)  # fmt: skip
-    _name_panel(axis, f"{_text(metric).replace('_', ' ')} (axis does not start at 0)")
+    _name_panel(axis, f"{plain_text(metric).replace('_', ' ')} (axis does not start at 0)")
 
 
 def _draw_size(axis: Any, report: ReportData) -> None:
@@ -112,9 +113,10 @@ def _draw_size(axis: Any, report: ReportData) -> None:
 
 def _draw_latency(axis: Any, report: ReportData) -> None:
     latencies = [engine.latency for engine in report.engines if engine.latency is not None]
+    speedups = [report.speedup(engine) for engine in report.engines]
     labels = [
-        f"{three_digits(latency.median_ms)} ms  ({three_digits(report.speedup(engine) or 1.0)}x)"
-        for engine, latency in zip(report.engines, latencies, strict=True)
+        f"{three_digits(latency.median_ms)} ms" + ("" if speedup is None else f"  ({three_digits(speedup)}x)")
+        for latency, speedup in zip(latencies, speedups, strict=True)
     ]
     _draw_bars(axis, [latency.median_ms for latency in latencies], labels, _colors(report))
     for row, latency in enumerate(latencies):

@@ -328,3 +328,18 @@ def test_a_file_that_is_slower_is_told_of(monkeypatch):
     assert "int8 file takes 2 ms, that of float32 1 ms" in said.pop()
     assert Timing(1, 1).facts("int8", {"int8": fast, "float32": slow}, inputs)["speedup"] == 2.0
     assert not said
+
+
+def test_no_ratio_is_recorded_where_the_machine_was_too_busy():
+    from hfkdq.measuring.latency import Latency
+
+    inputs = {"input_ids": np.zeros((1, 4), np.int64)}
+    starved = Latency(median_ms=492.0, min_ms=24.0, calls=10, rounds=(490.0, 492.0))
+    plain, fast = (Latency(median_ms=ms, min_ms=ms, calls=10, rounds=(ms, ms * 1.1)) for ms in (24.0, 1.0))
+    starved, plain, fast = (Timed({"model": (latency, 1)}) for latency in (starved, plain, fast))
+    found = Timing(1, 2).facts("int8", {"int8": fast, "float32": starved}, inputs)
+    assert "speedup" not in found
+    assert "too busy" in found["speedup_left_out"]
+    found = Timing(1, 2).facts("int8", {"int8": fast, "float32": plain}, inputs)
+    assert found["speedup"] == pytest.approx(24.0)
+    assert found["speedup_interval"] == pytest.approx([24.0, 24.0])

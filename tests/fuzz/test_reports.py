@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -13,16 +14,17 @@ from rich.console import Console
 from hfkdq import CompressionReport
 from hfkdq.export.record import read_export
 from hfkdq.measuring.latency import Latency
-from hfkdq.report import DatasetInfo
+from hfkdq.report import DatasetInfo, Layer, Mistake
 from hfkdq.report.compression import Engine
 from tests.fuzz.common import answers, bounded, mutated, mutations
 
 REPORT = CompressionReport(
     engines=(
         Engine(name="teacher", kind="torch", metrics={"accuracy": 0.9}, size=1000, parameters=250, sparsity=0.0,
-               latency=Latency(median_ms=2.0, min_ms=1.0, calls=10)),
+               latency=Latency(median_ms=2.0, min_ms=1.0, calls=10, rounds=(2.0, 2.1)), intervals={"accuracy": [0.8, 0.95]},
+               layers=(Layer(name="layer.weight", parameters=16, bits=8, sparsity=0.5),)),
         Engine(name="ONNX int8", kind="onnx", metrics={"accuracy": 0.89}, size=260,
-               latency=Latency(median_ms=1.0, min_ms=0.9, calls=10),
+               latency=Latency(median_ms=1.0, min_ms=0.9, calls=10, rounds=(1.0, 1.1)), changes={"accuracy": [-0.1, 0.1]},
                parity={"kind": "int8", "max_abs_diff": 0.01, "samples": 8, "tolerance": 0.1, "opset": 17}),
     ),
     architecture="BertForSequenceClassification", samples=100, task="text-classification", processor="AutoTokenizer",
@@ -35,6 +37,9 @@ REPORT = CompressionReport(
     timing={"device": "cpu", "threads": 1, "rounds": 3, "inputs": {"input_ids": [1, 8]}},
     environment={"processor": "some", "python": "3.11"},
     dataset=DatasetInfo(name="Reviews", id="someone/reviews", split="test"), base_model="someone/model", license="mit", language="en",
+    curves={"loss": [[1.0, 2.0], [2.0, 1.0]]},
+    mistakes=(Mistake(row=3, scores={"teacher": 1.0, "ONNX int8": 0.0}, said={"teacher": "a"}, label="a", texts={"text": "w1 w2"},
+                      media={"image": "data:image/png;base64,iVBORw0KGgo="}),),
 )  # fmt: skip
 EXPORT = {
     "kind": "int8", "task": "text-classification", "opset": 17, "samples": 8, "max_abs_diff": 0.1, "mean_abs_diff": 0.01,
@@ -51,6 +56,10 @@ def render(text: str) -> None:
     assert "<script" not in card
     assert "\n# Heading" not in card
     assert "49" not in card or "{{" not in text
+    page = report.to_html()
+    assert "<script" not in page
+    assert "<h1>Heading" not in page
+    assert "49" not in re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", page, flags=re.DOTALL) or "{{" not in text
     Console(quiet=True).print(report.table())
     assert CompressionReport.from_json(report.to_json()) == report
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is named on the command line to be measured: checkpoints, exported folders, ONNX files and ids on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..export.record import export_file
+from ..files import looks_local, refuse_missing
+from ..schema import brief, read_file
+
+# What a repository of a model holds; pickles are not among it.
+_WANTED = ["*.json", "*.safetensors", "*.onnx", "*.onnx_data*", "*.onnx.data", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a candidate lies.
+
+    Args:
+        name (`str`): what its row is called.
+        folder (`Path`): with its configuration and its tokenizer or processor.
+        path (`Path`, *optional*): the exported folder or the ONNX file; `None` for a checkpoint.
+    """
+
+    name: str
+    folder: Path
+    path: Path | None
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there are weights for PyTorch."""
+        return any(self.folder.glob("*.safetensors")) and (self.folder / "config.json").is_file()
+
+
+def split_names(given: list[str]) -> list[tuple[str, str]]:
+    """Names and places: of `NAME=PLACE`, else by the last part of each, or by all of it where two would be called alike.
+
+    Raises:
+        ValueError: two have one name.
+        FileNotFoundError: one is a file or folder of this machine, and is not there.
+    """
+    pairs = []
+    for one in given:
+        name, sign, where = ("", "", one) if Path(one).exists() else one.partition("=")
+        pairs.append((name, where) if sign else ("", one))
+        if not pairs[-1][1].strip() or (sign and not name.strip()):
+            raise ValueError(
+                f"There is no name of a checkpoint, file or folder in {one!r}. Write PLACE, or NAME=PLACE."
+            )
+        refuse_missing(pairs[-1][1])
+    short = [name or _short(where) for name, where in pairs]
+    names = [
+        name if short.count(name) == 1 or pairs[place][0] else pairs[place][1] for place, name in enumerate(short)
+    ]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"Two candidates are called {twice!r}. Name them: ONE={twice} OTHER=...")
+    return [(name, where) for name, (_, where) in zip(names, pairs, strict=True)]
+
+
+def find_place(name: str, where: str) -> Place:
+    """What lies at a place; a repository of the Hub is downloaded, without pickles.
+
+    Raises:
+        ValueError: there is nothing to measure, or there are several files.
+        OSError: the Hub has no such repository, or cannot be reached.
+    """
+    path = Path(where).expanduser()
+    if not looks_local(where):
+        path = _downloaded(where)
+    if path.is_file():
+        if path.suffix != ".onnx":
+            raise ValueError(
+                f"{where} is neither an ONNX file nor a folder. Name model.onnx, or the folder of a checkpoint."
+            )
+        return Place(name, path.parent, path.parent if path.name == "model.onnx" and is_export(path.parent) else path)
+    if is_export(path):
+        return Place(name, path, path)
+    files = sorted(path.glob("*.onnx"))
+    if files and not any(path.glob("*.safetensors")):
+        if len(files) > 1:
+            raise ValueError(f"{where} has {', '.join(file.name for file in files[:6])}. Name the one to measure.")
+        return Place(name, path, files[0])
+    return Place(name, path, None)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `export_onnx` wrote a folder and left its record there."""
+    record = export_file(folder)
+    return record.is_file() and "engines" not in read_file(record) and any(folder.glob("*.onnx"))
+
+
+def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
+    """Every place with its model and its tokenizer or processor; a file without weights for PyTorch beside it takes the model of
+    the first place, and one without a tokenizer or processor that of the first that has one.
+
+    Raises:
+        ValueError: a checkpoint is damaged, or a file has no configuration and there is no model to take its inputs from.
+    """
+    from ..modeling import load_checkpoint
+    from .checkpoint import load_model, load_processor
+
+    found: list[tuple[Place, Any, Any]] = []
+    for place in places:
+        if place.path is None:
+            model = load_model(str(place.folder), None, calibrated=False)[0]
+        elif place.has_checkpoint:
+            model = load_checkpoint(str(place.folder))
+        elif found:
+            model = found[0][1]
+        else:
+            raise ValueError(
+                f"{place.folder} has no checkpoint beside its ONNX file, which would say what it is for. Name one before it, as "
+                "--teacher or as the first candidate."
+            )
+        found.append((place, model, load_processor(str(place.folder))))
+    shared = next((processor for _, _, processor in found if processor is not None), None)
+    return [(place, model, shared if processor is None else processor) for place, model, processor in found]
+
+
+def _short(where: str) -> str:
+    path = Path(where)
+    if path.suffix == ".onnx":
+        path = path.parent if path.stem == "model" and path.parent.name else path.with_suffix("")
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
+def _downloaded(where: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(where, allow_patterns=_WANTED))
+    except Exception as error:  # requests and httpx share no error class
+        raise OSError(
+            f"{where} is no file or folder here, and could not be read from the Hub ({type(error).__name__}: {brief(error)})."
+        ) from error

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that an ONNX file stores, of any exporter: how many numbers, in how many bytes, how many of them zero."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+_NO_WEIGHTS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # positions, shapes, masks
+_BESIDE = (".scale", ".zero_point", "_scale", "_zero_point", "_scales", "_zero_points")
+
+
+class StoredTensor(NamedTuple):
+    """A weight: its name, how many numbers it has as far as the file tells, its bytes, and the share of zeros where it is one of plain
+    numbers."""
+
+    name: str
+    numbers: int
+    bytes: int
+    zeros: float | None
+
+
+def stored_weights(path: Path) -> list[StoredTensor]:
+    """The constants of two axes and more, in the order of the file, without scales and zero points."""
+    found = []
+    for name, value in ir.load(path).graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or len(tensor.shape) < 2 or name.endswith(_BESIDE) or tensor.dtype in _NO_WEIGHTS:
+            continue
+        packed = [node for node in value.consumers() if node.op_type == "MatMulNBits"]
+        numbers = math.prod(tensor.shape.numpy())
+        if packed:
+            numbers = packed[0].attributes["K"].as_int() * packed[0].attributes["N"].as_int()
+        is_plain = tensor.dtype.is_floating_point() or tensor.dtype == ir.DataType.INT8
+        zeros = float(np.mean(tensor.numpy() == 0)) if is_plain and numbers and not packed else None
+        found.append(StoredTensor(name, numbers, tensor.nbytes, zeros))
+    return found
