@@ -8,14 +8,17 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import card, demo, export
-from .messages import as_options
+from . import card, compress, demo, export
+from .messages import as_keys, as_options
 
-COMMANDS = {"demo": demo, "export": export, "card": card}
+COMMANDS = {"compress": compress, "export": export, "card": card, "demo": demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status, 1 after an error that the user can do something about."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compress"]:  # its options are those of TrainingArguments too, which are known to few
+        return run_command("compress", compress.parse(arguments[1:]))
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "folder", "") is None:
@@ -33,7 +36,8 @@ def run_command(name: str, options: argparse.Namespace) -> int:
         sys.stderr.write(f"\nhfkdq {name}: interrupted. {COMMANDS[name].LEFT}\n")
         return 130
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        sys.stderr.write(f"hfkdq {name}: {as_options(str(error))}\n")
+        told = as_keys(str(error)) if name == "compress" else as_options(str(error))
+        sys.stderr.write(f"hfkdq {name}: {told}\n")
         return 1
     return 0
 

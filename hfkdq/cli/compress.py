@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hfkdq compress`: the product's main job on the user's own model and data, from one YAML recipe."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import looks_local, refuse_missing
+from ..recipes.reading import load, override, read
+from .export import default_folder
+from .names import check_data
+
+HELP = "distil, prune, quantize and export a model on your own data, from one recipe"
+DESCRIPTION = (
+    "Makes a model smaller by a recipe: trains a student on the data, exports it to ONNX, measures both beside the model, and "
+    "writes report and card. Of a MODEL with --data the recipe is chosen by the model's task: half of its layers, distilled, "
+    "with 8-bit integers."
+)
+EPILOG = """every field of transformers.TrainingArguments is an option too, as --num_train_epochs 1 or --learning_rate 1e-4.
+Examples: hfkdq compress recipe.yaml training.num_train_epochs=1; hfkdq compress MODEL --data DATA --dry-run;
+accelerate launch -m hfkdq compress recipe.yaml"""
+# What an interruption leaves.
+LEFT = "The output folder keeps the checkpoints of the training; the same command goes on from the newest one."
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command to `parser`."""
+    parser.epilog = " ".join(EPILOG.split())
+    parser.add_argument(
+        "source",
+        metavar="RECIPE|MODEL",
+        nargs="?",
+        help="a YAML recipe; or, with --data, folder or Hub id of a checkpoint",
+    )
+    parser.add_argument(
+        "changes",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="values of the recipe, as student.num_layers=3 or quantization=null",
+    )
+    parser.add_argument(
+        "--data", help="rows to train and measure on: a file, a folder or a Hub id; a split may follow a colon"
+    )
+    parser.add_argument(
+        "--output-dir", "--output_dir", metavar="FOLDER",
+        help="where to write (default: the model's name and -compressed, beside it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="print the plan, with sizes and an estimate of the time, and stop",
+    )
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON Schema of recipes, for editors, and stop"
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command; those of `TrainingArguments` are in `training`, only where they were given."""
+    parser = argparse.ArgumentParser(prog="hfkdq compress", description=DESCRIPTION, allow_abbrev=False)
+    add_arguments(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    theirs: list[str] = []
+    if any(word.startswith("--") and word.partition("=")[0] not in known for word in arguments):
+        from ..recipes.options import training_parser
+
+        others = training_parser()
+        theirs = [action.dest for action in others._actions]
+        parser = argparse.ArgumentParser(
+            prog="hfkdq compress",
+            description=DESCRIPTION,
+            allow_abbrev=False,
+            parents=[others],
+            conflict_handler="resolve",
+        )
+        add_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
+    own = ("output_dir", "data")
+    options.training = {name: vars(options)[name] for name in theirs if name in vars(options) and name not in own}
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Carries out a recipe, or prints its plan."""
+    if options.schema:
+        from ..recipes.editors import json_schema
+
+        sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
+        return
+    data, source = _data_of(options)
+    changes = [*options.changes, *_as_changes(options.training)]
+    recipe = read(override(data, changes if options.data is None else _early(changes)), source)
+    folder = Path(options.output_dir) if options.output_dir else default_folder(recipe.model, "-compressed")
+    for name in filter(None, (recipe.model, recipe.teacher)):
+        refuse_missing(name)
+        if Path(name).is_file():
+            raise ValueError(f"{name} is a file. Name the folder of a checkpoint, or a model on the Hub.")
+    for where in filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration)):
+        check_data(where)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    from ..recipes.parts import parts_of, training_arguments
+    from .compress_run import carry_out, check_folder
+    from .compress_setup import set_up
+    from .summary import quietly
+
+    check_folder(folder)
+    training_arguments(parts_of(recipe, source), str(folder))
+    with quietly():
+        setup = set_up(recipe, None if options.data is None else changes, source)
+        if options.dry_run:
+            from .compress_plan import print_plan
+
+            print_plan(setup, folder, sys.stdout)
+            return
+        report = carry_out(setup, folder)
+    if report is not None:
+        from rich.console import Console
+
+        Console().print(report.table())
+    sys.stdout.write(f"{folder}\n")
+
+
+def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The recipe that was named, and what errors call it."""
+    source = options.source
+    if source is None or "=" in source:
+        raise ValueError(
+            "Name a recipe, as in hfkdq compress recipe.yaml, or a model and its data: MODEL --data DATA."
+        )
+    is_recipe = Path(source).is_file() or Path(source).suffix.lower() in _SUFFIXES
+    if options.data is not None:
+        if is_recipe:
+            raise ValueError(
+                f"--data goes with a model, and {source} is a recipe. Write data.train={options.data} instead."
+            )
+        return {"model": source, "data": {"train": options.data}}, "the recipe for this model"
+    if is_recipe:
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"There is no recipe {source}.")
+        return load(source), source
+    if looks_local(source):
+        refuse_missing(source)
+    raise ValueError(
+        f"{source} is no recipe. For a default recipe name its data too: hfkdq compress {source} --data DATA."
+    )
+
+
+def _as_changes(training: dict[str, Any]) -> list[str]:
+    """Options of `TrainingArguments` as changes of the recipe."""
+    return [f"training.{name}={json.dumps(value)}" for name, value in training.items()]
+
+
+def _early(changes: list[str]) -> list[str]:
+    """The changes that can be checked before a recipe is chosen for the model: those that lead into no list."""
+    return [text for text in changes if not any(key.isdecimal() for key in text.partition("=")[0].split("."))]
