@@ -99,6 +99,11 @@ class MarkedFiles:
                 f"{folder} holds the result of {self.run} already. Name another folder, or pass --overwrite to replace it."
             )
 
+    def is_finished(self, folder: Path) -> bool:
+        """Whether all that a run wrote is in its place; a process that was killed in the end has moved a part."""
+        written = self._written(folder)
+        return bool(written) and all((folder / name).exists() for name in written)
+
     def swap_in(self, new: Path, folder: Path, old: Path) -> None:
         """Moves what a run wrote into `folder`, and what an earlier one wrote there to `old`; all of it or nothing."""
         old.mkdir()

@@ -27,6 +27,7 @@ Examples: hfkdq compress recipe.yaml training.num_train_epochs=1; hfkdq compress
 accelerate launch -m hfkdq compress recipe.yaml"""
 # What an interruption leaves.
 LEFT = "The output folder keeps the checkpoints of the training; the same command goes on from the newest one."
+_USAGE = "hfkdq compress RECIPE [KEY=VALUE ...] [options]\n       hfkdq compress MODEL --data DATA [KEY=VALUE ...] [options]"
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -65,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command; those of `TrainingArguments` are in `training`, only where they were given."""
-    parser = argparse.ArgumentParser(prog="hfkdq compress", description=DESCRIPTION, allow_abbrev=False)
+    said: dict[str, Any] = dict(prog="hfkdq compress", description=DESCRIPTION, usage=_USAGE, allow_abbrev=False)
+    parser = argparse.ArgumentParser(**said)
     add_arguments(parser)
     known = {option for action in parser._actions for option in action.option_strings}
     theirs: list[str] = []
@@ -74,13 +76,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
         others = training_parser()
         theirs = [action.dest for action in others._actions]
-        parser = argparse.ArgumentParser(
-            prog="hfkdq compress",
-            description=DESCRIPTION,
-            allow_abbrev=False,
-            parents=[others],
-            conflict_handler="resolve",
-        )
+        switches = {option for action in others._actions if action.nargs == "?" for option in action.option_strings}
+        arguments = [
+            f"{word}=true" if word in switches and "=" in after and not after.startswith("-") else word
+            for word, after in zip(arguments, [*arguments[1:], ""], strict=True)
+        ]  # a switch takes no change of the recipe for its value
+        parser = argparse.ArgumentParser(**said, parents=[others], conflict_handler="resolve")
         add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     own = ("output_dir", "data")
@@ -141,7 +142,13 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             raise ValueError(
                 f"--data goes with a model, and {source} is a recipe. Write data.train={options.data} instead."
             )
-        return {"model": source, "data": {"train": options.data}}, "the recipe for this model"
+        # The sections that a recipe is chosen with without looking at the model.
+        return {
+            "model": source,
+            "data": {"train": options.data},
+            "export": {},
+            "report": {},
+        }, "the recipe for this model"
     if is_recipe:
         if not Path(source).is_file():
             raise FileNotFoundError(f"There is no recipe {source}.")

@@ -79,7 +79,7 @@ def check_folder(folder: Path) -> None:
         PermissionError: it cannot be written to.
     """
     COMPRESSED.check(folder, overwrite=True)
-    if (folder / COMPRESSED.mark_name).exists() and any((folder / name).exists() for name in COMPRESSED.names[-1:]):
+    if COMPRESSED.is_finished(folder):
         raise FileExistsError(
             f"{folder} holds the result of a finished run. Name another folder with --output-dir, or remove this one."
         )
@@ -123,7 +123,7 @@ def _write(setup: Setup, new: Path) -> CompressionReport | None:
     (new / "student" / RECIPE).write_text(_text(recipe), encoding="utf-8")
     (new / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here reads
     student, quantization = load_model(str(new / "student"), None, calibrated=True)
-    onnx: dict[str, Path] = {}
+    onnx = None
     if recipe.export is not None:
         settings = {**asdict(recipe.export)}
         precision = settings.pop("quantization")
@@ -131,21 +131,21 @@ def _write(setup: Setup, new: Path) -> CompressionReport | None:
         calibration = setup.reader.batches(data, CALIBRATION, recipe.data.calibration_samples)
         evaluated = settings["max_drop"] is not None or settings["metric"] is not None or precision == "auto"
         labelled = {"eval_dataset": setup.evaluation, "data_collator": setup.collate} if evaluated else {}
-        onnx["ONNX"] = export_onnx(
+        onnx = export_onnx(
             student, new / "onnx", quantization=precision or quantization, processing_class=setup.processor,
             calibration=calibration, **labelled, **settings,
         )  # fmt: skip
     return _measured(setup, student, onnx, new)
 
 
-def _measured(setup: Setup, student: Any, onnx: dict[str, Path], new: Path) -> CompressionReport | None:
+def _measured(setup: Setup, student: Any, onnx: Path | None, new: Path) -> CompressionReport | None:
     section = setup.recipe.report
-    if section is None:
+    if section is None or onnx is None:
         return None
     told = asdict(section)
     named = told.pop("dataset")
     report = CompressionReport.measure(
-        student=student, teacher=setup.teacher or setup.original, onnx=onnx.get("ONNX", onnx), eval_dataset=setup.evaluation,
+        student=student, teacher=setup.teacher or setup.original, onnx=onnx, eval_dataset=setup.evaluation,
         data_collator=setup.collate, processing_class=setup.processor, dataset=_dataset(setup.recipe, named), **told,
     )  # fmt: skip
     report.save(new / "report.json")

@@ -76,7 +76,7 @@ class Setup:
             processing_class=self.processor, compute_metrics=task if measured else None,
             preprocess_logits_for_metrics=task.preprocess if measured and not task.generates else None,
             callbacks=[*callbacks, *self._callbacks()], teacher_model=self.teacher,
-            objectives=[objective.copy() for objective in self.parts.objectives],
+            objectives=[objective.copy() for objective in self.parts.objectives] or None,
         )  # fmt: skip
 
     def _callbacks(self) -> list[TrainerCallback]:
@@ -105,12 +105,12 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
         ValueError: a model, data or a setting that does not fit the others.
     """
     original = load_checkpoint(recipe.model)
+    of_objectives = [text for text in changes or () if text.startswith("objectives")]
     if changes is not None:
         data = {name: value for name, value in asdict(recipe.data).items() if value is not None}
         sections = {"model": recipe.model, "data": data, **default_sections(original)}
-        recipe = read(override(sections, changes), source)
-    parts = parts_of(recipe, source)
-    set_seed(parts.training.get("seed", 42))
+        recipe = read(override(sections, [text for text in changes if text not in of_objectives]), source)
+    set_seed(recipe.training.get("seed", 42))
     processor = load_processor(recipe.model)
     reader = Reader(original, processor, recipe.data.text_columns, recipe.data.max_length)
     train, evaluation, collate, described = _examples(reader, recipe)
@@ -120,12 +120,17 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
         student = copy.deepcopy(original)
     else:
         student = make_student(original, **asdict(recipe.student), example_inputs=batch)
-    chosen = changes is not None and recipe.objectives is None and not any(c.startswith("objectives") for c in changes)
     teacher = original if recipe.teacher is None else load_checkpoint(recipe.teacher)
-    if chosen:
-        entries = default_objectives(student, teacher, batch, metrics.needs_labels)
-        recipe = Recipe(**{**vars(recipe), "objectives": entries})
-        parts = parts_of(recipe, source)
+    if changes is not None:
+        chosen: dict[str, Any] = {}
+        if not any(text.startswith("objectives=") for text in of_objectives):
+            chosen["objectives"] = default_objectives(student, teacher, batch, metrics.needs_labels)
+        recipe = Recipe(**{**vars(recipe), **override(chosen, of_objectives)})
+    parts = parts_of(recipe, source)
+    if recipe.teacher is not None and not parts.uses_teacher:
+        raise ValueError(
+            f"{source}: nothing is learned from teacher {recipe.teacher}. Add an objective such as LogitKD."
+        )
     return Setup(
         recipe, parts, original, teacher if parts.uses_teacher else None, student, processor, reader, train, evaluation, collate,
         metrics, described,

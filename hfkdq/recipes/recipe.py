@@ -198,8 +198,11 @@ class Recipe:
             raise ValueError("model is empty. Name the folder of a checkpoint, or a model on the Hub.")
         if self.objectives is not None and not self.objectives:
             raise ValueError("objectives is an empty list. Name one, or leave it out for the task loss alone.")
-        if self.push is not None and self.export is None:
-            raise ValueError("push sends the exported file, and there is no export. Add the section export: {}.")
+        for name, what in (("push", "sends"), ("report", "measures")):
+            if getattr(self, name) is not None and self.export is None:
+                raise ValueError(
+                    f"{name} {what} the exported file, and there is no export. Add the section export: {{}}, or leave {name} out."
+                )
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:

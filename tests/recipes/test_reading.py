@@ -78,6 +78,7 @@ def test_changes_reach_into_lists_and_leave_sections_out():
         ("export.max_drop=-1", "export.max_drop must be 0 or more"),
         ("report.latency_rounds=-1", "report.latency_rounds must be 0 or more"),
         ("report.nothing=1", "report has no 'nothing'"),
+        ("report={}", "report measures the exported file, and there is no export"),
         ("push.private=true", "push lacks repo_id"),
         ("push.repo_id=me/it", "push sends the exported file, and there is no export"),
         ("objectives=[]", "objectives is an empty list"),
