@@ -251,6 +251,7 @@ def test_every_task_has_a_recipe_that_trains(tmp_path, task):
     assert setup.recipe.student.num_layers == setup.original.config.num_hidden_layers // 2
     trainer = setup.trainer(tmp_path / "out")
     trainer.train()
+    assert getattr(trainer.args, "generation_max_length", 129) == 129
     assert all(np.isfinite(value) for value in trainer.evaluate().values())
 
 

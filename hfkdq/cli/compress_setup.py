@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .. import make_student
+from ..measuring.evaluation import NEW_TOKENS, says_length
 from ..metrics import TaskMetrics, metrics_for
 from ..modeling import load_checkpoint
 from ..modeling.batches import first_batch, make_batches
@@ -62,6 +63,14 @@ class Setup:
     def trainer(self, output_dir: str | os.PathLike[str], *callbacks: TrainerCallback, **changes: Any) -> Any:
         """The trainer of the recipe, with other callbacks first; `changes` are training arguments for this time."""
         task, is_made = self.metrics, getattr(self.train, "format", {}).get("type") == "custom"
+        if (
+            task.generates
+            and "generation_max_length" not in self.parts.training
+            and not says_length(self.student.generation_config)
+        ):
+            changes["generation_max_length"] = (
+                NEW_TOKENS + 1
+            )  # with the token that a decoder begins with, as the report
         args = training_arguments(
             self.parts, os.fspath(output_dir), task.generates,
             # A transform makes the model's columns out of others, which must still be there.
