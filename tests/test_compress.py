@@ -91,23 +91,31 @@ def test_the_saved_recipe_does_the_same_again_bit_for_bit(done, tmp_path):
     assert load(tmp_path / "again" / "recipe.yaml") == load(done / "recipe.yaml")
 
 
-def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(given, done, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(given, done, tmp_path, monkeypatch, capsys, number):
     class Asks(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert state.global_step == state.max_steps
+
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
     trainer = Setup.trainer
     monkeypatch.setattr(Setup, "trainer", lambda self, *args, **more: trainer(self, *args, Asks(), **more))
     folder = tmp_path / "out"
-    assert run(given, folder) == 130
+    if number == signal.SIGINT:
+        assert run(given, folder, "--eval_strategy", "epoch") == 130
+    else:
+        with pytest.raises(SystemExit, match="143"):
+            run(given, folder, "--eval_strategy", "epoch")
     assert "the same command goes on" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "recipe.yaml"]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-3"]
     assert run(given, folder, "--learning_rate", "1e-3") == 1
     assert f"{folder} holds a run with other settings in training" in capsys.readouterr().err
     monkeypatch.setattr(Setup, "trainer", trainer)
-    assert run(given, folder) == 0
+    assert run(given, folder, "--eval_strategy", "epoch") == 0
     assert hashes(folder) == hashes(done)
 
 

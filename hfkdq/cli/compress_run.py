@@ -14,6 +14,7 @@ import datasets
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from transformers import TrainerCallback
 
 from .. import CompressionReport, export_onnx, push_to_hub
 from ..files import COMPRESSED, replacing, workspace
@@ -30,33 +31,32 @@ from .names import check_data, split_name
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
 
 
-def carry_out(setup: Setup, folder: Path) -> CompressionReport | None:
+def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> CompressionReport | None:
     """Trains the student and writes everything into `folder`. A run that was ended goes on from its last checkpoint.
 
     Args:
         setup ([`Setup`]): models and data.
         folder (`Path`): new, or that of an earlier run of the same recipe.
+        callbacks (`TrainerCallback`): of the training, beside those of the recipe.
 
     Returns:
         [`CompressionReport`]: what was measured; `None` if nothing was to be, or in other processes than the first.
 
     Raises:
         FileExistsError: `folder` is finished, holds another run, or files that no run wrote.
-        KeyboardInterrupt: the training was ended, and its checkpoint is there.
+        KeyboardInterrupt: the training was ended, and its checkpoint is there; or `SystemExit`, after a signal.
     """
     checkpoints, interruption = folder / CHECKPOINTS, Interruption()
-    trainer = setup.trainer(checkpoints, interruption)
-    if trainer.is_world_process_zero():
-        begin(setup.recipe, folder)
-    trainer.accelerator.wait_for_everyone()
-    newest = newest_complete(str(checkpoints))
-    with interruption.watching():
-        trainer.train(resume_from_checkpoint=newest)
-    interruption.raise_if_over()
+    trainer = setup.trainer(checkpoints, interruption, *callbacks)
     is_first = trainer.is_world_process_zero()
     with workspace(folder / "result") if is_first else contextlib.nullcontext(checkpoints) as made:
-        student = made / "new" / "student"
-        trainer.save_model(str(student))  # of a sharded model every process has a part
+        if is_first:
+            begin(setup.recipe, folder)
+        trainer.accelerator.wait_for_everyone()
+        with interruption.watching():
+            trainer.train(resume_from_checkpoint=newest_complete(str(checkpoints)))
+        interruption.raise_if_over()
+        trainer.save_model(str(made / "new" / "student"))  # of a sharded model every process has a part
         _leave_group(trainer)
         if not is_first:
             return None

@@ -54,6 +54,10 @@ class Interruption(TrainerCallback):
         if asked and state.global_step < state.max_steps:
             self._is_over = control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_over:  # the checkpoint is there, and an evaluation may take long
+            control.should_save = control.should_evaluate = False
+
     def _note(self, number: int, frame: Any) -> None:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -35,6 +35,10 @@ def run_command(name: str, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nhfkdq {name}: interrupted. {COMMANDS[name].LEFT}\n")
         return 130
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code > 128:
+            sys.stderr.write(f"\nhfkdq {name}: ended by a signal. {COMMANDS[name].LEFT}\n")
+        raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         told = as_keys(str(error)) if name == "compress" else as_options(str(error))
         sys.stderr.write(f"hfkdq {name}: {told}\n")
