@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import optuna
 import pytest
 import torch
 import yaml
@@ -18,10 +19,12 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
+from hfkdq.cli.compress_search import outcome_of, outcomes_of
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
 from hfkdq.files import sha256_of
 from hfkdq.recipes import load, override, read
+from hfkdq.recipes.goals import Goals
 
 from . import tiny
 from .conftest import THREADS
@@ -261,6 +264,51 @@ def test_every_task_has_a_recipe_that_trains(tmp_path, task):
     trainer.train()
     assert getattr(trainer.args, "generation_max_length", 129) == 129
     assert all(np.isfinite(value) for value in trainer.evaluate().values())
+
+
+def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys):
+    out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "3", "--keep", "0.1", "--max-size", "1MB")
+    command = [
+        "compress",
+        str(given / "model"),
+        "--data",
+        str(given / "rows.csv"),
+        "--output-dir",
+        str(out),
+        *settings,
+    ]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "3 trials, the best of them" in told
+    study = optuna.load_study(study_name="hfkdq compress", storage=f"sqlite:///{out / 'search' / 'study.db'}")
+    found = outcomes_of(study)
+    best = Goals(keep=0.1, max_size=1e6).best(found)
+    assert found[best].kept == max(outcome.kept for outcome in found.values())
+    assert sha256_of(out / "onnx" / "model.onnx") == sha256_of(
+        out / "search" / f"trial-{best}" / "onnx" / "model.onnx"
+    )
+    assert load(out / "recipe.yaml")["student"]["num_layers"] == study.trials[best].params["num_layers"]
+    assert outcome_of(CompressionReport.load(out / "report.json"), "accuracy") == found[best]
+    assert not list(out.glob("search/*/checkpoints"))
+
+
+def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):
+    out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "1", "--max-latency", "1us")
+    command = [
+        "compress",
+        str(given / "model"),
+        "--data",
+        str(given / "rows.csv"),
+        "--output-dir",
+        str(out),
+        *settings,
+    ]
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--max-latency 0.001 ms is missed by all: the best has" in error
+    assert not (out / "onnx").exists()
+    assert main([*command[:6], *settings[:3], "--trials", "1", "--keep", "0.5", "student=null"]) == 1
+    assert "The study that is there has another changes" in capsys.readouterr().err
 
 
 def test_in_several_processes_the_first_one_writes(given, tmp_path):

@@ -9,12 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import looks_local, refuse_missing
+from ..recipes.goals import Goals, parse_size, parse_time
 from ..recipes.reading import load, override, read
 from .export import default_folder
 from .names import check_data
+
+if TYPE_CHECKING:
+    from ..report import CompressionReport
 
 HELP = "distil, prune, quantize and export a model on your own data, from one recipe"
 DESCRIPTION = (
@@ -26,7 +30,7 @@ EPILOG = """every field of transformers.TrainingArguments is an option too, as -
 Examples: hfkdq compress recipe.yaml training.num_train_epochs=1; hfkdq compress MODEL --data DATA --dry-run;
 accelerate launch -m hfkdq compress recipe.yaml"""
 # What an interruption leaves.
-LEFT = "The output folder keeps the checkpoints of the training; the same command goes on from the newest one."
+LEFT = "The output folder keeps what was finished and the checkpoints of the training; the same command goes on from there."
 _USAGE = "hfkdq compress RECIPE [KEY=VALUE ...] [options]\n       hfkdq compress MODEL --data DATA [KEY=VALUE ...] [options]"
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -58,6 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry_run",
         action="store_true",
         help="print the plan, with sizes and an estimate of the time, and stop",
+    )
+    goals = parser.add_argument_group("goals in the place of settings, for a MODEL with --data")
+    goals.add_argument("--keep", type=float, metavar="SHARE", help="least share of the model's metric, such as 0.99")
+    goals.add_argument("--max-size", "--max_size", metavar="SIZE", help="of the file at most, such as 10MB")
+    goals.add_argument("--max-latency", "--max_latency", metavar="TIME", help="of a call at most, such as 5ms")
+    goals.add_argument(
+        "--trials",
+        type=int,
+        default=20,
+        metavar="N",
+        help="recipes that are tried, in all processes together (default: %(default)s)",
+    )
+    goals.add_argument(
+        "--storage", metavar="URL", help="Optuna's storage of the study (default: a file in the output folder)"
     )
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON Schema of recipes, for editors, and stop"
@@ -97,6 +115,7 @@ def run(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
         return
     data, source = _data_of(options)
+    goals = _goals_of(options)
     changes = [*options.changes, *_as_changes(options.training)]
     recipe = read(override(data, changes if options.data is None else _early(changes)), source)
     folder = Path(options.output_dir) if options.output_dir else default_folder(recipe.model, "-compressed")
@@ -115,6 +134,12 @@ def run(options: argparse.Namespace) -> None:
     check_folder(folder)
     training_arguments(parts_of(recipe, source), str(folder))
     with quietly():
+        if goals is not None and not options.dry_run:
+            from .compress_search import search
+
+            found = search(recipe, changes, goals, folder, options.trials, options.storage, source)
+            _print(found, folder)
+            return
         setup = set_up(recipe, None if options.data is None else changes, source)
         if options.dry_run:
             from .compress_plan import print_plan
@@ -122,11 +147,37 @@ def run(options: argparse.Namespace) -> None:
             print_plan(setup, folder, sys.stdout)
             return
         report = carry_out(setup, folder)
+    _print(report, folder)
+
+
+def _print(report: CompressionReport | None, folder: Path) -> None:
     if report is not None:
         from rich.console import Console
 
         Console().print(report.table())
     sys.stdout.write(f"{folder}\n")
+
+
+def _goals_of(options: argparse.Namespace) -> Goals | None:
+    """The goals that were given, if any were."""
+    given = {"keep": options.keep}
+    for name, parse_amount in (("max_size", parse_size), ("max_latency", parse_time)):
+        text = getattr(options, name)
+        try:
+            given[name] = None if text is None else parse_amount(text)
+        except ValueError as error:
+            raise ValueError(f"--{name.replace('_', '-')}: {error}.") from None
+    if all(value is None for value in given.values()):
+        return None
+    if options.data is None:
+        raise ValueError("--keep, --max-size and --max-latency choose the recipe, so they go with MODEL --data DATA.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "Goals are searched by processes of their own: start hfkdq compress several times with one --output-dir."
+        )
+    if options.trials < 1:
+        raise ValueError(f"--trials must be 1 or more, got {options.trials}.")
+    return Goals(**given)
 
 
 def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
         raise FileExistsError(
             f"{folder} holds the result of a finished run. Name another folder with --output-dir, or remove this one."
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not ((folder / RECIPE).is_file() or (folder / "search").is_dir()):
         raise FileExistsError(
             f"{folder} holds files and no {RECIPE} of an earlier run. Name another folder with --output-dir."
         )

@@ -77,8 +77,8 @@ class Setup:
             **{"remove_unused_columns": not is_made, "eval_do_concat_batches": task.concat_batches,
                "disable_tqdm": None if logging.is_progress_bar_enabled() else True, **changes},
         )  # fmt: skip
-        # What the outputs of whole batches are reduced by has no place in the Trainer; the report measures it.
-        measured = task.needs_labels and task.prepare is None
+        # What needs a batch's inputs, or its labels uncut, has no place in the Trainer; the report measures it.
+        measured = task.needs_labels and task.prepare is None and task.concat_batches
         cls = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
         return cls(
             model=self.student, args=args, train_dataset=self.train, eval_dataset=self.evaluation, data_collator=self.collate,
