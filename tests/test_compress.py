@@ -94,6 +94,23 @@ def test_the_saved_recipe_does_the_same_again_bit_for_bit(done, tmp_path):
     assert load(tmp_path / "again" / "recipe.yaml") == load(done / "recipe.yaml")
 
 
+def test_what_failed_after_the_training_is_done_again_without_it(given, done, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no space\nleft")
+
+    folder = tmp_path / "out"
+    with monkeypatch.context() as changed:
+        changed.setattr("hfkdq.cli.compress_run.export_onnx", fails)
+        assert run(given, folder) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "hfkdq compress: no space left"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "recipe.yaml"]
+    steps = []
+    monkeypatch.setattr("hfkdq.cli.interruption.Interruption.on_step_end", lambda *args, **kwargs: steps.append(1))
+    assert run(given, folder) == 0
+    assert not steps
+    assert hashes(folder) == hashes(done)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(given, done, tmp_path, monkeypatch, capsys, number):
     class Asks(TrainerCallback):
@@ -150,7 +167,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(given, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path):
+def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text(
         f"model: {given / 'model'}\ndata: {{train: {given / 'rows.csv'}}}\npruning: {{structure: neuron, sparsity: 0.5}}\n"
         "training: {max_steps: 2, save_strategy: no, use_cpu: true}\n"
@@ -167,6 +184,14 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path)
     assert main(["compress", str(tmp_path / "r.yaml"), "--output_dir", str(out), "--learning_rate", "1e-3"]) == 1
     model = AutoModelForSequenceClassification.from_pretrained(out / "student")
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (4, 32)
+    pushed = []
+    monkeypatch.setattr("hfkdq.cli.compress_run.push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
+    more = ["export.quantization=float32", "push={repo_id: me/it, private: true}", "pruning=null"]
+    assert main(["compress", str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "pushed"), *more]) == 0
+    ((folder, repo_id), settings) = pushed[0][0], pushed[0][1]
+    assert (folder, repo_id) == (tmp_path / "pushed" / "onnx", "me/it")
+    assert settings["private"] is True
+    assert (folder / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize(

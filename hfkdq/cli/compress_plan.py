@@ -25,8 +25,8 @@ from ..report.table import megabytes
 from ..specs import PruningSpec, QuantizationSpec
 from .compress_setup import Setup
 
-_STEPS = 4
-"""Steps that are tried for the estimate; the first warms up and does not count."""
+_STEPS = 8
+"""Steps that are tried for the estimate; the first half warms up and does not count."""
 
 
 class _Clock(TrainerCallback):
@@ -104,7 +104,7 @@ def _tried(setup: Setup) -> tuple[float, int, int]:
     steps = given.get("max_steps", -1)
     if steps <= 0:
         steps = math.ceil(math.ceil(len(setup.train) / batch) * given.get("num_train_epochs", 3.0))
-    return statistics.median(clock.seconds[1:] or clock.seconds), steps, batch
+    return statistics.median(clock.seconds[len(clock.seconds) // 2 :]), steps, batch
 
 
 def _sized(model: PreTrainedModel) -> str:

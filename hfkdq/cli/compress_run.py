@@ -66,7 +66,8 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         COMPRESSED.swap_in(made / "new", folder, made / "old")
     push = setup.recipe.push
     if push is not None:
-        push_to_hub(folder / "onnx", report=report, **asdict(push))
+        settings = asdict(push)
+        push_to_hub(folder / "onnx", settings.pop("repo_id"), report=report, **settings)
     return report
 
 
