@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -131,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
     from .compress_setup import set_up
     from .summary import quietly
 
+    is_first = os.environ.get("RANK", "0") == "0"  # of several processes it alone tells
     check_folder(folder)
     training_arguments(parts_of(recipe, source), str(folder))
     with quietly():
@@ -144,10 +146,11 @@ def run(options: argparse.Namespace) -> None:
         if options.dry_run:
             from .compress_plan import print_plan
 
-            print_plan(setup, folder, sys.stdout)
+            print_plan(setup, folder, sys.stdout if is_first else io.StringIO())
             return
         report = carry_out(setup, folder)
-    _print(report, folder)
+    if is_first:
+        _print(report, folder)
 
 
 def _print(report: CompressionReport | None, folder: Path) -> None:

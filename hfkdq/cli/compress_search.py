@@ -75,7 +75,8 @@ def search(
             raise
 
     def show(study: Any, trial: Any) -> None:
-        Console().print(_frontier(outcomes_of(study), study, goals))
+        if found := outcomes_of(study):
+            Console().print(_frontier(found, study, goals))
 
     enough = optuna.study.MaxTrialsCallback(
         trials, states=[getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL")]
