@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
-from hfkdq.cli.compress_search import outcome_of, outcomes_of
+from hfkdq.cli.compress_search import Watch, outcome_of, outcomes_of, pruner
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
 from hfkdq.files import sha256_of
@@ -315,6 +315,22 @@ def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_p
     assert load(out / "recipe.yaml")["student"]["num_layers"] == study.trials[best].params["num_layers"]
     assert outcome_of(CompressionReport.load(out / "report.json"), "accuracy") == found[best]
     assert not list(out.glob("search/*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"), [("accuracy", (0.9, 0.5, 0.95)), ("wer", (0.1, 0.5, 0.05)), ("f1", None)]
+)
+def test_a_training_that_is_behind_the_others_is_ended(metric, values):
+    study = optuna.create_study(direction="maximize", pruner=pruner())
+    ended = []
+    for value in values or (0.1, 0.5, 0.05):  # without the metric the loss counts
+        watch = Watch(study.ask(), metric, optuna.TrialPruned)
+        try:
+            watch.on_evaluate(None, None, None, metrics={f"eval_{metric}": value} if values else {"eval_loss": value})
+            ended.append(False)
+        except optuna.TrialPruned:
+            ended.append(True)
+    assert ended == [False, True, False]
 
 
 def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):

@@ -59,7 +59,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         study_name=_STUDY, storage=storage or f"sqlite:///{folder / SEARCH / 'study.db'}", direction="maximize",
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2), load_if_exists=True,
+        pruner=pruner(), load_if_exists=True,
     )  # fmt: skip
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), constant_liar=True)
     _check_same(study, recipe, changes)
@@ -96,7 +96,12 @@ def outcomes_of(study: Any) -> dict[int, Outcome]:
     return {t.number: Outcome(**t.user_attrs["outcome"]) for t in study.trials if "outcome" in t.user_attrs}
 
 
-class _Watch(TrainerCallback):
+def pruner() -> Any:
+    """Ends a training that is in the worse half of those that came as far."""
+    return _optuna().pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+
+
+class Watch(TrainerCallback):
     """Tells a trial how far a training is, and ends the training where others were further."""
 
     def __init__(self, trial: Any, metric: str, pruned: type[Exception]) -> None:
@@ -147,7 +152,7 @@ def _carried_out(
     _refuse_too_large(optuna, trial, setup, goals)
     metric = setup.metrics.metric
     try:
-        report = carry_out(setup, place, _Watch(trial, metric, optuna.TrialPruned))
+        report = carry_out(setup, place, Watch(trial, metric, optuna.TrialPruned))
         assert report is not None  # noqa: S101  (recipes that are chosen have a report, and there is one process)
     finally:
         shutil.rmtree(place / "checkpoints", ignore_errors=True)

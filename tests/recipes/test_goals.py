@@ -5,6 +5,7 @@ import pytest
 
 from hfkdq.recipes.goals import Goals, Outcome, parse_size, parse_time
 
+pytestmark = pytest.mark.every_case
 GOALS = Goals(keep=0.9, max_size=10e6, max_latency=5)
 
 

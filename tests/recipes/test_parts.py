@@ -3,13 +3,18 @@
 
 import inspect
 import json
+import re
+import shlex
+from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 import hfkdq
 from hfkdq import RKD, HiddenStateKD, LogitKD, NoisyKD, PruningSpec, QuantizationSpec, TaskLoss
+from hfkdq.cli import compress
 from hfkdq.losses import JSD
 from hfkdq.objectives import ByAgreement, Objective
 from hfkdq.recipes import override, read
@@ -17,6 +22,8 @@ from hfkdq.recipes.editors import json_schema
 from hfkdq.recipes.parts import OBJECTIVES, OWNED, parts_of, training_arguments, training_fields
 from hfkdq.schedules import BottomUp, Linear, Piecewise
 
+pytestmark = pytest.mark.every_case
+SCHEMA = json_schema()
 LEAST = {"model": "org/name", "data": {"train": "rows.csv"}}
 
 
@@ -47,7 +54,7 @@ WRITTEN = [
 @pytest.mark.parametrize(("text", "objective"), WRITTEN)
 def test_objectives_are_the_objects_that_a_program_would_make(text, objective):
     assert parts(f"objectives=[{text}]").objectives == [objective]
-    jsonschema.validate(json.loads(json.dumps(data(f"objectives=[{text}]"))), json_schema())
+    jsonschema.validate(json.loads(json.dumps(data(f"objectives=[{text}]"))), SCHEMA)
 
 
 def test_every_public_objective_can_be_written():
@@ -122,21 +129,33 @@ def test_training_arguments_are_those_of_the_section(tmp_path):
 
 
 def test_the_schema_takes_what_is_read_and_refuses_what_is_not():
-    schema = json_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
     fine = data("student.num_layers=2", "pruning={sparsity: 0.5}", "quantization={}", "export={}", "training={seed: 1, bf16: true}", "report=null")  # fmt: skip
     parts_of(read(fine))
-    jsonschema.validate(fine, schema)
+    jsonschema.validate(fine, SCHEMA)
     for wrong in ("modl=x", "data.trian=x", "objectives=[LogitKd]", "training.learning_rat=1", "pruning.sparcity=1", "quantization.weight_bits=x", "objectives=[{LogitKD: {temprature: 1}}]", "training.hub_token=x", "student.num_layers=x"):  # fmt: skip
         with pytest.raises(ValueError, match=r"\w"):
             parts(wrong)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(data(wrong), schema)
+            jsonschema.validate(data(wrong), SCHEMA)
 
 
 def test_the_schema_says_what_the_documentation_says():
-    definitions = json_schema()["$defs"]["LogitKD"]["properties"]
+    definitions = SCHEMA["$defs"]["LogitKD"]["properties"]
     assert "temperature" in definitions
     assert "larger than 0" in definitions["temperature"]["description"]
     assert definitions["temperature"]["default"] == 2.0
-    assert "layers the student gets" in str(json_schema()["properties"]["student"])
+    assert "layers the student gets" in str(SCHEMA["properties"]["student"])
+
+
+def test_the_guide_shows_recipes_and_commands_that_are_taken():
+    page = (Path(__file__).parents[2] / "docs" / "compress.md").read_text(encoding="utf-8")
+    recipes = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for text in recipes:
+        shown = yaml.safe_load(text.replace("5e-5", "0.00005"))
+        assert len(parts_of(read(shown)).objectives) == 3
+        jsonschema.validate(shown, SCHEMA)
+    commands = re.findall(r"^(?:accelerate launch -m )?hfkdq compress (.*?)(?: +[#>].*)?$", page, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        assert compress.parse(shlex.split(command)).source in ("org/name", "recipe.yaml", None)

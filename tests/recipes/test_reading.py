@@ -7,6 +7,7 @@ import pytest
 
 from hfkdq.recipes import DataSection, Recipe, StudentSection, dump, load, override, read
 
+pytestmark = pytest.mark.every_case
 LEAST = {"model": "org/name", "data": {"train": "rows.csv"}}
 
 
