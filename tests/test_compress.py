@@ -210,6 +210,8 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path,
         (("{model}", "--data", "{rows}", "data.text_columns=[label, nothing]", "--max_steps", "1"), "data.text_columns nothing"),
         (("{model}", "--data", "{rows}", "objectives.7=TaskLoss"), "objectives has the items 0 to 2" ),
         (("{model}", "--data", "{rows}", "teacher={model}", "objectives=[TaskLoss]"), "nothing is learned from teacher"),
+        (("{model}", "--data", "{rows}", "export.metric=nothing"), "export.metric is 'nothing', and what is measured are accuracy, f1"),
+        (("{model}", "--data", "{rows}", "training.metric_for_best_model=eval_wer"), "training.metric_for_best_model is 'wer'"),
         (("{model}", "--data", "{rows}", "--output_dir", "{rows}"), "is a file"),
     ],
 )  # fmt: skip

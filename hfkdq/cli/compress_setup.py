@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .. import make_student
-from ..measuring.evaluation import NEW_TOKENS, says_length
+from ..measuring.evaluation import NEW_TOKENS, Evaluation, says_length
 from ..metrics import TaskMetrics, metrics_for
 from ..modeling import load_checkpoint
 from ..modeling.batches import first_batch, make_batches
@@ -140,10 +141,35 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
         raise ValueError(
             f"{source}: nothing is learned from teacher {recipe.teacher}. Add an objective such as LogitKD."
         )
-    return Setup(
+    setup = Setup(
         recipe, parts, original, teacher if parts.uses_teacher else None, student, processor, reader, train, evaluation, collate,
         metrics, described,
     )  # fmt: skip
+    _check_names_of_metrics(setup, source)
+    return setup
+
+
+def _check_names_of_metrics(setup: Setup, source: str) -> None:
+    """Refuses names that the metrics of a few rows have not, before anything is trained."""
+    export, training = setup.recipe.export, setup.recipe.training
+    best = training.get("metric_for_best_model")
+    wanted = {
+        "export.metric": None if export is None else export.metric,
+        "training.metric_for_best_model": None if best is None else best.removeprefix("eval_"),
+    }
+    if all(name in (None, "loss") for name in wanted.values()):
+        return
+    rows = setup.evaluation.select(range(min(32, len(setup.evaluation))))
+    with tempfile.TemporaryDirectory() as scratch:
+        evaluation = Evaluation(rows, setup.metrics, setup.processor, setup.collate, 8, scratch)
+        try:
+            names = evaluation.metrics("model", setup.original)
+        except ValueError:  # such as a correlation of too few rows
+            return
+    for key, name in wanted.items():
+        if name is not None and name not in names and (name != "loss" or key == "export.metric"):
+            refusal = f"{key} is {name!r}, and what is measured are {', '.join(names)}"
+            raise ValueError(f"{source}: {refusal}.")
 
 
 def _examples(reader: Reader, recipe: Recipe) -> tuple[Any, Any, Any, tuple[str, str]]:
