@@ -6,7 +6,6 @@ Uses the same public calls as any other program; what it needs beyond them is da
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bo
             student = compress(teacher, train, test, size, scratch)
         report = _publish(teacher, student, test, processor, made / "new")
         DEMO.check(output_dir, overwrite)
-        _swap_in(made / "new", output_dir, made / "old")
+        DEMO.swap_in(made / "new", output_dir, made / "old")
     console = Console()
     console.print(report.table())
     for name in DEMO.names:
@@ -196,22 +195,6 @@ def _publish(
     (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
     DEMO.mark(folder, __version__)
     return report
-
-
-def _swap_in(new: Path, output_dir: Path, old: Path) -> None:
-    """Moves what a demo wrote to its place, and what an earlier one wrote to `old`; all of it or nothing."""
-    old.mkdir()
-    moved: list[tuple[Path, Path]] = []
-    try:
-        for name in (*DEMO.names, DEMO.mark_name):
-            for source, target in ((output_dir / name, old / name), (new / name, output_dir / name)):
-                if os.path.lexists(source):
-                    source.rename(target)
-                    moved.append((source, target))
-    except BaseException:
-        for source, target in reversed(moved):
-            target.rename(source)
-        raise
 
 
 def _arguments(scratch: str, epochs: int) -> TrainingArguments:

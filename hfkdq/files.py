@@ -99,6 +99,29 @@ class MarkedFiles:
                 f"{folder} holds the result of {self.run} already. Name another folder, or pass --overwrite to replace it."
             )
 
+    def is_finished(self, folder: Path) -> bool:
+        """Whether all that a run wrote is in its place; a process that was killed in the end has moved a part."""
+        written = self._written(folder)
+        return bool(written) and all((folder / name).exists() for name in written)
+
+    def swap_in(self, new: Path, folder: Path, old: Path) -> None:
+        """Moves what a run wrote into `folder`, and what an earlier one wrote there to `old`; all of it or nothing."""
+        old.mkdir()
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for name in (
+                self.mark_name,
+                *self.names,
+            ):  # the mark first: what a killed process has moved is known by it
+                for source, target in ((folder / name, old / name), (new / name, folder / name)):
+                    if os.path.lexists(source):
+                        source.rename(target)
+                        moved.append((source, target))
+        except BaseException:
+            for source, target in reversed(moved):
+                target.rename(source)
+            raise
+
     def _written(self, folder: Path) -> dict[str, Any]:
         try:
             written = json.loads((folder / self.mark_name).read_text(encoding="utf-8"))["files"]
@@ -113,6 +136,10 @@ DEMO = MarkedFiles(
     run="a demo",
 )
 """What `hfkdq demo` writes."""
+COMPRESSED = MarkedFiles(
+    names=("student", "onnx", "README.md", "report.json"), mark_name=".hfkdq-compress.json", run="hfkdq compress"
+)
+"""What `hfkdq compress` writes at the end, beside the recipe and the checkpoints of its training."""
 
 
 def _files_of(path: Path) -> list[Path]:

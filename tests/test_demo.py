@@ -60,7 +60,7 @@ def names(folder):
 
 
 def test_an_earlier_result_is_replaced_on_request_and_nothing_else(demo, tmp_path):
-    from hfkdq.demo import DEMO, _swap_in
+    from hfkdq.demo import DEMO
 
     folder = tmp_path / "out"
     shutil.copytree(demo[0], folder)
@@ -75,14 +75,14 @@ def test_an_earlier_result_is_replaced_on_request_and_nothing_else(demo, tmp_pat
     new, old = tmp_path / "new", tmp_path / "old"
     new.mkdir()
     (new / "README.md").write_text("new")
-    _swap_in(new, folder, old)
+    DEMO.swap_in(new, folder, old)
     assert names(folder) == ["README.md", "mine.txt"]
     assert (folder / "README.md").read_text() == "new"
     assert set(names(old)) | {"mine.txt"} >= set(names(demo[0]))
 
 
 def test_a_swap_that_fails_changes_nothing(demo, tmp_path, monkeypatch):
-    from hfkdq.demo import _swap_in
+    from hfkdq.demo import DEMO
 
     folder, new = tmp_path / "out", tmp_path / "new"
     shutil.copytree(demo[0], folder)
@@ -97,7 +97,7 @@ def test_a_swap_that_fails_changes_nothing(demo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", fails_in_the_middle)
     with pytest.raises(OSError, match="no space"):
-        _swap_in(new, folder, tmp_path / "old")
+        DEMO.swap_in(new, folder, tmp_path / "old")
     assert names(folder) == before == names(new)
 
 

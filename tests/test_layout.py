@@ -25,7 +25,7 @@ LEVELS = {
     "measuring": 3, "teachers": 3,
     "export": 4, "caching": 4,
     "report": 5, "trainer": 5, "uploads": 5,
-    "hub": 6,
+    "hub": 6, "recipes": 5,
     "demo": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}

@@ -37,13 +37,16 @@ def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tu
     path, config, split = split_name(where)
     splits = _load(path, config)
     name = _choose(splits, preferred, split, path)
-    rows = splits[name]
+    return _drawn(splits[name], name, path, samples, is_whole=Path(path).is_file())
+
+
+def _drawn(rows: Dataset, name: str, path: str, samples: int | None, is_whole: bool = False) -> tuple[Dataset, str]:
     if not len(rows):
         raise ValueError(f"The split {name} of {path} is empty.")
     if samples is not None and samples < len(rows):
         # Files are often sorted by label.
         rows = rows.shuffle(seed=0).select(range(samples))
-    return rows, f"{len(rows):,} rows of {path if Path(path).is_file() else f'{path} ({name})'}"
+    return rows, f"{len(rows):,} rows of {path if is_whole else f'{path} ({name})'}"
 
 
 def _load(path: str, config: str | None) -> DatasetDict:
@@ -98,3 +101,31 @@ def _choose(splits: DatasetDict, preferred: tuple[str, ...], wanted: str | None,
     raise ValueError(
         f"{path} has the splits {', '.join(names)} and none of {', '.join(preferred)}. Name one: {path}:{names[0]}"
     )
+
+
+def load_split(
+    where: str, samples: int | None, held_out: int | None
+) -> tuple[tuple[Dataset, str], tuple[Dataset, str]]:
+    """Rows to train on and others to measure on, of the same data, each as [`load_rows`] gives them.
+
+    Measured on is the split validation or test where there is one beside that of training; else a tenth of the rows, drawn at
+    random, the same at every call, which is kept back.
+
+    Raises:
+        ValueError: there is no such split, or too few rows to keep any back.
+        OSError: there are no such data.
+    """
+    path, config, split = split_name(where)
+    splits = _load(path, config)
+    name = _choose(splits, CALIBRATION, split, path)
+    for prefix in EVALUATION:
+        for other in map(str, splits):
+            if other != name and (other == prefix or other.startswith(f"{prefix}_")):
+                return _drawn(splits[name], name, path, samples), _drawn(splits[other], other, path, held_out)
+    if len(splits[name]) < 2:
+        raise ValueError(
+            f"The split {name} of {path} has too few rows to keep some back. Name other rows as data.eval."
+        )
+    parts = splits[name].train_test_split(test_size=max(1, len(splits[name]) // 10), seed=0)
+    kept = _drawn(parts["test"], "kept back", path, held_out)
+    return _drawn(parts["train"], "the others", path, samples), kept

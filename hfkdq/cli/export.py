@@ -122,13 +122,13 @@ def run(options: argparse.Namespace) -> None:
     print_summary(folder, sys.stdout)
 
 
-def default_folder(checkpoint: str) -> Path:
+def default_folder(checkpoint: str, ending: str = "-onnx") -> Path:
     """Beside a checkpoint in a folder; in the current folder for one on the Hub."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         path = path.resolve() if path.name in ("", "..") else path
-        return path.parent / f"{path.name}-onnx"
-    return Path(f"{checkpoint.rstrip('/').split('/')[-1]}-onnx")
+        return path.parent / f"{path.name}{ending}"
+    return Path(f"{checkpoint.rstrip('/').split('/')[-1]}{ending}")
 
 
 def _check_options(options: argparse.Namespace) -> None:

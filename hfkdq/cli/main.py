@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..version import __version__
-from . import bench, card, demo, export, inspect, push, report
-from .messages import as_options
+from . import bench, card, compress, demo, export, inspect, push, report
+from .messages import as_keys, as_options
 
 COMMANDS: dict[str, Any] = {
-    "demo": demo, "export": export, "report": report, "bench": bench, "inspect": inspect, "card": card, "push": push,
+    "compress": compress, "export": export, "report": report, "bench": bench, "inspect": inspect, "card": card,
+    "push": push, "demo": demo,
 }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status, 1 after an error that the user can do something about."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compress"]:  # its options are those of TrainingArguments too, which are known to few
+        return run_command("compress", compress.parse(arguments[1:]))
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "folder", "") is None:
@@ -35,8 +39,13 @@ def run_command(name: str, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nhfkdq {name}: interrupted. {COMMANDS[name].LEFT}\n")
         return 130
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code > 128:
+            sys.stderr.write(f"\nhfkdq {name}: ended by a signal. {COMMANDS[name].LEFT}\n")
+        raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        sys.stderr.write(f"hfkdq {name}: {as_options(str(error))}\n")
+        told = as_keys(str(error)) if name == "compress" else as_options(str(error))
+        sys.stderr.write(f"hfkdq {name}: {told}\n")
         return 1
     return 0
 

@@ -13,6 +13,15 @@ _NAMES = "|".join((
 ))  # fmt: skip
 
 
+_KEYS = {"eval-data": "data.eval", "calibration-data": "data.calibration", "text-columns": "data.text_columns"}
+
+
+def as_keys(message: str) -> str:
+    """An error of the readers of data with the keys of a recipe: `--text-columns` becomes `data.text_columns`; one line."""
+    text = re.sub(rf"--({'|'.join(_KEYS)})\b", lambda found: _KEYS[found[1]], message)
+    return " ".join(text.split())
+
+
 def as_options(message: str) -> str:
     """An error of `export_onnx` with the options of the command: `max_drop=` becomes `--max-drop`."""
 

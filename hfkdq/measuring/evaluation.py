@@ -30,6 +30,11 @@ NEW_TOKENS = 128
 """How many tokens are generated at most for a model whose generation_config does not say."""
 
 
+def says_length(generation_config: Any) -> bool:
+    """Whether a model says itself how many tokens it writes at most; 20 are Transformers' own bound where nothing is said."""
+    return generation_config.max_new_tokens is not None or generation_config.max_length not in (None, 20)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What an evaluation found.
@@ -219,10 +224,7 @@ class RunnerTrainer(Trainer):
 
     def _generated(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The tokens that are written for a batch, as `model.generation_config` says."""
-        config = model.generation_config
-        # 20 tokens are Transformers' own bound where nothing is said.
-        is_said = config.max_new_tokens is not None or config.max_length not in (None, 20)
-        settings = {} if is_said else {"max_new_tokens": NEW_TOKENS}
+        settings = {} if says_length(model.generation_config) else {"max_new_tokens": NEW_TOKENS}
         given = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
         writer = getattr(self._runner, "generate", None)
         if writer is not None:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out a recipe: training with checkpoints, then the files, the report and the card, which appear at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback
+
+from .. import CompressionReport, export_onnx, push_to_hub
+from ..files import COMPRESSED, replacing, workspace
+from ..recipes import Recipe, dump, load, read
+from ..report import DatasetInfo
+from ..trainer.checkpoints import newest_complete
+from ..version import __version__
+from .checkpoint import load_model
+from .compress_setup import Setup
+from .data import CALIBRATION
+from .interruption import Interruption
+from .names import check_data, split_name
+
+RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
+
+
+def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> CompressionReport | None:
+    """Trains the student and writes everything into `folder`. A run that was ended goes on from its last checkpoint.
+
+    Args:
+        setup ([`Setup`]): models and data.
+        folder (`Path`): new, or that of an earlier run of the same recipe.
+        callbacks (`TrainerCallback`): of the training, beside those of the recipe.
+
+    Returns:
+        [`CompressionReport`]: what was measured; `None` if nothing was to be, or in other processes than the first.
+
+    Raises:
+        FileExistsError: `folder` is finished, holds another run, or files that no run wrote.
+        KeyboardInterrupt: the training was ended, and its checkpoint is there; or `SystemExit`, after a signal.
+    """
+    checkpoints, interruption = folder / CHECKPOINTS, Interruption()
+    trainer = setup.trainer(checkpoints, interruption, *callbacks)
+    is_first = trainer.is_world_process_zero()
+    with workspace(folder / "result") if is_first else contextlib.nullcontext(checkpoints) as made:
+        if is_first:
+            begin(setup.recipe, folder)
+        trainer.accelerator.wait_for_everyone()
+        with interruption.watching():
+            trainer.train(resume_from_checkpoint=newest_complete(str(checkpoints)))
+        interruption.raise_if_over()
+        trainer.save_model(str(made / "new" / "student"))  # of a sharded model every process has a part
+        _leave_group(trainer)
+        if not is_first:
+            return None
+        report = _write(setup, made / "new")
+        COMPRESSED.mark(made / "new", __version__)
+        COMPRESSED.check(folder, overwrite=True)
+        COMPRESSED.swap_in(made / "new", folder, made / "old")
+    push = setup.recipe.push
+    if push is not None:
+        settings = asdict(push)
+        push_to_hub(folder / "onnx", settings.pop("repo_id"), report=report, **settings)
+    return report
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder with files that no run wrote, and one whose run is finished; before anything is loaded.
+
+    Raises:
+        FileExistsError: saying which it is.
+        NotADirectoryError: it is a file, or lies below one.
+        PermissionError: it cannot be written to.
+    """
+    COMPRESSED.check(folder, overwrite=True)
+    if COMPRESSED.is_finished(folder):
+        raise FileExistsError(
+            f"{folder} holds the result of a finished run. Name another folder with --output-dir, or remove this one."
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not ((folder / RECIPE).is_file() or (folder / "search").is_dir()):
+        raise FileExistsError(
+            f"{folder} holds files and no {RECIPE} of an earlier run. Name another folder with --output-dir."
+        )
+
+
+def begin(recipe: Recipe, folder: Path) -> None:
+    """Writes the recipe of a run into its folder, or finds the same one there.
+
+    Raises:
+        FileExistsError: the run that was begun there has another recipe.
+    """
+    path = folder / RECIPE
+    if path.is_file():
+        then = read(load(path), str(path))
+        changed = [name for name, value in vars(then).items() if value != getattr(recipe, name)]
+        if changed:
+            raise FileExistsError(
+                f"{folder} holds a run with other settings in {', '.join(changed)}. Name another folder with --output-dir, or "
+                f"go on with its own: hfkdq compress {path} --output-dir {folder}"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(_text(recipe), encoding="utf-8")
+
+
+def _text(recipe: Recipe) -> str:
+    """The recipe, with what else a run that equals it bit for bit must have."""
+    versions = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
+    told = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
+    return dump(recipe, f"hfkdq compress {RECIPE}\nhfkdq {__version__}, {told}, {torch.get_num_threads()} threads")
+
+
+def _write(setup: Setup, new: Path) -> CompressionReport | None:
+    """The exported file, the report and the card, beside the student."""
+    recipe = setup.recipe
+    (new / "student" / RECIPE).write_text(_text(recipe), encoding="utf-8")
+    (new / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here reads
+    student, quantization = load_model(str(new / "student"), None, calibrated=True)
+    onnx = None
+    if recipe.export is not None:
+        settings = {**asdict(recipe.export)}
+        precision = settings.pop("quantization")
+        data = recipe.data.calibration or recipe.data.train
+        calibration = setup.reader.batches(data, CALIBRATION, recipe.data.calibration_samples)
+        evaluated = settings["max_drop"] is not None or settings["metric"] is not None or precision == "auto"
+        labelled = {"eval_dataset": setup.evaluation, "data_collator": setup.collate} if evaluated else {}
+        onnx = export_onnx(
+            student, new / "onnx", quantization=precision or quantization, processing_class=setup.processor,
+            calibration=calibration, **labelled, **settings,
+        )  # fmt: skip
+    return _measured(setup, student, onnx, new)
+
+
+def _measured(setup: Setup, student: Any, onnx: Path | None, new: Path) -> CompressionReport | None:
+    section = setup.recipe.report
+    if section is None or onnx is None:
+        return None
+    told = asdict(section)
+    named = told.pop("dataset")
+    report = CompressionReport.measure(
+        student=student, teacher=setup.teacher or setup.original, onnx=onnx, eval_dataset=setup.evaluation,
+        data_collator=setup.collate, processing_class=setup.processor, dataset=_dataset(setup.recipe, named), **told,
+    )  # fmt: skip
+    report.save(new / "report.json")
+    repo_id = None if setup.recipe.push is None else setup.recipe.push.repo_id
+    (new / "README.md").write_text(report.to_card(repo_id=repo_id), encoding="utf-8")
+    return report
+
+
+def _dataset(recipe: Recipe, named: str | None) -> DatasetInfo:
+    """The data of evaluation for the card; of a file or folder its last name alone."""
+    path, config, split = split_name(recipe.data.eval or recipe.data.train)
+    is_local = check_data(path) is not None
+    name = named or (Path(path).expanduser().resolve().stem if is_local else path)
+    return DatasetInfo(
+        name=name, id=None if is_local else path, config=config, split=split if recipe.data.eval is not None else None
+    )
+
+
+def _leave_group(trainer: Any) -> None:
+    """Ends what joins several processes, so that the first can go on alone and the others can leave."""
+    if trainer.args.world_size == 1:
+        return
+    trainer.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)

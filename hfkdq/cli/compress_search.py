@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches layers, widths and bits for a model that meets goals, with Optuna: every trial is a recipe that is carried out."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, TrainerCallback
+
+from .. import CompressionReport, PruningSpec, prune
+from ..files import COMPRESSED, replacing, workspace
+from ..metrics.tasks import LOWER_IS_BETTER
+from ..modeling import load_checkpoint
+from ..recipes import Recipe
+from ..recipes.defaults import default_sections
+from ..recipes.goals import Goals, Outcome
+from ..report.table import megabytes
+from ..schema import brief
+from ..version import __version__
+from .compress_run import RECIPE, carry_out
+from .compress_setup import Setup, set_up
+
+SEARCH = "search"
+_STUDY = "hfkdq compress"
+_BITS = {"8 bits": (8, 8), "4-bit weights": (4, 8)}
+_SPARSITIES = (0.25, 0.5, 0.75)
+# Four looks at every training: the pruner ends those that are behind at one of them.
+_WATCHED = ("training.eval_strategy=steps", "training.eval_steps=0.25", "training.save_strategy=no")
+
+
+def search(
+    recipe: Recipe, changes: list[str], goals: Goals, folder: Path, trials: int, storage: str | None, source: str
+) -> CompressionReport:
+    """Tries recipes until there were `trials` of them, and puts the best that meets all goals into `folder`.
+
+    Args:
+        recipe ([`Recipe`]): a model and its data.
+        changes (list of `str`): `key=value` for all recipes.
+        goals ([`Goals`]): what is to be met.
+        folder (`Path`): where to write; trials and study are in `search/` below it.
+        trials (`int`): in all processes that share the study.
+        storage (`str`, *optional*): Optuna's URL of it; a file of SQLite in `search/` by default.
+        source (`str`): what errors call the recipes.
+
+    Returns:
+        [`CompressionReport`]: that of the best.
+
+    Raises:
+        ImportError: Optuna is missing.
+        RuntimeError: no trial meets all goals; says which bound is missed, and by how much.
+    """
+    optuna = _optuna()
+    (folder / SEARCH).mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        study_name=_STUDY, storage=storage or f"sqlite:///{folder / SEARCH / 'study.db'}", direction="maximize",
+        pruner=pruner(), load_if_exists=True,
+    )  # fmt: skip
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), constant_liar=True)
+    _check_same(study, recipe, changes)
+    structures = _structures(load_checkpoint(recipe.model))
+    sections = default_sections(load_checkpoint(recipe.model)).get("student", {})
+
+    def attempt(trial: Any) -> float:
+        chosen = _choose(trial, sections, structures)
+        try:
+            return _carried_out(optuna, trial, recipe, [*_WATCHED, *changes, *chosen], goals, folder, source)
+        except (ValueError, RuntimeError) as error:
+            trial.set_user_attr("error", brief(error))
+            raise
+
+    def show(study: Any, trial: Any) -> None:
+        if found := outcomes_of(study):
+            Console().print(_frontier(found, study, goals))
+
+    enough = optuna.study.MaxTrialsCallback(
+        trials, states=[getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL")]
+    )
+    left = trials - sum(trial.state.is_finished() for trial in study.trials)
+    if left > 0:
+        study.optimize(attempt, n_trials=left, callbacks=[show, enough], catch=(ValueError, RuntimeError))
+    found = outcomes_of(study)
+    best = goals.best(found)
+    if best is None:
+        raise RuntimeError(f"{goals.explain(found)} All trials are in {folder / SEARCH}.{_reason(study)}")
+    return _put_in_place(folder, best)
+
+
+def outcomes_of(study: Any) -> dict[int, Outcome]:
+    """What came of every trial that was carried out to its end, by its number."""
+    return {t.number: Outcome(**t.user_attrs["outcome"]) for t in study.trials if "outcome" in t.user_attrs}
+
+
+def pruner() -> Any:
+    """Ends a training that is in the worse half of those that came as far."""
+    return _optuna().pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+
+
+class Watch(TrainerCallback):
+    """Tells a trial how far a training is, and ends the training where others were further."""
+
+    def __init__(self, trial: Any, metric: str, pruned: type[Exception]) -> None:
+        self._trial, self._metric, self._pruned, self._looks = trial, metric, pruned, 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        name = f"eval_{self._metric}"
+        value = (metrics or {}).get(name, (metrics or {}).get("eval_loss"))
+        if value is None:
+            return
+        self._looks += 1
+        falls = name not in metrics or self._metric in LOWER_IS_BETTER
+        self._trial.report(-value if falls else value, self._looks)
+        if self._trial.should_prune():
+            raise self._pruned
+
+
+def _choose(trial: Any, sections: dict[str, int], structures: list[str]) -> list[str]:
+    """The changes of a trial: layers, structure and share of what is pruned, and bits."""
+    changes = [f"student.{name}={trial.suggest_int(name, 1, 2 * half)}" for name, half in sections.items()]
+    structure = trial.suggest_categorical("pruning", ["none", *structures])
+    if structure != "none":
+        share = trial.suggest_categorical("sparsity", _SPARSITIES)
+        changes.append(f"pruning={{structure: {structure}, sparsity: {share}}}")
+    weights, activations = _BITS[trial.suggest_categorical("bits", [*_BITS])]
+    return [*changes, f"quantization={{weight_bits: {weights}, activation_bits: {activations}}}"]
+
+
+def _structures(model: PreTrainedModel) -> list[str]:
+    """The widths that the model can lose: those that a copy lost."""
+    found = []
+    for structure in ("neuron", "head", "hidden"):
+        try:
+            prune(copy.deepcopy(model), PruningSpec(structure=structure, sparsity=_SPARSITIES[-1]))
+            found.append(structure)
+        except (ValueError, TypeError, RuntimeError):
+            continue
+    return found
+
+
+def _carried_out(
+    optuna: Any, trial: Any, recipe: Recipe, changes: list[str], goals: Goals, folder: Path, source: str
+) -> float:
+    place = folder / SEARCH / f"trial-{trial.number}"
+    if goals.max_latency is None:
+        changes = ["report.latency_rounds=0", *changes]
+    setup = set_up(recipe, changes, source)
+    _refuse_too_large(optuna, trial, setup, goals)
+    metric = setup.metrics.metric
+    try:
+        report = carry_out(setup, place, Watch(trial, metric, optuna.TrialPruned))
+        assert report is not None  # noqa: S101  (recipes that are chosen have a report, and there is one process)
+    finally:
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        if not COMPRESSED.is_finished(place):
+            shutil.rmtree(place, ignore_errors=True)
+    outcome = outcome_of(report, metric)
+    trial.set_user_attr("outcome", vars(outcome))
+    return goals.score(outcome)
+
+
+def outcome_of(report: CompressionReport, metric: str) -> Outcome:
+    """What a report says of its file, held against its first row."""
+    model, file = report.engines[0], report.engines[-1]
+    kept, before = file.metrics[metric], model.metrics[metric]
+    if metric in LOWER_IS_BETTER:
+        kept, before = before, kept
+    return Outcome(
+        kept=kept / before if before else float(kept >= before), size=file.size,
+        latency=None if file.latency is None else file.latency.median_ms,
+    )  # fmt: skip
+
+
+def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> None:
+    """Ends a trial whose weights alone are larger than the bound, before anything is trained."""
+    bits = setup.parts.quantization[0].weight_bits if setup.parts.quantization else 32
+    share = 1.0 if setup.parts.pruning is None else 1.0 - (setup.parts.pruning[0].sparsity or 0.0)
+    least = sum(p.numel() for p in setup.student.parameters()) * bits / 8 * share**2  # of hidden width both axes go
+    if goals.max_size is not None and least > goals.max_size:
+        raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
+
+
+def _frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
+    """The trials that none beats in all of quality, size and time."""
+    table = Table(title=f"{len(study.trials)} trials, the best of them", box=None)
+    for name in ("trial", "settings", "kept", "MB", "ms", "bounds"):
+        table.add_column(name, justify="left" if name in ("settings", "bounds") else "right")
+    trials = {trial.number: trial for trial in study.trials}
+    for number, outcome in sorted(found.items(), key=lambda item: -item[1].kept):
+        if any(outcome.is_beaten_by(other) for other in found.values()):
+            continue
+        settings = ", ".join(f"{name} {value}" for name, value in trials[number].params.items())
+        latency = "-" if outcome.latency is None else f"{outcome.latency:.3g}"
+        verdict = ", ".join(f"{name} by {share:.0%}" for name, share in goals.missed(outcome).items())
+        table.add_row(
+            str(number), settings, f"{outcome.kept:.4f}", megabytes(int(outcome.size)), latency,
+            f"misses {verdict}" if verdict else "met",
+        )  # fmt: skip
+    return table
+
+
+def _put_in_place(folder: Path, best: int) -> CompressionReport:
+    """Copies what the best trial wrote into the folder of the search."""
+    place = folder / SEARCH / f"trial-{best}"
+    with workspace(folder / "result") as made:
+        new = made / "new"
+        new.mkdir()
+        for name in COMPRESSED.names:
+            if (place / name).is_dir():
+                shutil.copytree(place / name, new / name)
+            elif (place / name).is_file():
+                shutil.copyfile(place / name, new / name)
+        COMPRESSED.mark(new, __version__)
+        COMPRESSED.check(folder, overwrite=True)
+        COMPRESSED.swap_in(new, folder, made / "old")
+    with replacing(folder / RECIPE) as temporary:
+        shutil.copyfile(place / RECIPE, temporary)
+    return CompressionReport.load(folder / "report.json")
+
+
+def _check_same(study: Any, recipe: Recipe, changes: list[str]) -> None:
+    """Refuses a study that was begun for another model, other data or other changes."""
+    now = {"model": recipe.model, "train": recipe.data.train, "eval": recipe.data.eval, "changes": changes}
+    then = study.user_attrs.get("of")
+    if then is None:
+        study.set_user_attr("of", now)
+    elif then != now:
+        changed = ", ".join(name for name in now if then.get(name) != now[name])
+        raise ValueError(f"The study that is there has another {changed}. Name another folder with --output-dir.")
+
+
+def _reason(study: Any) -> str:
+    """How many trials failed, and why the last of them did."""
+    errors = [trial.user_attrs["error"] for trial in study.trials if "error" in trial.user_attrs]
+    return f" {len(errors)} failed, the last with: {errors[-1]}" if errors else ""
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError('Goals are searched with Optuna: pip install "hfkdq[search]".') from error
+    return optuna

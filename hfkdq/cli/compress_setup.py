@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe is carried out on: its models, its processor, and its rows as examples of the model's task."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers.utils import logging
+
+from .. import make_student
+from ..measuring.evaluation import NEW_TOKENS, Evaluation, says_length
+from ..metrics import TaskMetrics, metrics_for
+from ..modeling import load_checkpoint
+from ..modeling.batches import first_batch, make_batches
+from ..pruning import PruningCallback
+from ..quantization import QATCallback
+from ..recipes import Recipe, override, read
+from ..recipes.defaults import default_objectives, default_sections
+from ..recipes.parts import Parts, parts_of, training_arguments
+from ..trainer import DistillationTrainer, Seq2SeqDistillationTrainer
+from .checkpoint import load_processor
+from .data import EVALUATION, load_rows, load_split
+from .inputs import Reader
+from .labelled import labelled
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Models and data of a recipe.
+
+    Args:
+        recipe ([`Recipe`]): with all that was chosen for it.
+        parts ([`Parts`]): its parts.
+        original (`PreTrainedModel`): the model as it came.
+        teacher (`PreTrainedModel`, *optional*): the model to learn from, where an objective does.
+        student (`PreTrainedModel`): the model that is trained.
+        processor (*optional*): tokenizer or processor.
+        reader ([`Reader`]): makes batches of named data.
+        train, evaluation (`datasets.Dataset`): examples of the task.
+        collate (`Callable`): makes batches of them.
+        metrics ([`TaskMetrics`]): of the task.
+        described (`tuple` of `str`): which rows are trained and measured on.
+    """
+
+    recipe: Recipe
+    parts: Parts
+    original: PreTrainedModel
+    teacher: PreTrainedModel | None
+    student: PreTrainedModel
+    processor: Any
+    reader: Reader
+    train: Any
+    evaluation: Any
+    collate: Callable[[list[Any]], Any]
+    metrics: TaskMetrics
+    described: tuple[str, str]
+
+    def trainer(self, output_dir: str | os.PathLike[str], *callbacks: TrainerCallback, **changes: Any) -> Any:
+        """The trainer of the recipe, with other callbacks first; `changes` are training arguments for this time."""
+        task, is_made = self.metrics, getattr(self.train, "format", {}).get("type") == "custom"
+        if (
+            task.generates
+            and "generation_max_length" not in self.parts.training
+            and not says_length(self.student.generation_config)
+        ):
+            changes["generation_max_length"] = (
+                NEW_TOKENS + 1
+            )  # with the token that a decoder begins with, as the report
+        args = training_arguments(
+            self.parts, os.fspath(output_dir), task.generates,
+            # A transform makes the model's columns out of others, which must still be there.
+            **{"remove_unused_columns": not is_made, "eval_do_concat_batches": task.concat_batches,
+               "disable_tqdm": None if logging.is_progress_bar_enabled() else True, **changes},
+        )  # fmt: skip
+        # What needs a batch's inputs, or its labels uncut, has no place in the Trainer; the report measures it.
+        measured = task.needs_labels and task.prepare is None and task.concat_batches
+        cls = Seq2SeqDistillationTrainer if task.generates else DistillationTrainer
+        return cls(
+            model=self.student, args=args, train_dataset=self.train, eval_dataset=self.evaluation, data_collator=self.collate,
+            processing_class=self.processor, compute_metrics=task if measured else None,
+            preprocess_logits_for_metrics=task.preprocess if measured and not task.generates else None,
+            callbacks=[*callbacks, *self._callbacks()], teacher_model=self.teacher,
+            objectives=[objective.copy() for objective in self.parts.objectives] or None,
+        )  # fmt: skip
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        found: list[TrainerCallback] = []
+        if self.parts.pruning is not None:
+            spec, rest = self.parts.pruning
+            if spec.criterion == "teacher":
+                rows = self.train.select(range(min(len(self.train), self.recipe.data.calibration_samples)))
+                rest = {**rest, "calibration": rows, "data_collator": self.collate, "teacher_model": self.teacher}
+            found.append(PruningCallback(spec, **rest))
+        if self.parts.quantization is not None:
+            found.append(QATCallback(self.parts.quantization[0], **self.parts.quantization[1]))
+        return found
+
+
+def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
+    """Loads models and data, and checks that they fit.
+
+    Args:
+        recipe ([`Recipe`]): what to do.
+        changes (list of `str`, *optional*): the recipe has a model and data alone: the rest is chosen for them, and then these
+            `key=value` applied.
+        source (`str`): what errors call the recipe.
+
+    Raises:
+        ValueError: a model, data or a setting that does not fit the others.
+    """
+    original = load_checkpoint(recipe.model)
+    of_objectives = [text for text in changes or () if text.startswith("objectives")]
+    if changes is not None:
+        data = {name: value for name, value in asdict(recipe.data).items() if value is not None}
+        sections = {"model": recipe.model, "data": data, **default_sections(original)}
+        recipe = read(override(sections, [text for text in changes if text not in of_objectives]), source)
+    set_seed(recipe.training.get("seed", 42))
+    processor = load_processor(recipe.model)
+    reader = Reader(original, processor, recipe.data.text_columns, recipe.data.max_length)
+    train, evaluation, collate, described = _examples(reader, recipe)
+    metrics = metrics_for(original, processor, evaluation)
+    batch = first_batch(make_batches(original, train, 2, collate, processor))
+    if recipe.student is None:
+        student = copy.deepcopy(original)
+    else:
+        student = make_student(original, **asdict(recipe.student), example_inputs=batch)
+    teacher = original if recipe.teacher is None else load_checkpoint(recipe.teacher)
+    if changes is not None:
+        chosen: dict[str, Any] = {}
+        if not any(text.startswith("objectives=") for text in of_objectives):
+            chosen["objectives"] = default_objectives(student, teacher, batch, metrics.needs_labels)
+        recipe = Recipe(**{**vars(recipe), **override(chosen, of_objectives)})
+    parts = parts_of(recipe, source)
+    if recipe.teacher is not None and not parts.uses_teacher:
+        raise ValueError(
+            f"{source}: nothing is learned from teacher {recipe.teacher}. Add an objective such as LogitKD."
+        )
+    setup = Setup(
+        recipe, parts, original, teacher if parts.uses_teacher else None, student, processor, reader, train, evaluation, collate,
+        metrics, described,
+    )  # fmt: skip
+    _check_names_of_metrics(setup, source)
+    return setup
+
+
+def _check_names_of_metrics(setup: Setup, source: str) -> None:
+    """Refuses names that the metrics of a few rows have not, before anything is trained."""
+    export, training = setup.recipe.export, setup.recipe.training
+    best = training.get("metric_for_best_model")
+    wanted = {
+        "export.metric": None if export is None else export.metric,
+        "training.metric_for_best_model": None if best is None else best.removeprefix("eval_"),
+    }
+    if all(name in (None, "loss") for name in wanted.values()):
+        return
+    rows = setup.evaluation.select(range(min(32, len(setup.evaluation))))
+    with tempfile.TemporaryDirectory() as scratch:
+        evaluation = Evaluation(rows, setup.metrics, setup.processor, setup.collate, 8, scratch)
+        try:
+            names = evaluation.metrics("model", setup.original)
+        except ValueError:  # such as a correlation of too few rows
+            return
+    for key, name in wanted.items():
+        if name is not None and name not in names and (name != "loss" or key == "export.metric"):
+            refusal = f"{key} is {name!r}, and what is measured are {', '.join(names)}"
+            raise ValueError(f"{source}: {refusal}.")
+
+
+def _examples(reader: Reader, recipe: Recipe) -> tuple[Any, Any, Any, tuple[str, str]]:
+    data = recipe.data
+    if data.eval is None:
+        (rows, said), (others, said_of_others) = load_split(data.train, data.train_samples, data.eval_samples)
+    else:
+        rows, said = load_rows(data.train, ("train",), data.train_samples)
+        others, said_of_others = load_rows(data.eval, EVALUATION, data.eval_samples)
+    train, evaluation = labelled(reader, rows, said), labelled(reader, others, said_of_others)
+    described = (f"{said}: {train.columns}", f"{said_of_others}: {evaluation.columns}")
+    return train.dataset, evaluation.dataset, train.collate, described

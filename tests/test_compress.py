@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hfkdq compress` end to end: what it writes, goes on with, repeats bit for bit, prints and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import optuna
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from hfkdq import CompressionReport
+from hfkdq.cli import compress, main
+from hfkdq.cli.compress_search import Watch, outcome_of, outcomes_of, pruner
+from hfkdq.cli.compress_setup import Setup, set_up
+from hfkdq.cli.data import load_split
+from hfkdq.files import sha256_of
+from hfkdq.recipes import load, override, read
+from hfkdq.recipes.goals import Goals
+
+from . import tiny
+from .conftest import THREADS
+from .launch import accelerate_launch
+
+SHORT = ("--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps", "--eval_strategy=no", "--use_cpu")
+UNTIMED = "report.latency_rounds=0"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A classifier of texts with its tokenizer, and a table of texts and labels."""
+    folder = tmp_path_factory.mktemp("given")
+    names = ["red", "green", "blue"]
+    tiny.bert(layers=4, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}).save_pretrained(folder / "model")  # fmt: skip
+    tiny.tokenizer().save_pretrained(folder / "model")
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in random.integers(90, size=8)) for _ in range(60)]
+    Dataset.from_dict({"text": texts, "label": [names[i % 3] for i in range(60)]}).to_csv(folder / "rows.csv")
+    return folder
+
+
+def run(given, folder, *more):
+    return main(["compress", str(given / "model"), "--data", str(given / "rows.csv"), "--output-dir", str(folder), *SHORT, UNTIMED, *more])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(given, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("done") / "out"
+    torch.set_num_threads(THREADS)  # other tests do
+    assert run(given, folder) == 0
+    return folder
+
+
+def hashes(folder):
+    return {name: sha256_of(folder / name) for name in ("student/model.safetensors", "onnx/model.onnx")}
+
+
+def test_a_model_and_data_become_a_smaller_model_its_file_and_its_report(given, done):
+    assert sorted(path.name for path in done.iterdir()) == [
+        ".hfkdq-compress.json", "README.md", "checkpoints", "onnx", "recipe.yaml", "report.json", "student",
+    ]  # fmt: skip
+    recipe = yaml.safe_load((done / "recipe.yaml").read_text())
+    assert recipe["student"] == {"num_layers": 2}
+    assert recipe["objectives"] == [{"TaskLoss": {"weight": 0.5}}, {"LogitKD": {"temperature": 2.0}}, "HiddenStateKD"]
+    assert recipe["training"]["max_steps"] == 4
+    assert (done / "student" / "recipe.yaml").read_text() == (done / "recipe.yaml").read_text()
+    assert AutoModelForSequenceClassification.from_pretrained(done / "student").config.num_hidden_layers == 2
+    report = CompressionReport.load(done / "report.json")
+    assert [engine.name for engine in report.engines] == ["teacher", "student", "ONNX int8"]
+    assert report.engines[1].metrics == report.engines[2].metrics
+    assert report.samples == 6  # a tenth of 60 rows, kept back
+    assert report.engines[2].size < 0.5 * report.engines[0].size
+    card = (done / "README.md").read_text()
+    assert "HiddenStateKD" in card
+    assert str(given) not in card
+
+
+def test_the_saved_recipe_does_the_same_again_bit_for_bit(done, tmp_path):
+    assert main(["compress", str(done / "recipe.yaml"), "--output-dir", str(tmp_path / "again")]) == 0
+    assert hashes(tmp_path / "again") == hashes(done)
+    assert load(tmp_path / "again" / "recipe.yaml") == load(done / "recipe.yaml")
+
+
+def test_what_failed_after_the_training_is_done_again_without_it(given, done, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no space\nleft")
+
+    folder = tmp_path / "out"
+    with monkeypatch.context() as changed:
+        changed.setattr("hfkdq.cli.compress_run.export_onnx", fails)
+        assert run(given, folder) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "hfkdq compress: no space left"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "recipe.yaml"]
+    steps = []
+    monkeypatch.setattr("hfkdq.cli.interruption.Interruption.on_step_end", lambda *args, **kwargs: steps.append(1))
+    assert run(given, folder) == 0
+    assert not steps
+    assert hashes(folder) == hashes(done)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(given, done, tmp_path, monkeypatch, capsys, number):
+    class Asks(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            assert state.global_step == state.max_steps
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), number)
+
+    trainer = Setup.trainer
+    monkeypatch.setattr(Setup, "trainer", lambda self, *args, **more: trainer(self, *args, Asks(), **more))
+    folder = tmp_path / "out"
+    if number == signal.SIGINT:
+        assert run(given, folder, "--eval_strategy", "epoch") == 130
+    else:
+        with pytest.raises(SystemExit, match="143"):
+            run(given, folder, "--eval_strategy", "epoch")
+    assert "the same command goes on" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "recipe.yaml"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert run(given, folder, "--learning_rate", "1e-3") == 1
+    assert f"{folder} holds a run with other settings in training" in capsys.readouterr().err
+    monkeypatch.setattr(Setup, "trainer", trainer)
+    assert run(given, folder, "--eval_strategy", "epoch") == 0
+    assert hashes(folder) == hashes(done)
+
+
+def test_a_finished_run_and_files_of_others_are_left_alone(given, done, tmp_path, capsys):
+    before = hashes(done)
+    assert run(given, done) == 1
+    assert "holds the result of a finished run" in capsys.readouterr().err
+    assert hashes(done) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    assert run(given, tmp_path / "mine") == 1
+    assert "holds files and no recipe.yaml" in capsys.readouterr().err
+    assert run(given, tmp_path / "mine" / "notes.txt") == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(given, tmp_path, capsys):
+    assert run(given, tmp_path / "out", "--dry-run", "pruning={structure: neuron, sparsity: 0.5, rounds: 3}") == 0
+    told = capsys.readouterr().out
+    plan, _, recipe = told.partition("\n\n")
+    assert "BertForSequenceClassification, 2 layers" in plan
+    assert "54 rows" in plan
+    assert "6 rows" in plan
+    assert "4 steps of 16 rows" in " ".join(plan.split())
+    assert "of training" in plan
+    assert "before anything is pruned" in " ".join(plan.split())
+    (tmp_path / "r.yaml").write_text(recipe)
+    assert read(load(tmp_path / "r.yaml")).pruning["rounds"] == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path, monkeypatch):
+    (tmp_path / "r.yaml").write_text(
+        f"model: {given / 'model'}\ndata: {{train: {given / 'rows.csv'}}}\npruning: {{structure: neuron, sparsity: 0.5}}\n"
+        "training: {max_steps: 2, save_strategy: no, use_cpu: true}\n"
+    )
+    out = tmp_path / "out"
+    assert main(["compress", str(tmp_path / "r.yaml"), "--output_dir", str(out), "--learning_rate", "1e-3"]) == 0
+    assert load(out / "recipe.yaml")["training"]["learning_rate"] == 1e-3
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".hfkdq-compress.json",
+        "checkpoints",
+        "recipe.yaml",
+        "student",
+    ]
+    assert main(["compress", str(tmp_path / "r.yaml"), "--output_dir", str(out), "--learning_rate", "1e-3"]) == 1
+    model = AutoModelForSequenceClassification.from_pretrained(out / "student")
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (4, 32)
+    pushed = []
+    monkeypatch.setattr("hfkdq.cli.compress_run.push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
+    more = ["export.quantization=float32", "push={repo_id: me/it, private: true}", "pruning=null"]
+    assert main(["compress", str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "pushed"), *more]) == 0
+    ((folder, repo_id), settings) = pushed[0][0], pushed[0][1]
+    assert (folder, repo_id) == (tmp_path / "pushed" / "onnx", "me/it")
+    assert settings["private"] is True
+    assert (folder / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "Name a recipe"),
+        (("nothing.yaml",), "There is no recipe nothing.yaml"),
+        (("org/name",), "For a default recipe name its data too"),
+        (("./nothing", "--data", "{rows}"), "There is no file or folder ./nothing"),
+        (("{model}", "--data", "nothing.csv"), "There is no file or folder nothing.csv"),
+        (("{rows}", "--data", "{rows}"), "is a recipe"),
+        (("{model}", "--data", "{rows}", "stduent=null"), "there is no 'stduent'; did you mean student"),
+        (("{model}", "--data", "{rows}", "student.num_layers=x"), "student.num_layers is 'x', expected an integer"),
+        (("{model}", "--data", "{rows}", "quantization.weight_bits=7"), "weight_bits=7 does not exist"),
+        (("{model}", "--data", "{rows}", "training.lr_scheduler_type=no_such"), "no_such"),
+        (("{model}", "--data", "{rows}", "data.text_columns=[label, nothing]", "--max_steps", "1"), "data.text_columns nothing"),
+        (("{model}", "--data", "{rows}", "objectives.7=TaskLoss"), "objectives has the items 0 to 2" ),
+        (("{model}", "--data", "{rows}", "teacher={model}", "objectives=[TaskLoss]"), "nothing is learned from teacher"),
+        (("{model}", "--data", "{rows}", "export.metric=nothing"), "export.metric is 'nothing', and what is measured are accuracy, f1"),
+        (("{model}", "--data", "{rows}", "training.metric_for_best_model=eval_wer"), "training.metric_for_best_model is 'wer'"),
+        (("{model}", "--data", "{rows}", "--output_dir", "{rows}"), "is a file"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_one_line(given, tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(model=given / "model", rows=given / "rows.csv") for word in words]
+    assert main(["compress", *words]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert told in error[-1]
+    assert error[-1].startswith("hfkdq compress: ")
+    assert not list(tmp_path.glob("*-compressed"))
+
+
+def test_options_of_training_arguments_follow_the_parser_of_transformers(capsys):
+    options = compress.parse(["r.yaml", "--bf16", "a=1", "--learning_rate=1e-4", "b.c=[1, 2]", "--report_to", "none"])
+    assert options.source == "r.yaml"
+    assert options.changes == ["a=1", "b.c=[1, 2]"]
+    assert options.training == {"bf16": True, "learning_rate": 1e-4, "report_to": "none"}
+    assert compress.parse(["r.yaml"]).training == {}
+    with pytest.raises(SystemExit):
+        compress.parse(["r.yaml", "--learning_rat", "1"])
+    assert "--learning_rat" in capsys.readouterr().err
+
+
+def test_help_and_schema_are_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "hfkdq", "compress", "--schema"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["properties"]["model"]["type"] == "string"
+    shown = subprocess.run(
+        [sys.executable, "-m", "hfkdq", "compress", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--dry-run" in shown.stdout
+    assert "TrainingArguments" in shown.stdout
+
+
+def test_rows_are_kept_back_where_there_is_one_split_alone(tmp_path):
+    Dataset.from_dict({"n": list(range(40))}).to_parquet(tmp_path / "one.parquet")
+    (train, said), (kept, _) = load_split(str(tmp_path / "one.parquet"), None, None)
+    assert sorted([*train["n"], *kept["n"]]) == list(range(40))
+    assert len(kept) == 4
+    assert "36 rows" in said
+    again = load_split(str(tmp_path / "one.parquet"), 5, 2)
+    assert (len(again[0][0]), len(again[1][0])) == (5, 2)
+    assert set(again[1][0]["n"]) <= set(kept["n"])
+    for name in ("train", "validation"):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        Dataset.from_dict({"n": [len(name)] * 3}).to_parquet(tmp_path / "both" / f"{name}.parquet")
+    (train, _), (other, _) = load_split(str(tmp_path / "both"), None, None)
+    assert set(train["n"]) == {5}
+    assert set(other["n"]) == {10}
+
+
+WORDS = [" ".join(f"w{i + j}" for j in range(12)) for i in range(20)]
+TASKS = {
+    "tokens": (tiny.bert_tokens, {"tokens": [text.split() for text in WORDS], "ner_tags": [[0, 1, 2] * 4] * 20}),
+    "masked": (tiny.bert_mlm, {"text": WORDS}),
+    "next": (lambda: tiny.llama(layers=4), {"text": WORDS}),
+    "translation": (tiny.t5, {"source": WORDS, "target": WORDS[::-1]}),
+    "regression": (lambda: tiny.bert(labels=1), {"text": WORDS, "label": [i / 20 for i in range(20)]}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_recipe_that_trains(tmp_path, task):
+    make, rows = TASKS[task]
+    make().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
+    recipe = read(override({}, [f"model={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.parquet'}"]))
+    setup = set_up(recipe, ["training={max_steps: 1, use_cpu: true, save_strategy: no}"], "r")
+    named = [name for entry in setup.recipe.objectives for name in ([entry] if isinstance(entry, str) else entry)]
+    assert named[:2] == ["TaskLoss", "LogitKD"]
+    assert ({"divergence": "mse"} in setup.recipe.objectives[1].values()) == (task == "regression")
+    assert setup.recipe.student.num_layers == setup.original.config.num_hidden_layers // 2
+    trainer = setup.trainer(tmp_path / "out")
+    trainer.train()
+    assert getattr(trainer.args, "generation_max_length", 129) == 129
+    assert all(np.isfinite(value) for value in trainer.evaluate().values())
+
+
+def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys):
+    out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "3", "--keep", "0.1", "--max-size", "1MB")
+    command = [
+        "compress",
+        str(given / "model"),
+        "--data",
+        str(given / "rows.csv"),
+        "--output-dir",
+        str(out),
+        *settings,
+    ]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "3 trials, the best of them" in told
+    study = optuna.load_study(study_name="hfkdq compress", storage=f"sqlite:///{out / 'search' / 'study.db'}")
+    found = outcomes_of(study)
+    best = Goals(keep=0.1, max_size=1e6).best(found)
+    assert found[best].kept == max(outcome.kept for outcome in found.values())
+    assert sha256_of(out / "onnx" / "model.onnx") == sha256_of(
+        out / "search" / f"trial-{best}" / "onnx" / "model.onnx"
+    )
+    assert load(out / "recipe.yaml")["student"]["num_layers"] == study.trials[best].params["num_layers"]
+    assert outcome_of(CompressionReport.load(out / "report.json"), "accuracy") == found[best]
+    assert not list(out.glob("search/*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"), [("accuracy", (0.9, 0.5, 0.95)), ("wer", (0.1, 0.5, 0.05)), ("f1", None)]
+)
+def test_a_training_that_is_behind_the_others_is_ended(metric, values):
+    study = optuna.create_study(direction="maximize", pruner=pruner())
+    ended = []
+    for value in values or (0.1, 0.5, 0.05):  # without the metric the loss counts
+        watch = Watch(study.ask(), metric, optuna.TrialPruned)
+        try:
+            watch.on_evaluate(None, None, None, metrics={f"eval_{metric}": value} if values else {"eval_loss": value})
+            ended.append(False)
+        except optuna.TrialPruned:
+            ended.append(True)
+    assert ended == [False, True, False]
+
+
+def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):
+    out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "1", "--max-latency", "1us")
+    command = [
+        "compress",
+        str(given / "model"),
+        "--data",
+        str(given / "rows.csv"),
+        "--output-dir",
+        str(out),
+        *settings,
+    ]
+    assert main(command) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--max-latency 0.001 ms is missed by all: the best has" in error
+    assert not (out / "onnx").exists()
+    assert main([*command[:6], *settings[:3], "--trials", "1", "--keep", "0.5", "student=null"]) == 1
+    assert "The study that is there has another changes" in capsys.readouterr().err
+
+
+def test_in_several_processes_the_first_one_writes(given, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text("import sys\nfrom hfkdq.cli import main\nassert main(sys.argv[1:]) == 0\n")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {given / 'model'}\ndata: {{train: {given / 'rows.csv'}}}\nstudent: {{num_layers: 2}}\nobjectives: [TaskLoss, LogitKD]\n"
+        "quantization: {}\nexport: {}\nreport: {latency_rounds: 0}\ntraining: {max_steps: 2, save_steps: 1, save_strategy: steps}\n"
+    )
+    out = tmp_path / "out"
+    told = accelerate_launch(script, "compress", recipe, "--output-dir", out)
+    assert told.count("ONNX int8") == told.count(f"\n{out}\n") == 1
+    assert {path.name for path in out.iterdir()} >= {"onnx", "student", "report.json", "recipe.yaml", "checkpoints"}
+    assert (Path(out) / "checkpoints" / "checkpoint-2" / "rng_state_1.pth").is_file()
