@@ -22,6 +22,7 @@ from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task
+from .embeddings import find_pooling, pool_
 from .inputs import Tensors, brought_names, completed, generates, made_up, usual_names
 from .job import ExportJob, plain_copy
 from .precisions import AUTO, FLOAT, Precision, precision_of
@@ -62,6 +63,8 @@ def export_onnx(
     threads: int | None = None,
     inputs: Batch | None = None,
     integer_convolutions: bool = False,
+    pooling: str | Sequence[str] | None = None,
+    normalize: bool | None = None,
 ) -> Path:
     """Writes a model as ONNX files that were run, compared with it and timed, next to its checkpoint.
 
@@ -125,6 +128,12 @@ def export_onnx(
             where ONNX Runtime has a kernel: between two quantizers, with BatchNorm moved into scale and bias. Each bias is
             then an integer too, and off by half a step of the products (input scale times weight scale) at most, which
             torch does not imitate. By default weights become floats when the file is loaded, which is exact and slower.
+        pooling (`str` or list of `str`, *optional*): how an encoder of texts makes one embedding of the states of a text:
+            `"mean"`, `"cls"` (the first token), `"max"`, `"lasttoken"`, `"weightedmean"` or `"mean_sqrt_len_tokens"`, several of which
+            are joined. The file then has an output `sentence_embedding`, `(batch, width)`, beside `last_hidden_state`, and the folder
+            the files that sentence-transformers loads. By default as the files of sentence-transformers say in the folder that the
+            model was loaded from, if there are some; `"none"` leaves it out.
+        normalize (`bool`, *optional*): whether the embedding is scaled to length 1. By default as those files say, else not.
 
     Returns:
         `Path`: the folder. It has another number at its end if somebody has made `folder` while this was at work.
@@ -188,13 +197,16 @@ def export_onnx(
                 # Merging names the layers that bitsandbytes had quantized in the spec.
                 precision = precision_of(quantized_spec(model) or trained)
         task = resolve_task(backend, model, task)
+        embeds = find_pooling(model, task, pooling, normalize)
         evaluated = None if quality is None else quality.evaluation
         batches, source, rest = _batches(
             backend, model, task, calibration, evaluated, inputs, processing_class, data_collator
         )
+        plain = plain_copy(model) if embeds is None else pool_(plain_copy(model), embeds)
         job = ExportJob(
-            plain_copy(model), backend, task, target, tolerance, processing_class, batches, source, rest, quality,
+            plain, backend, task, target, tolerance, processing_class, batches, source, rest, quality,
             Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type, integer_convolutions,
+            embeds,
         )  # fmt: skip
         if quality is not None:
             quality.begin(job.model, job.float_model)

@@ -30,6 +30,7 @@ from ..specs import QuantizationSpec
 from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
+from .embeddings import Pooling
 from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
@@ -79,6 +80,7 @@ class ExportJob:
         scratch (`Path`): an existing folder for intermediate files.
         weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, the one that is exact on this processor.
         integer_convolutions (`bool`): whether convolutions compute with integers.
+        pooling ([`Pooling`], *optional*): what `model` makes an embedding with.
     """
 
     model: PreTrainedModel
@@ -94,6 +96,7 @@ class ExportJob:
     scratch: Path
     weight_type: str = "auto"
     integer_convolutions: bool = False
+    pooling: Pooling | None = None
 
     @cached_property
     def float_model(self) -> PreTrainedModel:
@@ -127,6 +130,8 @@ class ExportJob:
         reference.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        if self.pooling is not None:
+            self.pooling.write(folder, reference, self.processing_class)
         written = self.write_files(precision, folder, reference)
         axes = open_axes(folder, self.batches[0])
         tried = list(trials(reference, self.batches, axes))
@@ -161,6 +166,7 @@ class ExportJob:
             **asdict(parity),
             "compared_on": self.source,
             "tolerance": tolerance,
+            **({} if self.pooling is None else {"pooling": self.pooling.describe()}),
             **written,
             "spec": None if spec is None else spec.to_dict(),
             "files": describe_files(folder),

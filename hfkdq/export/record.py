@@ -65,6 +65,13 @@ class ExportMetrics(TypedDict, total=False):
     onnx: dict[FreeText, float]
 
 
+class PoolingFacts(TypedDict):
+    """How a file makes embeddings."""
+
+    modes: list[FreeText]
+    normalize: bool
+
+
 class Export(TypedDict, total=False):
     """The fields of `export_facts.json` that are read."""
 
@@ -79,6 +86,7 @@ class Export(TypedDict, total=False):
     top1_agreement: float | None
     tolerance: float | None
     compared_on: FreeText
+    pooling: PoolingFacts
     quantized_linears: int
     fused_linears: int
     weight_type: FreeText

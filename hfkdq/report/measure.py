@@ -24,6 +24,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly
 from ..export.record import export_file, read_export
 from ..export.runner import open_files
@@ -71,6 +72,7 @@ def measure(
         compute_metrics = metrics_for(student, processing_class, eval_dataset)
     folders = _onnx_folders(onnx, models)
     exported = {name: check_measured(folder, student) for name, folder in folders.items()}
+    pooling = next((facts["pooling"] for facts in exported.values() if "pooling" in facts), None)
     with tempfile.TemporaryDirectory() as temporary:
         evaluation = Evaluation(
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer",
@@ -82,7 +84,7 @@ def measure(
             bar.set_postfix_str(name)
             if name in models:
                 how = evaluation if name == "student" else evaluation.of_teacher(student)
-                row = _measure_torch(name, models[name], how, Path(temporary, f"torch-{name}"))
+                row = _measure_torch(name, models[name], how, Path(temporary, f"torch-{name}"), pooling)
             else:
                 row = _measure_onnx(name, student, folders[name], exported[name], evaluation)
             engines.append(row[0])
@@ -109,9 +111,9 @@ def measure(
 
 
 def _measure_torch(
-    name: str, model: PreTrainedModel, evaluation: Evaluation, folder: Path
+    name: str, model: PreTrainedModel, evaluation: Evaluation, folder: Path, pooling: Any
 ) -> tuple[Engine, list[TimedEngine]]:
-    metrics = evaluation.metrics(name, model)
+    metrics = evaluation.metrics(name, pooled_copy(model, pooling))
     model.save_pretrained(folder)
     # Learned ranges of fake quantizers are parameters in memory, but not of the checkpoint.
     saved = model.state_dict().keys()
