@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from ..facts import QuantizationSettings
 from ..schema import FreeText, check, read_file
@@ -65,6 +66,11 @@ class ExportMetrics(TypedDict, total=False):
     onnx: dict[FreeText, float]
 
 
+def _is_suffix(value: str, where: str) -> None:
+    if not re.fullmatch(r"(_\w{1,50})?", value):
+        raise ValueError(f"{where} is no end of the names of files")
+
+
 class PoolingFacts(TypedDict):
     """How a file makes embeddings."""
 
@@ -87,6 +93,8 @@ class Export(TypedDict, total=False):
     tolerance: float | None
     compared_on: FreeText
     pooling: PoolingFacts
+    layout: FreeText
+    suffix: Annotated[str, _is_suffix]
     quantized_linears: int
     fused_linears: int
     weight_type: FreeText

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly
+from ..export.layout import place_of
 from ..export.record import export_file, read_export
 from ..export.runner import open_files
 from ..export.runtime import onnx_call
@@ -36,6 +37,7 @@ from ..measuring.torch_engine import torch_call
 from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import task_of
+from ..provenance import weight_files
 from .data import Engine, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
@@ -139,7 +141,8 @@ def _measure_torch(
 def _measure_onnx(
     name: str, student: PreTrainedModel, folder: Path, facts: dict[str, Any], evaluation: Evaluation
 ) -> tuple[Engine, list[TimedEngine]]:
-    files = open_files(folder, facts.get("task", ""))
+    place, suffix = place_of(folder, facts)
+    files = open_files(place, facts.get("task", ""), suffix)
     if facts.get("weight_type") == "int8" and not multiplies_exactly():
         logger.warning(
             f"{folder} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
@@ -149,7 +152,7 @@ def _measure_onnx(
         name=name,
         kind="onnx",
         metrics=evaluation.metrics(name, student, files),
-        size=sum(part.stat().st_size for part in folder.glob("*.onnx*")),
+        size=facts["bytes"],
         parity=public_parity(facts),
         files=facts["files"],
     )
@@ -181,7 +184,8 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        wanted = {"model.onnx": any(folder.glob("*.onnx")), export_file(folder).name: export_file(folder).is_file()}
+        files = any(path.suffix == ".onnx" for path in weight_files(folder))
+        wanted = {"model.onnx": files, export_file(folder).name: export_file(folder).is_file()}
         missing = [what for what, is_there in wanted.items() if not is_there]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")
