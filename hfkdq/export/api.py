@@ -214,7 +214,7 @@ def export_onnx(
         job = ExportJob(
             plain, backend, task, target, tolerance, processing_class, batches, source, rest, quality,
             Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type, integer_convolutions,
-            embeds,
+            embeds, layout == HUB,
         )  # fmt: skip
         if quality is not None:
             quality.begin(job.model, job.float_model)

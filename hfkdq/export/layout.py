@@ -17,6 +17,7 @@ from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
 from ..provenance import ONNX_FOLDER, describe_files
 from .precisions import Precision
+from .record import MANIFEST
 from .runner import SINGLE
 
 FLAT, HUB = "flat", "hub"
@@ -29,7 +30,6 @@ _SUFFIXES = {
 }  # fmt: skip
 # What sentence-transformers calls a file of 8-bit weights of each type.
 _SENTENCE_NAMES = {"int8": "model_qint8_avx512_vnni.onnx", "uint8": "model_quint8_avx2.onnx"}
-_MANIFEST = "export.json"
 
 
 def file_suffixes(precisions: Sequence[Precision]) -> list[str]:
@@ -58,7 +58,7 @@ def assemble(written: Mapping[str, Path], facts: Sequence[dict[str, Any]], folde
     (folder / ONNX_FOLDER).mkdir()
     (main, first), *_ = written.items()
     for suffix, place in written.items():
-        manifest = place / _MANIFEST
+        manifest = place / MANIFEST
         for path in sorted(place.glob("*.onnx")):
             _move(
                 path,
@@ -69,7 +69,7 @@ def assemble(written: Mapping[str, Path], facts: Sequence[dict[str, Any]], folde
         if not path.name.endswith((".onnx_data", ".onnx.data")):  # empty, and of no file
             path.rename(folder / path.name)
     with suppress(FileNotFoundError):
-        _point_to(folder / _MANIFEST, main)
+        _point_to(folder / MANIFEST, main)
     each = {suffix: {**own, "suffix": suffix} for suffix, own in zip(written, facts, strict=True)}
     typed = next(
         (one for one in each.values() if one.get("weight_type") in _SENTENCE_NAMES and "pooling" in one), None

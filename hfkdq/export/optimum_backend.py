@@ -35,10 +35,11 @@ from .protocol import PAST, UnknownArchitecture
 from .runner import SINGLE
 from .silence import silent_and_seeded
 
-__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
+__all__ = ["MERGES", "OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
+MERGES = True
 PACKAGES: tuple[str, ...] = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
     f"{name}.onnx" for name in (runner.ENCODER, runner.DECODER, runner.DECODER_WITH_PAST, runner.MERGED)

@@ -11,6 +11,8 @@ from ..facts import QuantizationSettings
 from ..schema import FreeText, check, read_file
 
 EXPORT_FACTS = "export_facts.json"
+MANIFEST = "export.json"
+"""With which `transformers.exporters` loads a folder."""
 # Of earlier releases; reports of measurements have this name too.
 FORMER_NAME = "report.json"
 MADE_UP = "made-up inputs"

@@ -143,16 +143,26 @@ def test_the_manifest_names_the_first_file(several):
     from transformers.exporters import ExportedModel
 
     batch = {name: torch.as_tensor(value) for name, value in inputs().items()}
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
     found = ExportedModel.from_pretrained(several)(**batch)["sentence_embedding"]
     np.testing.assert_allclose(found, embeddings(several / "onnx" / FILES["int8"]), rtol=0, atol=1e-5)
 
 
 def test_a_model_that_generates_has_its_parts_below_onnx(tmp_path):
     model = tiny.t5().eval()
-    folder = export_onnx(model, tmp_path / "out", quantization=["float32", "dynamic"], layout="hub", latency_rounds=0)
-    names = {path.name for path in (folder / "onnx").glob("*.onnx")}
-    decoders = ["decoder_model", "decoder_with_past_model"] if ON_V5 else ["decoder_model_merged"]
-    assert names == {f"{part}{end}.onnx" for part in ("encoder_model", *decoders) for end in ("", "_quantized")}
+    how = {"layout": "hub", "latency_rounds": 0}
+    folder = export_onnx(model, tmp_path / "out", quantization=["float32", "float16"], **how)
+    parts = ("encoder_model", "decoder_model_merged")
+    assert {path.name for path in (folder / "onnx").iterdir()} == {
+        f"{part}{end}.onnx" for part in parts for end in ("", "_fp16")
+    }
+    facts = read_export(folder)
+    assert facts["task"] == "text2text-generation-with-past"
+    assert facts["incremental_decode"]["max_abs_diff"] < 1e-3
+    assert not (folder / "export.json").exists()
+    # The weights of the decoder are there once.
+    decoder = sum(value.numel() for value in model.decoder.parameters()) * 4
+    assert (folder / "onnx" / "decoder_model_merged.onnx").stat().st_size < 2 * decoder
     if ON_V5:
         return
     from optimum.onnxruntime import ORTModelForSeq2SeqLM
@@ -161,10 +171,11 @@ def test_a_model_that_generates_has_its_parts_below_onnx(tmp_path):
     ours = ORTModelForSeq2SeqLM.from_pretrained(folder).generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(ours, model.generate(input_ids=ids, max_new_tokens=6, do_sample=False))
     # Optimum cannot be told the name of a merged decoder; one alone it finds.
-    alone = export_onnx(model, tmp_path / "alone", quantization="dynamic", layout="hub", latency_rounds=0)
-    quantized = ORTModelForSeq2SeqLM.from_pretrained(alone)
-    assert quantized.decoder.path.name == "decoder_model_merged_quantized.onnx"
-    assert quantized.generate(input_ids=ids, max_new_tokens=6).shape[0] == 1
+    halves = ORTModelForSeq2SeqLM.from_pretrained(
+        export_onnx(model, tmp_path / "alone", quantization="float16", **how)
+    )
+    assert halves.decoder.path.name == "decoder_model_merged_fp16.onnx"
+    assert halves.generate(input_ids=ids, max_new_tokens=6).shape[0] == 1
 
 
 def test_weights_beside_a_file_follow_it(tmp_path, monkeypatch):
@@ -214,7 +225,7 @@ def test_the_card_loads_the_file_that_it_is_about(tmp_path):
     assert 'from_pretrained("me/tiny", file_name="model_quantized.onnx")' in card
 
 
-def test_a_file_that_was_changed_is_not_pushed_and_an_earlier_one_goes(hub_server, several, tmp_path):  # noqa: F811
+def test_a_file_that_was_changed_is_not_pushed_and_an_earlier_one_goes(hub_server, several, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(several, folder)
     push_to_hub(folder, "me/several")
