@@ -23,10 +23,11 @@ from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task
+from .choices import FLAT, HUB, LAYOUTS
 from .embeddings import find_pooling, pool_
 from .inputs import Tensors, brought_names, completed, generates, made_up, usual_names
 from .job import ExportJob, plain_copy
-from .layout import FLAT, HUB, LAYOUTS, assemble, file_suffixes
+from .layout import assemble, file_suffixes
 from .precisions import AUTO, FLOAT, Precision, precision_of, recorded_precision
 from .protocol import Backend
 from .record import EXPORT_FACTS, MADE_UP

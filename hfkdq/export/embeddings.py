@@ -22,23 +22,14 @@ from transformers.utils import ModelOutput, cached_file, logging
 
 from ..modeling.forwards import as_output, forward_columns
 from ..schema import FreeText, check, read_file
+from .choices import NO_POOLING, POOLINGS
 
 logger = logging.get_logger(__name__)
 NAME = "sentence_embedding"
-NONE = "none"
 MODULES, POOLING, MODEL_SETTINGS, TOKEN_SETTINGS = (
     "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 )  # fmt: skip
 FILES = (MODULES, POOLING, MODEL_SETTINGS, TOKEN_SETTINGS)
-# The names of sentence-transformers, and what its files call them, in the order in which it joins several.
-MODES = {
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
 _TYPES = "sentence_transformers.models."
 
 
@@ -99,7 +90,7 @@ class Pooling:
             MODULES: modules,
             POOLING: {
                 "word_embedding_dimension": model.config.hidden_size,
-                **{key: mode in self.modes for mode, key in MODES.items()},
+                **{key: mode in self.modes for mode, key in POOLINGS.items()},
             },
             MODEL_SETTINGS: {
                 "__version__": versions, "prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine",
@@ -135,7 +126,7 @@ def find_pooling(
 
     `ValueError` for one that does not exist or that the model cannot have, and for files of the folder that are damaged.
     """
-    if asked == NONE:
+    if asked == NO_POOLING:
         if normalize:
             raise ValueError('normalize=True needs an embedding to normalize; pooling="none" leaves it out.')
         return None
@@ -166,9 +157,11 @@ def _checked(asked: str | Sequence[str] | None) -> tuple[str, ...]:
     if asked is None:
         return ()
     given = (asked,) if isinstance(asked, str) else tuple(asked) if isinstance(asked, (list, tuple)) else (asked,)
-    if not given or not all(isinstance(mode, str) and mode in MODES for mode in given):
-        raise ValueError(f"pooling={asked!r} does not exist. Use one or several of {', '.join(MODES)}, or {NONE!r}.")
-    return tuple(mode for mode in MODES if mode in given)
+    if not given or not all(isinstance(mode, str) and mode in POOLINGS for mode in given):
+        raise ValueError(
+            f"pooling={asked!r} does not exist. Use one or several of {', '.join(POOLINGS)}, or {NO_POOLING!r}."
+        )
+    return tuple(mode for mode in POOLINGS if mode in given)
 
 
 def _of_folder(model: PreTrainedModel, asked: Sequence[str]) -> Pooling | None:
@@ -180,10 +173,10 @@ def _of_folder(model: PreTrainedModel, asked: Sequence[str]) -> Pooling | None:
         return None
     kinds = _kinds(modules)
     config = read_file(pooling)
-    named = config.get("pooling_mode", [mode for mode, key in MODES.items() if config.get(key) is True] or "mean")
+    named = config.get("pooling_mode", [mode for mode, key in POOLINGS.items() if config.get(key) is True] or "mean")
     named = [named] if isinstance(named, str) else named
     unknown = kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"])
-    if unknown or not set(named) <= MODES.keys() or config.get("include_prompt") is False:
+    if unknown or not set(named) <= POOLINGS.keys() or config.get("include_prompt") is False:
         told = ", ".join(kinds) if unknown else f"a pooling of {named}, include_prompt={config.get('include_prompt')}"
         if not asked:
             logger.warning(
@@ -201,7 +194,7 @@ def _of_folder(model: PreTrainedModel, asked: Sequence[str]) -> Pooling | None:
         except ValueError as error:
             raise ValueError(f"{path} is no file of sentence-transformers: {error}.") from None
         settings.append(data)
-    return Pooling(tuple(mode for mode in MODES if mode in named), "Normalize" in kinds, *settings)  # type: ignore[arg-type]
+    return Pooling(tuple(mode for mode in POOLINGS if mode in named), "Normalize" in kinds, *settings)  # type: ignore[arg-type]
 
 
 def _kinds(path: Path) -> list[str]:

@@ -16,12 +16,11 @@ import onnx
 from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
 from ..provenance import ONNX_FOLDER, describe_files
+from .choices import HUB
 from .precisions import Precision
 from .record import MANIFEST
 from .runner import SINGLE
 
-FLAT, HUB = "flat", "hub"
-LAYOUTS = (FLAT, HUB)
 # What transformers.js calls 8-bit files; those after the first are for more of them in one folder.
 _EIGHT_BITS = ("_quantized", "_int8", "_int8_weights")
 _SUFFIXES = {

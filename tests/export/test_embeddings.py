@@ -13,7 +13,8 @@ from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from hfkdq import CompressionReport, QuantizationSpec, export_onnx
 from hfkdq.export import OnnxSession
-from hfkdq.export.embeddings import FILES, MODES, Pooling, find_pooling, pool_
+from hfkdq.export.choices import POOLINGS
+from hfkdq.export.embeddings import FILES, Pooling, find_pooling, pool_
 from tests import tiny
 
 MASKS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]])
@@ -67,7 +68,7 @@ def by_hand(states, mask, mode):
     return torch.stack(rows).float()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", POOLINGS)
 def test_pooling_is_that_of_loops(mode):
     states = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
     found = Pooling((mode,), False, {}, {})(states, MASKS)
@@ -220,7 +221,7 @@ def test_a_report_measures_the_embedding_of_the_file_everywhere(tmp_path):
     assert all(engine.metrics["spearman"] > 0.9999 for engine in report.engines), report.engines
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", POOLINGS)
 def test_sentence_transformers_computes_the_same(tmp_path, mode):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     texts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w2"]
