@@ -4,13 +4,13 @@ Transformers is imported, and must not import it itself."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _QUANTIZERS = "transformers.quantizers.auto"
 
@@ -21,23 +21,25 @@ def register() -> None:
     if hasattr(module, "AUTO_QUANTIZER_MAPPING"):
         _register(module)
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+        sys.meta_path.insert(0, _Waiting())  # no subclass: importlib.abc takes long to import
 
 
-class _Waiting(MetaPathFinder):
-    """Finds no module by itself; when the quantizers of Transformers are imported, it registers with them once."""
+class _Waiting:
+    """Finds the quantizers of Transformers as others do, and once they are imported registers with them and goes."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _QUANTIZERS:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
                 load(module)
                 _register(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
             spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

@@ -12,14 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import onnx
-from onnx.external_data_helper import _get_all_tensors, uses_external_data
-
 from ..provenance import ONNX_FOLDER, describe_files
 from .choices import HUB
 from .precisions import Precision
 from .record import MANIFEST
-from .runner import SINGLE
 
 # What transformers.js calls 8-bit files; those after the first are for more of them in one folder.
 _EIGHT_BITS = ("_quantized", "_int8", "_int8_weights")
@@ -74,7 +70,7 @@ def assemble(written: Mapping[str, Path], facts: Sequence[dict[str, Any]], folde
         (one for one in each.values() if one.get("weight_type") in _SENTENCE_NAMES and "pooling" in one), None
     )
     if typed is not None:
-        _also(folder / ONNX_FOLDER / f"{SINGLE}{typed['suffix']}.onnx", _SENTENCE_NAMES[typed["weight_type"]])
+        _also(folder / ONNX_FOLDER / f"model{typed['suffix']}.onnx", _SENTENCE_NAMES[typed["weight_type"]])
     common = ("files", "model", "versions")
     others = {one["kind"]: {key: one[key] for key in one if key not in common} for one in each.values()}
     return {**each[main], "layout": HUB, "precisions": others, "files": describe_files(folder)}
@@ -88,6 +84,9 @@ def _move(path: Path, target: Path, keeps_empty: bool) -> None:
             continue
         data = target.with_name(f"{target.name}{end}")
         if beside.stat().st_size:
+            import onnx
+            from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
             model = onnx.load(path, load_external_data=False)
             for tensor in _get_all_tensors(model):
                 for entry in tensor.external_data if uses_external_data(tensor) else ():
