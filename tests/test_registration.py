@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers import AutoModelForSequenceClassification as AutoClassifier
 
-from hfkdq import QuantizationSpec, load_pruned, load_quantized, quantize
+from hfkdq import QuantizationSpec, load_pruned, load_quantized, make_student, quantize
 from hfkdq.modeling import load_checkpoint
 from hfkdq.quantization import activation_ranges, quantized_modules, strip_quantizers_
 from tests import tiny
@@ -95,6 +95,8 @@ def test_it_gives_what_load_quantized_gives(tmp_path, make, auto):
     assert found.config.to_dict() == known.config.to_dict()
     assert found.bfloat16().dtype == torch.bfloat16
     found.float().save_pretrained(tmp_path / "again")
+    strip_quantizers_(auto.from_pretrained(tmp_path)).save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == MARK
 
 
@@ -105,6 +107,13 @@ def test_the_mark_comes_and_goes_with_the_fake_quantizers(tmp_path):
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path)
     assert not quantized_modules(AutoClassifier.from_pretrained(tmp_path))
+
+
+def test_a_student_of_float_weights_has_no_mark(tmp_path):
+    quantized().save_pretrained(tmp_path)
+    teacher = load_checkpoint(str(tmp_path))
+    assert teacher.config.quantization_config == MARK, "which it would be saved with, beside the record"
+    assert not hasattr(make_student(teacher, num_layers=1).config, "quantization_config")
 
 
 def test_what_loads_float_weights_still_does(tmp_path):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import drop_fact
+from ..facts import drop_fact, unmark_quantized
 from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
 from ..specs.quantization import is_quantizable
@@ -16,7 +16,7 @@ from .attention import computes_attention, find_attention, swap_attention_in_, s
 from .layers import quantized_class, share_tables_, swap_in_, swap_out_, weight_of
 from .naming import head_modules, means_the_same, quantized_modules, tell_left_in_float
 from .quantized_module import QuantizedModule
-from .records import FACT, activation_quantizers, quantized_spec, record_ranges, unmark, weight_quantizers
+from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
 logger = logging.get_logger(__name__)
 
@@ -170,5 +170,5 @@ def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
     adapters.detach_lora_(model)
     swap_attention_out_(model)
     drop_fact(model, FACT)
-    unmark(model.config)
+    unmark_quantized(model.config)
     return model

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import read_facts, record_fact, refreshes_facts
-from ..protocols import QUANT_METHOD, FakeQuantized
+from ..facts import mark_quantized, read_facts, record_fact, refreshes_facts
+from ..protocols import FakeQuantized
 from ..schema import brief
 from ..specs import QuantizationSpec
 from .activations import ActivationQuantizer
@@ -193,18 +193,7 @@ def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = Tru
         belongs = weights_digest(model) if found["ranges"] and digest and not live else None
         record_fact(model, FACT, {**found, "digest": belongs} if belongs else found)
         if getattr(model.config, "quantization_config", None) is None:  # such as that of bitsandbytes
-            mark(model.config)
-
-
-def mark(config: PretrainedConfig) -> None:
-    """Says in a configuration, in the place where Transformers looks, that hfkdq records a quantization in it."""
-    config.quantization_config = {"quant_method": QUANT_METHOD}
-
-
-def unmark(config: PretrainedConfig) -> None:
-    """Takes out what [`mark`] wrote."""
-    if getattr(config, "quantization_config", None) == {"quant_method": QUANT_METHOD}:
-        del config.quantization_config
+            mark_quantized(model.config)
 
 
 class _LiveRecord(dict[str, Any]):
