@@ -84,6 +84,8 @@ def _classes() -> tuple[type, type]:
 
         def postprocess_model(self, model: Any, **kwargs: Any) -> None:
             """Leaves the model that `load_quantized` gives, which Transformers may move, cast and train as any other."""
+            from transformers import PreTrainedModel
+
             from .facts import mark_quantized
             from .modeling.checkpoints import wants_plain_weights
             from .quantization.post_training import restore_recorded_
@@ -91,8 +93,9 @@ def _classes() -> tuple[type, type]:
 
             # Both stand for weights that are integers; the latter cannot be saved once the mark is gone.
             vars(model).pop("hf_quantizer", None)
-            for config in [module.config for module in model.modules() if hasattr(module, "config")]:
-                vars(config).pop("_pre_quantization_dtype", None)
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):
+                    vars(module.config).pop("_pre_quantization_dtype", None)
             mark_quantized(model.config)  # what Transformers has made an object of
             if wants_plain_weights():
                 return
