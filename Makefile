@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels docs-models constraints clean
+.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels docs-models constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -106,6 +106,10 @@ test-lowest: .venv-lowest/.dev ## all tests on the oldest versions that pyprojec
 EXAMPLES ?= 10000
 fuzz: .venv/.dev ## EXAMPLES=10000 of every property of tests/fuzz, where `make test` tries few
 	HFKDQ_FUZZ_EXAMPLES=$(EXAMPLES) $(O)/python -m pytest tests/fuzz -q
+
+test-js: .venv/.dev ## the test that loads a folder in transformers.js on WASM; needs node and npm
+	npm install --prefix build/node --ignore-scripts --no-audit --no-fund @huggingface/transformers@4.3.2
+	HFKDQ_NODE_MODULES=$(CURDIR)/build/node/node_modules $(O)/python -m pytest -q tests/export/test_layout.py -k transformers_js
 
 test-gpu: .venv/.dev ## what needs a CUDA GPU, on the optimum line
 	$(O)/python -m pytest -m gpu

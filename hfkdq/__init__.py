@@ -6,7 +6,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .registration import register as _register
 from .version import __version__  # noqa: F401  (public, and in no `__all__`)
+
+_register()
 
 # Loaded on first use, so that `import hfkdq` costs nothing and needs no extra.
 _HOMES = {

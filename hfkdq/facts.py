@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypedDict, TypeVar
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .protocols import QUANT_METHOD
 from .schema import Count, FreeText, Name, check, check_depth
 from .specs import PruningSpec, QuantizationSpec
 from .specs.base import as_text
@@ -213,6 +214,17 @@ def drop_fact(model: PreTrainedModel, topic: str) -> None:
         model.config.hfkdq = facts
         if not facts:
             del model.config.hfkdq
+
+
+def mark_quantized(config: PretrainedConfig) -> None:
+    """Says in a configuration, in the place where Transformers looks, that hfkdq records a quantization in it."""
+    config.quantization_config = {"quant_method": QUANT_METHOD}
+
+
+def unmark_quantized(config: PretrainedConfig) -> None:
+    """Takes out what [`mark_quantized`] wrote."""
+    if getattr(config, "quantization_config", None) == {"quant_method": QUANT_METHOD}:
+        del config.quantization_config
 
 
 _REFRESHERS: list[Callable[[Any], None]] = []

@@ -35,6 +35,8 @@ logger = logging.get_logger(__name__)
 _BUSY = (429, 503)
 _TRIES = 5
 _LONGEST_WAIT = 60.0
+# A file beside the record of its export, or in its folder `onnx`.
+_FILE = re.compile(r"(onnx/)?[^/\\]*[^/\\.][^/\\]*")
 _Answer = TypeVar("_Answer")
 
 _ADVICE = {
@@ -184,7 +186,7 @@ def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -
                 continue
             for name, facts in recorded.items():
                 path = str(record.parent / name)
-                if path not in there or PurePosixPath(name).name != name or (folder / path).exists():
+                if path not in there or not _FILE.fullmatch(name) or (folder / path).exists():
                     continue
                 lfs = there[path].lfs
                 known = lfs.sha256 if lfs else sha256_of(

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 _Weight = TypeVar("_Weight")
 
+QUANT_METHOD = "hfkdq"
+"""What `quantization_config` of a configuration calls a quantization that hfkdq recorded in it."""
+
 
 @runtime_checkable
 class FakeQuantized(Protocol):

@@ -15,18 +15,24 @@ from transformers import PreTrainedModel
 
 from .files import sha256_of
 
-_PATTERNS = ("*.onnx*", "*.safetensors")
+ONNX_FOLDER = "onnx"
+"""Where repositories on the Hub have their ONNX files."""
+_PATTERNS = ("*.onnx*", "*.safetensors", f"{ONNX_FOLDER}/*.onnx*")
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The ONNX files, their external data and the safetensors files that lie in `folder` itself."""
+    """The ONNX files, their external data and the safetensors files of `folder`: in itself and in its folder `onnx`, unless
+    that has a checkpoint of its own."""
     found = {path for pattern in _PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
+    if Path(folder, ONNX_FOLDER, "config.json").exists():
+        found = {path for path in found if path.parent == Path(folder)}
     return sorted(path for path in found if not path.name.startswith("."))
 
 
 def describe_files(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file with weights in `folder`, by name."""
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in weight_files(folder)}
+    """Size and SHA-256 of every file with weights in `folder`, by its path there."""
+    files = {path.relative_to(folder).as_posix(): path for path in weight_files(folder)}
+    return {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in files.items()}
 
 
 def find_difference(folder: str | os.PathLike[str], recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -39,7 +45,7 @@ def find_difference(folder: str | os.PathLike[str], recorded: Mapping[str, Mappi
     Returns:
         `str`, *optional*: such as `"model.onnx has changed"`; `None` if they are the same.
     """
-    here = {path.name: path for path in weight_files(folder)}
+    here = {path.relative_to(folder).as_posix(): path for path in weight_files(folder)}
     for name, facts in sorted(recorded.items()):
         if name not in here:
             return f"{name} is missing"

@@ -294,3 +294,19 @@ def test_optimum_has_the_command(checkpoint, tmp_path, monkeypatch, capsys):
 def test_the_folders_of_optimum_stay_open_to_others():
     root = Path(__file__).parents[1] / "packages" / "optimum-hfkdq" / "optimum"
     assert [path.name for path in root.rglob("*.py")] == ["register_hfkdq.py"]
+
+
+def test_an_encoder_of_texts_is_exported_for_other_tools(tmp_path, capsys):
+    tiny.bert().bert.save_pretrained(tmp_path / "encoder")
+    tiny.tokenizer().save_pretrained(tmp_path / "encoder")
+    wanted = ("--layout", "hub", "--pooling", "mean", "--normalize", "--quantization", "float16")
+    assert export(tmp_path / "encoder", tmp_path / "out", *wanted) == 0
+    assert report(tmp_path / "out")["pooling"] == {"modes": ["mean"], "normalize": True}
+    assert [path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")] == ["model_fp16.onnx"]
+    capsys.readouterr()
+    # What it wrote says by itself how its embeddings are made, unless told otherwise.
+    assert export(tmp_path / "out", tmp_path / "again", "--no-normalize") == 0
+    assert report(tmp_path / "again")["pooling"] == {"modes": ["mean"], "normalize": False}
+    with pytest.raises(SystemExit):
+        export(tmp_path / "encoder", tmp_path / "x", "--pooling", "average")
+    assert "invalid choice: 'average'" in capsys.readouterr().err

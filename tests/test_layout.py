@@ -22,7 +22,7 @@ LEVELS = {
     "facts": 0, "losses": 0,
     "modeling": 1, "provenance": 1,
     "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "metrics": 2,
-    "measuring": 3, "teachers": 3,
+    "measuring": 3, "registration": 3, "teachers": 3,
     "export": 4, "caching": 4,
     "report": 5, "trainer": 5, "uploads": 5,
     "hub": 6, "recipes": 5,

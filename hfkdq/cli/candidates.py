@@ -9,6 +9,7 @@ from typing import Any
 
 from ..export.record import export_file
 from ..files import looks_local, refuse_missing
+from ..provenance import weight_files
 from ..schema import brief, read_file
 
 # What a repository of a model holds; pickles are not among it.
@@ -90,7 +91,11 @@ def find_place(name: str, where: str) -> Place:
 def is_export(folder: Path) -> bool:
     """Whether `export_onnx` wrote a folder and left its record there."""
     record = export_file(folder)
-    return record.is_file() and "engines" not in read_file(record) and any(folder.glob("*.onnx"))
+    return (
+        record.is_file()
+        and "engines" not in read_file(record)
+        and any(file.suffix == ".onnx" for file in weight_files(folder))
+    )
 
 
 def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..export.choices import FLAT, LAYOUTS, NO_POOLING, POOLINGS
 from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..files import check_new, refuse_missing
 from .names import check_data
@@ -50,6 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="8-bit weights as int8, fastest with VNNI and wrong on x86 without it, or as uint8, exact everywhere "
         "(default: int8 if it is exact on this processor)",
     )  # fmt: skip
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default=FLAT,
+        help="ONNX files beside the checkpoint, or in onnx/, under the names that transformers.js finds (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pooling", choices=(*POOLINGS, NO_POOLING),
+        help="one embedding for each text as a further output of an encoder (default: as the files of sentence-transformers "
+        "beside the checkpoint say)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="embeddings of length 1 (default: likewise)"
+    )
     parser.add_argument(
         "--tolerance", type=float, metavar="X",
         help="largest difference from PyTorch, as a share of the largest logit (default: by precision, see export_onnx)",
@@ -117,7 +130,8 @@ def run(options: argparse.Namespace) -> None:
         folder = export_onnx(
             model, folder, quantization=quantization, processing_class=processor, task=options.task,
             target=options.target, weight_type=options.weight_type, tolerance=options.tolerance, allow_drop=options.allow_drop,
-            latency_rounds=options.latency_rounds, threads=options.threads, **given,
+            latency_rounds=options.latency_rounds, threads=options.threads, layout=options.layout, pooling=options.pooling,
+            normalize=options.normalize, **given,
         )  # fmt: skip
     print_summary(folder, sys.stdout)
 

@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import EvalPrediction, PreTrainedModel
+from transformers.utils import logging
 
 from ..files import check_new, staged
 from ..measuring.evaluation import Evaluation
@@ -22,9 +23,12 @@ from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
 from .checks import check_arguments, check_spec, resolve_task
+from .choices import FLAT, HUB, LAYOUTS
+from .embeddings import find_pooling, pool_
 from .inputs import Tensors, brought_names, completed, generates, made_up, usual_names
 from .job import ExportJob, plain_copy
-from .precisions import AUTO, FLOAT, Precision, precision_of
+from .layout import assemble, file_suffixes
+from .precisions import AUTO, FLOAT, Precision, precision_of, recorded_precision
 from .protocol import Backend
 from .record import EXPORT_FACTS, MADE_UP
 from .rope import beyond_original
@@ -42,7 +46,7 @@ def export_onnx(
     model: PreTrainedModel,
     folder: str | Path,
     *,
-    quantization: QuantizationSpec | str | None = None,
+    quantization: QuantizationSpec | str | Sequence[QuantizationSpec | str] | None = None,
     processing_class: Any = None,
     calibration: Dataset | Iterable[Batch] | None = None,
     data_collator: Collator | None = None,
@@ -62,6 +66,9 @@ def export_onnx(
     threads: int | None = None,
     inputs: Batch | None = None,
     integer_convolutions: bool = False,
+    pooling: str | Sequence[str] | None = None,
+    normalize: bool | None = None,
+    layout: str = FLAT,
 ) -> Path:
     """Writes a model as ONNX files that were run, compared with it and timed, next to its checkpoint.
 
@@ -125,6 +132,16 @@ def export_onnx(
             where ONNX Runtime has a kernel: between two quantizers, with BatchNorm moved into scale and bias. Each bias is
             then an integer too, and off by half a step of the products (input scale times weight scale) at most, which
             torch does not imitate. By default weights become floats when the file is loaded, which is exact and slower.
+        pooling (`str` or list of `str`, *optional*): how an encoder of texts makes one embedding of the states of a text:
+            `"mean"`, `"cls"` (the first token), `"max"`, `"lasttoken"`, `"weightedmean"` or `"mean_sqrt_len_tokens"`, several of which
+            are joined. The file then has an output `sentence_embedding`, `(batch, width)`, beside `last_hidden_state`, and the folder
+            the files that sentence-transformers loads. By default as the files of sentence-transformers say in the folder that the
+            model was loaded from, if there are some; `"none"` leaves it out.
+        normalize (`bool`, *optional*): whether the embedding is scaled to length 1. By default as those files say, else not.
+        layout (`str`, defaults to `"flat"`): `"flat"` has the ONNX files beside the checkpoint. `"hub"` has them in `onnx/`, as
+            transformers.js and the Hub expect them: `model.onnx` in float32, `model_fp16.onnx`, `model_quantized.onnx` (8 bits),
+            `model_q4.onnx`, and so on. `quantization` may then be a list of several, of which the first is the one that the
+            checkpoint, `export.json` and reports are about.
 
     Returns:
         `Path`: the folder. It has another number at its end if somebody has made `folder` while this was at work.
@@ -153,17 +170,17 @@ def export_onnx(
     folder, is_auto = Path(folder), isinstance(quantization, str) and quantization == AUTO
     check_arguments(model, tolerance, target, weight_type)
     trained = quantized_spec(model)
-    default = FLOAT if trained is None else trained
-    precision = None if is_auto else precision_of(default if quantization is None else quantization)
-    if integer_convolutions and precision is not None and not precision.needs_calibration:
+    precisions = [] if is_auto else _precisions(quantization, FLOAT if trained is None else trained, layout)
+    floats = [p.name for p in precisions if not p.needs_calibration and (p.has_integers or len(precisions) == 1)]
+    if integer_convolutions and floats:
         raise ValueError(
-            f"integer_convolutions=True needs 8-bit inputs of convolutions; {precision.name} has floats. Pass "
+            f"integer_convolutions=True needs 8-bit inputs of convolutions; {floats[0]} has floats. Pass "
             "quantization=QuantizationSpec(), or leave integer_convolutions out."
         )
     check_new(folder)
-    wanted = trained if precision is None else precision.spec
-    if wanted is not None:
-        check_spec(model, wanted, calibration)
+    for wanted in [trained] if is_auto else [precision.spec for precision in precisions]:
+        if wanted is not None:
+            check_spec(model, wanted, calibration)
     _check_metric_arguments(eval_dataset, compute_metrics, metric, max_drop, allow_drop, is_auto)
     if eval_dataset is not None and compute_metrics is None:
         compute_metrics = metrics_for(base_of(model), processing_class, eval_dataset)
@@ -184,24 +201,25 @@ def export_onnx(
         backend = load_backend()
         if base_of(model) is not model:
             model = merge_adapters(model)
-            if precision is not None and precision.has_integers and trained is not None:
+            if trained is not None:
                 # Merging names the layers that bitsandbytes had quantized in the spec.
-                precision = precision_of(quantized_spec(model) or trained)
+                merged = precision_of(quantized_spec(model) or trained)
+                precisions = [merged if precision.has_integers else precision for precision in precisions]
         task = resolve_task(backend, model, task)
+        embeds = find_pooling(model, task, pooling, normalize)
         evaluated = None if quality is None else quality.evaluation
         batches, source, rest = _batches(
             backend, model, task, calibration, evaluated, inputs, processing_class, data_collator
         )
+        plain = plain_copy(model) if embeds is None else pool_(plain_copy(model), embeds)
         job = ExportJob(
-            plain_copy(model), backend, task, target, tolerance, processing_class, batches, source, rest, quality,
+            plain, backend, task, target, tolerance, processing_class, batches, source, rest, quality,
             Path(stack.enter_context(tempfile.TemporaryDirectory(dir=staging.files))), weight_type, integer_convolutions,
+            embeds, layout == HUB,
         )  # fmt: skip
         if quality is not None:
             quality.begin(job.model, job.float_model)
-        if precision is not None:
-            facts = _write_one(job, precision, timing, staging.files, allow_drop)
-        elif quality is not None:
-            facts = write_best(job, quality, timing, staging.files, calibration is not None, allow_drop)
+        facts = _write_all(job, precisions, timing, staging.files, allow_drop, layout, calibration is not None)
         (staging.files / EXPORT_FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     return staging.folder
 
@@ -264,6 +282,63 @@ def _batches(
     return beyond_original(model, batches), source, rest
 
 
+def _precisions(
+    quantization: QuantizationSpec | str | Sequence[QuantizationSpec | str] | None,
+    default: QuantizationSpec | str,
+    layout: str,
+) -> list[Precision]:
+    """The precisions that are asked for; refuses several where there is room for one."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} does not exist. Use one of {', '.join(LAYOUTS)}.")
+    if isinstance(quantization, str) or not isinstance(quantization, Sequence):
+        return [precision_of(default if quantization is None else quantization)]
+    if layout != HUB or not quantization:
+        raise ValueError(
+            f"quantization is a list of {len(quantization)}; several precisions in one folder are for layout='hub', and a list "
+            "names one at the least. Pass layout='hub', or one precision."
+        )
+    if AUTO in [one for one in quantization if isinstance(one, str)]:
+        raise ValueError(
+            "'auto' chooses one precision, so it is no entry of a list. Pass it alone, or name the others."
+        )
+    precisions = [precision_of(one) for one in quantization]
+    file_suffixes(precisions)
+    return precisions
+
+
+def _write_all(
+    job: ExportJob,
+    precisions: Sequence[Precision],
+    timing: Timing,
+    folder: Path,
+    allow_drop: bool,
+    layout: str,
+    calibrated: bool,
+) -> dict[str, Any]:
+    """Writes and measures the files of all precisions, of the best one if there are none; the record."""
+    if layout == FLAT:
+        return _write_into(job, next(iter(precisions), None), timing, folder, allow_drop, calibrated)
+    places: list[Path] = []
+    facts: list[dict[str, Any]] = []
+    for precision in logging.tqdm(
+        precisions or [None], desc="Precisions", disable=None if len(precisions) > 1 else True
+    ):
+        places.append(job.scratch / f"precision-{len(places)}")
+        places[-1].mkdir()
+        facts.append(_write_into(job, precision, timing, places[-1], allow_drop, calibrated))
+    kinds = [recorded_precision(one) for one in facts]
+    suffixes = file_suffixes([precision for precision in precisions or kinds if precision is not None])
+    return assemble(dict(zip(suffixes, places, strict=True)), facts, folder)
+
+
+def _write_into(
+    job: ExportJob, precision: Precision | None, timing: Timing, folder: Path, allow_drop: bool, calibrated: bool
+) -> dict[str, Any]:
+    if precision is not None:
+        return _write_one(job, precision, timing, folder, allow_drop)
+    return write_best(job, cast(Quality, job.quality), timing, folder, calibrated, allow_drop)
+
+
 def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Path, allow_drop: bool) -> dict[str, Any]:
     """Writes and measures the files of one precision; their facts."""
     facts = job.write(precision, folder)
@@ -276,8 +351,9 @@ def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Pat
     latency: dict[str, Any] = {"left_out": skip_reason}
     if skip_reason is None:
         beside, inputs = job.scratch / FLOAT, job.example()
-        beside.mkdir()
-        job.write_files(precision_of(FLOAT), beside)
+        if not beside.exists():
+            beside.mkdir()
+            job.write_files(precision_of(FLOAT), beside)
         found = timing.time({precision.name: folder, FLOAT: beside}, job.task, inputs)
         latency = timing.facts(precision.name, found, inputs)
     return {**facts, "latency": latency, "accepted": reason is None, "reason": reason}

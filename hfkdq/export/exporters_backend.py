@@ -22,8 +22,9 @@ from .inputs import axes_of, file_outputs, generates, takes_any_size, to_trace
 from .lowering import lower_recurrent_
 from .runner import SINGLE
 
-__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
+__all__ = ["MERGES", "OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
+MERGES = False
 PACKAGES: tuple[str, ...] = ("transformers", "torch", "onnx", "onnxscript", "onnxruntime")
 
 

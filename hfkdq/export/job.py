@@ -30,10 +30,12 @@ from ..specs import QuantizationSpec
 from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
+from .embeddings import Pooling
 from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
 from .protocol import PAST, Backend
+from .record import MANIFEST
 from .rope import rope_by_length
 from .validation import Quality
 from .verify import Parity, beginning, compare, run_torch
@@ -79,6 +81,8 @@ class ExportJob:
         scratch (`Path`): an existing folder for intermediate files.
         weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, the one that is exact on this processor.
         integer_convolutions (`bool`): whether convolutions compute with integers.
+        pooling ([`Pooling`], *optional*): what `model` makes an embedding with.
+        merges (`bool`): whether two decoders become one file where the backend leaves two.
     """
 
     model: PreTrainedModel
@@ -94,6 +98,8 @@ class ExportJob:
     scratch: Path
     weight_type: str = "auto"
     integer_convolutions: bool = False
+    pooling: Pooling | None = None
+    merges: bool = False
 
     @cached_property
     def float_model(self) -> PreTrainedModel:
@@ -127,6 +133,8 @@ class ExportJob:
         reference.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        if self.pooling is not None:
+            self.pooling.write(folder, reference, self.processing_class)
         written = self.write_files(precision, folder, reference)
         axes = open_axes(folder, self.batches[0])
         tried = list(trials(reference, self.batches, axes))
@@ -161,6 +169,7 @@ class ExportJob:
             **asdict(parity),
             "compared_on": self.source,
             "tolerance": tolerance,
+            **({} if self.pooling is None else {"pooling": self.pooling.describe()}),
             **written,
             "spec": None if spec is None else spec.to_dict(),
             "files": describe_files(folder),
@@ -199,7 +208,7 @@ class ExportJob:
         self, precision: Precision, folder: Path, reference: PreTrainedModel | None = None
     ) -> dict[str, Any]:
         """Writes the ONNX files alone; counts the linear layers with and without integer weights, and those fused."""
-        from .graph import count_fused_linears, improve, multiplies_exactly
+        from .graph import count_fused_linears, improve, merge_decoders, multiplies_exactly
 
         reference = self._reference(precision) if reference is None else reference
         unsigned = self.weight_type == "uint8" or (self.weight_type == "auto" and not multiplies_exactly())
@@ -228,6 +237,8 @@ class ExportJob:
             # A decoder with a past has the layers of the one without.
             fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         self.backend.finish(folder, reference.config, self.task)
+        if self.merges and not self.backend.MERGES and merge_decoders(folder):
+            (folder / MANIFEST).unlink(missing_ok=True)  # which is about files that were traced
         if not precision.has_integers:
             return facts
         if self.integer_convolutions:

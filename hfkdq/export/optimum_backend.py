@@ -28,16 +28,18 @@ from ..modeling.forwards import forward_columns
 from ..modeling.tasks import is_bare, tasks_of
 from . import runner
 from .dummies import dummy_batches as random_batches
+from .embeddings import NAME as SENTENCE_EMBEDDING
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
 from .optimum_attention import CountedFromTheFront, PlainAttention
 from .protocol import PAST, UnknownArchitecture
 from .runner import SINGLE
 from .silence import silent_and_seeded
 
-__all__ = ["OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
+__all__ = ["MERGES", "OPSET", "PACKAGES", "dummy_batches", "finish", "resolve_task", "trace"]
 
 # The first opset with everything the exported models need as single operators; Optimum's own default.
 OPSET = 18
+MERGES = True
 PACKAGES: tuple[str, ...] = ("transformers", "torch", "optimum-onnx", "onnx", "onnxruntime")
 ENCODER, DECODER, DECODER_WITH_PAST, MERGED = (
     f"{name}.onnx" for name in (runner.ENCODER, runner.DECODER, runner.DECODER_WITH_PAST, runner.MERGED)
@@ -234,12 +236,13 @@ def _follow_(config: OnnxConfig, model: PreTrainedModel, task: str, batches: Seq
         output = model(**batch)
     names = list(file_outputs(model, output, task))
     if not is_own(model):
-        names = [name for name in output if name in config.outputs] or names
+        names = [name for name in output if name in (*config.outputs, SENTENCE_EMBEDDING)] or names
     order = [*(name for name in inspect.signature(model.forward).parameters if name in batch), *batch]
     inputs = {name: config.inputs.get(name) or axes_of(name, batches, task, any_size) for name in dict.fromkeys(order)}
     lengths = {batch[name].shape[axis]: known for name, axes in inputs.items() for axis, known in axes.items() if axis}
+    known_axes = {**config.outputs, SENTENCE_EMBEDDING: {0: "batch_size"}}
     outputs = {
-        name: config.outputs.get(name)
+        name: known_axes.get(name)
         or {0: "batch_size"} | {axis: lengths[n] for axis, n in enumerate(output[name].shape) if axis and n in lengths}
         for name in names
     }

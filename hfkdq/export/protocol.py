@@ -25,6 +25,8 @@ class Backend(Protocol):
     """Of the files."""
     PACKAGES: tuple[str, ...]
     """Distributions whose versions are recorded."""
+    MERGES: bool
+    """Whether `finish` makes one file of two decoders, where Optimum runs such a file."""
 
     def resolve_task(self, model: PreTrainedModel, task: str | None) -> str:
         """Optimum's name of the task, read off the class of the model by default; `ValueError` if it has none."""

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from ..facts import QuantizationSettings
 from ..schema import FreeText, check, read_file
 
 EXPORT_FACTS = "export_facts.json"
+MANIFEST = "export.json"
+"""With which `transformers.exporters` loads a folder."""
 # Of earlier releases; reports of measurements have this name too.
 FORMER_NAME = "report.json"
 MADE_UP = "made-up inputs"
@@ -65,6 +68,18 @@ class ExportMetrics(TypedDict, total=False):
     onnx: dict[FreeText, float]
 
 
+def _is_suffix(value: str, where: str) -> None:
+    if not re.fullmatch(r"(_\w{1,50})?", value):
+        raise ValueError(f"{where} is no end of the names of files")
+
+
+class PoolingFacts(TypedDict):
+    """How a file makes embeddings."""
+
+    modes: list[FreeText]
+    normalize: bool
+
+
 class Export(TypedDict, total=False):
     """The fields of `export_facts.json` that are read."""
 
@@ -79,6 +94,9 @@ class Export(TypedDict, total=False):
     top1_agreement: float | None
     tolerance: float | None
     compared_on: FreeText
+    pooling: PoolingFacts
+    layout: FreeText
+    suffix: Annotated[str, _is_suffix]
     quantized_linears: int
     fused_linears: int
     weight_type: FreeText

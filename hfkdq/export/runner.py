@@ -40,7 +40,7 @@ class SingleFile:
     """A model that is one file."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._session = path, OnnxSession(path)
+        self.paths, self._session = [path], OnnxSession(path)
         self.input_names, self.output_names = self._session.input_names, self._session.output_names
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,17 +50,17 @@ class SingleFile:
 
     def calls(self, example: Mapping[str, Array]) -> list[Call]:
         """The timed call: the file on the example."""
-        return [Call(SINGLE, self._path, example)]
+        return [Call(SINGLE, self.paths[0], example)]
 
 
 class GeneratingFiles:
     """The file of a decoder, or those of an encoder and its decoder; `has_cache` if tokens can be added one by one."""
 
-    def __init__(self, folder: Path, task: str) -> None:
-        names = [
-            name for name in (ENCODER, DECODER, DECODER_WITH_PAST, MERGED, SINGLE) if _file(folder, name).is_file()
-        ]
-        self._paths = {name: _file(folder, name) for name in names}
+    def __init__(self, folder: Path, task: str, suffix: str = "") -> None:
+        every = (ENCODER, DECODER, DECODER_WITH_PAST, MERGED, SINGLE)
+        paths = {name: _file(folder, f"{name}{suffix}") for name in every}
+        self._paths = {name: path for name, path in paths.items() if path.is_file()}
+        self.paths = [*self._paths.values()]
         self._sessions = {name: OnnxSession(path) for name, path in self._paths.items()}
         self._encodes, self.has_cache = ENCODER in self._sessions, task.endswith(PAST)
         encoder = self._sessions.get(ENCODER)
@@ -191,10 +191,11 @@ class GeneratingFiles:
         return {key: np.zeros((size, shape[1], tokens, shape[3]), np.float32) for key, shape in sizes.items()}
 
 
-def open_files(folder: Path, task: str) -> SingleFile | GeneratingFiles:
-    """Opens an exported folder as what takes a batch as `model(**batch)` does and returns the same tensors."""
-    generates = _file(folder, ENCODER).is_file() or task.startswith("text-generation")
-    return GeneratingFiles(folder, task) if generates else SingleFile(_file(folder, SINGLE))
+def open_files(folder: Path, task: str, suffix: str = "") -> SingleFile | GeneratingFiles:
+    """Opens the files of a folder, whose names end in `suffix`, as what takes a batch as `model(**batch)` does and returns
+    the same tensors."""
+    generates = _file(folder, f"{ENCODER}{suffix}").is_file() or task.startswith("text-generation")
+    return GeneratingFiles(folder, task, suffix) if generates else SingleFile(_file(folder, f"{SINGLE}{suffix}"))
 
 
 def _file(folder: Path, name: str) -> Path:

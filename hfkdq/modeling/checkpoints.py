@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,22 @@ from ..schema import brief, check_depth
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX = "model.safetensors.index.json"
+_PLAIN: ContextVar[bool] = ContextVar("plain_weights", default=False)
+
+
+@contextmanager
+def plain_weights() -> Iterator[None]:
+    """While it lasts, `from_pretrained` loads float weights without the fake quantizers that a configuration records."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def wants_plain_weights() -> bool:
+    """Whether this is within [`plain_weights`]."""
+    return _PLAIN.get()
 
 
 def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +84,7 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
     # Weights of other shapes are let in to be named: Transformers refuses them without saying which.
     kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        with completed_by(model_class):
+        with completed_by(model_class), plain_weights():
             model, told = model_class.from_pretrained(path, **kwargs)
     except (OSError, ValueError, ImportError, NotImplementedError):
         raise

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..facts import unmark_quantized
+
 try:
     from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
 except ImportError:  # Transformers 4
@@ -59,6 +61,7 @@ def config_with(config: PretrainedConfig, **fields: Any) -> PretrainedConfig:
     """A copy of `config` with other values, without what was recorded of the model."""
     config = copy.deepcopy(config)
     vars(config).pop("hfkdq", None)
+    unmark_quantized(config)
     set_fields_(config, fields)
     return config
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .checkpoints import completed_by
+from .checkpoints import completed_by, plain_weights
 from .examples import NoExample, given_to
 from .forwards import as_output, forward_columns, full_precision, return_dict_kwargs
 from .probing import nested_configs
@@ -160,7 +160,7 @@ class Probe:
         with tempfile.TemporaryDirectory() as folder, _silent():
             model.save_pretrained(folder)
             eager = getattr(model.config, "_attn_implementation", None) == "eager"  # others are not for every backbone
-            with completed_by(type(model)):
+            with completed_by(type(model)), plain_weights():
                 loaded = load(folder, dtype=model.dtype, **({"attn_implementation": "eager"} if eager else {}))
             return self.outputs(
                 loaded.to(model.dtype).eval()

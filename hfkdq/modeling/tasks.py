@@ -56,7 +56,7 @@ TASKS = (
     Task("audio-xvector", "AUDIO_XVECTOR", outputs=("logits", "embeddings")),
     Task("image-segmentation", "IMAGE_SEGMENTATION", outputs=("logits", "pred_masks")),
     Task("masked-im", "MASKED_IMAGE_MODELING", outputs=("reconstruction",)),
-    Task("feature-extraction", "TEXT_ENCODING", outputs=("last_hidden_state", "pooler_output")),
+    Task("feature-extraction", "TEXT_ENCODING", outputs=("last_hidden_state", "pooler_output", "sentence_embedding")),
 )
 _WRITING = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "VISION_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"

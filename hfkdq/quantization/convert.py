@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import drop_fact
+from ..facts import drop_fact, unmark_quantized
 from ..modeling.own_modules import as_pretrained_
 from ..specs import QuantizationScheme, QuantizationSpec, override_matches, unmatched
 from ..specs.quantization import is_quantizable
@@ -170,4 +170,5 @@ def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
     adapters.detach_lora_(model)
     swap_attention_out_(model)
     drop_fact(model, FACT)
+    unmark_quantized(model.config)
     return model

@@ -138,7 +138,8 @@ def load_quantized(
 ) -> PreTrainedModel:
     """Loads a checkpoint together with the fake quantizers that its configuration records.
 
-    The same logits as the model that was saved, bit for bit; `from_pretrained` loads the same weights without them.
+    The same logits as the model that was saved, bit for bit. `from_pretrained` of Transformers gives the same model once
+    hfkdq is imported, where it can load such shapes, and without hfkdq the same weights in floating point.
 
     Args:
         path (`str`): a folder that `save_pretrained` or a Trainer wrote, or a model id on the Hub.
@@ -168,10 +169,13 @@ def load_quantized(
             f"The configuration of {path} records no quantization by hfkdq. Load it with from_pretrained, and "
             "quantize it with quantize(model, spec, calibration)."
         )
-    loaded = load_checkpoint(path, config, own, **{"dtype": "auto", **kwargs})
-    spec, record = recorded
-    records.warn_of_other_weights(loaded, record)
-    return records.restore_record_(prepare_qat_(loaded, spec_of_former(loaded, spec, record)), record).eval()
+    return restore_recorded_(load_checkpoint(path, config, own, **{"dtype": "auto", **kwargs}), *recorded)
+
+
+def restore_recorded_(model: PreTrainedModel, spec: QuantizationSpec, record: dict[str, Any]) -> PreTrainedModel:
+    """Gives a freshly loaded model the fake quantizers that [`recorded_quantization`] read, in place."""
+    records.warn_of_other_weights(model, record)
+    return records.restore_record_(prepare_qat_(model, spec_of_former(model, spec, record)), record).eval()
 
 
 Run = Callable[[], Iterable[None]]

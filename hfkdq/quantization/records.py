@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..facts import read_facts, record_fact, refreshes_facts
+from ..facts import mark_quantized, read_facts, record_fact, refreshes_facts
 from ..protocols import FakeQuantized
 from ..schema import brief
 from ..specs import QuantizationSpec
@@ -192,6 +192,8 @@ def record_ranges(model: PreTrainedModel, live: bool = False, digest: bool = Tru
         found = _LiveRecord(model, spec) if live else _state_of(model, spec)
         belongs = weights_digest(model) if found["ranges"] and digest and not live else None
         record_fact(model, FACT, {**found, "digest": belongs} if belongs else found)
+        if getattr(model.config, "quantization_config", None) is None:  # such as that of bitsandbytes
+            mark_quantized(model.config)
 
 
 class _LiveRecord(dict[str, Any]):

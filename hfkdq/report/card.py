@@ -219,11 +219,13 @@ def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     task = task_of(report.architecture)
     auto = task.auto if task is not None and task.name == report.task else None
+    suffix = (report.engines[-1].parity or {}).get("suffix", "")
     return {
         "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else "  # the folder of this file"),
         "auto": auto or report.architecture,
         "ort": (auto or "").replace("AutoModel", "ORTModel"),
+        "file": Markdown(f', file_name="model{suffix}.onnx"' if suffix else ""),
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),

@@ -24,9 +24,11 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly
+from ..export.layout import bytes_of, open_recorded
 from ..export.record import export_file, read_export
-from ..export.runner import GeneratingFiles, SingleFile, open_files
+from ..export.runner import GeneratingFiles, SingleFile
 from ..export.runtime import onnx_call
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
@@ -36,7 +38,7 @@ from ..measuring.torch_engine import torch_call
 from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import task_of
-from ..provenance import describe_files
+from ..provenance import describe_files, weight_files
 from .data import Engine, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
@@ -84,6 +86,7 @@ class _Row:
     evaluation: Evaluation
     path: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    pooling: Any = None
 
 
 def measure(
@@ -109,13 +112,14 @@ def measure(
         compute_metrics = metrics_for(student, processing_class, eval_dataset)
     folders = _onnx_folders(onnx, models)
     exported = {name: check_measured(folder, student) for name, folder in folders.items()}
+    pooling = next((facts["pooling"] for facts in exported.values() if "pooling" in facts), None)
     with tempfile.TemporaryDirectory() as temporary:
         evaluation = Evaluation(
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, f"{temporary}/trainer",
             preprocess_logits, concat_batches,
         )  # fmt: skip
         rows = [
-            _Row(name, model, evaluation if name == "student" else evaluation.of_teacher(student))
+            _Row(name, model, evaluation if name == "student" else evaluation.of_teacher(student), pooling=pooling)
             for name, model in models.items()
         ]
         rows += [_Row(name, student, evaluation, folder, exported[name]) for name, folder in folders.items()]
@@ -149,16 +153,18 @@ def compare(
     first: list[Any] = []  # what metrics without labels are held against
     with tempfile.TemporaryDirectory() as temporary:
         rows = []
-        for one in candidates:
+        paths = [None if one.path is None else Path(one.path) for one in candidates]
+        recorded = [
+            {} if path is None else _recorded(path, one.model) for path, one in zip(paths, candidates, strict=True)
+        ]
+        pooling = next((facts["pooling"] for facts in recorded if "pooling" in facts), None)
+        for one, path, facts in zip(candidates, paths, recorded, strict=True):
             metrics = compute_metrics or metrics_for(one.model, one.processing_class, one.eval_dataset)
             evaluation = Evaluation(
                 one.eval_dataset, metrics, one.processing_class, one.data_collator, batch_size, f"{temporary}/trainer",
                 _first_predictions=first,
             )  # fmt: skip
-            path = None if one.path is None else Path(one.path)
-            rows.append(
-                _Row(one.name, one.model, evaluation, path, {} if path is None else _recorded(path, one.model))
-            )
+            rows.append(_Row(one.name, one.model, evaluation, path, facts, pooling if path is None else None))
         shown = [one for one in (raw_rows, candidates[0].eval_dataset) if one is not None]
         return _measure_rows(rows, rows[-1].model, settings, Path(temporary), shown)
 
@@ -201,12 +207,12 @@ def _measure_rows(
     bar = logging.tqdm(rows, desc="Quality")
     for number, row in enumerate(bar):
         bar.set_postfix_str(row.name)
-        files = None if row.path is None else _open(row.path, row.facts)
-        scores, prediction = row.evaluation.run(row.name, row.model, files)
-        if files is None:
+        files = None if row.path is None else open_recorded(row.path, row.facts)
+        scores, prediction = row.evaluation.run(row.name, pooled_copy(row.model, row.pooling), files)
+        if files is None or row.path is None:
             engine, calls = _describe_torch(row, scores.metrics, temporary / f"torch-{number}")
         else:
-            engine, calls = _describe_onnx(row, scores.metrics, files)
+            engine, calls = _describe_onnx(row, row.path, scores.metrics, files)
         task, resamples = row.evaluation.task, settings.resamples_of(row.evaluation)
         sampled.append(sample(task, prediction, scores.metrics, resamples, not task.concat_batches))
         same_rows = len(row.evaluation.dataset) == len(rows[0].evaluation.dataset)
@@ -249,10 +255,6 @@ def _recorded(path: Path, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _open(path: Path, facts: Mapping[str, Any]) -> SingleFile | GeneratingFiles:
-    return open_files(path, facts.get("task", "")) if path.is_dir() else SingleFile(path)
-
-
 def _describe_torch(row: _Row, metrics: dict[str, float], folder: Path) -> tuple[Engine, list[TimedEngine]]:
     name, model = row.name, row.model
     model.save_pretrained(folder)
@@ -279,22 +281,21 @@ def _describe_torch(row: _Row, metrics: dict[str, float], folder: Path) -> tuple
 
 
 def _describe_onnx(
-    row: _Row, metrics: dict[str, float], files: SingleFile | GeneratingFiles
+    row: _Row, path: Path, metrics: dict[str, float], files: SingleFile | GeneratingFiles
 ) -> tuple[Engine, list[TimedEngine]]:
     if row.facts.get("weight_type") == "int8" and not multiplies_exactly():
         logger.warning(
-            f"{row.path} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
+            f"{path} has int8 weights, and ONNX Runtime's product of uint8 and int8 saturates on this processor: what is measured "
             "is worse than on one with VNNI. Export with weight_type='uint8' for this one."
         )
-    weights = [facts["bytes"] for name, facts in row.facts["files"].items() if ".onnx" in name]
     engine = Engine(
         name=row.name,
         kind="onnx",
         metrics=metrics,
-        size=sum(weights),
+        size=bytes_of(path, row.facts),
         parity=public_parity(row.facts) if "kind" in row.facts else None,
         files=row.facts["files"],
-        layers=describe_stored(_graphs(row), row.model),
+        layers=describe_stored(files.paths, row.model),
     )
     # Of a model that generates it is the prompt that is timed, as in torch; next tokens are in the record of the export.
     calls = [call for call in files.calls(row.evaluation.first_example(row.model)) if call.part != "next token"]
@@ -302,12 +303,6 @@ def _describe_onnx(
     return engine, [
         TimedEngine(label, onnx_call, call.path, call.inputs) for label, call in zip(labels, calls, strict=True)
     ]
-
-
-def _graphs(row: _Row) -> list[Path]:
-    if row.path is None or row.path.is_file():
-        return [] if row.path is None else [row.path]
-    return sorted(row.path.glob("*.onnx"))
 
 
 def _check_models(models: Mapping[str, Any]) -> None:
@@ -330,7 +325,8 @@ def _check_models(models: Mapping[str, Any]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        wanted = {"model.onnx": any(folder.glob("*.onnx")), export_file(folder).name: export_file(folder).is_file()}
+        files = any(path.suffix == ".onnx" for path in weight_files(folder))
+        wanted = {"model.onnx": files, export_file(folder).name: export_file(folder).is_file()}
         missing = [what for what, is_there in wanted.items() if not is_there]
         if missing:
             raise ValueError(f"{str(folder)!r} has no {' and no '.join(missing)}. `export_onnx` writes such folders.")

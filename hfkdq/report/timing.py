@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..export.dummies import dummy_batch
+from ..export.layout import bytes_of, open_recorded
 from ..export.record import export_file, read_export
-from ..export.runner import GeneratingFiles, SingleFile, open_files
+from ..export.runner import GeneratingFiles
 from ..export.runtime import onnx_call
 from ..measuring.latency import Latency, TimedEngine, latency_of, time_calls
 from ..measuring.torch_engine import torch_call
@@ -77,7 +78,7 @@ def time_files(
     """
     engines = [_engine(*one, batch_size=batch_size, length=length) for one in candidates]
     turns = time_calls(engines, threads=threads, rounds=rounds)
-    sizes = [sum(file.stat().st_size for file in _files(folder, path)) for _, folder, path in candidates]
+    sizes = [_size(folder, path) for _, folder, path in candidates]
     rows = [
         Engine(
             name=name, kind="torch" if path is None else "onnx", metrics={}, size=max(1, size), latency=latency_of(calls)
@@ -110,7 +111,7 @@ def _engine(name: str, folder: Path, path: Path | None, *, batch_size: int, leng
     model_class = checkpoint_class(config)
     model = build_empty(model_class, config)
     task = task_of(model_class.__name__)
-    facts = read_export(path) if path is not None and path.is_dir() and export_file(path).is_file() else {}
+    facts = {} if path is None else _recorded(path)
     made = dummy_batch(model, facts.get("task", "" if task is None else task.name), batch_size, length)
     longest = getattr(config, "max_position_embeddings", None)
     if "input_ids" in made and isinstance(longest, int) and length > longest:
@@ -118,16 +119,18 @@ def _engine(name: str, folder: Path, path: Path | None, *, batch_size: int, leng
     batch = {key: value.numpy() for key, value in made.items()}
     if path is None:
         return TimedEngine(name, torch_call, folder, batch)
-    files = open_files(path, facts.get("task", "")) if path.is_dir() else SingleFile(path)
+    files = open_recorded(path, facts)
     if isinstance(files, GeneratingFiles) and batch_size != 1:
         raise ValueError(f"{name} writes texts token by token; such files are timed with --batch-size 1.")
     call = files.calls(batch)[0]  # of a model that generates the first part; hfkdq export times all of them
     return TimedEngine(name, onnx_call, call.path, call.inputs)
 
 
-def _files(folder: Path, path: Path | None) -> list[Path]:
+def _size(folder: Path, path: Path | None) -> int:
     if path is None:
-        return [file for file in weight_files(folder) if file.suffix == ".safetensors"]
-    if path.is_dir():
-        return [file for file in weight_files(path) if ".onnx" in file.name]
-    return [file for file in weight_files(path.parent) if file.name.startswith(path.name)]
+        return sum(file.stat().st_size for file in weight_files(folder) if file.suffix == ".safetensors")
+    return bytes_of(path, _recorded(path))
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    return read_export(path) if path.is_dir() and export_file(path).is_file() else {}

@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerState
 
 from hfkdq import QATCallback, QuantizationSpec, load_quantized
 from hfkdq.facts import read_facts
+from hfkdq.modeling.checkpoints import plain_weights
 from hfkdq.quantization import activation_ranges, prepare_qat_, quantized_modules, quantized_spec, records
 from hfkdq.quantization.records import activation_quantizers, quantizer_states
 from tests import tiny
@@ -65,7 +66,8 @@ def test_trains_every_parameter_and_saves_plain_files(training_arguments, estima
             q.scale.grad is None or q.scale.requires_grad for q in activation_quantizers(trainer.model).values()
         )
     trainer.save_model()
-    loaded, info = type(plain).from_pretrained(trainer.args.output_dir, output_loading_info=True)
+    with plain_weights():
+        loaded, info = type(plain).from_pretrained(trainer.args.output_dir, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not quantized_modules(loaded)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .attention import fuse_attention
 from .convolutions import guard_convolutions
+from .decoders import merge_decoders
 from .deduplicate import deduplicate
 from .integer_convolutions import fuse_convolutions
 from .linears import count_fused_linears, fuse_linears
@@ -23,6 +24,7 @@ __all__ = [
     "fuse_linears",
     "improve",
     "make_unsigned",
+    "merge_decoders",
     "multiplies_exactly",
     "noted_shapes",
     "quantize_dynamically",
