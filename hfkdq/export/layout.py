@@ -16,7 +16,6 @@ from ..provenance import ONNX_FOLDER, describe_files, weight_files
 from .choices import HUB
 from .precisions import Precision
 from .record import MANIFEST
-from .runner import GeneratingFiles, SingleFile, open_files
 
 # What transformers.js calls 8-bit files; those after the first are for more of them in one folder.
 _EIGHT_BITS = ("_quantized", "_int8", "_int8_weights")
@@ -118,16 +117,8 @@ def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:
     return (folder / ONNX_FOLDER, facts.get("suffix", "")) if facts.get("layout") == HUB else (folder, "")
 
 
-def open_recorded(path: Path, facts: Mapping[str, Any]) -> SingleFile | GeneratingFiles:
-    """Opens a folder with the record of its export, or one ONNX file, as what takes a batch as `model(**batch)` does."""
-    if not path.is_dir():
-        return SingleFile(path)
-    place, suffix = place_of(path, facts)
-    return open_files(place, facts.get("task", ""), suffix)
-
-
 def bytes_of(path: Path, facts: Mapping[str, Any]) -> int:
-    """The size of what [`open_recorded`] opens, with weights that lie beside it."""
+    """The size of what `open_recorded` opens, with weights that lie beside it."""
     if path.is_dir() and place_of(path, facts)[0] != path:  # of several precisions the record says which is meant
         return int(facts["bytes"])
     files = weight_files(path if path.is_dir() else path.parent)

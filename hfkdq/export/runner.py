@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .defaults import Array
+from .layout import place_of
 from .protocol import PAST
 from .runtime import OnnxSession
 
@@ -196,6 +197,14 @@ def open_files(folder: Path, task: str, suffix: str = "") -> SingleFile | Genera
     the same tensors."""
     generates = _file(folder, f"{ENCODER}{suffix}").is_file() or task.startswith("text-generation")
     return GeneratingFiles(folder, task, suffix) if generates else SingleFile(_file(folder, f"{SINGLE}{suffix}"))
+
+
+def open_recorded(path: Path, facts: Mapping[str, Any]) -> SingleFile | GeneratingFiles:
+    """Opens a folder with the record of its export, or one ONNX file, as what takes a batch as `model(**batch)` does."""
+    if not path.is_dir():
+        return SingleFile(path)
+    place, suffix = place_of(path, facts)
+    return open_files(place, facts.get("task", ""), suffix)
 
 
 def _file(folder: Path, name: str) -> Path:
