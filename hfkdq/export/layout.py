@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..provenance import ONNX_FOLDER, describe_files, weight_files
+from ..provenance import ONNX_FOLDER, describe_files
 from .choices import HUB
 from .precisions import Precision
 from .record import MANIFEST
@@ -110,20 +110,3 @@ def _also(path: Path, name: str) -> None:
         os.link(path, path.with_name(name))
     except OSError:
         shutil.copyfile(path, path.with_name(name))
-
-
-def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:
-    """Where the files lie that a record is about first of all, and what their names end in."""
-    return (folder / ONNX_FOLDER, facts.get("suffix", "")) if facts.get("layout") == HUB else (folder, "")
-
-
-def bytes_of(path: Path, facts: Mapping[str, Any]) -> int:
-    """The size of what `open_recorded` opens, with weights that lie beside it."""
-    if path.is_dir() and place_of(path, facts)[0] != path:  # of several precisions the record says which is meant
-        return int(facts["bytes"])
-    files = weight_files(path if path.is_dir() else path.parent)
-    return sum(
-        file.stat().st_size
-        for file in files
-        if ".onnx" in file.name and (path.is_dir() or file.name.startswith(path.name))
-    )

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..facts import QuantizationSettings
+from ..provenance import ONNX_FOLDER, weight_files
 from ..schema import FreeText, check, read_file
+from .choices import HUB
 
 EXPORT_FACTS = "export_facts.json"
 MANIFEST = "export.json"
@@ -123,3 +126,20 @@ def read_export(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not what export_onnx writes: {error}. {EXPORT_AGAIN}.") from None
     return facts
+
+
+def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:
+    """Where the files lie that a record is about first of all, and what their names end in."""
+    return (folder / ONNX_FOLDER, facts.get("suffix", "")) if facts.get("layout") == HUB else (folder, "")
+
+
+def bytes_of(path: Path, facts: Mapping[str, Any]) -> int:
+    """The size of what `open_recorded` opens, with weights that lie beside it."""
+    if path.is_dir() and place_of(path, facts)[0] != path:  # of several precisions the record says which is meant
+        return int(facts["bytes"])
+    files = weight_files(path if path.is_dir() else path.parent)
+    return sum(
+        file.stat().st_size
+        for file in files
+        if ".onnx" in file.name and (path.is_dir() or file.name.startswith(path.name))
+    )

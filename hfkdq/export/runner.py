@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .defaults import Array
-from .layout import place_of
 from .protocol import PAST
+from .record import place_of
 from .runtime import OnnxSession
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"

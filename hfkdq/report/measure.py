@@ -26,8 +26,7 @@ from transformers.utils import logging
 
 from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly
-from ..export.layout import bytes_of
-from ..export.record import export_file, read_export
+from ..export.record import bytes_of, export_file, read_export
 from ..export.runner import GeneratingFiles, SingleFile, open_recorded
 from ..export.runtime import onnx_call
 from ..facts import read_facts

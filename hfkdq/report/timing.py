@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..export.dummies import dummy_batch
-from ..export.layout import bytes_of
-from ..export.record import export_file, read_export
+from ..export.record import bytes_of, export_file, read_export
 from ..export.runner import GeneratingFiles, open_recorded
 from ..export.runtime import onnx_call
 from ..measuring.latency import Latency, TimedEngine, latency_of, time_calls
