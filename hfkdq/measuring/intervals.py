@@ -123,10 +123,10 @@ def _units(
     if batched:
         batches: list[Any] = [list(values) for values in (prediction.predictions, prediction.label_ids)]
         return len(batches[0]), lambda drawn: task(_of_batches(batches, drawn))
-    sizes = {len(array) for array in [*_leaves(prediction.predictions), *_leaves(prediction.label_ids)]}
-    if len(sizes) != 1:
+    sizes = {np.shape(array)[:1] for array in [*_leaves(prediction.predictions), *_leaves(prediction.label_ids)]}
+    if len(sizes) != 1 or () in sizes:  # such as labels that are a number for each object
         return 0, lambda drawn: {}
-    return sizes.pop(), lambda drawn: task(rows_of(prediction, drawn))
+    return sizes.pop()[0], lambda drawn: task(rows_of(prediction, drawn))
 
 
 def _of_batches(batches: list[Any], drawn: Array) -> Any:
