@@ -106,6 +106,20 @@ def run(capsys):
         sys.modules.pop(path.stem, None)
 
 
+@pytest.mark.one_line
+def test_the_notebook_runs_in_the_order_of_its_cells(tmp_path, monkeypatch, capsys):
+    cells = json.loads((EXAMPLES / "compress_a_classifier.ipynb").read_text(encoding="utf-8"))["cells"]
+    programs = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell.get("outputs", []) == [] for cell in cells)  # pictures of one machine do not belong here
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for program in programs:
+        exec(program.replace("DemoSize()", "DemoSize(1, 1, 2, 32, 200)"), names)
+    assert "read [" in capsys.readouterr().out
+    assert names["report"].engines[-1].size < names["report"].engines[0].size / 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "report.json", "report.png", "onnx"}
+
+
 def test_every_example_is_run_here():
     tried = {*OPTIONS, *(f"{script}.py" for script, _, _ in FAMILIES), "made_up.py", "example_utils.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tried
