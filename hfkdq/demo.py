@@ -192,7 +192,7 @@ def _publish(
     report.save(folder / "report.json")
     report.save_html(folder / "report.html")
     report.save_plot(folder / "report.png")
-    (folder / "README.md").write_text(report.to_card(), encoding="utf-8")
+    (folder / "README.md").write_text(report.to_card(plot="report.png"), encoding="utf-8")
     DEMO.mark(folder, __version__)
     return report
 

@@ -202,14 +202,16 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
     """Card, facts and plot of a report, rendered without touching the user's folder."""
     from .report import CompressionReport
 
+    shown = {}
     if isinstance(report, CompressionReport):
         report = replace(report, mistakes=())  # rows of the data that it was measured on stay here
+        shown = {"plot": "report.png"}
     with tempfile.TemporaryDirectory() as scratch:
         plot = Path(scratch) / "report.png"
         report.save_plot(plot)
         return {
             # A name without its owner is no id that the card's example could load from.
-            "README.md": report.to_card(repo_id if "/" in repo_id else None).encode(),
+            "README.md": report.to_card(repo_id if "/" in repo_id else None, **shown).encode(),
             "compression_report.json": report.to_json().encode(),
             "report.png": plot.read_bytes(),
         }

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -17,11 +18,14 @@ import onnx
 import pytest
 import rich.console
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ViTImageProcessor
+from transformers.utils.generic import find_labels
 
 from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, export_onnx, prune, quantize
 from hfkdq.cli import card, main
@@ -639,6 +643,49 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     for program in programs:
         exec(program, names)
     assert names["pipe"]("w1 w2 w3")[0]["label"] in student.config.label2id
+
+
+CARDS = {
+    "text-classification": tiny.bert, "token-classification": tiny.bert_tokens, "fill-mask": tiny.bert_mlm,
+    "question-answering": tiny.bert_qa, "image-classification": functools.partial(tiny.vit, channels=3),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of the pipeline that finds answers
+@pytest.mark.parametrize("task", CARDS)
+def test_the_code_in_the_card_of_a_task_runs(report, task, tmp_path, monkeypatch):
+    model = CARDS[task]()
+    is_image = task == "image-classification"
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}) if is_image else tiny.tokenizer()
+    if not is_image:  # as tokenizers of BERT do
+        processor.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    if task == "fill-mask":
+        processor.add_special_tokens({"mask_token": "w1"})
+    folder = export_onnx(model, tmp_path / "onnx", processing_class=processor, latency_rounds=0)
+    environment = {"transformers": transformers.__version__}
+    processor_class = "AutoImageProcessor" if is_image else "AutoTokenizer"
+    told = dict(architecture=type(model).__name__, task=task, processor=processor_class, facts={})
+    programs = re.findall(
+        r"```python\n(.*?)```", replace(report, environment=environment, **told).to_card(), re.DOTALL
+    )
+    assert len(programs) == 2
+    Image.new("RGB", (8, 8), "red").save(folder / "image.png")
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(programs[0], names)
+    if transformers.__version__.startswith("4"):
+        found = names["pipe"]("image.png") if is_image else None
+        assert found is None or found[0]["label"] in model.config.label2id
+    batch = tiny.batch(model, 1)
+    if is_image:
+        batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1)
+    else:
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    output = next(name for name in model(**batch) if name not in ("loss", "hidden_states"))
+    ours = names["model"](**{name: value for name, value in batch.items() if name not in find_labels(type(model))})
+    torch.testing.assert_close(ours[output], model.eval()(**batch)[output], rtol=1e-4, atol=1e-5)
+    exec(programs[1], names)
+    assert type(names["model"]) is type(model)
 
 
 HOSTILE = [

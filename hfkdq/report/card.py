@@ -7,6 +7,7 @@ import json
 import re
 from functools import cache
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -31,6 +32,14 @@ _PARITY = {
     "samples": ("Examples", 1, "{:,}"),
     "tolerance": ("Bound (% of largest logit)", 100, "{:g}"),
 }
+# What a pipeline of a task is called with: text, or a file of one's own.
+_TEXT = '"A text that the model has not seen."'
+_CALLS = {
+    "text-classification": _TEXT, "token-classification": _TEXT, "text-generation": _TEXT, "feature-extraction": _TEXT,
+    "fill-mask": 'f"A text without one {tokenizer.mask_token}."',
+    "question-answering": 'question="Who lives here?", context="Anna lives here."',
+    "image-classification": '"image.png"', "audio-classification": '"sound.wav"',
+}  # fmt: skip
 _PIPELINE_ARGUMENT = {
     "AutoTokenizer": "tokenizer",
     "AutoImageProcessor": "image_processor",
@@ -54,8 +63,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md.j2")
 
 
-def render_card(report: ReportData, repo_id: str | None) -> str:
-    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from."""
+def render_card(report: ReportData, repo_id: str | None, plot: str | None = None) -> str:
+    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from, `plot` the picture that
+    lies beside it."""
     check_renderable(report)
     if repo_id is not None and not _is_hub_id(repo_id):
         raise ValueError(
@@ -71,6 +81,7 @@ def render_card(report: ReportData, repo_id: str | None) -> str:
         quantized="quantization" in report.facts,
         zeroed=_zeroed(report),
         usage=_usage(report, repo_id),
+        plot=None if plot is None else Markdown(quote(plot)),
     )
     return redact(str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}")))
 
@@ -220,14 +231,20 @@ def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
     task = task_of(report.architecture)
     auto = task.auto if task is not None and task.name == report.task else None
     suffix = (report.engines[-1].parity or {}).get("suffix", "")
+    transformers = str(report.environment.get("transformers", ""))
+    by_transformers = report.engines[-1].kind == "onnx" and re.fullmatch(r"[5-9]\.\d+(\.\d+)?", transformers)
+    calls = {name: Markdown(call) for name, call in _CALLS.items()}
     return {
         "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else "  # the folder of this file"),
         "auto": auto or report.architecture,
-        "ort": (auto or "").replace("AutoModel", "ORTModel"),
+        "ort": "" if by_transformers else (auto or "").replace("AutoModel", "ORTModel"),
+        "runner": Markdown(transformers) if by_transformers else "",
         "file": Markdown(f', file_name="model{suffix}.onnx"' if suffix else ""),
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),
         "argument": _PIPELINE_ARGUMENT.get(report.processor or "", ""),
+        "called_with": calls.get(report.task or ""),
+        "text": Markdown(_TEXT) if report.processor == "AutoTokenizer" else "",
     }

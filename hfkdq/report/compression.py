@@ -240,12 +240,13 @@ class CompressionReport(ReportData):
         """The rows as a table in Markdown."""
         return render_markdown(self)
 
-    def to_card(self, repo_id: str | None = None, folder: str | Path | None = None) -> str:
+    def to_card(self, repo_id: str | None = None, folder: str | Path | None = None, plot: str | None = None) -> str:
         """The model card, a complete `README.md` with its metadata; a fact that is missing leaves no line.
 
         Args:
             repo_id (`str`, *optional*): Hub id that the model will have, for the code that loads it.
             folder (`str` or `Path`, *optional*): where the card goes; its files must be those of the last ONNX row.
+            plot (`str`, *optional*): name of the picture of [`save_plot`] that lies beside the card, to be shown in it.
 
         Returns:
             `str`: Markdown that starts with a YAML block which `huggingface_hub.ModelCard` reads. Text from a
@@ -256,7 +257,7 @@ class CompressionReport(ReportData):
         """
         if folder is not None:
             check_engine(self, Path(folder))
-        return render_card(self, repo_id)
+        return render_card(self, repo_id, plot)
 
     def to_html(self) -> str:
         """The report as one HTML page, which needs no network, no script and no other file: table, charts of quality, size and
