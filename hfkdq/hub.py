@@ -204,6 +204,7 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
 
     shown = {}
     if isinstance(report, CompressionReport):
+        _ask_for_unknown(report)
         report = replace(report, mistakes=())  # rows of the data that it was measured on stay here
         shown = {"plot": "report.png"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,6 +216,17 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
             "compression_report.json": report.to_json().encode(),
             "report.png": plot.read_bytes(),
         }
+
+
+def _ask_for_unknown(report: CompressionReport) -> None:
+    """Warns of what people look for in a card and the report does not say."""
+    reads_text = report.processor == "AutoTokenizer"
+    unknown = {
+        "license": report.license, "dataset": report.dataset, "base_model": report.base_model,
+        "language": report.language if reads_text else "",
+    }  # fmt: skip
+    if missing := [f"{name}=" for name, value in unknown.items() if value is None]:
+        logger.warning(f"The card does not say {', '.join(missing)}. CompressionReport.measure takes what is known.")
 
 
 def _patiently(request: Callable[[], _Answer]) -> _Answer:

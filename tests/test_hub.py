@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -460,6 +461,14 @@ def exported(folder: Path) -> None:
 def measured(folder: Path) -> CompressionReport:
     engine = Engine(name="ONNX", kind="onnx", metrics={"accuracy": 0.5}, size=400, files=describe_files(folder))
     return CompressionReport(engines=(engine,), architecture="BertForSequenceClassification", samples=4)
+
+
+def test_what_a_card_should_say_and_does_not_is_asked_for(hub_server, folder, caplog):
+    report = replace(measured(folder), processor="AutoTokenizer", license="mit")
+    push_to_hub(folder, "me/tiny", report=report)
+    assert "The card does not say dataset=, base_model=, language=." in caplog.text
+    card = hub_server.repositories["me/tiny"].files()["README.md"].decode()
+    assert "![Quality, size and latency of every row](report.png)" in card
 
 
 def test_files_that_the_reports_are_about_pass(hub_server, folder):

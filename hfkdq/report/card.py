@@ -119,15 +119,22 @@ def _metadata(report: ReportData) -> ModelCardData:
     results = _eval_results(report)
     data = report.dataset.id if report.dataset is not None else None
     datasets = [data] if data is not None and _is_hub_id(data) else None
+    base = report.base_model if _is_hub_id(report.base_model) else None
+    tags = _tags(report)
+    # The Hub draws its tree of models by this word.
+    relation: dict[str, Any] = (
+        {} if base is None else {"base_model_relation": "quantized" if "quantization" in tags else "finetune"}
+    )
     return ModelCardData(
-        base_model=report.base_model if _is_hub_id(report.base_model) else None,
+        base_model=base,
         datasets=datasets,
         language=_plain_text(report.language),
         library_name="transformers",
         license=_plain_text(report.license),
         metrics=_plain_text(metric_names(report)) or None,
         pipeline_tag=_plain_text(report.task),
-        tags=_tags(report),
+        tags=tags,
+        **relation,
         model_name=_plain_text(_title(report)) if results else None,
         eval_results=results or None,
     )
