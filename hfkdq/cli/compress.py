@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..files import looks_local, refuse_missing
@@ -128,17 +129,16 @@ def run(options: argparse.Namespace) -> None:
         check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..recipes.parts import parts_of, training_arguments
-    from .compress_run import carry_out, check_folder
+    from .compress_run import RECIPE, carry_out, check_folder
+    from .compress_search import SEARCH, search
     from .compress_setup import set_up
     from .summary import quietly
 
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes it alone tells
-    check_folder(folder)
-    training_arguments(parts_of(recipe, source), str(folder))
+    check_folder(folder, RECIPE if goals is None else SEARCH)
     with quietly():
+        training_arguments(parts_of(recipe, source), str(folder), generates=True)  # those of both classes
         if goals is not None and not options.dry_run:
-            from .compress_search import search
-
             found = search(recipe, changes, goals, folder, options.trials, options.storage, source)
             _print(found, folder)
             return
@@ -194,7 +194,7 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.data is not None:
         if is_recipe:
             raise ValueError(
-                f"--data goes with a model, and {source} is a recipe. Write data.train={options.data} instead."
+                f"--data goes with a model, and {source} is a recipe. Write {quote(f'data.train={options.data}')} instead."
             )
         # The sections that a recipe is chosen with without looking at the model.
         return {
@@ -210,7 +210,7 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if looks_local(source):
         refuse_missing(source)
     raise ValueError(
-        f"{source} is no recipe. For a default recipe name its data too: hfkdq compress {source} --data DATA."
+        f"{source} is no recipe. For a default recipe name its data too: hfkdq compress {quote(source)} --data DATA."
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -33,7 +33,7 @@ _PLAIN = {
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (as PyYAML declares it)
-    yaml_constructors: dict[str | None, Any] = {  # noqa: RUF012  (what JSON has, so that no tag makes anything else)
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {  # what JSON has, so that no tag makes anything else
         None: yaml.SafeLoader.construct_undefined,
         f"{_TAG}str": yaml.SafeLoader.construct_yaml_str,
         f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
     def _plain(self, node: Any) -> Any:
         text, kind = str(self.construct_scalar(node)), node.tag.removeprefix(_TAG)
-        value = None
+        value: Any = None
         if not _PLAIN[kind][0].fullmatch(text):  # with a tag such as !!int
             raise yaml.constructor.ConstructorError(None, None, f"{_short(text)} is no {kind}", node.start_mark)
         if kind == "bool":

@@ -87,6 +87,11 @@ def test_changes_reach_into_lists_and_leave_sections_out():
         ("training=3", "training is 3, expected an object"),
         ("training={3: 1}", "the name 3 in training"),
         ("model='  '", "model is empty"),
+        ("teacher=''", "teacher is empty"),
+        ("data.train=''", "data.train is empty"),
+        ("data.eval=' '", "data.eval is empty"),
+        ("push.repo_id=a/b/c", "push.repo_id is 'a/b/c', expected user/name"),
+        ("push.repo_id='me/a b'", "push.repo_id is 'me/a b', expected user/name"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_with_its_place(change, words):
