@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
+from hfkdq.cli.compress_run import _begun, _digest, _text
 from hfkdq.cli.compress_search import Watch, outcome_of, outcomes_of, pruner
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
@@ -213,16 +214,79 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path,
         (("{model}", "--data", "{rows}", "export.metric=nothing"), "export.metric is 'nothing', and what is measured are accuracy, f1"),
         (("{model}", "--data", "{rows}", "training.metric_for_best_model=eval_wer"), "training.metric_for_best_model is 'wer'"),
         (("{model}", "--data", "{rows}", "--output_dir", "{rows}"), "is a file"),
+        (("{model}", "--data", ""), "data.train is empty"),
+        (("./a b",), "hfkdq compress './a b' --data DATA"),
+        (("a b.yaml", "--data", "{rows} x"), "Write 'data.train={rows} x' instead"),
+        (("{model}", "--data", "{rows}", "--keep", "0.9", "--storage", "nothing://here"), "cannot be kept in nothing://here"),
+        (("{model}", "--data", "{rows}", "--dry-run", "pruning={structure: channel, sparsity: 0.5}"), "channel"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(given, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
-    words = [word.format(model=given / "model", rows=given / "rows.csv") for word in words]
+    (tmp_path / "a b").mkdir()
+    *words, told = (
+        word if "{m" not in word and "{r" not in word else word.format(model=given / "model", rows=given / "rows.csv")
+        for word in (*words, told)
+    )
     assert main(["compress", *words]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert told in error[-1]
     assert error[-1].startswith("hfkdq compress: ")
     assert not list(tmp_path.glob("*-compressed"))
+
+
+@pytest.mark.parametrize(
+    "change", ["objectives=[{HiddenStateKD: {layers: {9: 1}}}]", "training.lr_scheduler_kwargs={nothing: 1}"]
+)
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_in_the_way(given, tmp_path, capsys, change):
+    folder = tmp_path / "out"
+    assert run(given, folder, change) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("hfkdq compress: ")
+    assert not folder.exists()
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with_alone(tmp_path):
+    rows = [Dataset.from_dict({"text": ["a", "b"], "label": [0, label]}) for label in (0, 1)]
+    assert _digest(rows[0]) == _digest(Dataset.from_list(rows[0].to_list()).with_transform(dict))
+    assert len({_digest(rows[0]), _digest(rows[1]), _digest(rows[0].select([1, 0])), _digest(*rows)}) == 4
+    recipe = read({"model": "org/name", "data": {"train": "rows.csv"}})
+    begun = [_text(recipe, _digest(table)) for table in rows]
+    folder = tmp_path / "a run"
+
+    def begin(recipe, text):
+        with _begun(recipe, text, folder):
+            (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            begin(recipe, begun[0])
+    with pytest.raises(FileExistsError, match="have changed since"):
+        begin(recipe, begun[1])
+    other = read({"model": "org/name", "data": {"train": "other.csv"}})
+    with pytest.raises(FileExistsError, match=r"settings in data\..* --output-dir '.*a run'$"):
+        begin(other, begun[0])
+
+
+def test_a_search_that_no_trial_could_do_is_refused_before_there_is_a_study(given, tmp_path, capsys):
+    assert run(given, tmp_path / "out", "--keep", "0.5", "data.text_columns=[nothing]") == 1
+    assert "data.text_columns nothing: no column of strings" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_leaves_the_recipes_of_others_alone(given, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("mine")
+    assert run(given, tmp_path, "--keep", "0.5") == 1
+    assert "holds files and no search of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    assert not (tmp_path / "search").exists()
+
+
+def test_layers_that_are_named_take_the_place_of_their_number(given):
+    recipe = read(override({}, [f"model={given / 'model'}", f"data.train={given / 'rows.csv'}"]))
+    setup = set_up(recipe, ["student.layers=[1, 4]", "training.use_cpu=true"], "r")
+    assert (setup.recipe.student.layers, setup.recipe.student.num_layers) == ([1, 4], None)
+    assert setup.student.config.num_hidden_layers == 2
 
 
 def test_options_of_training_arguments_follow_the_parser_of_transformers(capsys):

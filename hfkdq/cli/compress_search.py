@@ -15,14 +15,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from .. import CompressionReport, PruningSpec, prune
 from ..files import COMPRESSED, replacing, workspace
 from ..metrics.tasks import LOWER_IS_BETTER
-from ..modeling import load_checkpoint
 from ..recipes import Recipe
 from ..recipes.defaults import default_sections
 from ..recipes.goals import Goals, Outcome
 from ..report.table import megabytes
 from ..schema import brief
 from ..version import __version__
-from .compress_run import RECIPE, carry_out
+from .compress_run import RECIPE, carry_out, check_folder
 from .compress_setup import Setup, set_up
 
 SEARCH = "search"
@@ -55,16 +54,14 @@ def search(
         RuntimeError: no trial meets all goals; says which bound is missed, and by how much.
     """
     optuna = _optuna()
-    (folder / SEARCH).mkdir(parents=True, exist_ok=True)
+    first = set_up(recipe, changes, source)  # what no trial could do is refused before there is a study
+    structures, sections = _structures(first.original), default_sections(first.original).get("student", {})
+    if storage is None:
+        (folder / SEARCH).mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        study_name=_STUDY, storage=storage or f"sqlite:///{folder / SEARCH / 'study.db'}", direction="maximize",
-        pruner=pruner(), load_if_exists=True,
-    )  # fmt: skip
+    study = _study(optuna, storage or f"sqlite:///{folder / SEARCH / 'study.db'}")
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), constant_liar=True)
     _check_same(study, recipe, changes)
-    structures = _structures(load_checkpoint(recipe.model))
-    sections = default_sections(load_checkpoint(recipe.model)).get("student", {})
 
     def attempt(trial: Any) -> float:
         chosen = _choose(trial, sections, structures)
@@ -89,6 +86,17 @@ def search(
     if best is None:
         raise RuntimeError(f"{goals.explain(found)} All trials are in {folder / SEARCH}.{_reason(study)}")
     return _put_in_place(folder, best)
+
+
+def _study(optuna: Any, storage: str) -> Any:
+    try:
+        return optuna.create_study(
+            study_name=_STUDY, storage=storage, direction="maximize", pruner=pruner(), load_if_exists=True
+        )
+    except Exception as error:  # of a database anything
+        raise ValueError(
+            f"The study cannot be kept in {storage.rpartition('@')[2]}: {brief(error)}. Name another --storage, a URL such as sqlite:///study.db."
+        ) from None
 
 
 def outcomes_of(study: Any) -> dict[int, Outcome]:
@@ -150,6 +158,7 @@ def _carried_out(
         changes = ["report.latency_rounds=0", *changes]
     setup = set_up(recipe, changes, source)
     _refuse_too_large(optuna, trial, setup, goals)
+    check_folder(place)  # what goes at the end is this trial's own
     metric = setup.metrics.metric
     try:
         report = carry_out(setup, place, Watch(trial, metric, optuna.TrialPruned))
