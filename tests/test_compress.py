@@ -15,14 +15,21 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
 from hfkdq.cli.compress_run import _begun, _digest, _text
-from hfkdq.cli.compress_search import Watch, outcome_of, outcomes_of, pruner
+from hfkdq.cli.compress_search import Watch, _check_same, outcome_of, outcomes_of, pruner
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
+from hfkdq.cli.interruption import Interruption
 from hfkdq.files import sha256_of
 from hfkdq.recipes import load, override, read
 from hfkdq.recipes.goals import Goals
@@ -272,6 +279,45 @@ def test_a_search_that_no_trial_could_do_is_refused_before_there_is_a_study(give
     assert run(given, tmp_path / "out", "--keep", "0.5", "data.text_columns=[nothing]") == 1
     assert "data.text_columns nothing: no column of strings" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate"])
+def test_a_signal_in_the_last_step_or_evaluation_ends_the_run_with_its_checkpoint(tmp_path, event):
+    interruption, control = Interruption(), TrainerControl()
+    state, args = TrainerState(global_step=4, max_steps=4), TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    with interruption.watching():
+        getattr(interruption, event)(args, state, control)
+        assert not control.should_save
+        interruption.raise_if_over()
+        os.kill(os.getpid(), signal.SIGINT)
+        getattr(interruption, event)(args, state, control)
+    assert control.should_save
+    with pytest.raises(KeyboardInterrupt):
+        interruption.raise_if_over()
+
+
+def test_a_signal_after_the_last_checkpoint_is_not_lost_and_one_that_is_ignored_stays_so():
+    interruption = Interruption()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with interruption.watching():
+            os.kill(os.getpid(), signal.SIGHUP)
+            interruption.raise_if_over()
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(SystemExit, match="143"):
+        interruption.raise_if_over()
+
+
+def test_a_study_goes_on_with_what_it_was_begun_for_alone():
+    study, of = optuna.create_study(), {"model": "org/name", "--max-latency": False}
+    _check_same(study, of, None)
+    _check_same(study, of, None)
+    with pytest.raises(ValueError, match=r"another --max-latency\. Name another folder with --output-dir"):
+        _check_same(study, {**of, "--max-latency": True}, None)
+    with pytest.raises(ValueError, match=r"another model\. Name another --storage"):
+        _check_same(study, {**of, "model": "org/other"}, "sqlite:///shared.db")
 
 
 def test_a_search_leaves_the_recipes_of_others_alone(given, tmp_path, capsys):

@@ -61,7 +61,8 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(optuna, storage or f"sqlite:///{folder / SEARCH / 'study.db'}")
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), constant_liar=True)
-    _check_same(study, recipe, changes)
+    of = {"model": recipe.model, "train": recipe.data.train, "eval": recipe.data.eval, "changes": changes}
+    _check_same(study, {**of, "--max-latency": goals.max_latency is not None}, storage)
 
     def attempt(trial: Any) -> float:
         chosen = _choose(trial, sections, structures)
@@ -231,15 +232,15 @@ def _put_in_place(folder: Path, best: int) -> CompressionReport:
     return CompressionReport.load(folder / "report.json")
 
 
-def _check_same(study: Any, recipe: Recipe, changes: list[str]) -> None:
-    """Refuses a study that was begun for another model, other data or other changes."""
-    now = {"model": recipe.model, "train": recipe.data.train, "eval": recipe.data.eval, "changes": changes}
+def _check_same(study: Any, now: dict[str, Any], storage: str | None) -> None:
+    """Refuses a study that was begun for another model, other data or other changes, or whose files were not timed."""
     then = study.user_attrs.get("of")
     if then is None:
         study.set_user_attr("of", now)
     elif then != now:
         changed = ", ".join(name for name in now if then.get(name) != now[name])
-        raise ValueError(f"The study that is there has another {changed}. Name another folder with --output-dir.")
+        place = "folder with --output-dir" if storage is None else "--storage"
+        raise ValueError(f"The study that is there has another {changed}. Name another {place}.")
 
 
 def _reason(study: Any) -> str:
