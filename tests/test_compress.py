@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from hfkdq.cli.compress_search import Watch, _check_same, outcome_of, outcomes_o
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
 from hfkdq.cli.interruption import Interruption
+from hfkdq.cli.messages import as_keys
 from hfkdq.files import sha256_of
 from hfkdq.recipes import load, override, read
 from hfkdq.recipes.goals import Goals
@@ -333,6 +335,14 @@ def test_layers_that_are_named_take_the_place_of_their_number(given):
     setup = set_up(recipe, ["student.layers=[1, 4]", "training.use_cpu=true"], "r")
     assert (setup.recipe.student.layers, setup.recipe.student.num_layers) == ([1, 4], None)
     assert setup.student.config.num_hidden_layers == 2
+
+
+def test_advice_of_the_readers_of_data_can_be_typed():
+    told = as_keys("Name the two with --text-columns SOURCE,TARGET.")
+    assert told == "Name the two with data.text_columns=[SOURCE,TARGET]."
+    change = re.search(r"data\.\S+\]", told)[0]
+    assert compress.parse(["r.yaml", change]).changes == [change]
+    assert override({}, [change]) == {"data": {"text_columns": ["SOURCE", "TARGET"]}}
 
 
 def test_options_of_training_arguments_follow_the_parser_of_transformers(capsys):
