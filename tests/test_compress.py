@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from transformers import (
 
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
-from hfkdq.cli.compress_run import _begun, _digest, _text
+from hfkdq.cli.compress_run import _begun, _digest, _text, send
 from hfkdq.cli.compress_search import Watch, _check_same, outcome_of, outcomes_of, pruner
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
@@ -34,6 +35,7 @@ from hfkdq.cli.interruption import Interruption
 from hfkdq.cli.messages import as_keys
 from hfkdq.files import sha256_of
 from hfkdq.recipes import load, override, read
+from hfkdq.recipes.defaults import default_sections, layer_counts
 from hfkdq.recipes.goals import Goals
 
 from . import tiny
@@ -224,6 +226,8 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path,
         (("{model}", "--data", "{rows}", "training.metric_for_best_model=eval_wer"), "training.metric_for_best_model is 'wer'"),
         (("{model}", "--data", "{rows}", "--output_dir", "{rows}"), "is a file"),
         (("{model}", "--data", ""), "data.train is empty"),
+        (("{model}", "--data", "{rows}", "--trials", "3"), "Name a goal too"),
+        (("{model}", "--data", "{rows}", "--trials", "0", "--keep", "0.9"), "--trials must be 1 or more, got 0"),
         (("./a b",), "hfkdq compress './a b' --data DATA"),
         (("a b.yaml", "--data", "{rows} x"), "Write 'data.train={rows} x' instead"),
         (("{model}", "--data", "{rows}", "--keep", "0.9", "--storage", "nothing://here"), "cannot be kept in nothing://here"),
@@ -310,6 +314,28 @@ def test_a_signal_after_the_last_checkpoint_is_not_lost_and_one_that_is_ignored_
         signal.signal(signal.SIGHUP, before)
     with pytest.raises(SystemExit, match="143"):
         interruption.raise_if_over()
+
+
+def test_a_push_that_fails_says_how_to_send_without_another_run(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("the Hub is away.")
+
+    monkeypatch.setattr("hfkdq.cli.compress_run.push_to_hub", fails)
+    sections = {"model": "org/name", "data": {"train": "rows.csv"}, "export": {}}
+    send(read(sections), tmp_path, None)
+    with pytest.raises(
+        RuntimeError, match=r"the Hub is away\. The run is finished; to send its file: hfkdq push"
+    ) as caught:
+        send(read({**sections, "push": {"repo_id": "me/it"}}), tmp_path / "a run", None)
+    command = shlex.split(str(caught.value).rpartition("hfkdq ")[2])
+    assert command == ["push", str(tmp_path / "a run" / "onnx"), "me/it"]
+
+
+@pytest.mark.parametrize(("layers", "found"), [(1, {}), (3, {"num_layers": 3})])
+def test_all_layers_may_stay_and_a_single_one_does(layers, found):
+    model = tiny.bert(layers=layers)
+    assert layer_counts(model) == found
+    assert default_sections(model).get("student") == ({"num_layers": 1} if found else None)
 
 
 def test_a_study_goes_on_with_what_it_was_begun_for_alone():
@@ -413,7 +439,11 @@ def test_every_task_has_a_recipe_that_trains(tmp_path, task):
     assert all(np.isfinite(value) for value in trainer.evaluate().values())
 
 
-def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys):
+def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "hfkdq.cli.compress_run.push_to_hub", lambda folder, repo_id, **_: pushed.append((folder, repo_id))
+    )
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "3", "--keep", "0.1", "--max-size", "1MB")
     command = [
         "compress",
@@ -424,7 +454,8 @@ def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_p
         str(out),
         *settings,
     ]
-    assert main(command) == 0
+    assert main([*command, "push.repo_id=me/it"]) == 0
+    assert pushed == [(out / "onnx", "me/it")]  # of all trials the best alone
     told = capsys.readouterr().out
     assert "3 trials, the best of them" in told
     study = optuna.load_study(study_name="hfkdq compress", storage=f"sqlite:///{out / 'search' / 'study.db'}")

@@ -67,11 +67,26 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         COMPRESSED.mark(made / "new", __version__)
         COMPRESSED.check(folder, overwrite=True)
         COMPRESSED.swap_in(made / "new", folder, made / "old")
-    push = setup.recipe.push
-    if push is not None:
-        settings = asdict(push)
-        push_to_hub(folder / "onnx", settings.pop("repo_id"), report=report, **settings)
+    send(setup.recipe, folder, report)
     return report
+
+
+def send(recipe: Recipe, folder: Path, report: CompressionReport | None) -> None:
+    """Pushes the file of a finished run to where its recipe says, if anywhere.
+
+    Raises:
+        RuntimeError: it was not sent; says why, and the command that sends it without another run.
+    """
+    if recipe.push is None:
+        return
+    settings = asdict(recipe.push)
+    repo_id = settings.pop("repo_id")
+    try:
+        push_to_hub(folder / "onnx", repo_id, report=report, **settings)
+    except (ValueError, RuntimeError, OSError) as error:
+        told = "" if report is None else f" --report {quote(str(folder / 'report.json'))}"
+        again = f"hfkdq push {quote(str(folder / 'onnx'))} {quote(repo_id)}{told}"
+        raise RuntimeError(f"{str(error).rstrip('.')}. The run is finished; to send its file: {again}") from error
 
 
 def check_folder(folder: Path, earlier: str = RECIPE) -> None:

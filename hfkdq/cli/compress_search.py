@@ -16,12 +16,12 @@ from .. import CompressionReport, PruningSpec, prune
 from ..files import COMPRESSED, replacing, workspace
 from ..metrics.tasks import LOWER_IS_BETTER
 from ..recipes import Recipe
-from ..recipes.defaults import default_sections
+from ..recipes.defaults import layer_counts
 from ..recipes.goals import Goals, Outcome
 from ..report.table import megabytes
 from ..schema import brief
 from ..version import __version__
-from .compress_run import RECIPE, carry_out, check_folder
+from .compress_run import RECIPE, carry_out, check_folder, send
 from .compress_setup import Setup, set_up
 
 SEARCH = "search"
@@ -55,7 +55,7 @@ def search(
     """
     optuna = _optuna()
     first = set_up(recipe, changes, source)  # what no trial could do is refused before there is a study
-    structures, sections = _structures(first.original), default_sections(first.original).get("student", {})
+    structures, layers = _structures(first.original), layer_counts(first.original)
     if storage is None:
         (folder / SEARCH).mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -65,9 +65,11 @@ def search(
     _check_same(study, {**of, "--max-latency": goals.max_latency is not None}, storage)
 
     def attempt(trial: Any) -> float:
-        chosen = _choose(trial, sections, structures)
+        chosen = _choose(trial, layers, structures)
         try:
-            return _carried_out(optuna, trial, recipe, [*_WATCHED, *changes, *chosen], goals, folder, source)
+            return _carried_out(
+                optuna, trial, recipe, [*_WATCHED, *changes, *chosen, "push=null"], goals, folder, source
+            )
         except (ValueError, RuntimeError) as error:
             trial.set_user_attr("error", brief(error))
             raise
@@ -86,7 +88,9 @@ def search(
     best = goals.best(found)
     if best is None:
         raise RuntimeError(f"{goals.explain(found)} All trials are in {folder / SEARCH}.{_reason(study)}")
-    return _put_in_place(folder, best)
+    report = _put_in_place(folder, best)
+    send(recipe, folder, report)  # of all trials the best alone
+    return report
 
 
 def _study(optuna: Any, storage: str) -> Any:
@@ -128,9 +132,9 @@ class Watch(TrainerCallback):
             raise self._pruned
 
 
-def _choose(trial: Any, sections: dict[str, int], structures: list[str]) -> list[str]:
+def _choose(trial: Any, layers: dict[str, int], structures: list[str]) -> list[str]:
     """The changes of a trial: layers, structure and share of what is pruned, and bits."""
-    changes = [f"student.{name}={trial.suggest_int(name, 1, 2 * half)}" for name, half in sections.items()]
+    changes = [f"student.{name}={trial.suggest_int(name, 1, most)}" for name, most in layers.items()]
     structure = trial.suggest_categorical("pruning", ["none", *structures])
     if structure != "none":
         share = trial.suggest_categorical("sparsity", _SPARSITIES)
