@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import re
@@ -172,7 +173,9 @@ def _hints(cls: Any) -> dict[str, Any]:
 def _check_scalar(value: Any, hint: Any, where: str) -> None:
     words = {int: "an integer", float: "a number", str: "a text", FreeText: "a text", bool: "true or false"}
     kinds = {float: (int, float), FreeText: str}
-    _expect(value, kinds.get(hint, hint), words.get(hint, str(hint)), where)
+    members: Any = hint if isinstance(hint, enum.EnumMeta) else ()
+    named = " or ".join(str(member.value) for member in members) or str(hint)
+    _expect(value, kinds.get(hint, hint), words.get(hint, named), where)
     if hint is not bool and isinstance(value, bool):
         raise ValueError(f"{where} is {_called(value)}, expected {words[hint]}")
     if hint in (int, float) and not (abs(value) < _LARGEST and math.isfinite(value)):

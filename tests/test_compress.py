@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,15 +17,25 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
-from hfkdq.cli.compress_search import Watch, outcome_of, outcomes_of, pruner
+from hfkdq.cli.compress_run import _begun, _digest, _text, send
+from hfkdq.cli.compress_search import Watch, _check_same, outcome_of, outcomes_of, pruner
 from hfkdq.cli.compress_setup import Setup, set_up
 from hfkdq.cli.data import load_split
+from hfkdq.cli.interruption import Interruption
+from hfkdq.cli.messages import as_keys
 from hfkdq.files import sha256_of
 from hfkdq.recipes import load, override, read
+from hfkdq.recipes.defaults import default_sections, layer_counts
 from hfkdq.recipes.goals import Goals
 
 from . import tiny
@@ -213,16 +225,150 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path,
         (("{model}", "--data", "{rows}", "export.metric=nothing"), "export.metric is 'nothing', and what is measured are accuracy, f1"),
         (("{model}", "--data", "{rows}", "training.metric_for_best_model=eval_wer"), "training.metric_for_best_model is 'wer'"),
         (("{model}", "--data", "{rows}", "--output_dir", "{rows}"), "is a file"),
+        (("{model}", "--data", ""), "data.train is empty"),
+        (("{model}", "--data", "{rows}", "--trials", "3"), "Name a goal too"),
+        (("{model}", "--data", "{rows}", "--trials", "0", "--keep", "0.9"), "--trials must be 1 or more, got 0"),
+        (("./a b",), "hfkdq compress './a b' --data DATA"),
+        (("a b.yaml", "--data", "{rows} x"), "Write 'data.train={rows} x' instead"),
+        (("{model}", "--data", "{rows}", "--keep", "0.9", "--storage", "nothing://here"), "cannot be kept in nothing://here"),
+        (("{model}", "--data", "{rows}", "--dry-run", "pruning={structure: channel, sparsity: 0.5}"), "channel"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(given, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
-    words = [word.format(model=given / "model", rows=given / "rows.csv") for word in words]
+    (tmp_path / "a b").mkdir()
+    *words, told = (
+        word if "{m" not in word and "{r" not in word else word.format(model=given / "model", rows=given / "rows.csv")
+        for word in (*words, told)
+    )
     assert main(["compress", *words]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert told in error[-1]
     assert error[-1].startswith("hfkdq compress: ")
     assert not list(tmp_path.glob("*-compressed"))
+
+
+@pytest.mark.parametrize(
+    "change", ["objectives=[{HiddenStateKD: {layers: {9: 1}}}]", "training.lr_scheduler_kwargs={nothing: 1}"]
+)
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_in_the_way(given, tmp_path, capsys, change):
+    folder = tmp_path / "out"
+    assert run(given, folder, change) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("hfkdq compress: ")
+    assert not folder.exists()
+
+
+def test_a_run_goes_on_with_the_rows_that_it_began_with_alone(tmp_path):
+    rows = [Dataset.from_dict({"text": ["a", "b"], "label": [0, label]}) for label in (0, 1)]
+    assert _digest(rows[0]) == _digest(Dataset.from_list(rows[0].to_list()).with_transform(dict))
+    assert len({_digest(rows[0]), _digest(rows[1]), _digest(rows[0].select([1, 0])), _digest(*rows)}) == 4
+    recipe = read({"model": "org/name", "data": {"train": "rows.csv"}})
+    begun = [_text(recipe, _digest(table)) for table in rows]
+    folder = tmp_path / "a run"
+
+    def begin(recipe, text):
+        with _begun(recipe, text, folder):
+            (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            begin(recipe, begun[0])
+    with pytest.raises(FileExistsError, match="have changed since"):
+        begin(recipe, begun[1])
+    other = read({"model": "org/name", "data": {"train": "other.csv"}})
+    with pytest.raises(FileExistsError, match=r"settings in data\..* --output-dir '.*a run'$"):
+        begin(other, begun[0])
+
+
+def test_a_search_that_no_trial_could_do_is_refused_before_there_is_a_study(given, tmp_path, capsys):
+    assert run(given, tmp_path / "out", "--keep", "0.5", "data.text_columns=[nothing]") == 1
+    assert "data.text_columns nothing: no column of strings" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_evaluate"])
+def test_a_signal_in_the_last_step_or_evaluation_ends_the_run_with_its_checkpoint(tmp_path, event):
+    interruption, control = Interruption(), TrainerControl()
+    state, args = TrainerState(global_step=4, max_steps=4), TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    with interruption.watching():
+        getattr(interruption, event)(args, state, control)
+        assert not control.should_save
+        interruption.raise_if_over()
+        os.kill(os.getpid(), signal.SIGINT)
+        getattr(interruption, event)(args, state, control)
+    assert control.should_save
+    with pytest.raises(KeyboardInterrupt):
+        interruption.raise_if_over()
+
+
+def test_a_signal_after_the_last_checkpoint_is_not_lost_and_one_that_is_ignored_stays_so():
+    interruption = Interruption()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with interruption.watching():
+            os.kill(os.getpid(), signal.SIGHUP)
+            interruption.raise_if_over()
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with pytest.raises(SystemExit, match="143"):
+        interruption.raise_if_over()
+
+
+def test_a_push_that_fails_says_how_to_send_without_another_run(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("the Hub is away.")
+
+    monkeypatch.setattr("hfkdq.cli.compress_run.push_to_hub", fails)
+    sections = {"model": "org/name", "data": {"train": "rows.csv"}, "export": {}}
+    send(read(sections), tmp_path, None)
+    with pytest.raises(
+        RuntimeError, match=r"the Hub is away\. The run is finished; to send its file: hfkdq push"
+    ) as caught:
+        send(read({**sections, "push": {"repo_id": "me/it"}}), tmp_path / "a run", None)
+    command = shlex.split(str(caught.value).rpartition("hfkdq ")[2])
+    assert command == ["push", str(tmp_path / "a run" / "onnx"), "me/it"]
+
+
+@pytest.mark.parametrize(("layers", "found"), [(1, {}), (3, {"num_layers": 3})])
+def test_all_layers_may_stay_and_a_single_one_does(layers, found):
+    model = tiny.bert(layers=layers)
+    assert layer_counts(model) == found
+    assert default_sections(model).get("student") == ({"num_layers": 1} if found else None)
+
+
+def test_a_study_goes_on_with_what_it_was_begun_for_alone():
+    study, of = optuna.create_study(), {"model": "org/name", "--max-latency": False}
+    _check_same(study, of, None)
+    _check_same(study, of, None)
+    with pytest.raises(ValueError, match=r"another --max-latency\. Name another folder with --output-dir"):
+        _check_same(study, {**of, "--max-latency": True}, None)
+    with pytest.raises(ValueError, match=r"another model\. Name another --storage"):
+        _check_same(study, {**of, "model": "org/other"}, "sqlite:///shared.db")
+
+
+def test_a_search_leaves_the_recipes_of_others_alone(given, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("mine")
+    assert run(given, tmp_path, "--keep", "0.5") == 1
+    assert "holds files and no search of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "recipe.yaml").read_text() == "mine"
+    assert not (tmp_path / "search").exists()
+
+
+def test_layers_that_are_named_take_the_place_of_their_number(given):
+    recipe = read(override({}, [f"model={given / 'model'}", f"data.train={given / 'rows.csv'}"]))
+    setup = set_up(recipe, ["student.layers=[1, 4]", "training.use_cpu=true"], "r")
+    assert (setup.recipe.student.layers, setup.recipe.student.num_layers) == ([1, 4], None)
+    assert setup.student.config.num_hidden_layers == 2
+
+
+def test_advice_of_the_readers_of_data_can_be_typed():
+    told = as_keys("Name the two with --text-columns SOURCE,TARGET.")
+    assert told == "Name the two with data.text_columns=[SOURCE,TARGET]."
+    change = re.search(r"data\.\S+\]", told)[0]
+    assert compress.parse(["r.yaml", change]).changes == [change]
+    assert override({}, [change]) == {"data": {"text_columns": ["SOURCE", "TARGET"]}}
 
 
 def test_options_of_training_arguments_follow_the_parser_of_transformers(capsys):
@@ -293,7 +439,11 @@ def test_every_task_has_a_recipe_that_trains(tmp_path, task):
     assert all(np.isfinite(value) for value in trainer.evaluate().values())
 
 
-def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys):
+def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        "hfkdq.cli.compress_run.push_to_hub", lambda folder, repo_id, **_: pushed.append((folder, repo_id))
+    )
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "3", "--keep", "0.1", "--max-size", "1MB")
     command = [
         "compress",
@@ -304,7 +454,8 @@ def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_p
         str(out),
         *settings,
     ]
-    assert main(command) == 0
+    assert main([*command, "push.repo_id=me/it"]) == 0
+    assert pushed == [(out / "onnx", "me/it")]  # of all trials the best alone
     told = capsys.readouterr().out
     assert "3 trials, the best of them" in told
     study = optuna.load_study(study_name="hfkdq compress", storage=f"sqlite:///{out / 'search' / 'study.db'}")

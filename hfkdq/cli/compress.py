@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from ..files import looks_local, refuse_missing
@@ -33,6 +34,7 @@ accelerate launch -m hfkdq compress recipe.yaml"""
 # What an interruption leaves.
 LEFT = "The output folder keeps what was finished and the checkpoints of the training; the same command goes on from there."
 _USAGE = "hfkdq compress RECIPE [KEY=VALUE ...] [options]\n       hfkdq compress MODEL --data DATA [KEY=VALUE ...] [options]"
+_TRIALS = 20
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -71,9 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goals.add_argument(
         "--trials",
         type=int,
-        default=20,
         metavar="N",
-        help="recipes that are tried, in all processes together (default: %(default)s)",
+        help=f"recipes that are tried, in all processes together (default: {_TRIALS})",
     )
     goals.add_argument(
         "--storage", metavar="URL", help="Optuna's storage of the study (default: a file in the output folder)"
@@ -128,18 +129,17 @@ def run(options: argparse.Namespace) -> None:
         check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..recipes.parts import parts_of, training_arguments
-    from .compress_run import carry_out, check_folder
+    from .compress_run import RECIPE, carry_out, check_folder
+    from .compress_search import SEARCH, search
     from .compress_setup import set_up
     from .summary import quietly
 
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes it alone tells
-    check_folder(folder)
-    training_arguments(parts_of(recipe, source), str(folder))
+    check_folder(folder, RECIPE if goals is None else SEARCH)
     with quietly():
+        training_arguments(parts_of(recipe, source), str(folder), generates=True)  # those of both classes
         if goals is not None and not options.dry_run:
-            from .compress_search import search
-
-            found = search(recipe, changes, goals, folder, options.trials, options.storage, source)
+            found = search(recipe, changes, goals, folder, options.trials or _TRIALS, options.storage, source)
             _print(found, folder)
             return
         setup = set_up(recipe, None if options.data is None else changes, source)
@@ -171,6 +171,8 @@ def _goals_of(options: argparse.Namespace) -> Goals | None:
         except ValueError as error:
             raise ValueError(f"--{name.replace('_', '-')}: {error}.") from None
     if all(value is None for value in given.values()):
+        if options.trials is not None or options.storage is not None:
+            raise ValueError("--trials and --storage are those of a search. Name a goal too, such as --keep 0.99.")
         return None
     if options.data is None:
         raise ValueError("--keep, --max-size and --max-latency choose the recipe, so they go with MODEL --data DATA.")
@@ -178,7 +180,7 @@ def _goals_of(options: argparse.Namespace) -> Goals | None:
         raise ValueError(
             "Goals are searched by processes of their own: start hfkdq compress several times with one --output-dir."
         )
-    if options.trials < 1:
+    if options.trials is not None and options.trials < 1:
         raise ValueError(f"--trials must be 1 or more, got {options.trials}.")
     return Goals(**given)
 
@@ -194,7 +196,7 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.data is not None:
         if is_recipe:
             raise ValueError(
-                f"--data goes with a model, and {source} is a recipe. Write data.train={options.data} instead."
+                f"--data goes with a model, and {source} is a recipe. Write {quote(f'data.train={options.data}')} instead."
             )
         # The sections that a recipe is chosen with without looking at the model.
         return {
@@ -210,7 +212,7 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if looks_local(source):
         refuse_missing(source)
     raise ValueError(
-        f"{source} is no recipe. For a default recipe name its data too: hfkdq compress {source} --data DATA."
+        f"{source} is no recipe. For a default recipe name its data too: hfkdq compress {quote(source)} --data DATA."
     )
 
 

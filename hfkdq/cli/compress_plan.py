@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import tempfile
@@ -90,6 +91,8 @@ def _tried(setup: Setup) -> tuple[float, int, int]:
     """Seconds of a step, the number of steps, and the rows of each."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as scratch:
+        if setup.parts.pruning is not None:
+            replace(setup, student=copy.deepcopy(setup.student)).trainer(scratch)  # refuses what cannot be pruned
         unpruned = replace(setup, parts=replace(setup.parts, pruning=None))  # its rounds do not fit into a few steps
         given = setup.parts.training
         changes = {"max_steps": _STEPS, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import accelerate
@@ -47,11 +51,10 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         KeyboardInterrupt: the training was ended, and its checkpoint is there; or `SystemExit`, after a signal.
     """
     checkpoints, interruption = folder / CHECKPOINTS, Interruption()
-    trainer = setup.trainer(checkpoints, interruption, *callbacks)
-    is_first = trainer.is_world_process_zero()
-    with workspace(folder / "result") if is_first else contextlib.nullcontext(checkpoints) as made:
-        if is_first:
-            begin(setup.recipe, folder)
+    is_first = os.environ.get("RANK", "0") == "0"
+    text = _text(setup.recipe, _digest(setup.train, setup.evaluation)) if is_first else ""
+    with _begun(setup.recipe, text, folder) if is_first else contextlib.nullcontext(checkpoints) as made:
+        trainer = setup.trainer(checkpoints, interruption, *callbacks)
         trainer.accelerator.wait_for_everyone()
         with interruption.watching():
             trainer.train(resume_from_checkpoint=newest_complete(str(checkpoints)))
@@ -60,19 +63,35 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         _leave_group(trainer)
         if not is_first:
             return None
-        report = _write(setup, made / "new")
+        report = _write(setup, made / "new", text)
         COMPRESSED.mark(made / "new", __version__)
         COMPRESSED.check(folder, overwrite=True)
         COMPRESSED.swap_in(made / "new", folder, made / "old")
-    push = setup.recipe.push
-    if push is not None:
-        settings = asdict(push)
-        push_to_hub(folder / "onnx", settings.pop("repo_id"), report=report, **settings)
+    send(setup.recipe, folder, report)
     return report
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder with files that no run wrote, and one whose run is finished; before anything is loaded.
+def send(recipe: Recipe, folder: Path, report: CompressionReport | None) -> None:
+    """Pushes the file of a finished run to where its recipe says, if anywhere.
+
+    Raises:
+        RuntimeError: it was not sent; says why, and the command that sends it without another run.
+    """
+    if recipe.push is None:
+        return
+    settings = asdict(recipe.push)
+    repo_id = settings.pop("repo_id")
+    try:
+        push_to_hub(folder / "onnx", repo_id, report=report, **settings)
+    except (ValueError, RuntimeError, OSError) as error:
+        told = "" if report is None else f" --report {quote(str(folder / 'report.json'))}"
+        again = f"hfkdq push {quote(str(folder / 'onnx'))} {quote(repo_id)}{told}"
+        raise RuntimeError(f"{str(error).rstrip('.')}. The run is finished; to send its file: {again}") from error
+
+
+def check_folder(folder: Path, earlier: str = RECIPE) -> None:
+    """Refuses a folder with files that no run wrote, and one whose run is finished; before anything is loaded. What an
+    earlier run of the same kind left is called `earlier`.
 
     Raises:
         FileExistsError: saying which it is.
@@ -84,44 +103,82 @@ def check_folder(folder: Path) -> None:
         raise FileExistsError(
             f"{folder} holds the result of a finished run. Name another folder with --output-dir, or remove this one."
         )
-    if folder.is_dir() and any(folder.iterdir()) and not ((folder / RECIPE).is_file() or (folder / "search").is_dir()):
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / earlier).exists():
         raise FileExistsError(
-            f"{folder} holds files and no {RECIPE} of an earlier run. Name another folder with --output-dir."
+            f"{folder} holds files and no {earlier} of an earlier run. Name another folder with --output-dir."
         )
 
 
-def begin(recipe: Recipe, folder: Path) -> None:
-    """Writes the recipe of a run into its folder, or finds the same one there.
+@contextlib.contextmanager
+def _begun(recipe: Recipe, text: str, folder: Path) -> Iterator[Path]:
+    """A workspace beside the recipe of a run, which is written into its folder, or found there. A run that ends without a
+    checkpoint leaves none behind, so that the next one may have other settings.
 
     Raises:
-        FileExistsError: the run that was begun there has another recipe.
+        FileExistsError: the run that was begun there has another recipe, or other rows.
     """
-    path = folder / RECIPE
-    if path.is_file():
-        then = read(load(path), str(path))
-        changed = [name for name, value in vars(then).items() if value != getattr(recipe, name)]
-        if changed:
-            raise FileExistsError(
-                f"{folder} holds a run with other settings in {', '.join(changed)}. Name another folder with --output-dir, or "
-                f"go on with its own: hfkdq compress {path} --output-dir {folder}"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(_text(recipe), encoding="utf-8")
+    path, checkpoints = folder / RECIPE, folder / CHECKPOINTS
+    with workspace(folder / "result") as made:
+        is_new = not path.exists()
+        if is_new:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        else:
+            _check_same(recipe, text, path)
+        try:
+            yield made
+        except BaseException:
+            if is_new:
+                with contextlib.suppress(OSError):  # it holds checkpoints
+                    checkpoints.rmdir()
+                if not checkpoints.exists():
+                    path.unlink(missing_ok=True)
+            raise
 
 
-def _text(recipe: Recipe) -> str:
+def _check_same(recipe: Recipe, text: str, path: Path) -> None:
+    then = read(load(path), str(path))
+    changed = [name for name, value in vars(then).items() if value != getattr(recipe, name)]
+    if changed:
+        own = f"hfkdq compress {quote(str(path))} --output-dir {quote(str(path.parent))}"
+        raise FileExistsError(
+            f"{path.parent} holds a run with other settings in {', '.join(changed)}. Name another folder with --output-dir, or "
+            f"go on with its own: {own}"
+        )
+    rows, others = (
+        re.search(r"^# rows (\w+)$", said, re.MULTILINE) for said in (text, path.read_text(encoding="utf-8"))
+    )
+    if rows and others and rows[1] != others[1]:
+        raise FileExistsError(
+            f"The data that the run in {path.parent} began with have changed since. Name another folder with --output-dir, or "
+            "bring the rows back that it was begun with."
+        )
+
+
+def _text(recipe: Recipe, rows: str) -> str:
     """The recipe, with what else a run that equals it bit for bit must have."""
     versions = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "datasets": datasets}
     told = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-    return dump(recipe, f"hfkdq compress {RECIPE}\nhfkdq {__version__}, {told}, {torch.get_num_threads()} threads")
+    header = f"hfkdq compress {RECIPE}\nhfkdq {__version__}, {told}, {torch.get_num_threads()} threads\nrows {rows}"
+    return dump(recipe, header)
 
 
-def _write(setup: Setup, new: Path) -> CompressionReport | None:
+def _digest(*tables: datasets.Dataset) -> str:
+    """What tells rows from others: the SHA-256 of their columns, as they are stored."""
+    digest = hashlib.sha256()
+    for table in tables:
+        for rows in table.with_format("arrow").iter(1000):
+            for name, column in zip(rows.column_names, rows.columns, strict=True):
+                digest.update(f"{name} {column.type} ".encode())
+                digest.update(repr(column.to_pylist()).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _write(setup: Setup, new: Path, text: str) -> CompressionReport | None:
     """The exported file, the report and the card, beside the student."""
     recipe = setup.recipe
-    (new / "student" / RECIPE).write_text(_text(recipe), encoding="utf-8")
+    (new / "student" / RECIPE).write_text(text, encoding="utf-8")
     (new / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here reads
     student, quantization = load_model(str(new / "student"), None, calibrated=True)
     onnx = None

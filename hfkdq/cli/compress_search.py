@@ -15,14 +15,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from .. import CompressionReport, PruningSpec, prune
 from ..files import COMPRESSED, replacing, workspace
 from ..metrics.tasks import LOWER_IS_BETTER
-from ..modeling import load_checkpoint
 from ..recipes import Recipe
-from ..recipes.defaults import default_sections
+from ..recipes.defaults import layer_counts
 from ..recipes.goals import Goals, Outcome
 from ..report.table import megabytes
 from ..schema import brief
 from ..version import __version__
-from .compress_run import RECIPE, carry_out
+from .compress_run import RECIPE, carry_out, check_folder, send
 from .compress_setup import Setup, set_up
 
 SEARCH = "search"
@@ -55,21 +54,22 @@ def search(
         RuntimeError: no trial meets all goals; says which bound is missed, and by how much.
     """
     optuna = _optuna()
-    (folder / SEARCH).mkdir(parents=True, exist_ok=True)
+    first = set_up(recipe, changes, source)  # what no trial could do is refused before there is a study
+    structures, layers = _structures(first.original), layer_counts(first.original)
+    if storage is None:
+        (folder / SEARCH).mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        study_name=_STUDY, storage=storage or f"sqlite:///{folder / SEARCH / 'study.db'}", direction="maximize",
-        pruner=pruner(), load_if_exists=True,
-    )  # fmt: skip
+    study = _study(optuna, storage or f"sqlite:///{folder / SEARCH / 'study.db'}")
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), constant_liar=True)
-    _check_same(study, recipe, changes)
-    structures = _structures(load_checkpoint(recipe.model))
-    sections = default_sections(load_checkpoint(recipe.model)).get("student", {})
+    of = {"model": recipe.model, "train": recipe.data.train, "eval": recipe.data.eval, "changes": changes}
+    _check_same(study, {**of, "--max-latency": goals.max_latency is not None}, storage)
 
     def attempt(trial: Any) -> float:
-        chosen = _choose(trial, sections, structures)
+        chosen = _choose(trial, layers, structures)
         try:
-            return _carried_out(optuna, trial, recipe, [*_WATCHED, *changes, *chosen], goals, folder, source)
+            return _carried_out(
+                optuna, trial, recipe, [*_WATCHED, *changes, *chosen, "push=null"], goals, folder, source
+            )
         except (ValueError, RuntimeError) as error:
             trial.set_user_attr("error", brief(error))
             raise
@@ -88,7 +88,20 @@ def search(
     best = goals.best(found)
     if best is None:
         raise RuntimeError(f"{goals.explain(found)} All trials are in {folder / SEARCH}.{_reason(study)}")
-    return _put_in_place(folder, best)
+    report = _put_in_place(folder, best)
+    send(recipe, folder, report)  # of all trials the best alone
+    return report
+
+
+def _study(optuna: Any, storage: str) -> Any:
+    try:
+        return optuna.create_study(
+            study_name=_STUDY, storage=storage, direction="maximize", pruner=pruner(), load_if_exists=True
+        )
+    except Exception as error:  # of a database anything
+        raise ValueError(
+            f"The study cannot be kept in {storage.rpartition('@')[2]}: {brief(error)}. Name another --storage, a URL such as sqlite:///study.db."
+        ) from None
 
 
 def outcomes_of(study: Any) -> dict[int, Outcome]:
@@ -119,9 +132,9 @@ class Watch(TrainerCallback):
             raise self._pruned
 
 
-def _choose(trial: Any, sections: dict[str, int], structures: list[str]) -> list[str]:
+def _choose(trial: Any, layers: dict[str, int], structures: list[str]) -> list[str]:
     """The changes of a trial: layers, structure and share of what is pruned, and bits."""
-    changes = [f"student.{name}={trial.suggest_int(name, 1, 2 * half)}" for name, half in sections.items()]
+    changes = [f"student.{name}={trial.suggest_int(name, 1, most)}" for name, most in layers.items()]
     structure = trial.suggest_categorical("pruning", ["none", *structures])
     if structure != "none":
         share = trial.suggest_categorical("sparsity", _SPARSITIES)
@@ -150,6 +163,7 @@ def _carried_out(
         changes = ["report.latency_rounds=0", *changes]
     setup = set_up(recipe, changes, source)
     _refuse_too_large(optuna, trial, setup, goals)
+    check_folder(place)  # what goes at the end is this trial's own
     metric = setup.metrics.metric
     try:
         report = carry_out(setup, place, Watch(trial, metric, optuna.TrialPruned))
@@ -222,15 +236,15 @@ def _put_in_place(folder: Path, best: int) -> CompressionReport:
     return CompressionReport.load(folder / "report.json")
 
 
-def _check_same(study: Any, recipe: Recipe, changes: list[str]) -> None:
-    """Refuses a study that was begun for another model, other data or other changes."""
-    now = {"model": recipe.model, "train": recipe.data.train, "eval": recipe.data.eval, "changes": changes}
+def _check_same(study: Any, now: dict[str, Any], storage: str | None) -> None:
+    """Refuses a study that was begun for another model, other data or other changes, or whose files were not timed."""
     then = study.user_attrs.get("of")
     if then is None:
         study.set_user_attr("of", now)
     elif then != now:
         changed = ", ".join(name for name in now if then.get(name) != now[name])
-        raise ValueError(f"The study that is there has another {changed}. Name another folder with --output-dir.")
+        place = "folder with --output-dir" if storage is None else "--storage"
+        raise ValueError(f"The study that is there has another {changed}. Name another {place}.")
 
 
 def _reason(study: Any) -> str:

@@ -118,7 +118,10 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
     of_objectives = [text for text in changes or () if text.startswith("objectives")]
     if changes is not None:
         data = {name: value for name, value in asdict(recipe.data).items() if value is not None}
-        sections = {"model": recipe.model, "data": data, **default_sections(original)}
+        sections: dict[str, Any] = {"model": recipe.model, "data": data, **default_sections(original)}
+        for layers in ("layers", "decoder_layers"):
+            if any(text.startswith(f"student.{layers}=") for text in changes):  # they take the place of their number
+                sections.get("student", {}).pop(f"num_{layers}", None)
         recipe = read(override(sections, [text for text in changes if text not in of_objectives]), source)
     set_seed(recipe.training.get("seed", 42))
     processor = load_processor(recipe.model)

@@ -31,7 +31,10 @@ class Interruption(TrainerCallback):
         """Takes the signals while it lasts."""
         is_main = threading.current_thread() is threading.main_thread()
         numbers = [getattr(signal, name) for name in self.NAMES if is_main and hasattr(signal, name)]
-        before = {number: signal.signal(number, self._note) for number in numbers}
+        heard = [
+            number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # nohup has one ignored
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
         finally:
@@ -39,11 +42,12 @@ class Interruption(TrainerCallback):
                 signal.signal(number, handler)
 
     def raise_if_over(self) -> None:
-        """Raises `KeyboardInterrupt` after Ctrl-C, and `SystemExit` after another signal, where the training was ended."""
-        if self._is_over and self.number in (0, signal.SIGINT):
-            raise KeyboardInterrupt
-        if self._is_over:
+        """Raises `KeyboardInterrupt` after Ctrl-C, and `SystemExit` after another signal, in this process or in another that
+        ended the training."""
+        if self.number not in (0, signal.SIGINT):
             raise SystemExit(128 + self.number)
+        if self._is_over or self.number:
+            raise KeyboardInterrupt
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         asked = bool(self.number)
@@ -51,8 +55,11 @@ class Interruption(TrainerCallback):
             flag = torch.tensor(int(asked), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = bool(flag.item())
-        if asked and state.global_step < state.max_steps:
+        if asked:
             self._is_over = control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)  # the last evaluation has no step after it
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_over:  # the checkpoint is there, and an evaluation may take long

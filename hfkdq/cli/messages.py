@@ -17,7 +17,9 @@ _KEYS = {"eval-data": "data.eval", "calibration-data": "data.calibration", "text
 
 
 def as_keys(message: str) -> str:
-    """An error of the readers of data with the keys of a recipe: `--text-columns` becomes `data.text_columns`; one line."""
+    """An error of the readers of data with the keys of a recipe: `--text-columns` becomes `data.text_columns`, with names
+    after it `data.text_columns=[A,B]`; one line."""
+    message = re.sub(r"--text-columns ([A-Z]+(?:,[A-Z]+)*)\b", r"--text-columns=[\1]", message)
     text = re.sub(rf"--({'|'.join(_KEYS)})\b", lambda found: _KEYS[found[1]], message)
     return " ".join(text.split())
 

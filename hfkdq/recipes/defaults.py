@@ -22,7 +22,11 @@ def default_sections(model: PreTrainedModel) -> dict[str, Any]:
     """The sections of a recipe for a model, but for its objectives: half of each stack of layers, where there is one to
     halve, and integers of 8 bits."""
     return {
-        **({"student": student} if (student := _half(model)) else {}),
+        **(
+            {"student": {name: count // 2 for name, count in counts.items()}}
+            if (counts := layer_counts(model))
+            else {}
+        ),
         "training": dict(TRAINING),
         "quantization": {"weight_bits": 8, "activation_bits": 8},
         "export": {},
@@ -59,13 +63,14 @@ def default_objectives(
     return found
 
 
-def _half(model: PreTrainedModel) -> dict[str, int]:
+def layer_counts(model: PreTrainedModel) -> dict[str, int]:
+    """How many layers there are in each stack that can lose some, by the argument of `make_student` for it."""
     try:
         stacks = find_layer_stacks(model)
     except NoStructure:
         return {}
     names = ("num_layers", "num_decoder_layers")
-    return {name: len(stack) // 2 for name, stack in zip(names, stacks, strict=False) if len(stack) > 1}
+    return {name: len(stack) for name, stack in zip(names, stacks, strict=False) if len(stack) > 1}
 
 
 def _fits(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel, example: Batch | None) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -55,6 +56,19 @@ OWNED = {
     "push_to_hub_organization": "push.repo_id", "do_train": "nothing", "do_eval": "data.eval", "do_predict": "data.eval",
     "remove_unused_columns": "nothing", "eval_do_concat_batches": "nothing", "predict_with_generate": "nothing",
     "label_names": "nothing",
+}  # fmt: skip
+# What the Trainer would find out late, or never: the least and the largest value of a number.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "logging_steps", "save_steps",
+         "eval_steps", "eval_delay", "save_total_limit"), (0, math.inf),
+    ),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
+         "generation_max_length", "generation_num_beams"), (1, math.inf),
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +127,14 @@ def training_arguments(parts: Parts, output_dir: str, generates: bool = False, *
     """
     cls = Seq2SeqTrainingArguments if generates else TrainingArguments
     settings = {"report_to": "none", **parts.training, **more}
+    if others := sorted(
+        {item.name for item in fields(Seq2SeqTrainingArguments)} - {item.name for item in fields(cls)}
+    ):
+        refused = [name for name in others if name in settings]
+        if refused:
+            raise ValueError(
+                f"training.{refused[0]} is for models that write their answers, and this one does not. Leave it out."
+            )
     if generates:
         settings["predict_with_generate"] = True
     return _refusing(lambda: cls(output_dir=output_dir, **settings), "training")
@@ -251,8 +273,19 @@ def _check_training(given: dict[str, Any]) -> None:
             advice = "the command says it itself" if instead == "nothing" else f"use {instead} instead"
             raise ValueError(f"training.{name} is not for a recipe; {advice}")
     refuse_unknown(given, known, "training")
+    choices = {item.name: item.metadata.get("choices") for item in fields(Seq2SeqTrainingArguments)}
     for name, value in given.items():
         check(value, known[name], f"training.{name}")
+        if value is None:
+            continue
+        if (allowed := choices[name]) and value not in allowed:
+            raise ValueError(f"training.{name} is {value!r:.80}, expected one of {', '.join(map(str, allowed))}")
+        least, most = _BOUNDS.get(name, (-math.inf, math.inf))
+        if name in _BOUNDS and not least <= value <= most:
+            bounds = f"{least} or more" if most == math.inf else f"in [{least}, {most}]"
+            raise ValueError(f"training.{name} must be {bounds}, got {value!r}")
+    if given.get("num_train_epochs", 1) <= 0 and given.get("max_steps", -1) <= 0:
+        raise ValueError(f"training.num_train_epochs must be larger than 0, got {given['num_train_epochs']!r}")
 
 
 def _refusing(make: Callable[[], Any], where: str) -> Any:

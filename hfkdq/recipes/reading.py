@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -33,6 +33,11 @@ _PLAIN = {
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (as PyYAML declares it)
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {  # what JSON has, so that no tag makes anything else
+        None: yaml.SafeLoader.construct_undefined,
+        f"{_TAG}str": yaml.SafeLoader.construct_yaml_str,
+        f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -56,14 +61,18 @@ class _Loader(yaml.SafeLoader):
             found[key] = self.construct_object(value_node, deep=True)
         return found
 
-    def _int(self, node: Any) -> int:
-        text = str(self.construct_scalar(node))
-        return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-
-    def _float(self, node: Any) -> float:
-        text = str(self.construct_scalar(node))
-        value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        if not math.isfinite(value):
+    def _plain(self, node: Any) -> Any:
+        text, kind = str(self.construct_scalar(node)), node.tag.removeprefix(_TAG)
+        value: Any = None
+        if not _PLAIN[kind][0].fullmatch(text):  # with a tag such as !!int
+            raise yaml.constructor.ConstructorError(None, None, f"{_short(text)} is no {kind}", node.start_mark)
+        if kind == "bool":
+            value = text.lower() == "true"
+        elif kind == "int":
+            value = int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+        elif kind == "float":
+            value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        if isinstance(value, float) and not math.isfinite(value):
             raise yaml.constructor.ConstructorError(None, None, f"{text[:40]} is not a finite number", node.start_mark)
         return value
 
@@ -78,8 +87,7 @@ class _Dumper(yaml.SafeDumper):
 for _kind, (_pattern, _first) in _PLAIN.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _kind, re.compile(f"^(?:{_pattern.pattern})$"), _first)
-_Loader.add_constructor(f"{_TAG}int", _Loader._int)
-_Loader.add_constructor(f"{_TAG}float", _Loader._float)
+    _Loader.add_constructor(_TAG + _kind, _Loader._plain)
 _Loader.add_constructor(f"{_TAG}map", _Loader.construct_mapping)
 
 
@@ -204,7 +212,9 @@ def _parsed(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{place}{error.problem or error.context}") from None
+        told = error.problem or error.context or ""
+        told = f"{error.context}, {told}" if told.startswith("but ") else told  # the second half of a sentence
+        raise ValueError(f"{place}{told}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError("it is nested without end" if isinstance(error, RecursionError) else brief(error)) from None
 

@@ -37,6 +37,9 @@ class DataSection:
     calibration_samples: int = 256
 
     def __post_init__(self) -> None:
+        for name in ("train", "eval", "calibration"):
+            if (where := getattr(self, name)) is not None and not where.strip():
+                raise ValueError(f"data.{name} is empty. Name a file, a folder or data on the Hub.")
         for name in ("max_length", "train_samples", "eval_samples", "calibration_samples"):
             _at_least(f"data.{name}", getattr(self, name), 1)
         if self.text_columns is not None and len(self.text_columns) not in (1, 2):
@@ -161,6 +164,14 @@ class PushSection:
     create_pr: bool = False
     commit_message: str = "Upload compressed model"
 
+    def __post_init__(self) -> None:
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
+
+        try:
+            validate_repo_id(self.repo_id)
+        except ValueError as error:
+            raise ValueError(f"push.repo_id is {self.repo_id!r:.80}, expected user/name: {error}") from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -194,8 +205,9 @@ class Recipe:
     push: PushSection | None = None
 
     def __post_init__(self) -> None:
-        if not self.model.strip():
-            raise ValueError("model is empty. Name the folder of a checkpoint, or a model on the Hub.")
+        for name in ("model", "teacher"):
+            if (where := getattr(self, name)) is not None and not where.strip():
+                raise ValueError(f"{name} is empty. Name the folder of a checkpoint, or a model on the Hub.")
         if self.objectives is not None and not self.objectives:
             raise ValueError("objectives is an empty list. Name one, or leave it out for the task loss alone.")
         for name, what in (("push", "sends"), ("report", "measures")):

@@ -101,6 +101,15 @@ def test_specs_and_callbacks_share_a_section():
         ("training.learning_rat=1", "training has no 'learning_rat'; did you mean learning_rate"),
         ("training.learning_rate=fast", "training.learning_rate is 'fast', expected a number"),
         ("training.bf16=1", "training.bf16 is 1, expected true or false"),
+        ("training.seed=-1", "training.seed must be in [0, 4294967295], got -1"),
+        ("training.data_seed=4294967296", "training.data_seed must be in [0, 4294967295]"),
+        ("training.learning_rate=-1", "training.learning_rate must be 0 or more, got -1"),
+        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps must be 1 or more, got 0"),
+        ("training.per_device_train_batch_size=-4", "training.per_device_train_batch_size must be 1 or more, got -4"),
+        ("training.adam_beta1=5", "training.adam_beta1 must be in [0, 1], got 5"),
+        ("training.num_train_epochs=-1", "training.num_train_epochs must be larger than 0, got -1"),
+        ("training.log_level=loud", "training.log_level is 'loud', expected one of"),
+        ("training.lr_scheduler_type=3", "training.lr_scheduler_type is 3, expected linear or"),
         ("training.output_dir=x", "training.output_dir is not for a recipe; use --output-dir instead"),
         ("training.hub_token=hf_x", "training.hub_token is not for a recipe; use `hf auth login` instead"),
     ],
@@ -121,6 +130,10 @@ def test_training_arguments_are_those_of_the_section(tmp_path):
     assert isinstance(
         training_arguments(parts("training.use_cpu=true"), str(tmp_path), True), Seq2SeqTrainingArguments
     )
+    answers = parts("training={generation_max_length: 9, use_cpu: true}")
+    assert training_arguments(answers, str(tmp_path), True).generation_max_length == 9
+    with pytest.raises(ValueError, match=r"training.generation_max_length is for models that write their answers"):
+        training_arguments(answers, str(tmp_path))
     with pytest.raises(ValueError, match=r"^training: .*no_such") as caught:
         training_arguments(parts("training={lr_scheduler_type: no_such}"), str(tmp_path))
     assert "\n" not in str(caught.value)
