@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that an ONNX file stores, of any exporter: how many numbers, in how many bytes, how many of them zero."""
+"""The weights that an ONNX file stores, of any exporter: how many numbers, in how many bytes, how many of them zero; and how large
+it is with them."""
 
 from __future__ import annotations
 
@@ -39,3 +40,10 @@ def stored_weights(path: Path) -> list[StoredTensor]:
         zeros = float(np.mean(tensor.numpy() == 0)) if is_plain and numbers and not packed else None
         found.append(StoredTensor(name, numbers, tensor.nbytes, zeros))
     return found
+
+
+def stored_bytes(path: Path) -> int:
+    """The size of a file, with the weights that lie beside it, whatever they are called."""
+    tensors = [value.const_value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
+    beside = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return sum(file.stat().st_size for file in (path, *beside))
