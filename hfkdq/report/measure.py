@@ -326,7 +326,7 @@ def _describe_onnx(
         name=row.name,
         kind="onnx",
         metrics=metrics,
-        size=sum(map(stored_bytes, files.paths)),
+        size=stored_bytes(files.paths),
         parity=public_parity(row.facts) if "kind" in row.facts else None,
         files=row.facts["files"],
         layers=describe_stored(files.paths, row.model),

@@ -334,4 +334,4 @@ def test_weights_beside_a_file_of_others_are_part_of_its_size(tmp_path):
     onnx.save(
         onnx.helper.make_model(graph), file, save_as_external_data=True, location="weights.bin", size_threshold=0
     )
-    assert stored_bytes(file) == file.stat().st_size + (tmp_path / "weights.bin").stat().st_size > 4 * 64 * 64
+    assert stored_bytes([file]) == file.stat().st_size + (tmp_path / "weights.bin").stat().st_size > 4 * 64 * 64

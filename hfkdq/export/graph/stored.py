@@ -4,7 +4,9 @@ it is with them."""
 
 from __future__ import annotations
 
+import glob
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,8 +44,12 @@ def stored_weights(path: Path) -> list[StoredTensor]:
     return found
 
 
-def stored_bytes(path: Path) -> int:
-    """The size of a file, with the weights that lie beside it, whatever they are called."""
-    tensors = [value.const_value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
-    beside = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    return sum(file.stat().st_size for file in (path, *beside))
+def stored_bytes(paths: Iterable[Path]) -> int:
+    """The size of files, with the weights that lie beside them, whatever those are called."""
+    found: set[Path] = set()
+    for path in paths:
+        values = [value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
+        tensors = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+        beside = path.parent.glob(f"{glob.escape(path.name)}[._]data*")
+        found |= {file.resolve() for file in (path, *beside, *(Path(tensor.path) for tensor in tensors))}
+    return sum(file.stat().st_size for file in found)
