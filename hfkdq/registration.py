@@ -86,7 +86,7 @@ def _classes() -> tuple[type, type]:
             """Leaves the model that `load_quantized` gives, which Transformers may move, cast and train as any other."""
             from transformers import PreTrainedModel
 
-            from .facts import mark_quantized
+            from .facts import drop_fact, mark_quantized, unmark_quantized
             from .modeling.checkpoints import wants_plain_weights
             from .quantization.post_training import restore_recorded_
             from .quantization.records import recorded_quantization
@@ -105,6 +105,8 @@ def _classes() -> tuple[type, type]:
             if type(model).__name__ in (model.config.architectures or ()):
                 restore_recorded_(model, *recorded)
             else:
+                drop_fact(model, "quantization")  # which a checkpoint of this model would not have
+                unmark_quantized(model.config)
                 logging.get_logger(__name__).warning(
                     f"The quantization that the configuration records is that of {', '.join(model.config.architectures or ['no class'])}; "
                     f"{type(model).__name__} has its float weights. Load that class to have it quantized."

@@ -12,7 +12,9 @@ import wave
 
 import datasets
 import numpy as np
+import onnx
 import pytest
+import safetensors.torch
 import torch
 import transformers as tf
 from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
@@ -197,6 +199,109 @@ def test_what_cannot_be_measured_is_one_line_and_leaves_nothing(what, words, sma
     assert told.startswith("hfkdq report: ")
     assert words in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def others(small, exported, tmp_path):
+    """A repository as others have them: a configuration, a tokenizer, and two files below `onnx/`."""
+    folder = tmp_path / "others"
+    (folder / "onnx").mkdir(parents=True)
+    for file in small.glob("*.json"):
+        shutil.copy(file, folder)
+    for name in ("model.onnx", "model_quantized.onnx"):
+        shutil.copy(exported / "model.onnx", folder / "onnx" / name)
+    return folder
+
+
+def test_a_file_in_the_layout_of_the_hub_has_its_configuration_above_it(others, teacher, data, tmp_path, capsys):
+    file = others / "onnx" / "model_quantized.onnx"
+    for command in ("report", "bench", "inspect"):
+        given = ["--eval-data", str(data), "--output-dir", str(tmp_path / "out")] if command == "report" else []
+        if command != "inspect":  # which is about the folder that the file belongs to
+            assert main([command, str(others), *given]) == 1
+            told = capsys.readouterr().err.splitlines()[-1]
+            assert "onnx/model.onnx, onnx/model_quantized.onnx. Name the one to measure, such as" in told
+            assert told.endswith(f"{others / 'onnx' / 'model.onnx'}.")
+        if command == "inspect":
+            assert main([command, str(file)]) == 0
+        if command == "bench":
+            assert main([command, str(file), "--rounds", "1", "--length", "8"]) == 0
+    assert "model_quantized" in capsys.readouterr().out
+    found = report(tmp_path / "out", data, others / "onnx" / "model.onnx", file, options=("--teacher", str(teacher), "--latency-rounds", "0"))  # fmt: skip
+    assert [engine.name for engine in found.engines] == ["teacher", "others", "model_quantized"]
+    file.unlink()
+    assert find_place("x", str(others)).path == others / "onnx" / "model.onnx"  # the only one
+    assert find_place("x", str(others)).folder == others
+
+
+def constant(file, logits):
+    """A file that gives every text the same logits."""
+    inputs = [onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT64, ["b", "s"])]
+    outputs = [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["b", len(logits)])]
+    value = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [1, len(logits)], logits)
+    nodes = [
+        onnx.helper.make_node("Cast", ["input_ids"], ["float"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMax", ["float"], ["one"], axes=[1], keepdims=1),
+        onnx.helper.make_node("Constant", [], ["value"], value=value),
+        onnx.helper.make_node("Mul", ["one", "value"], ["logits"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda folder: constant(folder / "file.onnx", [0, 1, 2, 3, 4]),
+            "file: {}/file.onnx has logits of 5 classes, and",
+        ),
+        (
+            lambda folder: constant(folder / "file.onnx", [float("nan")] * 3),
+            "file computes outputs that are no numbers (NaN)",
+        ),
+        (
+            lambda folder: saved(tiny.llama(), folder / "file"),
+            "is for text-classification, and file for text-generation",
+        ),
+    ],
+)
+def test_what_would_look_like_a_measurement_is_refused(make, words, small, data, tmp_path, capsys):
+    assert report(tmp_path / "out", data, small, make(tmp_path)) == 1
+    assert words.format(tmp_path) in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_do_not_load_are_named_before_anything_is_measured(small, tmp_path, monkeypatch):
+    file = tmp_path / "broken.onnx"
+    file.write_bytes(b"no ONNX")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(small)
+    monkeypatch.setattr(tf.Trainer, "predict", lambda *_, **__: pytest.fail("measured"))
+    rows = [
+        Candidate(
+            name=name, model=model, path=path, eval_dataset=tiny.text_dataset(4), processing_class=tiny.tokenizer()
+        )
+        for name, path in (("first", None), ("file", file))
+    ]
+    with pytest.raises(RuntimeError, match=r"file: ONNX Runtime cannot run broken\.onnx"):
+        CompressionReport.compare(rows, latency_rounds=0)
+
+
+def test_a_pooling_that_the_model_cannot_have_is_refused(small, tmp_path, capsys, data):
+    folder = export_onnx(
+        tf.AutoModelForSequenceClassification.from_pretrained(small), tmp_path / "out", latency_rounds=0,
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    facts = json.loads((folder / "export_facts.json").read_text()) | {
+        "pooling": {"modes": ["mean"], "normalize": True}
+    }
+    (folder / "export_facts.json").write_text(json.dumps(facts))
+    assert report(tmp_path / "report", data, small, folder) == 1
+    assert (
+        "BertForSequenceClassification has no states that make an embedding"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_a_candidate_that_cannot_read_the_rows_is_named(teacher, data, tmp_path, capsys):
@@ -389,6 +494,27 @@ def test_bench_times_files_and_checkpoints_at_every_size(small, exported, capsys
     told = capsys.readouterr().out
     assert "Examples/s" in told
     assert "1.00x" in told
+
+
+def test_bench_tells_what_cannot_be_timed_in_one_line(small, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    shutil.copy(small / "config.json", tmp_path / "empty")
+    assert main(["bench", str(tmp_path / "empty"), "--length", "8"]) == 1
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"hfkdq bench: empty: {tmp_path / 'empty'} has no weights")
+    )
+    file = constant(tmp_path / "file.onnx", [0, 1, 2])
+    assert (
+        main(["bench", str(small), str(file), "--length", "8", "--rounds", "1"]) == 0
+    )  # with the inputs of the first
+    weights = dict(safetensors.torch.load_file(small / "model.safetensors"))
+    weights["classifier.weight"] = torch.zeros(7, 7)
+    safetensors.torch.save_file(weights, tmp_path / "empty" / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    assert main(["bench", str(tmp_path / "empty"), "--length", "8"]) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert told[-1].startswith("hfkdq bench: The process that times 'empty' ended with code 1: ")
+    assert not any(line.startswith("Traceback") for line in told)
 
 
 @pytest.mark.parametrize(

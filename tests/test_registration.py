@@ -149,3 +149,28 @@ def test_another_class_has_float_weights_and_says_so(tmp_path, caplog):
     found = AutoModel.from_pretrained(tmp_path)
     assert "is that of BertForSequenceClassification; BertModel has its float weights" in caplog.text
     assert not quantized_modules(found)
+
+
+def test_what_another_class_saves_is_an_ordinary_checkpoint(tmp_path):
+    quantized().save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    base.save_pretrained(tmp_path / "base")
+    told = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert not {"hfkdq", "quantization_config"} & told.keys()
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    batch = tiny.batch(base)
+    torch.testing.assert_close(again(**batch).last_hidden_state, base(**batch).last_hidden_state)
+
+
+def test_the_advice_about_a_record_without_ranges_works(tmp_path):
+    quantized().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["hfkdq"]["quantization"]["ranges"].popitem()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"lacks the ranges of 1 .*without the section hfkdq in config\.json its weights load"
+    ):
+        AutoClassifier.from_pretrained(tmp_path)
+    del config["hfkdq"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not quantized_modules(AutoClassifier.from_pretrained(tmp_path))

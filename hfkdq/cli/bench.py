@@ -45,7 +45,9 @@ def run(options: argparse.Namespace) -> None:
     told: list[str] = []
     with quietly():
         places = [find_place(name, where) for name, where in named]
-        candidates = [(place.name, place.folder, place.path) for place in places]
+        # A file without a configuration beside it has the inputs of the first one, as in a report.
+        folders = [place.folder if place.path is None or place.is_configured else places[0].folder for place in places]
+        candidates = [(place.name, folder, place.path) for place, folder in zip(places, folders, strict=True)]
         for threads, size, length in itertools.product(options.threads, options.batch_size, options.length):
             rows, report = time_files(
                 candidates, threads=threads, batch_size=size, length=length, rounds=options.rounds

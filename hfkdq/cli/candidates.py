@@ -9,7 +9,7 @@ from typing import Any
 
 from ..export.record import export_file
 from ..files import looks_local, refuse_missing
-from ..provenance import weight_files
+from ..provenance import ONNX_FOLDER, weight_files
 from ..schema import brief, read_file
 
 # What a repository of a model holds; pickles are not among it.
@@ -33,7 +33,12 @@ class Place:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there are weights for PyTorch."""
-        return any(self.folder.glob("*.safetensors")) and (self.folder / "config.json").is_file()
+        return any(self.folder.glob("*.safetensors")) and self.is_configured
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether there is a configuration."""
+        return (self.folder / "config.json").is_file()
 
 
 def split_names(given: list[str]) -> list[tuple[str, str]]:
@@ -77,14 +82,22 @@ def find_place(name: str, where: str) -> Place:
             raise ValueError(
                 f"{where} is neither an ONNX file nor a folder. Name model.onnx, or the folder of a checkpoint."
             )
-        return Place(name, path.parent, path.parent if path.name == "model.onnx" and is_export(path.parent) else path)
+        beside = path.parent
+        if (
+            beside.name == ONNX_FOLDER
+            and not (beside / "config.json").is_file()
+            and (beside.parent / "config.json").is_file()
+        ):
+            beside = beside.parent  # the layout of the Hub
+        return Place(name, beside, beside if path == beside / "model.onnx" and is_export(beside) else path)
     if is_export(path):
         return Place(name, path, path)
-    files = sorted(path.glob("*.onnx"))
+    files = [file for file in weight_files(path) if file.suffix == ".onnx"]
     if files and not any(path.glob("*.safetensors")):
         if len(files) > 1:
-            raise ValueError(f"{where} has {', '.join(file.name for file in files[:6])}. Name the one to measure.")
-        return Place(name, path, files[0])
+            told = ", ".join(file.relative_to(path).as_posix() for file in files[:6])
+            raise ValueError(f"{where} has {told}. Name the one to measure, such as {files[0]}.")
+        return find_place(name, str(files[0]))
     return Place(name, path, None)
 
 
@@ -129,7 +142,8 @@ def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
 def _short(where: str) -> str:
     path = Path(where)
     if path.suffix == ".onnx":
-        path = path.parent if path.stem == "model" and path.parent.name else path.with_suffix("")
+        folder = path.parent.parent if path.parent.name == ONNX_FOLDER else path.parent
+        path = folder if path.stem == "model" and folder.name else path.with_suffix("")
     return path.resolve().name if path.name in ("", "..") else path.name
 
 

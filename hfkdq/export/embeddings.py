@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, logging
 
 from ..modeling.forwards import as_output, forward_columns
+from ..modeling.tasks import task_of
 from ..schema import FreeText, check, read_file
 from .choices import NO_POOLING, POOLINGS
 
@@ -131,8 +132,7 @@ def find_pooling(
             raise ValueError('normalize=True needs an embedding to normalize; pooling="none" leaves it out.')
         return None
     modes = _checked(asked)
-    fits = task == "feature-extraction" and "input_ids" in forward_columns(model)
-    fits = fits and not getattr(model.config, "is_encoder_decoder", False)
+    fits = task == "feature-extraction" and _has_states_of_texts(model)
     found = _of_folder(model, modes) if fits else None
     modes = modes or (found.modes if found else ())
     if not modes and normalize is None:
@@ -150,6 +150,10 @@ def find_pooling(
     unit = found is not None and found.normalize if normalize is None else normalize
     settings = (found.model_settings, found.token_settings) if found else (_ModelSettings(), _TokenSettings())
     return Pooling(modes, unit, *settings)
+
+
+def _has_states_of_texts(model: PreTrainedModel) -> bool:
+    return "input_ids" in forward_columns(model) and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _checked(asked: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -247,8 +251,15 @@ def _pooling_forward(call: Any, pooling: Pooling) -> Callable[..., ModelOutput]:
 
 
 def pooled_copy(model: PreTrainedModel, recorded: Any) -> PreTrainedModel:
-    """The model that a file with this record of [`Pooling.describe`] was made of; the model itself for one without."""
+    """The model that a file with this record of [`Pooling.describe`] was made of; the model itself for one without. `ValueError`
+    for a model that has no states to pool."""
     if not isinstance(recorded, dict):
         return model
+    task = task_of(type(model).__name__)
+    if (task is not None and task.name != "feature-extraction") or not _has_states_of_texts(model):
+        raise ValueError(
+            f"{type(model).__name__} has no states that make an embedding of a text, as the record of the exported file says. Measure "
+            "the file beside the encoder that was exported."
+        )
     made = Pooling(_checked(recorded["modes"]), bool(recorded["normalize"]), {}, {})
     return pool_(copy.copy(model), made)

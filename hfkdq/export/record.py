@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from ..facts import QuantizationSettings
-from ..provenance import ONNX_FOLDER, weight_files
-from ..schema import FreeText, check, read_file
-from .choices import HUB
+from ..provenance import ONNX_FOLDER
+from ..schema import Count, FreeText, check, read_file
+from .choices import HUB, POOLINGS
 
 EXPORT_FACTS = "export_facts.json"
 MANIFEST = "export.json"
@@ -26,7 +26,7 @@ EXPORT_AGAIN = "Export the model again with export_onnx"
 class FileFacts(TypedDict):
     """Size and hash of a file."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -76,10 +76,15 @@ def _is_suffix(value: str, where: str) -> None:
         raise ValueError(f"{where} is no end of the names of files")
 
 
+def _are_poolings(value: list[str], where: str) -> None:
+    if not value or not set(value) <= POOLINGS.keys():
+        raise ValueError(f"{where} is {value!r:.60}, expected one or several of {', '.join(POOLINGS)}")
+
+
 class PoolingFacts(TypedDict):
     """How a file makes embeddings."""
 
-    modes: list[FreeText]
+    modes: Annotated[list[FreeText], _are_poolings]
     normalize: bool
 
 
@@ -87,7 +92,7 @@ class Export(TypedDict, total=False):
     """The fields of `export_facts.json` that are read."""
 
     kind: FreeText
-    bytes: int
+    bytes: Count
     task: FreeText
     opset: int
     samples: int
@@ -131,15 +136,3 @@ def read_export(folder: Path) -> dict[str, Any]:
 def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the files lie that a record is about first of all, and what their names end in."""
     return (folder / ONNX_FOLDER, facts.get("suffix", "")) if facts.get("layout") == HUB else (folder, "")
-
-
-def bytes_of(path: Path, facts: Mapping[str, Any]) -> int:
-    """The size of what `open_recorded` opens, with weights that lie beside it."""
-    if path.is_dir() and place_of(path, facts)[0] != path:  # of several precisions the record says which is meant
-        return int(facts["bytes"])
-    files = weight_files(path if path.is_dir() else path.parent)
-    return sum(
-        file.stat().st_size
-        for file in files
-        if ".onnx" in file.name and (path.is_dir() or file.name.startswith(path.name))
-    )

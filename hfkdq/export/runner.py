@@ -43,6 +43,7 @@ class SingleFile:
     def __init__(self, path: Path) -> None:
         self.paths, self._session = [path], OnnxSession(path)
         self.input_names, self.output_names = self._session.input_names, self._session.output_names
+        self.output_shapes = self._session.output_shapes
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for a batch, by name; inputs that the file does not take are ignored."""

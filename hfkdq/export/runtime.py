@@ -13,7 +13,17 @@ import onnxruntime as ort
 
 from .defaults import Array, neutral
 
-_TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(float)": np.float32}
+_TYPES: dict[str, type[np.generic]] = {
+    "tensor(bool)": np.bool_, "tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64,
+    **{f"tensor({kind.__name__})": kind for kind in (
+        np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64,
+    )},
+}  # fmt: skip
+_NOT_LOADED = "Export it again, or download it again"
+_NOT_RUN = (
+    "If it was exported just now, this architecture cannot be exported for all sizes of its inputs: the tracer took some of them "
+    "for constants"
+)
 
 
 class OnnxSession:
@@ -30,7 +40,7 @@ class OnnxSession:
         output_shapes (`dict[str, list]`): that of each output.
 
     Raises:
-        ValueError: `threads` is less than 1, or there is no such file.
+        ValueError: `threads` is less than 1, there is no such file, or it takes what is no array of numbers.
         RuntimeError: ONNX Runtime does not load it.
 
     Example:
@@ -51,9 +61,15 @@ class OnnxSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        with _in_plain_words(path):
+        with _in_plain_words(path, _NOT_LOADED):
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._path = path
+        strange = next((value for value in self._session.get_inputs() if value.type not in _TYPES), None)
+        if strange is not None:
+            raise ValueError(
+                f"{path} takes {strange.type} as {strange.name!r}; only files that take arrays of numbers can be run. Export the model "
+                "without its tokenizer or processor."
+            )
         self._types = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self.input_names: list[str] = [value.name for value in self._session.get_inputs()]
         self.output_names: list[str] = [value.name for value in self._session.get_outputs()]
@@ -81,7 +97,7 @@ class OnnxSession:
             TypeError: an array cannot become what the file takes without loss of kind, as floats for integers.
         """
         feed = {name: self._fill(name, inputs) for name in self.input_names}
-        with _in_plain_words(self._path):
+        with _in_plain_words(self._path, _NOT_RUN):
             return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
     def _fill(self, name: str, inputs: Mapping[str, Array]) -> Array:
@@ -94,18 +110,15 @@ class OnnxSession:
 
 
 @contextmanager
-def _in_plain_words(path: str | Path) -> Iterator[None]:
-    """Makes one sentence of ONNX Runtime's own errors, which are of no common class."""
+def _in_plain_words(path: str | Path, advice: str) -> Iterator[None]:
+    """Makes one line of ONNX Runtime's own errors, which are of no common class."""
     try:
         yield
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        told = " ".join(str(error).split())[:300]
-        raise RuntimeError(
-            f"ONNX Runtime cannot run {Path(path).name}: {told}. If it was exported just now, this architecture cannot be exported "
-            "for all sizes of its inputs: the tracer took some of them for constants."
-        ) from error
+        told = " ".join(str(error).split())[:300].rstrip(".")
+        raise RuntimeError(f"ONNX Runtime cannot run {Path(path).name}: {told}. {advice}.") from error
 
 
 def onnx_call(path: str, inputs: Mapping[str, Array], threads: int) -> Callable[[], Any]:

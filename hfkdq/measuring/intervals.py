@@ -123,7 +123,7 @@ def _units(
     if batched:
         batches: list[Any] = [list(values) for values in (prediction.predictions, prediction.label_ids)]
         return len(batches[0]), lambda drawn: task(_of_batches(batches, drawn))
-    sizes = {np.shape(array)[:1] for array in [*_leaves(prediction.predictions), *_leaves(prediction.label_ids)]}
+    sizes = {np.shape(array)[:1] for array in [*leaves_of(prediction.predictions), *leaves_of(prediction.label_ids)]}
     if len(sizes) != 1 or () in sizes:  # such as labels that are a number for each object
         return 0, lambda drawn: {}
     return sizes.pop()[0], lambda drawn: task(rows_of(prediction, drawn))
@@ -139,10 +139,11 @@ def rows_of(prediction: EvalPrediction, rows: Array) -> EvalPrediction:
     return EvalPrediction(predictions=_take(prediction.predictions, rows), label_ids=_take(prediction.label_ids, rows))
 
 
-def _leaves(values: Any) -> list[Any]:
+def leaves_of(values: Any) -> list[Any]:
+    """The arrays of predictions or labels, which may be nested."""
     if isinstance(values, Mapping):
-        return [leaf for value in values.values() for leaf in _leaves(value)]
-    return [leaf for value in values for leaf in _leaves(value)] if isinstance(values, (tuple, list)) else [values]
+        return [leaf for value in values.values() for leaf in leaves_of(value)]
+    return [leaf for value in values for leaf in leaves_of(value)] if isinstance(values, (tuple, list)) else [values]
 
 
 def _take(values: Any, rows: Array) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from ..schema import brief
 from ..secrets import without_secrets
 from . import worker
 
@@ -122,11 +123,12 @@ class _Worker:
             return line
         code = self._process.wait()
         self._errors.seek(0)
-        tail = self._errors.read()[-STDERR_TAIL:].strip()
+        tail = self._errors.read()[-STDERR_TAIL:].strip() or "it said nothing"
+        last = brief(RuntimeError(tail.splitlines()[-1])).rstrip(".")
         raise RuntimeError(
-            f"The process that times {self.name!r} ended with code {code}. Measure with latency_rounds=0 to leave "
-            f"latency out. The end of what it said:\n{tail}"
-        )
+            f"The process that times {self.name!r} ended with code {code}: {last}. Where quality is measured too, "
+            "latency_rounds=0 leaves latency out."
+        ) from RuntimeError(tail)
 
 
 def package_folders() -> list[str]:
@@ -168,7 +170,8 @@ def time_calls(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> 
         `list[list[list[float]]]`: milliseconds of every call of every turn of each engine, in the order of `engines`.
 
     Raises:
-        RuntimeError: a process ended early; the message holds the end of what it wrote to its standard error.
+        RuntimeError: a process ended early; the message holds the last line of what it wrote to its standard error, and its cause
+            the lines before.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers = []

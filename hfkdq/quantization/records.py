@@ -30,7 +30,7 @@ from .weights import WeightQuantizer
 
 logger = logging.get_logger(__name__)
 FACT = "quantization"
-_AGAIN = "Save the model anew where it was made, or load its weights with from_pretrained and quantize them again."
+_AGAIN = "Save the model anew where it was made; without the section hfkdq in config.json its weights load as they are, to be quantized again."
 
 
 def quantized_spec(model: nn.Module) -> QuantizationSpec | None:

@@ -25,18 +25,18 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..export.embeddings import pooled_copy
-from ..export.graph import multiplies_exactly
-from ..export.record import bytes_of, export_file, read_export
+from ..export.graph import multiplies_exactly, stored_bytes
+from ..export.record import export_file, read_export
 from ..export.runner import GeneratingFiles, SingleFile, open_recorded
 from ..export.runtime import onnx_call
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
-from ..measuring.intervals import RESAMPLES, Sampled, change, sample
+from ..measuring.intervals import RESAMPLES, Sampled, change, leaves_of, sample
 from ..measuring.latency import TimedEngine, check_counts, time_engines, total_latency
 from ..measuring.torch_engine import torch_call
 from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
-from ..modeling.tasks import task_of
+from ..modeling.tasks import CLASSIFICATION, is_listed, task_of
 from ..provenance import describe_files, weight_files
 from .data import Engine, row_name
 from .environment import describe_environment
@@ -149,6 +149,7 @@ def compare(
             else f"Two candidates are called {twice!r}. Give each a name of its own."
         )
     _check_models({candidate.name: candidate.model for candidate in candidates})
+    _check_one_task(candidates)
     first: list[Any] = []  # what metrics without labels are held against
     with tempfile.TemporaryDirectory() as temporary:
         rows = []
@@ -203,11 +204,14 @@ def _measure_rows(
     timed: list[list[TimedEngine]] = []
     sampled: list[Sampled] = []
     scored: list[ScoredRows] = []
+    for row in rows:
+        _check_opens(row)
     bar = logging.tqdm(rows, desc="Quality")
     for number, row in enumerate(bar):
         bar.set_postfix_str(row.name)
         files = None if row.path is None else open_recorded(row.path, row.facts)
         scores, prediction = row.evaluation.run(row.name, pooled_copy(row.model, row.pooling), files)
+        _check_numbers(row.name, prediction.predictions)
         if files is None or row.path is None:
             engine, calls = _describe_torch(row, scores.metrics, temporary / f"torch-{number}")
         else:
@@ -241,6 +245,37 @@ def _measure_rows(
         "environment": describe_environment(),
         "mistakes": mistakes,
     }
+
+
+def _check_opens(row: _Row) -> None:
+    """Refuses, before anything is measured, files that do not load, and a pooling that the model cannot have."""
+    try:
+        pooled_copy(row.model, row.pooling)
+        if row.path is not None:
+            _check_classes(row.path, open_recorded(row.path, row.facts), row.model)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{row.name}: {error}") from error
+
+
+def _check_classes(path: Path, files: SingleFile | GeneratingFiles, model: PreTrainedModel) -> None:
+    shape = files.output_shapes.get("logits", []) if isinstance(files, SingleFile) else []
+    classes, known = (shape[-1] if shape else None), getattr(model.config, "num_labels", None)
+    classifies = is_listed(type(model).__name__, *CLASSIFICATION, "TOKEN_CLASSIFICATION")
+    if classifies and isinstance(classes, int) and classes != known:
+        raise ValueError(
+            f"{path} has logits of {classes} classes, and {type(model).__name__} has {known}: it was made of another model. Measure it "
+            "beside its own checkpoint."
+        )
+
+
+def _check_numbers(name: str, predictions: Any) -> None:
+    """Refuses predictions that are no numbers: the likeliest of classes is then the first, which looks like a measurement."""
+    arrays = [array for array in leaves_of(predictions) if isinstance(array, np.ndarray) and array.dtype.kind == "f"]
+    if any(np.isnan(array).any() for array in arrays):
+        raise ValueError(
+            f"{name} computes outputs that are no numbers (NaN), so nothing can be measured. Its training diverged, or its numbers do "
+            "not fit into the precision of the file: look at its weights, or export it in another precision."
+        )
 
 
 def _recorded(path: Path, model: PreTrainedModel) -> dict[str, Any]:
@@ -291,7 +326,7 @@ def _describe_onnx(
         name=row.name,
         kind="onnx",
         metrics=metrics,
-        size=bytes_of(path, row.facts),
+        size=stored_bytes(files.paths),
         parity=public_parity(row.facts) if "kind" in row.facts else None,
         files=row.facts["files"],
         layers=describe_stored(files.paths, row.model),
@@ -318,6 +353,17 @@ def _check_models(models: Mapping[str, Any]) -> None:
         raise RuntimeError(
             f"This is one of {distributed.get_world_size()} distributed processes, whose timings would disturb one "
             "another. Measure the saved model in a process of its own."
+        )
+
+
+def _check_one_task(candidates: Sequence[Candidate]) -> None:
+    """Refuses models of different tasks, whose metrics say nothing of one another."""
+    tasks = [(one.name, task.name) for one in candidates if (task := task_of(type(one.model).__name__)) is not None]
+    other = next((pair for pair in tasks if pair[1] != tasks[0][1]), None)
+    if other is not None:
+        raise ValueError(
+            f"{tasks[0][0]} is for {tasks[0][1]}, and {other[0]} for {other[1]}: their metrics are not those of one task. Measure them in "
+            "a report for each task."
         )
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from ..export.dummies import dummy_batch
-from ..export.record import bytes_of, export_file, read_export
+from ..export.record import export_file, read_export
 from ..export.runner import GeneratingFiles, open_recorded
 from ..export.runtime import onnx_call
 from ..measuring.latency import Latency, TimedEngine, latency_of, time_calls
 from ..measuring.torch_engine import torch_call
 from ..modeling import build_empty, checkpoint_class, load_config
 from ..modeling.tasks import task_of
-from ..provenance import weight_files
 from .data import Engine, ReportData
 
 PERCENTILES = (50, 90, 99)
@@ -77,13 +76,10 @@ def time_files(
     """
     engines = [_engine(*one, batch_size=batch_size, length=length) for one in candidates]
     turns = time_calls(engines, threads=threads, rounds=rounds)
-    sizes = [_size(folder, path) for _, folder, path in candidates]
     rows = [
-        Engine(
-            name=name, kind="torch" if path is None else "onnx", metrics={}, size=max(1, size), latency=latency_of(calls)
-        )
-        for (name, _, path), size, calls in zip(candidates, sizes, turns, strict=True)
-    ]  # fmt: skip
+        Engine(name=name, kind="torch" if path is None else "onnx", metrics={}, size=1, latency=latency_of(calls))
+        for (name, _, path), calls in zip(candidates, turns, strict=True)
+    ]
     timing = {"device": "cpu", "threads": threads, "rounds": rounds, "inputs": {}}
     report = ReportData(engines=tuple(rows), architecture="Model", samples=0, timing=timing)
     return [
@@ -117,18 +113,16 @@ def _engine(name: str, folder: Path, path: Path | None, *, batch_size: int, leng
         raise ValueError(f"{name} takes {longest} tokens at most, got --length {length}.")
     batch = {key: value.numpy() for key, value in made.items()}
     if path is None:
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{name}: {folder} has no weights in safetensors to time. Name a folder of save_pretrained."
+            )
         return TimedEngine(name, torch_call, folder, batch)
     files = open_recorded(path, facts)
     if isinstance(files, GeneratingFiles) and batch_size != 1:
         raise ValueError(f"{name} writes texts token by token; such files are timed with --batch-size 1.")
     call = files.calls(batch)[0]  # of a model that generates the first part; hfkdq export times all of them
     return TimedEngine(name, onnx_call, call.path, call.inputs)
-
-
-def _size(folder: Path, path: Path | None) -> int:
-    if path is None:
-        return sum(file.stat().st_size for file in weight_files(folder) if file.suffix == ".safetensors")
-    return bytes_of(path, _recorded(path))
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from transformers import AutoModel
 
 from hfkdq import CompressionReport, QuantizationSpec, export_onnx, push_to_hub, quantize
 from hfkdq.export import OnnxSession
-from hfkdq.export.graph import saving
+from hfkdq.export.graph import saving, stored_bytes
 from hfkdq.export.layout import file_suffixes
 from hfkdq.export.precisions import PRECISIONS, precision_of
 from hfkdq.export.record import read_export
 from hfkdq.provenance import describe_files
+from hfkdq.report import Candidate
 from tests import tiny
 from tests.hub_server import loopback_hub  # noqa: F401
 
@@ -298,3 +299,39 @@ def test_a_record_with_another_end_of_names_is_refused(several, tmp_path, suffix
     (tmp_path / "export_facts.json").write_text(json.dumps({**facts, "suffix": suffix}))
     with pytest.raises(ValueError, match="suffix"):
         read_export(tmp_path)
+
+
+@pytest.mark.parametrize("modes", [[], ["average"], ["mean", "x"]])
+def test_a_record_with_another_pooling_is_refused(several, tmp_path, modes):
+    facts = json.loads((several / "export_facts.json").read_text())
+    (tmp_path / "export_facts.json").write_text(json.dumps({**facts, "pooling": {"modes": modes, "normalize": True}}))
+    with pytest.raises(
+        ValueError, match=r"export_facts.json is not what .*pooling.modes is .*, expected one or several of cls"
+    ):
+        read_export(tmp_path)
+
+
+def test_a_size_is_that_of_the_files_whatever_the_record_says(several, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(several, folder)
+    facts = json.loads((folder / "export_facts.json").read_text())
+    del facts["bytes"]
+    (folder / "export_facts.json").write_text(json.dumps(facts))
+    data, tokenizer = tiny.text_dataset(8).remove_columns("labels"), tiny.tokenizer()
+    model = AutoModel.from_pretrained(folder)
+    candidate = Candidate(name="file", model=model, path=folder, eval_dataset=data, processing_class=tokenizer)
+    (row,) = CompressionReport.compare([candidate], latency_rounds=0, resamples=0).engines
+    assert row.size == (folder / "onnx" / f"model{facts['suffix']}.onnx").stat().st_size
+
+
+def test_weights_beside_a_file_of_others_are_part_of_its_size(tmp_path):
+    weight = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", 64]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])], "g", value[:1], value[1:], [weight]
+    )
+    file = tmp_path / "model.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph), file, save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    assert stored_bytes([file]) == file.stat().st_size + (tmp_path / "weights.bin").stat().st_size > 4 * 64 * 64

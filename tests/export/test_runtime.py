@@ -72,3 +72,27 @@ def test_needs_neither_torch_nor_transformers():
     program = "import sys, hfkdq.export.runtime; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def one_input(file, kind):
+    value = [helper.make_tensor_value_info(name, kind, ["batch", "length"]) for name in ("input_ids", "same")]
+    graph = helper.make_graph([helper.make_node("Identity", ["input_ids"], ["same"])], "same", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64, np.int8])
+def test_files_of_others_take_numbers_of_every_kind(tmp_path, kind):
+    session = OnnxSession(one_input(tmp_path / "a.onnx", helper.np_dtype_to_tensor_dtype(np.dtype(kind))))
+    assert session({"input_ids": np.array([[4, 5]])})["same"].dtype == kind
+
+
+def test_a_file_that_takes_texts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a.onnx takes tensor\(string\) as 'input_ids'"):
+        OnnxSession(one_input(tmp_path / "a.onnx", TensorProto.STRING))
+
+
+def test_a_file_that_does_not_load_is_no_fault_of_the_tracer(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(RuntimeError, match=r"[^.]\. Export it again, or download it again\.$"):
+        OnnxSession(tmp_path / "broken.onnx")

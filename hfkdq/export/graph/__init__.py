@@ -12,7 +12,7 @@ from .linears import count_fused_linears, fuse_linears
 from .precision import quantize_dynamically, to_float16
 from .saving import load_graph, save_graph
 from .shapes import fix_shapes, noted_shapes
-from .stored import stored_weights
+from .stored import stored_bytes, stored_weights
 from .unsigned import make_unsigned, multiplies_exactly
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "noted_shapes",
     "quantize_dynamically",
     "save_graph",
+    "stored_bytes",
     "stored_weights",
     "to_float16",
 ]

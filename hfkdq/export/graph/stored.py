@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that an ONNX file stores, of any exporter: how many numbers, in how many bytes, how many of them zero."""
+"""The weights that an ONNX file stores, of any exporter: how many numbers, in how many bytes, how many of them zero; and how large
+it is with them."""
 
 from __future__ import annotations
 
+import glob
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,3 +42,14 @@ def stored_weights(path: Path) -> list[StoredTensor]:
         zeros = float(np.mean(tensor.numpy() == 0)) if is_plain and numbers and not packed else None
         found.append(StoredTensor(name, numbers, tensor.nbytes, zeros))
     return found
+
+
+def stored_bytes(paths: Iterable[Path]) -> int:
+    """The size of files, with the weights that lie beside them, whatever those are called."""
+    found: set[Path] = set()
+    for path in paths:
+        values = [value for graph in ir.load(path).graphs() for value in graph.initializers.values()]
+        tensors = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+        beside = path.parent.glob(f"{glob.escape(path.name)}[._]data*")
+        found |= {file.resolve() for file in (path, *beside, *(Path(tensor.path) for tensor in tensors))}
+    return sum(file.stat().st_size for file in found)
