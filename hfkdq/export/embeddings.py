@@ -179,6 +179,10 @@ def _of_folder(model: PreTrainedModel, asked: Sequence[str]) -> Pooling | None:
     config = read_file(pooling)
     named = config.get("pooling_mode", [mode for mode, key in POOLINGS.items() if config.get(key) is True] or "mean")
     named = [named] if isinstance(named, str) else named
+    if not (isinstance(named, list) and all(isinstance(mode, str) for mode in named)):
+        raise ValueError(
+            f"{pooling} is damaged: pooling_mode is {named!r:.60}, expected a name or a list of names. Write it again."
+        )
     unknown = kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"])
     if unknown or not set(named) <= POOLINGS.keys() or config.get("include_prompt") is False:
         told = ", ".join(kinds) if unknown else f"a pooling of {named}, include_prompt={config.get('include_prompt')}"

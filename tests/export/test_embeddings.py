@@ -244,3 +244,12 @@ def test_a_pooled_model_is_copied_and_saved_as_what_it_was(tmp_path):
     assert torch.equal(twin(**batch)["sentence_embedding"], model(**batch)["sentence_embedding"])
     twin.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+@pytest.mark.parametrize("mode", [5, None, {"a": 1}, ["mean", ["x"]]])
+def test_a_pooling_mode_of_another_type_is_named(tmp_path, mode):
+    write_files(tmp_path, {"pooling_mode": mode})
+    model = encoder()
+    model.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: pooling_mode is"):
+        find_pooling(model, "feature-extraction", None, None)
