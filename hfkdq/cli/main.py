@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, options: argparse.Namespace) -> int:
     """Runs the command of a name with the options that it has added to a parser; returns the exit status."""
+    # bitsandbytes warns at every import on some processors that a kernel is missing, which no command would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         COMMANDS[name].run(options)
     except KeyboardInterrupt:
