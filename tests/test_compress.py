@@ -123,6 +123,14 @@ def test_what_failed_after_the_training_is_done_again_without_it(given, done, tm
     assert hashes(folder) == hashes(done)
 
 
+@pytest.fixture(autouse=True)
+def _heeds_ctrl_c():
+    """A shell has what it starts in the background ignore Ctrl-C, and so may whatever runs these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(given, done, tmp_path, monkeypatch, capsys, number):
     class Asks(TrainerCallback):
