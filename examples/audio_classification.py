@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         objectives=[TaskLoss(weight=0.5), LogitKD(temperature=2.0)], callbacks=[QATCallback(QuantizationSpec())],
     )  # fmt: skip
     if train_and_save(trainer) is not None:
-        to_file(trainer, teacher, test, timed=not args.tiny)
+        to_file(trainer, teacher, test, timed=not args.tiny, metrics=classification_metrics)
 
 
 if __name__ == "__main__":

@@ -118,12 +118,12 @@ def train_and_save(trainer: Trainer) -> dict[str, float] | None:
     return metrics if trainer.is_world_process_zero() else None
 
 
-def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool = True) -> None:
-    """Exports what was trained, measures teacher, student and file, and saves report and card; without metrics of the trainer
-    by the usual ones of the task."""
+def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool = True, metrics: Any = None) -> None:
+    """Exports what was trained, measures teacher, student and file, and saves report and card; without `metrics` by the usual
+    ones of the task, which a model of one's own does not have."""
     folder = Path(trainer.args.output_dir)
     how = dict(eval_dataset=data, processing_class=trainer.processing_class, data_collator=trainer.data_collator)
-    how["compute_metrics"] = trainer.compute_metrics
+    how["compute_metrics"] = metrics
     file = export_onnx(trainer.model, folder / "onnx", latency_rounds=0, **how)
     report = CompressionReport.measure(
         teacher=teacher, student=trainer.model, onnx=file, latency_rounds=3 if timed else 0, **how

@@ -668,12 +668,14 @@ def test_the_code_in_the_card_of_a_task_runs(report, task, tmp_path, monkeypatch
     programs = re.findall(
         r"```python\n(.*?)```", replace(report, environment=environment, **told).to_card(), re.DOTALL
     )
-    assert len(programs) == 2
+    is_4 = transformers.__version__.startswith("4")
+    assert len(programs) == (2 if is_4 else 3)
+    programs = programs[-2:]  # without Optimum's where it does not run
     Image.new("RGB", (8, 8), "red").save(folder / "image.png")
     monkeypatch.chdir(folder)
     names = {}
     exec(programs[0], names)
-    if transformers.__version__.startswith("4"):
+    if is_4:
         found = names["pipe"]("image.png") if is_image else None
         assert found is None or found[0]["label"] in model.config.label2id
     batch = tiny.batch(model, 1)

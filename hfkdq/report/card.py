@@ -245,7 +245,7 @@ def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
         "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else "  # the folder of this file"),
         "auto": auto or report.architecture,
-        "ort": "" if by_transformers else (auto or "").replace("AutoModel", "ORTModel"),
+        "ort": (auto or "").replace("AutoModel", "ORTModel"),
         "runner": Markdown(transformers) if by_transformers else "",
         "file": Markdown(f', file_name="model{suffix}.onnx"' if suffix else ""),
         "processor": report.processor or "",
