@@ -447,21 +447,18 @@ def test_every_task_has_a_recipe_that_trains(tmp_path, task):
     assert all(np.isfinite(value) for value in trainer.evaluate().values())
 
 
+def searching(given, out, *options):
+    """The command that searches for goals."""
+    return ["compress", str(given / "model"), "--data", str(given / "rows.csv"), "--output-dir", str(out), *options]
+
+
 def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys, monkeypatch):
     pushed = []
     monkeypatch.setattr(
         "hfkdq.cli.compress_run.push_to_hub", lambda folder, repo_id, **_: pushed.append((folder, repo_id))
     )
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "3", "--keep", "0.1", "--max-size", "1MB")
-    command = [
-        "compress",
-        str(given / "model"),
-        "--data",
-        str(given / "rows.csv"),
-        "--output-dir",
-        str(out),
-        *settings,
-    ]
+    command = searching(given, out, *settings)
     assert main([*command, "push.repo_id=me/it"]) == 0
     assert pushed == [(out / "onnx", "me/it")]  # of all trials the best alone
     told = capsys.readouterr().out
@@ -496,15 +493,7 @@ def test_a_training_that_is_behind_the_others_is_ended(metric, values):
 
 def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "1", "--max-latency", "1us")
-    command = [
-        "compress",
-        str(given / "model"),
-        "--data",
-        str(given / "rows.csv"),
-        "--output-dir",
-        str(out),
-        *settings,
-    ]
+    command = searching(given, out, *settings)
     assert main(command) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--max-latency 0.001 ms is missed by all: the best has" in error

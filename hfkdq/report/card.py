@@ -35,7 +35,7 @@ _PARITY = {
 # What a pipeline of a task is called with: text, or a file of one's own.
 _TEXT = '"A text that the model has not seen."'
 _CALLS = {
-    "text-classification": _TEXT, "token-classification": _TEXT, "text-generation": _TEXT, "feature-extraction": _TEXT,
+    "text-classification": _TEXT, "token-classification": _TEXT, "text-generation": _TEXT,
     "fill-mask": 'f"A text without one {tokenizer.mask_token}."',
     "question-answering": 'question="Who lives here?", context="Anna lives here."',
     "image-classification": '"image.png"', "audio-classification": '"sound.wav"',
@@ -238,20 +238,19 @@ def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
     task = task_of(report.architecture)
     auto = task.auto if task is not None and task.name == report.task else None
     suffix = (report.engines[-1].parity or {}).get("suffix", "")
-    transformers = str(report.environment.get("transformers", ""))
-    by_transformers = report.engines[-1].kind == "onnx" and re.fullmatch(r"[5-9]\.\d+(\.\d+)?", transformers)
-    calls = {name: Markdown(call) for name, call in _CALLS.items()}
+    # Files made with Transformers 5 load by its own exporters.
+    made_with = re.fullmatch(r"[5-9]\.\d+(\.\d+)?", str(report.environment.get("transformers", "")))
     return {
         "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else "  # the folder of this file"),
         "auto": auto or report.architecture,
         "ort": (auto or "").replace("AutoModel", "ORTModel"),
-        "runner": Markdown(transformers) if by_transformers else "",
+        "runner": Markdown(made_with[0]) if made_with and report.engines[-1].kind == "onnx" else "",
         "file": Markdown(f', file_name="model{suffix}.onnx"' if suffix else ""),
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),
         "argument": _PIPELINE_ARGUMENT.get(report.processor or "", ""),
-        "called_with": calls.get(report.task or ""),
+        "called_with": Markdown(_CALLS.get(report.task or "", "")),
         "text": Markdown(_TEXT) if report.processor == "AutoTokenizer" else "",
     }
