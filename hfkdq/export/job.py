@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,7 +36,7 @@ from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
 from .protocol import PAST, Backend
-from .record import MANIFEST
+from .record import MADE_UP, MANIFEST
 from .rope import rope_by_length
 from .validation import Quality
 from .verify import Parity, beginning, compare, run_torch
@@ -226,11 +227,13 @@ class ExportJob:
         else:
             shutil.copytree(self._float_files, folder, dirs_exist_ok=True)
             files = [folder / file.name for file in sorted(self._float_files.glob("*.onnx"))]
-        convolutions = 0
+        counts: Counter[str] = Counter()
+        is_real = self.integer_convolutions and self.source != MADE_UP
+        batches = [{name: value.numpy() for name, value in batch.items()} for batch in self.batches if is_real]
         for file in files:
             if precision.before_fusion is not None:
                 precision.before_fusion(file)
-            convolutions += improve(file, target=self.target, unsigned=unsigned)
+            counts.update(improve(file, target=self.target, unsigned=unsigned, batches=batches))
             if precision.after_fusion is not None:
                 precision.after_fusion(file)
         if precision.has_integers:
@@ -242,7 +245,7 @@ class ExportJob:
         if not precision.has_integers:
             return facts
         if self.integer_convolutions:
-            facts["integer_convolutions"] = convolutions
+            facts |= counts
         return {**facts, "quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
 
     @cached_property

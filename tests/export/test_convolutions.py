@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -110,10 +111,106 @@ def test_integer_convolutions_need_integers(tmp_path):
         export_onnx(FAMILIES["resnet"].make(), tmp_path / "onnx", integer_convolutions=True)
 
 
-def test_a_whole_network_runs_in_integer_kernels(tmp_path):
-    entry = FAMILIES["resnet"]
-    model = quantize(entry.make(), QuantizationSpec(), [entry.batch(4, seed) for seed in range(3)]).eval()
-    arguments = dict(calibration=[entry.batch(4, 9)], latency_rounds=0, integer_convolutions=True)
+def _mobilenet():
+    torch.manual_seed(0)
+    config = tf.MobileNetV2Config(num_labels=3, image_size=32, depth_multiplier=0.25, classifier_dropout_prob=0.0)
+    return tf.MobileNetV2ForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize("make", [FAMILIES["resnet"].make, _mobilenet], ids=["resnet", "mobilenet"])
+def test_a_whole_network_runs_in_integer_kernels(make, tmp_path):
+    images = [{"pixel_values": torch.randn(4, 3, 32, 32)} for _ in range(3)]
+    model = quantize(make(), QuantizationSpec(), images).eval()
+    arguments = dict(calibration=images, latency_rounds=0, integer_convolutions=True)
     facts = json.loads((export_onnx(model, tmp_path / "onnx", **arguments) / "export_facts.json").read_text())
     run = operators(tmp_path / "onnx/model.onnx", tmp_path)
     assert run["QLinearConv"] == facts["integer_convolutions"] > 0
+    assert not {"Conv", "FusedConv", "Pad", "BatchNormalization"} & run.keys()
+    assert facts["rounded_sums"] > 0
+
+
+class Residual(TwoConvolutions):
+    """A pooled convolution, and a block whose input goes past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.third = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, pixel_values):
+        before = nn.functional.max_pool2d(self.between(pixel_values), 2)
+        return {"logits": (self.third(before) + before).relu().mean((2, 3))}
+
+
+def _at(path, names, inputs):
+    """What a file computes under some names, without any change by ONNX Runtime."""
+    proto = onnx.load(path)
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    return dict(zip(names, session.run(list(names), arrays), strict=True))
+
+
+def test_a_sum_adds_what_convolutions_read_and_terms_off_by_half_a_step(tmp_path):
+    torch.manual_seed(0)
+    batches = [{"pixel_values": torch.randn(4, 3, size, size)} for size in (12, 8)]
+    model = quantize(Residual().eval(), QuantizationSpec(), batches).eval()
+    folder = export_onnx(model, tmp_path / "onnx", calibration=batches, latency_rounds=0, integer_convolutions=True)
+    path = folder / "model.onnx"
+    assert json.loads((folder / "export_facts.json").read_text())["rounded_sums"] == 1
+    proto = onnx.load(path)
+    made = {name: node for node in proto.graph.node for name in node.output}
+    numbers = {each.name: onnx.numpy_helper.to_array(each) for each in proto.graph.initializer}
+    [total] = [node for node in proto.graph.node if node.op_type == "Add"]
+    third, before = sorted(total.input, key=lambda name: made[made[made[name].input[0]].input[0]].op_type == "MaxPool")
+    assert {made[name].op_type for name in total.input} == {"DequantizeLinear"}
+    # The sum adds the numbers that the convolution reads, and the largest of each window was on their grid already.
+    assert any(node.op_type == "Conv" and node.input[0] == before for node in proto.graph.node)
+    pool = made[made[made[before].input[0]].input[0]]
+    assert numbers[made[pool.input[0]].input[1]] == numbers[made[before].input[1]]
+    exact = made[made[third].input[0]].input[0]
+    found = [_at(path, [third, exact, before, pool.output[0]], batch) for batch in batches]
+    assert np.array_equal(found[0][before], found[0][pool.output[0]])
+    # Numbers and codes are float32: a quotient of up to 255 is off by 255 * 2^-24 steps, which is far below 1e-4.
+    step = float(numbers[made[third].input[1]])
+    assert max(np.abs(each[third] - each[exact]).max() for each in found) <= (0.5 + 1e-4) * step
+    extremes = [0.0, *(each[exact].min() for each in found), *(each[exact].max() for each in found)]
+    # The range was that of biases in floats: an integer one is off by half a step of the products.
+    products = model.third.activation_quantizer.qparams()[0] * model.third.weight_scale().max()
+    assert 255 * step == pytest.approx(np.ptp(extremes), abs=float(products) + 1e-6 * np.ptp(extremes))
+    assert operators(path, tmp_path)["QLinearConv"] == 2
+
+
+def test_sums_stay_as_they_are_where_the_data_are_made_up(tmp_path):
+    entry = FAMILIES["resnet"]
+    model = quantize(entry.make(), QuantizationSpec(), [entry.batch(4, seed) for seed in range(3)]).eval()
+    folder = export_onnx(model, tmp_path / "onnx", latency_rounds=0, integer_convolutions=True)
+    facts = json.loads((folder / "export_facts.json").read_text())
+    assert facts["integer_convolutions"] > facts["rounded_sums"] == 0
+
+
+class Padded(TwoConvolutions):
+    """A convolution after a frame of `mode` and `value`; where it is `shared`, something else reads the frame too."""
+
+    mode, value, shared = "constant", 0.0, False
+
+    def forward(self, pixel_values):
+        value = self.value if self.mode == "constant" else None
+        framed = nn.functional.pad(pixel_values, (0, 1, 2, 3), self.mode, value)
+        logits = self.first(framed).mean((2, 3))
+        return {"logits": logits + framed.mean() if self.shared else logits}
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("kwargs", "left"),
+    [({}, 0), (dict(mode="reflect"), 1), (dict(value=1.0), 1), (dict(shared=True), 1)],
+    ids=["zeros", "reflected", "ones", "read twice"],
+)
+def test_a_frame_of_zeros_goes_into_the_convolution_after_it(precision, kwargs, left, tmp_path):
+    torch.manual_seed(0)
+    batches = [{"pixel_values": torch.randn(4, 3, 12, 12)}]
+    model = type("Framed", (Padded,), kwargs)().eval()
+    folder = export_onnx(model, tmp_path / "onnx", quantization=precision, calibration=batches, latency_rounds=0)
+    assert operators(folder / "model.onnx")["Pad"] == left

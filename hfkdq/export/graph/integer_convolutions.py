@@ -89,7 +89,7 @@ def _quantized(bias: Array, step: Array) -> tuple[Array, Array] | None:
 
 
 def _goes_to_quantizer(value: ir.Value) -> bool:
-    """Whether a value is quantized and nothing else; ONNX Runtime drops an activation that the grid's bounds imply."""
+    """Whether a value is quantized and nothing else; an activation is taken away that the ends of the grid imply."""
     node = _only_consumer(value)
     if node is not None and node.op_type in ("Relu", "Clip"):
         grid = _only_consumer(node.outputs[0])
@@ -97,8 +97,14 @@ def _goes_to_quantizer(value: ir.Value) -> bool:
             return False
         scale, zero = (float(np.asarray(_array(each))) for each in grid.inputs[1:3])
         given = [_array(each) for each in node.inputs[1:]] if node.op_type == "Clip" else [np.zeros(())]
-        low, high = (None if bound is None else float(bound) for bound in [*given, None, None][:2])
-        return (low is None or low <= -zero * scale) and (high is None or high >= (255 - zero) * scale)
+        low, high = (
+            None if bound is None else round(float(bound) / scale) + zero for bound in [*given, None, None][:2]
+        )
+        if (low is not None and low > 0) or (high is not None and high < 255):
+            return False
+        grid.replace_input_with(0, value)
+        value.graph.remove(node, safe=True)
+        return True
     return node is not None and node.op_type == "QuantizeLinear"
 
 
