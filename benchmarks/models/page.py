@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .cells import CELLS
+from .cells import CELLS, PARTLY, RECORDED
 from .entries import ENTRIES, Entry
 from .tasks import PREFIX
 
@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "models.md"
 LINES = ("optimum", "v5")
 WORKS, REFUSED, FAILS = "works", "refused", "fails"
 _SIGNS = {WORKS: "✓", REFUSED: "no", FAILS: "✗"}
+_MARKS = {RECORDED: "ʳ", PARTLY: "ᵖ"}
 _ABSENT, _NOT_RUN = "·", "?"
 _HEADS = {"ONNX float32": "float32", "ONNX int8": "int8", "ONNX int4_weights": "int4"}
 
@@ -84,7 +85,7 @@ def _cell(entry: Entry, name: str, cell: str, found: dict[str, Any], notes: _Not
         if result is None:
             signs.append(_NOT_RUN)
         elif result["result"] == WORKS:
-            signs.append(_SIGNS[WORKS] + ("ʳ" if "note" in result else ""))
+            signs.append(_SIGNS[WORKS] + _MARKS.get(result.get("note"), ""))
         else:
             signs.append(f"{_SIGNS[result['result']]} {notes.number(result['why'], entry, cell)}")
     return signs[0] if signs[0] == signs[1] else " / ".join(signs)
@@ -139,6 +140,7 @@ of the ecosystem ([what they are](installation.md)). Where the lines differ, the
 |:-:|---|
 | ✓ | works |
 | ✓ʳ | works; the configuration of the family cannot say it, so `PruningSpec(plain_checkpoint=False)` makes it and `load_pruned` loads it |
+| ✓ᵖ | works for a part of the weights: over 5 % of all are in no layer that is known, which the record and a warning say |
 | no | refused before work starts, with the model unchanged, a file where it was tried and is not equal; the number is that of the reason [below](#why) |
 | ✗ | fails, with the number of the reason |
 | · | the installed Transformers has not this class |

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from transformers.models.auto import modeling_auto
 
 from hfkdq.modeling import tasks as hub
@@ -95,7 +97,16 @@ def other_tasks(entry: Entry) -> dict[str, Entry]:
             found[task.name] = replace(
                 entry, model=model, batch=_maker(entry.batch, labels), labels=2 if labels is _spans else LABELS
             )
-    return {name: other for name, other in found.items() if other.exists}
+    return {
+        name: replace(other, counts=entry.counts and not _hands_on_what_it_refuses(other))
+        for name, other in found.items()
+        if other.exists
+    }
+
+
+def _hands_on_what_it_refuses(entry: Entry) -> bool:
+    """Whether Trainer takes the class for one that is told how many labels there are, and the class takes it for a mistake."""
+    return "deprecated_arguments" in inspect.signature(getattr(transformers, entry.model).forward).parameters
 
 
 def _maker(make: Callable[[], Batch], labels: Callable[[Batch], Batch]) -> Callable[[], Batch]:

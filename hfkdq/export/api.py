@@ -128,10 +128,13 @@ def export_onnx(
         threads (`int`, *optional*): threads of each file while it is timed. As many as PyTorch uses by default.
         inputs (`dict`, *optional*): a batch of what the model takes, for a class of one's own that takes what cannot be made
             up, where there are no data. The file has the inputs of this batch, by name.
-        integer_convolutions (`bool`, defaults to `False`): compute convolutions of 8-bit weights and inputs in integers
-            where ONNX Runtime has a kernel: between two quantizers, with BatchNorm moved into scale and bias. Each bias is
-            then an integer too, and off by half a step of the products (input scale times weight scale) at most, which
-            torch does not imitate. By default weights become floats when the file is loaded, which is exact and slower.
+        integer_convolutions (`bool`, defaults to `False`): compute convolutions of 8-bit weights and inputs in integers, as
+            fast as what ONNX Runtime's own `quantize_static` makes, with BatchNorm moved into scale and bias. Each bias is
+            then an integer too, off by half a step of the products (input scale times weight scale) at most. Where the
+            data are real, what a convolution gives to a sum or to a mean over the image is rounded to 256 values between
+            its ends on `calibration` (or `eval_dataset`), and a sum adds what the next convolution reads. Torch imitates
+            none of this; `tolerance` and `max_drop` bound it. By default weights become floats when the file is loaded,
+            which is exact, and no faster than float32.
         pooling (`str` or list of `str`, *optional*): how an encoder of texts makes one embedding of the states of a text:
             `"mean"`, `"cls"` (the first token), `"max"`, `"lasttoken"`, `"weightedmean"` or `"mean_sqrt_len_tokens"`, several of which
             are joined. The file then has an output `sentence_embedding`, `(batch, width)`, beside `last_hidden_state`, and the folder

@@ -71,9 +71,12 @@ def trials(model: PreTrainedModel, batches: Sequence[Tensors], axes: Axes) -> It
         given = {each: value for each, value in batches[0].items() if each in axes}
         size = next(given[each].shape[axis] for each, axis in places)
         expected: Tensors | None = None
-        for index in [torch.arange(1)] if counts and size > 1 else _indices(size, given, places):
+        # A mask without an axis of its own name is cut with all that counts examples.
+        all_counts = [(each, 0) for each, named in axes.items() if counts and 0 in named and each in given]
+        ways = [(cut, index) for cut in (places, all_counts) for index in _sizes(size, given, cut, counts) if cut]
+        for cut, index in ways:
             batch = dict(given)
-            for each, axis in places:
+            for each, axis in cut:
                 batch[each] = batch[each].index_select(axis, index)
             with suppress(Exception):  # whatever a model says of a size that it cannot take
                 expected = run_torch(model, [batch])[0]
@@ -81,8 +84,12 @@ def trials(model: PreTrainedModel, batches: Sequence[Tensors], axes: Axes) -> It
         yield Trial(name, counts, size, len(index), batch, expected)
 
 
-def _indices(size: int, batch: Tensors, places: Sequence[tuple[str, int]]) -> Iterator[torch.Tensor]:
-    """What to take along an axis for other sizes, more or less of it; the end of every text stays where a mask shows it."""
+def _sizes(size: int, batch: Tensors, places: Sequence[tuple[str, int]], counts: bool) -> Iterator[torch.Tensor]:
+    """What to take along an axis for other sizes: one example, or more or less of it; the end of every text stays where a mask
+    shows it."""
+    if counts and size > 1:
+        yield torch.arange(1)
+        return
     ends = [int(batch[name].sum(axis).min()) for name, axis in places if name.endswith("mask")]
     count, every = max(1, min(size // 2, *(end - 2 for end in ends), size - 1)), torch.arange(size)
     yield torch.cat([every[: 1 + count], every[1:] if size > 1 else every])

@@ -192,13 +192,18 @@ def _is_half(value: ir.Value | None) -> bool:
 
 
 def _check_axes(graph: ir.Graph, axes: Callable[[str], Mapping[int, str]]) -> None:
-    """The tracer fixes an axis that the model compares with a number, and says nothing."""
+    """The tracer fixes an axis that the model compares with a number, and says nothing.
+
+    Height and width of images are left open for now: the file is run with another size, and says so where it takes none.
+    """
     for value in graph.inputs:
         # An axis that was fixed on the way has its number as a symbol.
-        fixed = [name for axis, name in axes(value.name).items() if str(value.shape[axis]).isdigit()]
-        if fixed:
+        fixed = {axis: name for axis, name in axes(value.name).items() if str(value.shape[axis]).isdigit()}
+        if value.name.startswith("pixel_") and 0 not in fixed:
+            value.shape = ir.Shape([fixed.get(axis, size) for axis, size in enumerate(value.shape)])
+        elif fixed:
             raise RuntimeError(
-                f"The tracer fixed the axes {', '.join(fixed)} of the input {value.name!r}: {value.shape}. "
+                f"The tracer fixed the axes {', '.join(fixed.values())} of the input {value.name!r}: {value.shape}. "
                 "The model treats some of its sizes as constants; it cannot be exported with axes that vary."
             )
 

@@ -61,7 +61,7 @@ class OnnxSession:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        with _in_plain_words(path, _NOT_LOADED):
+        with in_plain_words(path, _NOT_LOADED):
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._path = path
         strange = next((value for value in self._session.get_inputs() if value.type not in _TYPES), None)
@@ -97,7 +97,7 @@ class OnnxSession:
             TypeError: an array cannot become what the file takes without loss of kind, as floats for integers.
         """
         feed = {name: self._fill(name, inputs) for name in self.input_names}
-        with _in_plain_words(self._path, _NOT_RUN):
+        with in_plain_words(self._path, _NOT_RUN):
             return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
     def _fill(self, name: str, inputs: Mapping[str, Array]) -> Array:
@@ -110,7 +110,7 @@ class OnnxSession:
 
 
 @contextmanager
-def _in_plain_words(path: str | Path, advice: str) -> Iterator[None]:
+def in_plain_words(path: str | Path, advice: str) -> Iterator[None]:
     """Makes one line of ONNX Runtime's own errors, which are of no common class."""
     try:
         yield

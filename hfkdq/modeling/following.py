@@ -67,7 +67,8 @@ class Following(TorchDispatchMode):
                 self._unite(labels, torch.tensor(STAYS))
 
     def _of(self, value: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = self._labels.get(value, ()) if isinstance(value, Tensor) else ()
+        has_entries = isinstance(value, Tensor) and value.numel() > 0  # as not of no registers
+        found: tuple[Tensor, ...] = self._labels.get(value, ()) if has_entries else ()
         if any(labels.shape != value.shape for labels in found):  # it was given another shape in place, as in a GRU
             self._labels[value] = ()
             for labels in found:

@@ -118,3 +118,37 @@ def test_pictures_of_one_size_and_the_facts_that_say_so(tmp_path):
     )
     dims = onnx.load(folder / "model.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in dims[2:]] == [size, size]
+
+
+class Pairs(tf.PreTrainedModel):
+    """How well each text, of which a mask says what counts, fits each image."""
+
+    config_class = tf.PretrainedConfig
+
+    def __init__(self):
+        super().__init__(tf.PretrainedConfig())
+        self.texts, self.images = nn.Embedding(10, 8), nn.Linear(12, 8)
+
+    def forward(self, input_ids, attention_mask, pixel_values):
+        if input_ids.shape != attention_mask.shape:
+            raise ValueError("a mask of other texts")
+        mask = attention_mask[..., None]
+        return {"logits": (self.texts(input_ids) * mask).mean(1) @ self.images(pixel_values.flatten(1)).T}
+
+
+def test_a_mask_is_cut_with_the_texts_that_it_is_of():
+    """An exporter may give texts and images axes of their own, and forget the mask of the texts (SigLIP)."""
+    batch = {
+        "input_ids": torch.randint(10, (4, 5)),
+        "attention_mask": torch.ones(4, 5).long(),
+        "pixel_values": torch.randn(4, 3, 2, 2),
+    }
+    axes = {
+        "input_ids": {0: "text_batch_size"},
+        "attention_mask": {0: "batch_size"},
+        "pixel_values": {0: "image_batch_size"},
+    }
+    ran = {trial.axis: trial for trial in trials(Pairs(), [batch], axes)}
+    assert all(trial.counts and trial.size == 1 for trial in ran.values())
+    shapes = {name: tuple(trial.expected["logits"].shape) for name, trial in ran.items()}
+    assert shapes == {"batch_size": (1, 1), "image_batch_size": (4, 1), "text_batch_size": (1, 1)}

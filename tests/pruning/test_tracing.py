@@ -280,6 +280,16 @@ def test_what_is_moved_is_followed(moves):
     assert STAYS not in found["first", 1]
 
 
+def test_parameters_without_entries_say_nothing():
+    """DINOv3 has a token for each of its registers, of which there may be none."""
+    found = roots(
+        lambda none, first, second: (torch.cat([none, torch.randn(5, 4) @ first]) @ second).softmax(0),
+        {"none": torch.randn(0, 6), "first": torch.randn(4, 6), "second": torch.randn(6, 3)},
+    )
+    assert found["first", 1] == found["second", 0]
+    assert STAYS not in found["first", 1]
+
+
 class Needs(tf.BertForSequenceClassification):
     """It runs on no batch that could be made up."""
 

@@ -12,6 +12,11 @@ from onnx.reference import ReferenceEvaluator
 Array = np.ndarray[Any, Any]
 
 
+def constant(value: ir.Value | None) -> Array | None:
+    """The numbers of a constant, `None` of what is none."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
 def fold_pads(model: ir.Model) -> None:
     """Gives zeros around a picture to the convolution after them, which has an attribute for such, in place.
 
@@ -35,7 +40,7 @@ def fold_pads(model: ir.Model) -> None:
                 "pads", [a + int(b) for a, b in zip(own, ends[:, 2:].flat, strict=True)]
             )
         for value in between:
-            value.shape = node.inputs[0].shape
+            value.shape = None
         node.outputs[0].replace_all_uses_with(node.inputs[0])
         model.graph.remove(node, safe=True)
     ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -60,7 +65,7 @@ def _convolutions_after(value: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]
 def _evaluated(value: ir.Value | None, known: dict[ir.Value, Array | None]) -> Array | None:
     """A value that constants alone give."""
     if value is None or value.const_value is not None:
-        return None if value is None else value.const_value.numpy()
+        return constant(value)
     if value not in known:
         node, known[value] = value.producer(), None
         given = {} if node is None else {each: _evaluated(each, known) for each in node.inputs if each is not None}

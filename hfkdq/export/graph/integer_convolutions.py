@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
-Array = np.ndarray[Any, Any]
+from .convolutions import Array, constant
 
 
 def fuse_convolutions(model: ir.Model) -> int:
@@ -21,11 +19,11 @@ def fuse_convolutions(model: ir.Model) -> int:
     graph, fused = model.graph, 0
     for node in [node for node in graph if node.op_type == "Conv"]:
         weight = node.inputs[1].producer() if node.inputs[1] is not None else None
-        stored = [_array(value) for value in weight.inputs] if weight is not None else []
+        stored = [constant(value) for value in weight.inputs] if weight is not None else []
         if weight is None or weight.op_type != "DequantizeLinear" or any(array is None for array in stored):
             continue
         codes, scale, zero = (array for array in stored if array is not None)
-        bias = _array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(len(codes), np.float32)
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(len(codes), np.float32)
         norm = _only_consumer(node.outputs[0])
         last = node
         if bias is not None and norm is not None and norm.op_type == "BatchNormalization":
@@ -47,10 +45,6 @@ def fuse_convolutions(model: ir.Model) -> int:
     return fused
 
 
-def _array(value: ir.Value | None) -> Array | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
 def _only_consumer(value: ir.Value) -> ir.Node | None:
     found = list(value.consumers())
     return found[0] if len(found) == 1 and not value.is_graph_output() else None
@@ -58,7 +52,7 @@ def _only_consumer(value: ir.Value) -> ir.Node | None:
 
 def _folded(codes: Array, scale: Array, zero: Array, bias: Array, norm: ir.Node) -> tuple[Array, Array, Array] | None:
     """Codes, scales and bias of a convolution with the norm after it; `None` where the codes cannot change their sign."""
-    numbers = [_array(value) for value in norm.inputs[1:]]
+    numbers = [constant(value) for value in norm.inputs[1:]]
     if any(array is None for array in numbers):
         return None
     gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in numbers)
@@ -78,7 +72,7 @@ def _folded(codes: Array, scale: Array, zero: Array, bias: Array, norm: ir.Node)
 def _step_of(value: ir.Value | None) -> Array | None:
     """The scale of the codes that a value was dequantized from."""
     node = value.producer() if value is not None else None
-    return _array(node.inputs[1]) if node is not None and node.op_type == "DequantizeLinear" else None
+    return constant(node.inputs[1]) if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _quantized(bias: Array, step: Array) -> tuple[Array, Array] | None:
@@ -95,8 +89,8 @@ def _goes_to_quantizer(value: ir.Value) -> bool:
         grid = _only_consumer(node.outputs[0])
         if grid is None or grid.op_type != "QuantizeLinear":
             return False
-        scale, zero = (float(np.asarray(_array(each))) for each in grid.inputs[1:3])
-        given = [_array(each) for each in node.inputs[1:]] if node.op_type == "Clip" else [np.zeros(())]
+        scale, zero = (float(np.asarray(constant(each))) for each in grid.inputs[1:3])
+        given = [constant(each) for each in node.inputs[1:]] if node.op_type == "Clip" else [np.zeros(())]
         low, high = (
             None if bound is None else round(float(bound) / scale) + zero for bound in [*given, None, None][:2]
         )

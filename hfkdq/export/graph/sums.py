@@ -11,8 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..defaults import neutral
-from .convolutions import Array
-from .integer_convolutions import _array
+from .convolutions import Array, constant
 
 
 def round_sums(model: ir.Model, path: Path, batches: Sequence[Mapping[str, Array]]) -> int:
@@ -31,15 +30,22 @@ def round_sums(model: ir.Model, path: Path, batches: Sequence[Mapping[str, Array
         pooled = before.inputs[0] if before.op_type == "MaxPool" else None
         if pooled is not None and pooled.producer() is not None and pooled.producer().op_type != "DequantizeLinear":
             # The largest of rounded values is the rounded largest.
-            _reroute(pooled, _grid(graph, pooled, *(_array(each) for each in node.inputs[1:3])), "MaxPool")
+            _reroute(pooled, _grid(graph, pooled, *(constant(each) for each in node.inputs[1:3])), "MaxPool")
         _reroute(value, readers[0].outputs[0], "Add")
-    kinds = ("Add", "GlobalAveragePool")
-    terms = [value for node in graph if node.op_type in kinds for value in node.inputs if _is_of_codes(value)]
+    terms = [value for node in graph if _adds(node) for value in node.inputs if _is_of_codes(value)]
     for value, (low, high) in _ranges(model, path, list(dict.fromkeys(terms)), batches).items():
         scale = np.float32(max(high - low, 1e-12) / 255)
-        _reroute(value, _grid(graph, value, scale, np.uint8(round(-low / float(scale)))), *kinds)
+        _reroute(value, _grid(graph, value, scale, np.uint8(round(-low / float(scale)))), *_ADDING)
     graph.sort()
     return len(set(terms))
+
+
+_ADDING = ("Add", "GlobalAveragePool", "ReduceMean")
+
+
+def _adds(node: ir.Node) -> bool:
+    """Whether this adds up what convolutions give: a sum, or the pooling of a whole image, which keeps its axes."""
+    return node.op_type in _ADDING and (node.op_type != "ReduceMean" or node.attributes.get_int("keepdims", 1) == 1)
 
 
 def _computes_with_codes(value: ir.Value) -> bool:
@@ -98,7 +104,7 @@ def _grid(graph: ir.Graph, value: ir.Value, scale: Any, zero: Any) -> ir.Value:
     quantizer = ir.node("QuantizeLinear", [value, *constants], name=f"{value.name}.quantizer")
     reader = ir.node("DequantizeLinear", [quantizer.outputs[0], *constants], name=f"{value.name}.dequantizer")
     for node, word in ((quantizer, "codes"), (reader, "rounded")):
-        node.outputs[0].name, node.outputs[0].shape = f"{value.name}.{word}", value.shape
+        node.outputs[0].name = f"{value.name}.{word}"
     graph.insert_after(value.producer(), [quantizer, reader])
     return reader.outputs[0]
 
