@@ -99,7 +99,7 @@ class Entry:
         config = self._class(self.config)(**settings)
         if self.labels is not None:
             config.num_labels = self.labels
-            config.pad_token_id = config.pad_token_id or 0
+            config.pad_token_id = getattr(config, "pad_token_id", None) or 0
         return config
 
     @staticmethod
