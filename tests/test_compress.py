@@ -42,7 +42,18 @@ from . import tiny
 from .conftest import THREADS
 from .launch import accelerate_launch
 
-SHORT = ("--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps", "--eval_strategy=no", "--use_cpu")
+SHORT = (
+    "--max_steps",
+    "4",
+    "--save_steps",
+    "2",
+    "--save_strategy",
+    "steps",
+    "--eval_strategy=no",
+    "--use_cpu",
+    "--logging_steps",
+    "1",
+)
 UNTIMED = "report.latency_rounds=0"
 
 
@@ -82,7 +93,8 @@ def hashes(folder):
 
 def test_a_model_and_data_become_a_smaller_model_its_file_and_its_report(given, done):
     assert sorted(path.name for path in done.iterdir()) == [
-        ".hfkdq-compress.json", "README.md", "checkpoints", "onnx", "recipe.yaml", "report.json", "student",
+        ".hfkdq-compress.json", "README.md", "checkpoints", "onnx", "recipe.yaml", "report.html", "report.json", "report.png",
+        "student",
     ]  # fmt: skip
     recipe = yaml.safe_load((done / "recipe.yaml").read_text())
     assert recipe["student"] == {"num_layers": 2}
@@ -98,6 +110,11 @@ def test_a_model_and_data_become_a_smaller_model_its_file_and_its_report(given, 
     card = (done / "README.md").read_text()
     assert "HiddenStateKD" in card
     assert str(given) not in card
+    assert "(report.png)" in card
+    assert '.from_pretrained("onnx")  # beside this file' in card
+    assert report.curves["logit_kd"][-1][0] == 4
+    page = (done / "report.html").read_text()
+    assert all(words in page for words in ("logit_kd", "2 of the teacher", "HiddenStateKD"))
 
 
 def test_the_saved_recipe_does_the_same_again_bit_for_bit(done, tmp_path):

@@ -67,9 +67,11 @@ def run(options: argparse.Namespace) -> None:
     from ..files import staged
     from ..report import Candidate, CompressionReport
     from ..report.curves import read_curves
+    from ..report.plots import check_plots
     from .inputs import Reader
     from .summary import quietly
 
+    check_plots()
     with quietly():
         loaded = load_candidates([find_place(name, where) for name, where in named])
         readers = [

@@ -63,9 +63,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md.j2")
 
 
-def render_card(report: ReportData, repo_id: str | None, plot: str | None = None) -> str:
-    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from, `plot` the picture that
-    lies beside it."""
+def render_card(report: ReportData, repo_id: str | None, plot: str | None = None, place: str = ".") -> str:
+    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from, or else `place`, seen from
+    the card, `plot` the picture that lies beside it."""
     check_renderable(report)
     if repo_id is not None and not _is_hub_id(repo_id):
         raise ValueError(
@@ -80,7 +80,7 @@ def render_card(report: ReportData, repo_id: str | None, plot: str | None = None
         parity=_parity(report),
         quantized="quantization" in report.facts,
         zeroed=_zeroed(report),
-        usage=_usage(report, repo_id),
+        usage=_usage(report, repo_id, place),
         plot=None if plot is None else Markdown(quote(plot)),
     )
     return redact(str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}")))
@@ -233,7 +233,7 @@ def _zeroed(report: ReportData) -> bool:
     return spec.get("structure") in ("weight", "n:m", "block") or spec.get("cut") == "mask"
 
 
-def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
+def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     task = task_of(report.architecture)
     auto = task.auto if task is not None and task.name == report.task else None
@@ -241,8 +241,8 @@ def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
     # Files made with Transformers 5 load by its own exporters.
     made_with = re.fullmatch(r"[5-9]\.\d+(\.\d+)?", str(report.environment.get("transformers", "")))
     return {
-        "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
-        "comment": Markdown("" if repo_id else "  # the folder of this file"),
+        "source": Markdown(json.dumps(repo_id or place)),  # Python takes it for the same text
+        "comment": Markdown("" if repo_id else f"  # {'the folder of' if place == '.' else 'beside'} this file"),
         "auto": auto or report.architecture,
         "ort": (auto or "").replace("AutoModel", "ORTModel"),
         "runner": Markdown(made_with[0]) if made_with and report.engines[-1].kind == "onnx" else "",

@@ -19,8 +19,8 @@ from .card import render_card
 from .curves import curves_of
 from .data import DatasetInfo, Engine, Layer, Mistake, ReportData, check_renderable
 from .environment import hide_secrets
-from .files import check_engine, fields_of_export
-from .plots import draw_plot
+from .files import check_beside, check_engine, fields_of_export
+from .plots import PLOT, draw_plot
 from .table import render_markdown, render_table
 
 if TYPE_CHECKING:
@@ -286,6 +286,26 @@ class CompressionReport(ReportData):
             ImportError: matplotlib is not installed.
         """
         return _replace(path, lambda temporary: draw_plot(self, temporary))
+
+    def save_all(self, folder: str | Path, repo_id: str | None = None) -> Path:
+        """Writes `report.json`, the page `report.html`, the plot `report.png` and the card `README.md`, which shows it.
+
+        Args:
+            folder (`str` or `Path`): where to; it is there. Where the files that were measured lie in it, or in a folder of it, the code
+                of the card loads them from there, unless there is a `repo_id`.
+            repo_id (`str`, *optional*): as of [`~CompressionReport.to_card`].
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: as of [`~CompressionReport.to_card`], or other files of the same names lie there.
+        """
+        folder = Path(folder)
+        card = render_card(self, repo_id, PLOT, check_beside(self, folder / "report.json"))
+        self.save_html(folder / "report.html")
+        self.save_plot(folder / PLOT)
+        _replace(folder / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+        self.save(folder / "report.json")
+        return folder
 
 
 def _warned(report: CompressionReport) -> CompressionReport:

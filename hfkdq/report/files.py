@@ -91,11 +91,12 @@ def check_engine(report: ReportData, folder: Path) -> None:
         )
 
 
-def check_beside(report: ReportData, path: Path) -> None:
-    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded."""
+def check_beside(report: ReportData, path: Path) -> str:
+    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded. Where those are,
+    seen from the report."""
     engine = last_file(report)
     if engine is None or not engine.files:
-        return
+        return "."
     folder = path.absolute().parent
     places = [folder, *sorted(below for below in folder.iterdir() if below.is_dir())]
     places = [place for place in places if any((place / name).is_file() for name in engine.files if ".onnx" in name)]
@@ -105,6 +106,7 @@ def check_beside(report: ReportData, path: Path) -> None:
             f"{path} is about other files than those beside it: in {places[0]}, {differences[0]}. Measure again, or "
             "name the folder that was measured."
         )
+    return places[differences.index(None)].relative_to(folder).as_posix() if places else "."
 
 
 def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
