@@ -16,7 +16,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 from transformers.utils import logging
@@ -158,6 +166,34 @@ def push_to_hub(
     return commit
 
 
+def check_login() -> None:
+    """Asks the Hub whether the token of this machine may push, for whoever pushes only after long work. A Hub that cannot be reached
+    now may be later, and is warned of.
+
+    Raises:
+        ValueError: there is no token, the Hub does not know it or it can only read, or `HF_HUB_OFFLINE` forbids the push.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("A push is asked for, and HF_HUB_OFFLINE=1 forbids it. Unset it, or leave the push out.")
+    if get_token() is None:
+        raise ValueError(
+            f"A push is asked for, and there is no token. {_ADVICE[401].partition(',')[0]}, or set HF_TOKEN."
+        )
+    try:
+        known = HfApi(library_name="hfkdq").whoami()
+    except Exception as error:  # requests and httpx share no error class
+        status, answer, _ = _answer(error)
+        if status in (401, 403):
+            raise ValueError(
+                f"A push is asked for, and the Hub refused the token ({status}). {_ADVICE[401]}"
+            ) from None
+        told = _without_tokens(answer, None)
+        logger.warning(f"Whether the token may push is not known, as the Hub could not be asked: {told}.")
+        return
+    if known.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(f"A push is asked for, and the token can only read. {_ADVICE[401]}")
+
+
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
     """Refuses ONNX files that neither the folder's own report nor `report` is about."""
     from .export.record import EXPORT_FACTS, FORMER_NAME
@@ -267,6 +303,10 @@ def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool
         if status in _BUSY and seconds:
             advice = f"It asks to wait {seconds:.0f} s. {advice}"
     text = f"Could not push {folder} to {repo_id}: {happened}. {advice} The files in {folder} are untouched."
+    return _without_tokens(text, token)
+
+
+def _without_tokens(text: str, token: str | bool | None) -> str:
     for known in (token, get_token()):
         if isinstance(known, str) and known:
             text = text.replace(known, "hf_***")

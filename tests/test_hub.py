@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
-from hfkdq.hub import push_to_hub
+from hfkdq.hub import check_login, push_to_hub
 from hfkdq.provenance import describe_files, describe_model
 from hfkdq.report import CompressionReport, Engine
 
@@ -239,6 +239,25 @@ def test_a_token_in_an_answer_is_not_repeated(hub_server, folder, token):
         push_to_hub(folder, "me/tiny", token=token)
     assert hub_server.token not in str(caught.value)
     assert token is None or token not in str(caught.value)
+
+
+def test_a_login_that_cannot_push_is_told_before_there_is_something_to_push(hub_server, monkeypatch, capfd):
+    check_login()
+    hub_server.role = "read"
+    with pytest.raises(ValueError, match="the token can only read"):
+        check_login()
+    hub_server.fail_next("whoami", BREAK)
+    check_login()  # it may be there again when the push is due
+    monkeypatch.setenv("HF_TOKEN", FAKE_TOKEN)
+    with pytest.raises(ValueError, match=r"the Hub refused the token \(401\)\. Log in with") as caught:
+        check_login()
+    assert FAKE_TOKEN not in str(caught.value)
+    monkeypatch.setattr("hfkdq.hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match=r"there is no token\. Log in with `hf auth login`, or set HF_TOKEN"):
+        check_login()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE=1 forbids it"):
+        check_login()
 
 
 def test_a_lost_connection_during_an_upload_is_resumed(hub_server, folder):

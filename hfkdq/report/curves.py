@@ -13,7 +13,7 @@ from ..schema import read_file
 
 # What the Trainer logs beside losses and metrics.
 _OTHERS = re.compile(
-    r"step|epoch|learning_rate|grad_norm|total_flos|num_tokens|.*runtime|.*per_second|train_.*|memory.*"
+    r"step|epoch|activation_(min|max)/.*|learning_rate|grad_norm|total_flos|num_tokens|.*runtime|.*per_second|train_.*|memory.*"
 )
 STATE = "trainer_state.json"
 

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly, stored_bytes
 from ..export.record import export_file, read_export
@@ -206,7 +207,7 @@ def _measure_rows(
     scored: list[ScoredRows] = []
     for row in rows:
         _check_opens(row)
-    bar = logging.tqdm(rows, desc="Quality")
+    bar = progress_bar(rows, desc="Quality")
     for number, row in enumerate(bar):
         bar.set_postfix_str(row.name)
         files = None if row.path is None else open_recorded(row.path, row.facts)
