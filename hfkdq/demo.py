@@ -193,10 +193,21 @@ def _publish(
         teacher=teacher, student=student, onnx=folders, eval_dataset=test, processing_class=processor,
         compute_metrics=classification_metrics, dataset=DatasetInfo(name="scikit-learn digits", split="test"),
         license="apache-2.0", log_history=trainer.state.log_history,
+        training_args=trainer.args, rows=_pictures(test),
     )  # fmt: skip
     report.save_all(folder)
     DEMO.mark(folder, __version__)
     return report
+
+
+def _pictures(test: Dataset) -> Dataset:
+    """The images that the processor made the rows of."""
+    from datasets import Dataset
+    from PIL import Image
+
+    pixels = np.asarray(test["pixel_values"][:])  # (images, 3, 8, 8)
+    shown = np.round((pixels * 0.5 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return Dataset.from_dict({"image": [Image.fromarray(image) for image in shown]})
 
 
 def _arguments(scratch: str, epochs: int) -> TrainingArguments:

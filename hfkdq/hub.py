@@ -247,11 +247,29 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
         plot = Path(scratch) / "report.png"
         report.save_plot(plot)
         return {
+            **(_eval_results(report) if isinstance(report, CompressionReport) else {}),
             # A name without its owner is no id that the card's example could load from.
             "README.md": report.to_card(repo_id if "/" in repo_id else None, **shown).encode(),
             "compression_report.json": report.to_json().encode(),
             "report.png": plot.read_bytes(),
         }
+
+
+def _eval_results(report: CompressionReport) -> Contents:
+    """The first metric of the last row as the leaderboard of a benchmark reads it, where the data set is one:
+    https://huggingface.co/docs/hub/eval-results."""
+    data, engine = report.dataset, report.engines[-1]
+    if data is None or data.id is None or data.task_id is None or not engine.metrics:
+        return {}
+    metric, value = next(iter(engine.metrics.items()))
+    place = {"id": data.id, "task_id": data.task_id, **({} if data.revision is None else {"revision": data.revision})}
+    entry = {
+        "dataset": place,
+        "value": round(value, 6),
+        "notes": f"{metric} of {engine.name}, measured with hfkdq",
+    }
+    name = re.sub(r"[^\w.-]+", "-", f"{data.id.rpartition('/')[2]}-{data.task_id}").strip("-.")
+    return {f".eval_results/{name}.yaml": yaml.safe_dump([entry], sort_keys=False).encode()}
 
 
 def _ask_for_unknown(report: CompressionReport) -> None:

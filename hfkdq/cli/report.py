@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ..files import staged
     from ..report import Candidate, CompressionReport
-    from ..report.curves import read_curves
+    from ..report.curves import read_curves, read_settings
     from ..report.plots import check_plots
     from .inputs import Reader
     from .summary import quietly
@@ -90,8 +90,10 @@ def run(options: argparse.Namespace) -> None:
                 resamples=options.resamples, examples=options.examples, rows=readers[0].rows,
                 dataset=_dataset(options.eval_data),
             )  # fmt: skip
-            curves = [read_curves(place.folder) for place, _, _ in loaded if place.name != "teacher"]
-            report = replace(report, curves=next(filter(None, reversed(curves)), {}))
+            trained = [place.folder for place, _, _ in reversed(loaded) if place.name != "teacher"]
+            trained = [folder for folder in trained if read_curves(folder)][:1]
+            for place in trained:
+                report = replace(report, curves=read_curves(place), training=read_settings(place))
             report.save(staging.files / "report.json")
             report.save_html(staging.files / "report.html")
             report.save_plot(staging.files / "report.png")

@@ -30,6 +30,8 @@ class DatasetInfo:
         config (`str`, *optional*): the configuration given to `load_dataset`.
         split (`str`, *optional*): the split, such as `"test"`.
         revision (`str`, *optional*): commit of the data set.
+        task_id (`str`, *optional*): where the data set is a benchmark of the Hub, the name of the task in it. [`push_to_hub`] then adds
+            the first metric of the last row as a file in `.eval_results`, which the leaderboard of the benchmark reads.
     """
 
     name: str
@@ -37,6 +39,20 @@ class DatasetInfo:
     config: str | None = None
     split: str | None = None
     revision: str | None = None
+    task_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the sample call of the card printed on the last file.
+
+    Args:
+        runner (`str`): what ran it: `"optimum"`, or `"exporters"`, those of Transformers.
+        printed (`str`): what was printed.
+    """
+
+    runner: Text
+    printed: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +144,8 @@ class ReportData:
     language: str | list[str] | None = None
     curves: dict[Text, list[list[float]]] = field(default_factory=dict)
     mistakes: tuple[Mistake, ...] = ()
+    training: dict[Text, Any] = field(default_factory=dict)
+    sample: Sample | None = None
 
     def size_ratio(self, engine: Engine) -> float:
         """Bytes of `engine` as a share of those of the first row."""
@@ -180,6 +198,9 @@ def check_renderable(report: ReportData) -> None:
     for number, mistake in enumerate(report.mistakes):
         if not all(MEDIUM.fullmatch(address) for address in mistake.media.values()):
             raise ValueError(f"mistakes[{number}].media has an address that is no image or sound in base64")
+    wrong = next((name for name, value in report.training.items() if not isinstance(value, (int, float, str))), None)
+    if wrong is not None:
+        raise ValueError(f"training[{shortened(wrong)}] is no number and no text")
     if report.timing and not {"threads", "rounds", "inputs"} <= set(report.timing):
         raise ValueError("timing lacks threads, rounds or inputs")
 
