@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, writes the folder and prints the table."""
-    from .candidates import find_place, load_candidates, split_names
+    from .candidates import each_file, find_place, load_candidates, split_names
 
     check_least(
         options, batch_size=1, resamples=0, examples=0, latency_rounds=0, threads=1, eval_samples=1, max_length=1
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_plots()
     with quietly():
-        loaded = load_candidates([find_place(name, where) for name, where in named])
+        loaded = load_candidates([one for name, where in named for one in each_file(find_place(name, where))])
         readers = [
             Reader(model, processor, options.text_columns, options.max_length) for _, model, processor in loaded
         ]

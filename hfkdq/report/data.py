@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..export.precisions import recorded_precision
-from ..export.record import Export, FileFacts, Timing
+from ..export.record import Export, FileFacts, Timing, each_precision
 from ..facts import Facts
 from ..measuring.latency import Latency, is_busy, rounds_confidence, speedup, speedup_interval
 from ..schema import Count, FreeText, check
@@ -244,3 +244,12 @@ def row_name(facts: Mapping[str, Any]) -> str:
     precision = recorded_precision(facts)
     label = facts.get("kind") if precision is None else precision.label
     return f"ONNX {label}" if label else "ONNX"
+
+
+def named_precisions(name: str, facts: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a folder of a name, one for each of its precisions, with their records; that of the name itself comes last."""
+    found = []
+    for own in each_precision(facts):
+        label = row_name(own) if name == row_name(facts) else f"{name}, {row_name(own).removeprefix('ONNX ')}"
+        found.append((name if own is facts else label, dict(own)))
+    return found

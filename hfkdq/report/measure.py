@@ -40,7 +40,7 @@ from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import CLASSIFICATION, is_listed, task_of
 from ..provenance import describe_files, weight_files
-from .data import Engine, Sample, row_name
+from .data import Engine, Sample, named_precisions, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
 from .layers import describe_layers, describe_stored
@@ -124,7 +124,11 @@ def measure(
             _Row(name, model, evaluation if name == "student" else evaluation.of_teacher(student), pooling=pooling)
             for name, model in models.items()
         ]
-        rows += [_Row(name, student, evaluation, folder, exported[name]) for name, folder in folders.items()]
+        rows += [
+            _Row(each, student, evaluation, folder, facts)
+            for name, folder in folders.items()
+            for each, facts in named_precisions(name, exported[name])
+        ]
         return _measure_rows(rows, student, settings, Path(temporary), _given(raw_rows, eval_dataset))
 
 
