@@ -96,6 +96,8 @@ def test_what_the_demo_made_is_pushed_and_its_card_loads_it_from_the_hub(
     folder, _ = demo
     assert main(["card", str(folder), "--repo_id", "me/digits"]) == 0
     assert '.from_pretrained("me/digits")' in capsys.readouterr().out
+    assert main(["card", str(folder)]) == 0
+    assert '.from_pretrained("onnx-int8")  # beside this file' in capsys.readouterr().out
     assert '.from_pretrained("onnx-int8")' in (folder / "README.md").read_text()
     assert main(["push", str(folder / "onnx-int8"), "me/digits", "--report", str(folder / "report.json")]) == 0
     assert capsys.readouterr().out.startswith(f"{hub_server.url}/me/digits")
