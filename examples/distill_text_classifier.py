@@ -277,11 +277,7 @@ def publish(
         license=data_args.model_license,
         language=data_args.language,
     )
-    report.save(output_dir / "report.json")
-    report.save_plot(output_dir / "report.png")
-    (output_dir / "README.md").write_text(
-        report.to_card(repo_id=training_args.hub_model_id, plot="report.png"), encoding="utf-8"
-    )
+    report.save_all(output_dir, training_args.hub_model_id)
     Console().print(report.table())
     print(f"Wrote {output_dir}: checkpoint, {', '.join(f.name for f in onnx_folders.values())}, report and card.")
     if push:

@@ -128,9 +128,7 @@ def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool =
     report = CompressionReport.measure(
         teacher=teacher, student=trainer.model, onnx=file, latency_rounds=3 if timed else 0, **how
     )
-    report.save(folder / "report.json")
-    report.save_plot(folder / "report.png")
-    (folder / "README.md").write_text(report.to_card(plot="report.png"), encoding="utf-8")
+    report.save_all(folder)
     Console().print(report.table())
     metric = next(iter(report.engines[0].metrics))
     print(f"{metric}: {', '.join(f'{row.name} {row.metrics[metric]:.4f}' for row in report.engines)}.")

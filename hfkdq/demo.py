@@ -40,6 +40,7 @@ from . import (
 )
 from .files import DEMO, workspace
 from .metrics import classification_metrics
+from .report.plots import check_plots
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -77,18 +78,19 @@ def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bo
     Raises:
         FileExistsError: an earlier demo left its result there, and `overwrite` is `False`; or files that no demo wrote,
             or that were changed since, have the names of its files.
-        ImportError: scikit-learn or the exporter is missing.
+        ImportError: scikit-learn, matplotlib or the exporter is missing.
     """
     size, output_dir = size or DemoSize(), Path(output_dir)
     DEMO.check(output_dir, overwrite)
+    check_plots()
     set_seed(42)
     processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     train, test = load_digits(processor, size.rows)
     with workspace(output_dir / "demo") as made:
         with tempfile.TemporaryDirectory() as scratch:
             teacher = train_teacher(train, test, size, scratch)
-            student = compress(teacher, train, test, size, scratch)
-        report = _publish(teacher, student, test, processor, made / "new")
+            trainer = compress(teacher, train, test, size, scratch)
+        report = _publish(teacher, trainer, test, processor, made / "new")
         DEMO.check(output_dir, overwrite)
         DEMO.swap_in(made / "new", output_dir, made / "old")
     console = Console()
@@ -151,8 +153,10 @@ def train_teacher(train: Dataset, test: Dataset, size: DemoSize, scratch: str) -
     return teacher
 
 
-def compress(teacher: PreTrainedModel, train: Dataset, test: Dataset, size: DemoSize, scratch: str) -> PreTrainedModel:
-    """Half of the layers, half of the neurons and 8 bits, in one run of the `DistillationTrainer`."""
+def compress(
+    teacher: PreTrainedModel, train: Dataset, test: Dataset, size: DemoSize, scratch: str
+) -> DistillationTrainer:
+    """Half of the layers, half of the neurons and 8 bits, in one run of the `DistillationTrainer`, whose model is the student."""
     student = make_student(teacher, num_layers=size.layers // 2)
     _say(f"2/4 Distilling, pruning and quantizing a student with {size.layers // 2} layers, in one run")
     trainer = DistillationTrainer(
@@ -162,15 +166,16 @@ def compress(teacher: PreTrainedModel, train: Dataset, test: Dataset, size: Demo
         callbacks=[PruningCallback(PruningSpec(sparsity=0.5, structure="neuron")), QATCallback(QuantizationSpec())],
     )  # fmt: skip
     trainer.train()
-    return trainer.model  # type: ignore[return-value]
+    return trainer
 
 
 def _publish(
-    teacher: PreTrainedModel, student: PreTrainedModel, test: Dataset, processor: ViTImageProcessor, folder: Path
+    teacher: PreTrainedModel, trainer: DistillationTrainer, test: Dataset, processor: ViTImageProcessor, folder: Path
 ) -> CompressionReport:
     _say("3/4 Exporting to ONNX and comparing every file with PyTorch")
     folder.mkdir()
     teacher.save_pretrained(folder / "teacher")
+    student: Any = trainer.model
     images = test.remove_columns("labels")
     folders = {
         name: export_onnx(
@@ -187,14 +192,22 @@ def _publish(
     report = CompressionReport.measure(
         teacher=teacher, student=student, onnx=folders, eval_dataset=test, processing_class=processor,
         compute_metrics=classification_metrics, dataset=DatasetInfo(name="scikit-learn digits", split="test"),
-        license="apache-2.0",
+        license="apache-2.0", log_history=trainer.state.log_history,
+        training_args=trainer.args, rows=_pictures(test),
     )  # fmt: skip
-    report.save(folder / "report.json")
-    report.save_html(folder / "report.html")
-    report.save_plot(folder / "report.png")
-    (folder / "README.md").write_text(report.to_card(plot="report.png"), encoding="utf-8")
+    report.save_all(folder)
     DEMO.mark(folder, __version__)
     return report
+
+
+def _pictures(test: Dataset) -> Dataset:
+    """The images that the processor made the rows of."""
+    from datasets import Dataset
+    from PIL import Image
+
+    pixels = np.asarray(test["pixel_values"][:])  # (images, 3, 8, 8)
+    shown = np.round((pixels * 0.5 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return Dataset.from_dict({"image": [Image.fromarray(image) for image in shown]})
 
 
 def _arguments(scratch: str, epochs: int) -> TrainingArguments:

@@ -23,6 +23,8 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+MOST_THREADS = 1024
+"""More are a slip of the finger, and no machine could start them."""
 POSITIVE = Rule("must be larger than 0", lambda x: x > 0)
 NOT_NEGATIVE = Rule("must not be negative", lambda x: not x < 0)
 COUNT = Rule("must be a positive integer", lambda x: isinstance(x, int) and x > 0)

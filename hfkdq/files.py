@@ -137,7 +137,9 @@ DEMO = MarkedFiles(
 )
 """What `hfkdq demo` writes."""
 COMPRESSED = MarkedFiles(
-    names=("student", "onnx", "README.md", "report.json"), mark_name=".hfkdq-compress.json", run="hfkdq compress"
+    names=("student", "onnx", "README.md", "report.json", "report.html", "report.png"),
+    mark_name=".hfkdq-compress.json",
+    run="hfkdq compress",
 )
 """What `hfkdq compress` writes at the end, beside the recipe and the checkpoints of its training."""
 

@@ -5,6 +5,7 @@ the files of a folder as bytes, and changes no local file."""
 from __future__ import annotations
 
 import email.utils
+import json
 import os
 import re
 import tempfile
@@ -16,13 +17,21 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 from transformers.utils import logging
 
 from .files import sha256_of
-from .provenance import weight_files
+from .provenance import ONNX_FOLDER, weight_files
 from .secrets import redact
 from .uploads import Contents, check_secrets, collect
 
@@ -64,6 +73,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = "Upload compressed model",
     ignore_patterns: list[str] | str | None = None,
+    add: bool = False,
 ) -> CommitInfo:
     """Publishes a compressed model on the Hugging Face Hub in one commit.
 
@@ -91,6 +101,9 @@ def push_to_hub(
         commit_message (`str`, defaults to `"Upload compressed model"`): first line of the commit's message.
         ignore_patterns (`str` or `list[str]`, *optional*): files to leave out, as shell patterns such as `"*.log"` or
             `"runs/*"`, as in `huggingface_hub.upload_folder`.
+        add (`bool`, defaults to `False`): keep the precisions that the repository has, and add those of the folder. Both are of
+            `export_onnx(layout="hub")` and of one model; beside the files in `onnx/`, their record and what a `report` brings, the
+            repository stays as it is. Where it has no export yet, all goes up.
 
     Returns:
         `huggingface_hub.CommitInfo`: the commit, with its `oid`, `commit_url` and, for a pull request, `pr_url`. As
@@ -98,7 +111,8 @@ def push_to_hub(
 
     Raises:
         ValueError: no such folder or no `config.json` in it, an invalid `repo_id`, `token`, commit message or card,
-            files that are not to be published, a secret in one, or files that the report is not about.
+            files that are not to be published, a secret in one, or files that the report is not about; with `add`, another
+            layout, another model, or a name of a file that another precision has there.
         RuntimeError: the Hub refused (401, 403, 404, 409, 5xx, ...) or could not be reached. The message says what
             to do; the original error is its cause.
 
@@ -139,23 +153,58 @@ def push_to_hub(
                 f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
                 "push a report, which brings its own."
             ) from error
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
+    own = _record_to_add(folder) if add else {}
     try:
         api = HfApi(token=token, library_name="hfkdq")
         full_id = _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             _patiently(lambda: api.create_branch(full_id, branch=str(revision), exist_ok=True))
         parent = None if revision is None else str(revision)
-        stale = _patiently(lambda: list(_stale_files(api, full_id, parent, folder)))
+        stale: list[str] = []
+        if add:
+            contents = _patiently(lambda: _added(api, full_id, parent, own, contents, report is not None))
+        else:
+            stale = _patiently(lambda: list(_stale_files(api, full_id, parent, folder)))
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in contents.items()]
         changes: list[Any] = [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
         how: dict[str, Any] = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
         commit: CommitInfo = _patiently(lambda: api.create_commit(full_id, changes, **how))
+    except _CannotAdd:
+        raise
     # requests, httpx and Xet share no error class below this one, and huggingface_hub lets each of them through.
     except Exception as error:
         raise RuntimeError(_explain(error, folder, repo_id, token)) from error
     gone = f", where {', '.join(stale)} of an earlier push went" if stale else ""
     logger.info(f"Pushed {len(operations)} files of {folder} to {commit.commit_url}{gone}")
     return commit
+
+
+def check_login() -> None:
+    """Asks the Hub whether the token of this machine may push, for whoever pushes only after long work. A Hub that cannot be reached
+    now may be later, and is warned of.
+
+    Raises:
+        ValueError: there is no token, the Hub does not know it or it can only read, or `HF_HUB_OFFLINE` forbids the push.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("A push is asked for, and HF_HUB_OFFLINE=1 forbids it. Unset it, or leave the push out.")
+    if get_token() is None:
+        raise ValueError(
+            f"A push is asked for, and there is no token. {_ADVICE[401].partition(',')[0]}, or set HF_TOKEN."
+        )
+    try:
+        known = HfApi(library_name="hfkdq").whoami()
+    except Exception as error:  # requests and httpx share no error class
+        status, answer, _ = _answer(error)
+        if status in (401, 403):
+            raise ValueError(
+                f"A push is asked for, and the Hub refused the token ({status}). {_ADVICE[401]}"
+            ) from None
+        told = _without_tokens(answer, None)
+        logger.warning(f"Whether the token may push is not known, as the Hub could not be asked: {told}.")
+        return
+    if known.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(f"A push is asked for, and the token can only read. {_ADVICE[401]}")
 
 
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
@@ -198,6 +247,65 @@ def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -
             yield str(record)
 
 
+class _CannotAdd(ValueError):
+    """What is in the repository does not go with what is to be added."""
+
+
+def _record_to_add(folder: Path) -> dict[str, Any]:
+    from .export.choices import HUB
+    from .export.record import EXPORT_FACTS, read_export
+
+    own = read_export(folder) if (folder / EXPORT_FACTS).is_file() else {}
+    if own.get("layout") != HUB or "precisions" not in own:
+        raise _CannotAdd(
+            f'{folder} is not of export_onnx(layout="hub"), so it cannot be added to others. Export it so.'
+        )
+    return own
+
+
+def _added(
+    api: HfApi, repo_id: str, revision: str | None, own: dict[str, Any], contents: Contents, with_report: bool
+) -> Contents:
+    """What of `contents` is new in a repository, with the record of all precisions that it then has."""
+    from .export.record import EXPORT_FACTS, read_export
+
+    if not api.file_exists(repo_id, EXPORT_FACTS, revision=revision):
+        return contents
+    with tempfile.TemporaryDirectory() as scratch:
+        api.hf_hub_download(repo_id, EXPORT_FACTS, revision=revision, local_dir=scratch)
+        there = read_export(Path(scratch))
+    if there.get("layout") != own["layout"] or "precisions" not in there:
+        raise _CannotAdd(f"{repo_id} holds an export of another layout. Push without add=True to replace it.")
+    for what, ours, theirs in (
+        ("description", own["model"], there.get("model")), ("weights", _checkpoint(own), _checkpoint(there))
+    ):  # fmt: skip
+        if ours != theirs:
+            raise _CannotAdd(
+                f"{repo_id} holds the files of another model, by its {what}. Push without add=True to replace them."
+            )
+    kept = {kind: one for kind, one in there["precisions"].items() if kind not in own["precisions"]}
+    taken = {one.get("suffix"): kind for kind, one in kept.items()}
+    for kind, one in own["precisions"].items():
+        if one.get("suffix") in taken:
+            raise _CannotAdd(
+                f"In {repo_id} the files of {taken[one['suffix']]} have the names that those of {kind} have in the folder. Export both in "
+                "one call, which gives them names of their own, and push that."
+            )
+    new = {name: facts for name, facts in own["files"].items() if name.startswith(f"{ONNX_FOLDER}/")}
+    record = {
+        **there, **own["precisions"].get(there.get("kind"), {}), "precisions": {**there["precisions"], **own["precisions"]},
+        "files": {**there["files"], **new},
+    }  # fmt: skip
+    brought = ("README.md", "compression_report.json", "report.png") if with_report else ()
+    files = {name: data for name, data in contents.items() if name in new or name in brought}
+    return {**files, EXPORT_FACTS: (json.dumps(record, indent=2) + "\n").encode()}
+
+
+def _checkpoint(record: dict[str, Any]) -> list[str]:
+    """The hashes of the weights for PyTorch that a record names."""
+    return [facts["sha256"] for name, facts in sorted(record["files"].items()) if name.endswith(".safetensors")]
+
+
 def _report_files(report: CompressionReport, repo_id: str) -> Contents:
     """Card, facts and plot of a report, rendered without touching the user's folder."""
     from .report import CompressionReport
@@ -211,11 +319,29 @@ def _report_files(report: CompressionReport, repo_id: str) -> Contents:
         plot = Path(scratch) / "report.png"
         report.save_plot(plot)
         return {
+            **(_eval_results(report) if isinstance(report, CompressionReport) else {}),
             # A name without its owner is no id that the card's example could load from.
             "README.md": report.to_card(repo_id if "/" in repo_id else None, **shown).encode(),
             "compression_report.json": report.to_json().encode(),
             "report.png": plot.read_bytes(),
         }
+
+
+def _eval_results(report: CompressionReport) -> Contents:
+    """The first metric of the last row as the leaderboard of a benchmark reads it, where the data set is one:
+    https://huggingface.co/docs/hub/eval-results."""
+    data, engine = report.dataset, report.engines[-1]
+    if data is None or data.id is None or data.task_id is None or not engine.metrics:
+        return {}
+    metric, value = next(iter(engine.metrics.items()))
+    place = {"id": data.id, "task_id": data.task_id, **({} if data.revision is None else {"revision": data.revision})}
+    entry = {
+        "dataset": place,
+        "value": round(value, 6),
+        "notes": f"{metric} of {engine.name}, measured with hfkdq",
+    }
+    name = re.sub(r"[^\w.-]+", "-", f"{data.id.rpartition('/')[2]}-{data.task_id}").strip("-.")
+    return {f".eval_results/{name}.yaml": yaml.safe_dump([entry], sort_keys=False).encode()}
 
 
 def _ask_for_unknown(report: CompressionReport) -> None:
@@ -267,6 +393,10 @@ def _explain(error: BaseException, folder: Path, repo_id: str, token: str | bool
         if status in _BUSY and seconds:
             advice = f"It asks to wait {seconds:.0f} s. {advice}"
     text = f"Could not push {folder} to {repo_id}: {happened}. {advice} The files in {folder} are untouched."
+    return _without_tokens(text, token)
+
+
+def _without_tokens(text: str, token: str | bool | None) -> str:
     for known in (token, get_token()):
         if isinstance(known, str) and known:
             text = text.replace(known, "hf_***")

@@ -83,12 +83,14 @@ class HubServer:
     Attributes:
         url: its endpoint, for `HF_ENDPOINT`.
         token: the only access token it accepts; its owner is `"me"`.
+        role: what the token may do.
         repositories: by id, such as `"me/tiny"`.
         requests: `(route, authorization)` of every request, in order.
     """
 
     def __init__(self) -> None:
         self.token = "hf_" + "LoopbackTestToken" * 2
+        self.role = "write"
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.requests: list[tuple[str, str | None]] = []
@@ -182,6 +184,9 @@ class HubServer:
         if repo not in self.repositories:
             raise Refused(404, "Repository not found", "RepoNotFound")
         return self.repositories[repo]
+
+    def _whoami(self, body: bytes, query: dict[str, str]) -> Any:
+        return {"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": self.role}}}
 
     def _create(self, body: bytes, query: dict[str, str]) -> Any:
         request = json.loads(body)
@@ -299,6 +304,7 @@ class HubServer:
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 ROUTES = {
+    ("GET", "/api/whoami-v2"): "whoami",
     ("POST", "/api/repos/create"): "create",
     ("POST", "/api/validate-yaml"): "validate_yaml",
     ("POST", f"/api/models/{_REPO}/branch/{_REVISION}"): "branch",

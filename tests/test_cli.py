@@ -310,3 +310,19 @@ def test_an_encoder_of_texts_is_exported_for_other_tools(tmp_path, capsys):
     with pytest.raises(SystemExit):
         export(tmp_path / "encoder", tmp_path / "x", "--pooling", "average")
     assert "invalid choice: 'average'" in capsys.readouterr().err
+
+
+def test_several_precisions_are_written_in_one_call(checkpoint, tmp_path, capsys):
+    several = ("--quantization", "float16", "--quantization", "float32")
+    assert export(checkpoint, tmp_path / "x", *several) == 1
+    assert (
+        "--quantization float32 is one too many: several precisions in one folder need --layout hub"
+        in capsys.readouterr().err
+    )
+    assert export(checkpoint, tmp_path / "x", *several, "--quantization", "float16", "--layout", "hub") == 1
+    assert "--quantization float16 is given twice" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert export(checkpoint, tmp_path / "out", *several, "--layout", "hub", "--latency-rounds", "0") == 0
+    facts = report(tmp_path / "out")
+    assert (facts["kind"], list(facts["precisions"])) == ("float16", ["float16", "float32"])
+    assert {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == {"model.onnx", "model_fp16.onnx"}

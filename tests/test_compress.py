@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset
 from transformers import (
@@ -29,7 +30,7 @@ from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
 from hfkdq.cli.compress_run import _begun, _digest, _text, send
 from hfkdq.cli.compress_search import Watch, _check_same, outcome_of, outcomes_of, pruner
-from hfkdq.cli.compress_setup import Setup, set_up
+from hfkdq.cli.compress_setup import Setup, check_means, set_up
 from hfkdq.cli.data import load_split
 from hfkdq.cli.interruption import Interruption
 from hfkdq.cli.messages import as_keys
@@ -42,7 +43,18 @@ from . import tiny
 from .conftest import THREADS
 from .launch import accelerate_launch
 
-SHORT = ("--max_steps", "4", "--save_steps", "2", "--save_strategy", "steps", "--eval_strategy=no", "--use_cpu")
+SHORT = (
+    "--max_steps",
+    "4",
+    "--save_steps",
+    "2",
+    "--save_strategy",
+    "steps",
+    "--eval_strategy=no",
+    "--use_cpu",
+    "--logging_steps",
+    "1",
+)
 UNTIMED = "report.latency_rounds=0"
 
 
@@ -82,7 +94,8 @@ def hashes(folder):
 
 def test_a_model_and_data_become_a_smaller_model_its_file_and_its_report(given, done):
     assert sorted(path.name for path in done.iterdir()) == [
-        ".hfkdq-compress.json", "README.md", "checkpoints", "onnx", "recipe.yaml", "report.json", "student",
+        ".hfkdq-compress.json", "README.md", "checkpoints", "onnx", "recipe.yaml", "report.html", "report.json", "report.png",
+        "student",
     ]  # fmt: skip
     recipe = yaml.safe_load((done / "recipe.yaml").read_text())
     assert recipe["student"] == {"num_layers": 2}
@@ -98,6 +111,11 @@ def test_a_model_and_data_become_a_smaller_model_its_file_and_its_report(given, 
     card = (done / "README.md").read_text()
     assert "HiddenStateKD" in card
     assert str(given) not in card
+    assert "(report.png)" in card
+    assert '.from_pretrained("onnx")  # beside this file' in card
+    assert report.curves["logit_kd"][-1][0] == 4
+    page = (done / "report.html").read_text()
+    assert all(words in page for words in ("logit_kd", "2 of the teacher", "HiddenStateKD"))
 
 
 def test_the_saved_recipe_does_the_same_again_bit_for_bit(done, tmp_path):
@@ -206,6 +224,7 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path,
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (4, 32)
     pushed = []
     monkeypatch.setattr("hfkdq.cli.compress_run.push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
+    monkeypatch.setattr("hfkdq.cli.compress_setup.check_login", lambda: None)
     more = ["export.quantization=float32", "push={repo_id: me/it, private: true}", "pruning=null"]
     assert main(["compress", str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "pushed"), *more]) == 0
     ((folder, repo_id), settings) = pushed[0][0], pushed[0][1]
@@ -254,6 +273,43 @@ def test_what_is_wrong_is_told_in_one_line(given, tmp_path, monkeypatch, capsys,
     assert told in error[-1]
     assert error[-1].startswith("hfkdq compress: ")
     assert not list(tmp_path.glob("*-compressed"))
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (("export.task=nothing",), "export.task: "),
+        (("export.task=feature-extraction",), "export.task"),
+        (("export.quantization=int4_weights",), "export.quantization is 'int4_weights', and quantization trains other integers"),
+        (("export.integer_convolutions=true", "quantization=null"), "export.integer_convolutions needs 8-bit inputs"),
+        (("data.calibration={numbers}",), "data.calibration: BertForSequenceClassification reads one or two columns"),
+        (("push.repo_id=me/it",), "HF_HUB_OFFLINE=1 forbids it"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_after_the_training_is_told_before(
+    given, tmp_path, monkeypatch, capsys, changes, told, options
+):
+    (tmp_path / "numbers.csv").write_text("number\n1\n2\n")
+    monkeypatch.setattr(Setup, "trainer", lambda *args, **more: pytest.fail("it was trained"))
+    changes = [change.format(numbers=tmp_path / "numbers.csv") for change in changes]
+    assert run(given, tmp_path / "out", *changes, *options) == 1
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_end_of_a_run_would_lack_is_told_before(monkeypatch):
+    recipe = read({"model": "org/name", "data": {"train": "rows.csv"}, "export": {}, "report": {}})
+    check_means(recipe)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"need matplotlib: pip install"):
+        check_means(recipe)
+    is_5 = transformers.__version__.startswith("5")
+    monkeypatch.delattr("hfkdq.export.exporters_backend" if is_5 else "hfkdq.export.optimum_backend", raising=False)
+    monkeypatch.setitem(sys.modules, f"hfkdq.export.{'exporters' if is_5 else 'optimum'}_backend", None)
+    with pytest.raises(RuntimeError, match="which failed to import"):
+        check_means(recipe)
 
 
 @pytest.mark.parametrize(
@@ -457,6 +513,7 @@ def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_p
     monkeypatch.setattr(
         "hfkdq.cli.compress_run.push_to_hub", lambda folder, repo_id, **_: pushed.append((folder, repo_id))
     )
+    monkeypatch.setattr("hfkdq.cli.compress_setup.check_login", lambda: None)
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "3", "--keep", "0.1", "--max-size", "1MB")
     command = searching(given, out, *settings)
     assert main([*command, "push.repo_id=me/it"]) == 0

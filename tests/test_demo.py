@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
+from PIL import Image
+
+from hfkdq.cli import main
+
+from .hub_server import loopback_hub  # noqa: F401
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("5"), reason="the demo exports through Optimum, which needs the optimum line"
@@ -38,11 +45,27 @@ def test_it_writes_what_it_names(demo):
     assert set(config["hfkdq"]) == {"student", "distillation", "pruning", "quantization"}
     assert config["intermediate_size"] == 64  # half of the teacher's 128
     assert config["num_hidden_layers"] == 1
+    assert report.training["rows in a step"] == 64
+
+
+def test_the_card_shows_what_its_program_prints_of_the_first_image(demo):
+    from optimum.onnxruntime import ORTModelForImageClassification
+    from sklearn.datasets import load_digits
+    from transformers import ViTImageProcessor, pipeline
+
+    folder, report = demo
+    digits = load_digits()
+    first = np.random.default_rng(0).permutation(200)[0]  # as the demo draws its test images
+    image = Image.fromarray((digits.images[first] * 255 / 16).astype(np.uint8)).convert("RGB")
+    processor = ViTImageProcessor.from_pretrained(folder / "onnx-int8")
+    model = ORTModelForImageClassification.from_pretrained(folder / "onnx-int8")
+    answers = pipeline("image-classification", model=model, image_processor=processor)(image)
+    assert report.sample.printed == str(answers)
+    assert f"of the first image of the data:\n\n```text\n{answers}\n```" in (folder / "README.md").read_text()
 
 
 def test_the_result_classifies_images_in_a_pipeline(demo):
     from optimum.onnxruntime import ORTModelForImageClassification
-    from PIL import Image
     from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
 
     folder = demo[0] / "onnx-int8"
@@ -53,6 +76,38 @@ def test_the_result_classifies_images_in_a_pipeline(demo):
     answers = classify(Image.new("RGB", (8, 8)))
     assert {answer["label"] for answer in answers} <= {str(digit) for digit in range(10)}
     assert AutoModelForImageClassification.from_pretrained(folder).config.intermediate_size == 64
+
+
+LOAD = """
+import sys
+from PIL import Image
+from huggingface_hub import hf_hub_download
+
+card = open(hf_hub_download(sys.argv[1], "README.md"), encoding="utf-8").read()
+Image.new("RGB", (8, 8), "red").save("image.png")
+for program in card.split("```python\\n")[1:]:
+    exec(program.partition("```")[0])
+"""
+
+
+def test_what_the_demo_made_is_pushed_and_its_card_loads_it_from_the_hub(
+    demo, hub_server, tmp_path, monkeypatch, capsys
+):
+    folder, _ = demo
+    assert main(["card", str(folder), "--repo_id", "me/digits"]) == 0
+    assert '.from_pretrained("me/digits")' in capsys.readouterr().out
+    assert main(["card", str(folder)]) == 0
+    assert '.from_pretrained("onnx-int8")  # beside this file' in capsys.readouterr().out
+    assert '.from_pretrained("onnx-int8")' in (folder / "README.md").read_text()
+    assert main(["push", str(folder / "onnx-int8"), "me/digits", "--report", str(folder / "report.json")]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub_server.url}/me/digits")
+    (tmp_path / "elsewhere").mkdir()
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, "me/digits"], cwd=tmp_path / "elsewhere", capture_output=True, text=True,
+        env={**hub_server.environment(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    assert {answer["label"] for answer in ast.literal_eval(loaded.stdout)} <= {str(digit) for digit in range(10)}
 
 
 def names(folder):

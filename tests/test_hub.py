@@ -19,12 +19,14 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import yaml
 from huggingface_hub import HfApi, constants
 
-from hfkdq.hub import push_to_hub
+from hfkdq.hub import check_login, push_to_hub
 from hfkdq.provenance import describe_files, describe_model
-from hfkdq.report import CompressionReport, Engine
+from hfkdq.report import CompressionReport, DatasetInfo, Engine
 
 from . import tiny
 from .hub_server import BREAK, check_card, loopback_hub  # noqa: F401
@@ -239,6 +241,25 @@ def test_a_token_in_an_answer_is_not_repeated(hub_server, folder, token):
         push_to_hub(folder, "me/tiny", token=token)
     assert hub_server.token not in str(caught.value)
     assert token is None or token not in str(caught.value)
+
+
+def test_a_login_that_cannot_push_is_told_before_there_is_something_to_push(hub_server, monkeypatch, capfd):
+    check_login()
+    hub_server.role = "read"
+    with pytest.raises(ValueError, match="the token can only read"):
+        check_login()
+    hub_server.fail_next("whoami", BREAK)
+    check_login()  # it may be there again when the push is due
+    monkeypatch.setenv("HF_TOKEN", FAKE_TOKEN)
+    with pytest.raises(ValueError, match=r"the Hub refused the token \(401\)\. Log in with") as caught:
+        check_login()
+    assert FAKE_TOKEN not in str(caught.value)
+    monkeypatch.setattr("hfkdq.hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match=r"there is no token\. Log in with `hf auth login`, or set HF_TOKEN"):
+        check_login()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE=1 forbids it"):
+        check_login()
 
 
 def test_a_lost_connection_during_an_upload_is_resumed(hub_server, folder):
@@ -469,6 +490,19 @@ def test_what_a_card_should_say_and_does_not_is_asked_for(hub_server, folder, ca
     assert "The card does not say dataset=, base_model=, language=." in caplog.text
     card = hub_server.repositories["me/tiny"].files()["README.md"].decode()
     assert "![Quality, size and latency of every row](report.png)" in card
+
+
+def test_the_result_on_a_benchmark_goes_where_its_leaderboard_looks(hub_server, folder):
+    data = DatasetInfo(name="GPQA", id="Idavidrein/gpqa", task_id="gpqa_diamond", revision="a" * 40)
+    push_to_hub(folder, "me/tiny", report=replace(measured(folder), dataset=data))
+    files = hub_server.repositories["me/tiny"].files()
+    (entry,) = yaml.safe_load(files[".eval_results/gpqa-gpqa_diamond.yaml"])
+    assert entry["dataset"] == {"id": data.id, "task_id": data.task_id, "revision": data.revision}
+    assert entry["value"] == 0.5
+    if parse := getattr(huggingface_hub, "parse_eval_result_entries", None):  # of huggingface_hub 1 and later
+        assert (parse([entry])[0].task_id, parse([entry])[0].value) == ("gpqa_diamond", 0.5)
+    push_to_hub(folder, "me/other", report=replace(measured(folder), dataset=replace(data, task_id=None)))
+    assert not any(".eval_results" in name for name in hub_server.repositories["me/other"].files())
 
 
 def test_files_that_the_reports_are_about_pass(hub_server, folder):

@@ -18,7 +18,7 @@ PACKAGE = Path(hfkdq.__file__).parent
 # Imports run strictly downward: a room may import rooms of lower levels only.
 LEVELS = {
     "fields": -3, "protocols": -3, "schedules": -2,
-    "files": -1, "schema": -1, "secrets": -1, "specs": -1, "version": -1,
+    "bars": -1, "files": -1, "schema": -1, "secrets": -1, "specs": -1, "version": -1,
     "facts": 0, "losses": 0,
     "modeling": 1, "provenance": 1,
     "objectives": 2, "collators": 2, "quantization": 2, "pruning": 2, "students": 2, "metrics": 2,

@@ -31,14 +31,18 @@ from hfkdq import LogitKD, NoisyKD, PruningSpec, QuantizationSpec, export_onnx, 
 from hfkdq.cli import card, main
 from hfkdq.export.record import EXPORT_FACTS
 from hfkdq.export.runtime import OnnxSession, onnx_call
+from hfkdq.export.sample import run_sample
 from hfkdq.facts import describe_facts, objective_call, record_fact
 from hfkdq.measuring import latency
 from hfkdq.measuring.latency import TimedEngine, time_engines
 from hfkdq.metrics import classification_metrics
 from hfkdq.provenance import describe_files, describe_model
 from hfkdq.quantization import prepare_qat_
-from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency
+from hfkdq.report import CompressionReport, DatasetInfo, Engine, Latency, Sample
+from hfkdq.report.citations import citations
+from hfkdq.report.curves import read_settings, settings_of
 from hfkdq.report.environment import publishable
+from hfkdq.report.markdown import one_line
 
 from . import tiny
 
@@ -144,6 +148,9 @@ def report() -> CompressionReport:
         environment={"processor": "Some CPU", "platform": "Linux x86_64", "hfkdq": "0.1.0", "torch": "2.13.0"},
         dataset=DatasetInfo(name="Rotten Tomatoes", id="cornell-movie-review-data/rotten_tomatoes", split="test"),
         base_model="sentence-transformers/all-MiniLM-L6-v2", license="apache-2.0", language="en",
+        training={"optimizer steps": 801, "epochs": 3.0, "rows in a step": 32, "learning rate": 5e-05, "schedule": "linear"},
+        curves={"loss": [[50.0, 0.81], [800.0, 0.4265]], "logit_kd": [[50.0, 0.9], [800.0, 0.31]]},
+        sample=Sample(runner="optimum", printed="[{'label': 'positive', 'score': 0.9231}]"),
     )  # fmt: skip
 
 
@@ -573,7 +580,14 @@ def test_card_is_accepted_and_its_results_are_those_of_the_file(report):
         (dict(processor=None), "AutoTokenizer|pipeline\\("),
         (dict(environment={}), "Environment|Some CPU"),
         (dict(timing={}), "How latency|Latency is that"),
-        (dict(facts={}), "Distillation|Pruning|Quantization\\*|Layers|- (distillation|pruning|quantization|int8)\\n"),
+        (dict(sample=None), "printed|positive"),
+        (dict(training={}), "rows in a step|schedule"),
+        (dict(curves={}), "Logged|step 800"),
+        (dict(training={}, curves={}), "How it was trained"),
+        (
+            dict(facts={}),
+            "Sources|Hinton|Distillation|Pruning|Quantization\\*|Layers|- (distillation|pruning|quantization|int8)\\n",
+        ),
     ],
 )
 def test_a_missing_fact_leaves_no_line(report, change, gone):
@@ -643,6 +657,7 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     for program in programs:
         exec(program, names)
     assert names["pipe"]("w1 w2 w3")[0]["label"] in student.config.label2id
+    assert report.sample.printed == str(names["pipe"]("A text that the model has not seen."))
 
 
 CARDS = {
@@ -653,7 +668,7 @@ CARDS = {
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of the pipeline that finds answers
 @pytest.mark.parametrize("task", CARDS)
-def test_the_code_in_the_card_of_a_task_runs(report, task, tmp_path, monkeypatch):
+def test_the_code_in_the_card_of_a_task_runs_and_prints_what_it_says(report, task, tmp_path, monkeypatch, capsys):
     model = CARDS[task]()
     is_image = task == "image-classification"
     processor = ViTImageProcessor(size={"height": 8, "width": 8}) if is_image else tiny.tokenizer()
@@ -664,17 +679,29 @@ def test_the_code_in_the_card_of_a_task_runs(report, task, tmp_path, monkeypatch
     folder = export_onnx(model, tmp_path / "onnx", processing_class=processor, latency_rounds=0)
     environment = {"transformers": transformers.__version__}
     processor_class = "AutoImageProcessor" if is_image else "AutoTokenizer"
-    told = dict(architecture=type(model).__name__, task=task, processor=processor_class, facts={})
-    programs = re.findall(
-        r"```python\n(.*?)```", replace(report, environment=environment, **told).to_card(), re.DOTALL
-    )
+    Image.new("RGB", (8, 8), "red").save(folder / "image.png")
+    found = run_sample(
+        folder, json.loads((folder / EXPORT_FACTS).read_text()), type(model).__name__, processor_class,
+        Image.open(folder / "image.png") if is_image else None,
+    )  # fmt: skip
+    sample = None if found is None else Sample(**found)
+    told = dict(architecture=type(model).__name__, task=task, processor=processor_class, facts={}, sample=sample)
+    card = replace(report, environment=environment, **told).to_card()
+    programs = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     is_4 = transformers.__version__.startswith("4")
     assert len(programs) == (2 if is_4 else 3)
     programs = programs[-2:]  # without Optimum's where it does not run
-    Image.new("RGB", (8, 8), "red").save(folder / "image.png")
     monkeypatch.chdir(folder)
     names = {}
+    capsys.readouterr()
     exec(programs[0], names)
+    printed = capsys.readouterr().out.strip()
+    assert (sample.printed if sample else "") == printed
+    if sample:
+        assert (
+            f"printed{', of the first image of the data' if is_image else ''}:\n\n```text\n{one_line(printed)}\n```"
+            in card
+        )
     if is_4:
         found = names["pipe"]("image.png") if is_image else None
         assert found is None or found[0]["label"] in model.config.label2id
@@ -688,6 +715,66 @@ def test_the_code_in_the_card_of_a_task_runs(report, task, tmp_path, monkeypatch
     torch.testing.assert_close(ours[output], model.eval()(**batch)[output], rtol=1e-4, atol=1e-5)
     exec(programs[1], names)
     assert type(names["model"]) is type(model)
+
+
+def test_sources_are_those_of_what_was_recorded(report):
+    def titles(facts):
+        return {title for _, title, _ in citations(facts)}
+
+    def of(name, **settings):
+        return titles({"distillation": {"objectives": [{"name": name, **settings}]}})
+
+    assert of("TaskLoss") == of("MyOwn") == titles({}) == set()
+    assert of("LogitKD", divergence="forward_kl") == {"Distilling the Knowledge in a Neural Network"}
+    more = of("LogitKD", divergence="DKD(alpha=1, beta=4)", standardize=True) - of("LogitKD")
+    assert more == {"Decoupled Knowledge Distillation", "Logit Standardization in Knowledge Distillation"}
+    assert of("HiddenStateKD", layers="dynamic") - of("HiddenStateKD", layers="uniform") == {"CoFi"}
+    assert of("NoisyKD", objective={"name": "RKD"}) - of("NoisyKD") == of("RKD")
+
+    def pruned(**spec):
+        return titles({"pruning": {"spec": spec}})
+
+    assert pruned(criterion="magnitude") == set()
+    assert pruned(criterion="movement") == {"Movement Pruning"}
+    assert pruned(criterion="activation", structure="layer") == {"ShortGPT"}
+    assert "ShortGPT" not in pruned(criterion="activation", structure="neuron")
+    assert titles({"pruning": {"spec": {}, "earlier": [{"spec": {"criterion": "movement"}}]}}) == {"Movement Pruning"}
+
+    def quantized(**spec):
+        return titles({"quantization": {"spec": spec}})
+
+    assert quantized(weight_bits=4, activation_bits=None) == set()
+    observed = quantized(weight_bits=8, activation_bits=8)
+    assert len(observed) == 1
+    learned = quantized(weight_bits=2, activation_bits=8, weight_estimator="learned", range_estimator="learned")
+    assert learned - observed == {"Learned Step Size Quantization", "LSQ+"}
+    # They are what the documentation of the classes says.
+    assert citations(report.facts)[0] == ("Hinton et al.", "Distilling the Knowledge in a Neural Network", "2015")
+    assert "Hinton et al." in LogitKD.__doc__
+
+
+def test_settings_of_a_training_are_those_of_its_arguments_and_log(training_arguments, tmp_path):
+    args = training_arguments(max_steps=6, gradient_accumulation_steps=2, warmup_steps=3, lr_scheduler_type="cosine")
+    log = [{"step": 3, "loss": 1.0}, {"step": 6, "loss": 0.5, "learning_rate": 1e-3}]
+    found = settings_of(args, log)
+    assert found.items() >= {"optimizer steps": 6, "rows in a step": 16, "learning rate": 1e-3, "schedule": "cosine", "warm-up steps": 3}.items()  # fmt: skip
+    assert found["seed"] == 0
+    assert not {"weight decay", "label smoothing", "epochs"} & found.keys()
+    state = {"global_step": 6, "epoch": 2.0, "train_batch_size": 8, "log_history": log}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert read_settings(tmp_path) == {
+        "optimizer steps": 6, "epochs": 2.0, "rows in a batch": 8, "largest learning rate in the log": 1e-3,
+    }  # fmt: skip
+
+
+def test_what_was_printed_makes_no_markup(report):
+    for text in HOSTILE:
+        card = replace(report, sample=Sample(runner="optimum", printed=f"[{{'label': '{text}'}}]")).to_card()
+        tokens = MarkdownIt("commonmark").parse(card.split("---\n", 2)[2])
+        assert [token.tag for token in tokens if token.type == "heading_open"].count("h1") == 1
+        blocks = [token.content for token in tokens if token.type == "fence" and token.info == "text"]
+        assert len(blocks) <= 1
+        assert all(block.count("\n") == 1 for block in blocks)
 
 
 HOSTILE = [

@@ -15,9 +15,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
-from datasets.utils import tqdm
 from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..files import replacing
 from ..schema import brief
 from .info import ROW_CHECK, CachedOutput, CacheInfo, short_hash
@@ -85,7 +85,7 @@ def write_shards(
     done = sum(stop - start for path, start, stop in own if path.exists())
     total = sum(stop - start for _, start, stop in own)
     hidden = not accelerator.is_local_main_process
-    with tqdm(total=total, initial=done, unit=" rows", desc="Teacher outputs", disable=hidden) as bar:
+    with progress_bar(total=total, initial=done, unit=" rows", desc="Teacher outputs", disable=hidden) as bar:
         try:
             for path, start, stop in own:
                 if path.exists():

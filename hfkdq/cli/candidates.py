@@ -101,6 +101,19 @@ def find_place(name: str, where: str) -> Place:
     return Place(name, path, None)
 
 
+def each_file(place: Place) -> list[Place]:
+    """The files of the other precisions in an exported folder, where each is one file, and the folder itself last."""
+    if place.path is None or not place.path.is_dir():
+        return [place]
+    from ..export.record import read_export
+    from ..export.sample import file_name
+    from ..report.data import named_precisions
+
+    *others, _ = named_precisions(place.name, read_export(place.path))
+    files = [(name, place.path / ONNX_FOLDER / file_name(own.get("suffix", ""))) for name, own in others]
+    return [*(Place(name, place.folder, file) for name, file in files if file.is_file()), place]
+
+
 def is_export(folder: Path) -> bool:
     """Whether `export_onnx` wrote a folder and left its record there."""
     record = export_file(folder)

@@ -36,16 +36,20 @@ def run(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"There is no folder {options.folder}.")
     is_report = "engines" in read_file(path)
     from ..report import CompressionReport
-    from ..report.files import check_beside, check_export
+    from ..report.card import render_card
+    from ..report.files import check_beside, check_engine, check_export
 
+    place = "."
     if is_report or path.name not in NAMES:
         report = CompressionReport.load(path)
         if options.folder is None:
-            check_beside(report, path)
+            place = check_beside(report, path)
     else:
         check_export(path.parent)
         report = CompressionReport.from_export(path.parent)
-    sys.stdout.write(report.to_card(repo_id=options.repo_id, folder=options.folder))
+    if options.folder is not None:
+        check_engine(report, Path(options.folder))
+    sys.stdout.write(render_card(report, options.repo_id, place=place))
 
 
 def _file_of(path: Path) -> Path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
 from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..modeling import check_json, load_checkpoint, load_config
-from ..quantization import load_quantized
+from ..quantization import load_quantized, quantized_spec
 from ..quantization.records import recorded_quantization
 from ..specs import QuantizationSpec
 
@@ -46,6 +47,19 @@ def load_model(checkpoint: str, name: str | None, calibrated: bool) -> tuple[Pre
             f"are {others}."
         )
     return load_checkpoint(checkpoint), FLOAT if name == "none" else name
+
+
+def load_for(
+    checkpoint: str, names: Sequence[str | None], calibrated: bool
+) -> tuple[PreTrainedModel, list[QuantizationSpec | str]]:
+    """As [`load_model`] for several precisions: one model, with fake quantizers if a precision needs them."""
+    model, wanted = None, []
+    for name in names:
+        found, quantization = load_model(checkpoint, name, calibrated)
+        wanted.append(quantization)
+        model = found if model is None or quantized_spec(model) is None else model
+    assert model is not None  # noqa: S101  (there is one name at the least)
+    return model, wanted
 
 
 def load_processor(checkpoint: str) -> Any:

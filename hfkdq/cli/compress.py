@@ -131,13 +131,14 @@ def run(options: argparse.Namespace) -> None:
     from ..recipes.parts import parts_of, training_arguments
     from .compress_run import RECIPE, carry_out, check_folder
     from .compress_search import SEARCH, search
-    from .compress_setup import set_up
+    from .compress_setup import check_means, set_up
     from .summary import quietly
 
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes it alone tells
     check_folder(folder, RECIPE if goals is None else SEARCH)
     with quietly():
         training_arguments(parts_of(recipe, source), str(folder), generates=True)  # those of both classes
+        check_means(recipe)
         if goals is not None and not options.dry_run:
             found = search(recipe, changes, goals, folder, options.trials or _TRIALS, options.storage, source)
             _print(found, folder)

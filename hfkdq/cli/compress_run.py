@@ -63,7 +63,7 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         _leave_group(trainer)
         if not is_first:
             return None
-        report = _write(setup, made / "new", text)
+        report = _write(setup, made / "new", text, trainer)
         COMPRESSED.mark(made / "new", __version__)
         COMPRESSED.check(folder, overwrite=True)
         COMPRESSED.swap_in(made / "new", folder, made / "old")
@@ -175,8 +175,8 @@ def _digest(*tables: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _write(setup: Setup, new: Path, text: str) -> CompressionReport | None:
-    """The exported file, the report and the card, beside the student."""
+def _write(setup: Setup, new: Path, text: str, trainer: Any) -> CompressionReport | None:
+    """The exported file, the report, its page, its plot and the card, beside the student."""
     recipe = setup.recipe
     (new / "student" / RECIPE).write_text(text, encoding="utf-8")
     (new / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here reads
@@ -193,10 +193,10 @@ def _write(setup: Setup, new: Path, text: str) -> CompressionReport | None:
             student, new / "onnx", quantization=precision or quantization, processing_class=setup.processor,
             calibration=calibration, **labelled, **settings,
         )  # fmt: skip
-    return _measured(setup, student, onnx, new)
+    return _measured(setup, student, onnx, new, trainer)
 
 
-def _measured(setup: Setup, student: Any, onnx: Path | None, new: Path) -> CompressionReport | None:
+def _measured(setup: Setup, student: Any, onnx: Path | None, new: Path, trainer: Any) -> CompressionReport | None:
     section = setup.recipe.report
     if section is None or onnx is None:
         return None
@@ -204,11 +204,10 @@ def _measured(setup: Setup, student: Any, onnx: Path | None, new: Path) -> Compr
     named = told.pop("dataset")
     report = CompressionReport.measure(
         student=student, teacher=setup.teacher or setup.original, onnx=onnx, eval_dataset=setup.evaluation,
-        data_collator=setup.collate, processing_class=setup.processor, dataset=_dataset(setup.recipe, named), **told,
+        data_collator=setup.collate, processing_class=setup.processor, dataset=_dataset(setup.recipe, named),
+        log_history=trainer.state.log_history, training_args=trainer.args, **told,
     )  # fmt: skip
-    report.save(new / "report.json")
-    repo_id = None if setup.recipe.push is None else setup.recipe.push.repo_id
-    (new / "README.md").write_text(report.to_card(repo_id=repo_id), encoding="utf-8")
+    report.save_all(new, None if setup.recipe.push is None else setup.recipe.push.repo_id)
     return report
 
 

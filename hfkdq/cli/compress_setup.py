@@ -11,21 +11,28 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, set_seed
-from transformers.utils import logging
 
 from .. import make_student
+from ..bars import bars_are_seen
+from ..export.backends import load_backend
+from ..export.checks import resolve_task
+from ..export.precisions import AUTO, precision_of
+from ..export.protocol import PAST
+from ..hub import check_login
 from ..measuring.evaluation import NEW_TOKENS, Evaluation, says_length
 from ..metrics import TaskMetrics, metrics_for
 from ..modeling import load_checkpoint
 from ..modeling.batches import first_batch, make_batches
+from ..modeling.tasks import tasks_of
 from ..pruning import PruningCallback
-from ..quantization import QATCallback
-from ..recipes import Recipe, override, read
+from ..quantization import QATCallback, means_the_same, prepare_qat_
+from ..recipes import ExportSection, Recipe, override, read
 from ..recipes.defaults import default_objectives, default_sections
 from ..recipes.parts import Parts, parts_of, training_arguments
+from ..report.plots import check_plots
 from ..trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from .checkpoint import load_processor
-from .data import EVALUATION, load_rows, load_split
+from .data import CALIBRATION, EVALUATION, load_rows, load_split
 from .inputs import Reader
 from .labelled import labelled
 
@@ -76,7 +83,7 @@ class Setup:
             self.parts, os.fspath(output_dir), task.generates,
             # A transform makes the model's columns out of others, which must still be there.
             **{"remove_unused_columns": not is_made, "eval_do_concat_batches": task.concat_batches,
-               "disable_tqdm": None if logging.is_progress_bar_enabled() else True, **changes},
+               "disable_tqdm": None if bars_are_seen() else True, **changes},
         )  # fmt: skip
         # What needs a batch's inputs, or its labels uncut, has no place in the Trainer; the report measures it.
         measured = task.needs_labels and task.prepare is None and task.concat_batches
@@ -149,7 +156,67 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
         metrics, described,
     )  # fmt: skip
     _check_names_of_metrics(setup, source)
+    if recipe.export is not None:
+        try:
+            _check_export(setup, recipe.export)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     return setup
+
+
+def check_means(recipe: Recipe) -> None:
+    """Refuses, before anything is loaded, what the end of a run would lack: the exporter, matplotlib, a login.
+
+    Raises:
+        ImportError: matplotlib is missing, for the page and the plot of the report.
+        RuntimeError: the exporter is missing.
+        ValueError: a push is asked for, and no token may do it.
+    """
+    if recipe.export is not None:
+        load_backend()
+    if recipe.report is not None:
+        check_plots()
+    if recipe.push is not None:
+        check_login()
+
+
+def _check_export(setup: Setup, section: ExportSection) -> None:
+    """Refuses what `export_onnx` would refuse of the trained student for its settings, and calibration data that cannot be read."""
+    model, trained = setup.student, setup.parts.quantization
+    backend = load_backend()
+    try:
+        usual = resolve_task(backend, model, None).removesuffix(PAST)
+        task = resolve_task(backend, model, section.task).removesuffix(PAST)
+    except ValueError as error:
+        raise ValueError(f"export.task: {error}" if section.task is not None else f"export: {error}") from error
+    fitting = {usual, *(known.name for known in tasks_of(model))}
+    if task not in fitting:
+        raise ValueError(
+            f"export.task is {section.task!r}, and {type(model).__name__} is for {', '.join(sorted(fitting))}. Leave it out."
+        )
+    precision = None if section.quantization in (None, AUTO) else precision_of(section.quantization)
+    if trained is not None and precision is not None and precision.spec is not None:
+        quantized = prepare_qat_(copy.deepcopy(model), trained[0])
+        if not means_the_same(quantized, precision.spec):
+            raise ValueError(
+                f"export.quantization is {section.quantization!r}, and quantization trains other integers. Leave export.quantization "
+                "out to have those that are trained, or the section quantization to have none trained."
+            )
+    has_float_inputs = trained[0].activation_bits is None if trained is not None else True
+    if precision is not None:
+        has_float_inputs = not precision.needs_calibration
+    if section.integer_convolutions and has_float_inputs and section.quantization != AUTO:
+        raise ValueError(
+            "export.integer_convolutions needs 8-bit inputs of convolutions, and the file has floats. Leave it out, or quantize "
+            "activations."
+        )
+    data = setup.recipe.data
+    key = "data.train" if data.calibration is None else "data.calibration"
+    try:
+        where = data.calibration or data.train
+        next(iter(setup.reader.batches(where, CALIBRATION, data.calibration_samples, tell=False)))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _check_names_of_metrics(setup: Setup, source: str) -> None:

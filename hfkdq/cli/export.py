@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..export.choices import FLAT, LAYOUTS, NO_POOLING, POOLINGS
+from ..export.choices import FLAT, HUB, LAYOUTS, NO_POOLING, POOLINGS
 from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..files import check_new, refuse_missing
 from .names import check_data
@@ -23,7 +23,7 @@ DESCRIPTION = (
 )
 _QUANTIZATION = f"""{"; ".join(f"{entry.name}: {entry.help}" for entry in PRECISIONS.values())}; {TRAINED}: the integers
 that a QATCallback trained; {AUTO}: the fastest of these that loses at most --max-drop on the evaluation data. Default:
-trained for a checkpoint that was saved with fake quantizers, else {FLOAT}"""
+trained for a checkpoint that was saved with fake quantizers, else {FLOAT}. With --layout hub it may be given several times; the first is the one that the record is about"""
 # What an interruption leaves.
 LEFT = "Nothing was written; the same command begins again."
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization",
         metavar="PRECISION",
+        action="append",
         choices=(*PRECISIONS, TRAINED, AUTO, "none"),
         help=" ".join(_QUANTIZATION.split()),
     )
@@ -110,15 +111,14 @@ def run(options: argparse.Namespace) -> None:
             check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..export import export_onnx
-    from .checkpoint import load_model, load_processor
+    from .checkpoint import load_for, load_processor
     from .data import CALIBRATION, EVALUATION
     from .inputs import Reader
     from .summary import print_summary, quietly
 
     with quietly():
-        model, quantization = load_model(
-            options.checkpoint, options.quantization, calibrated=options.calibration_data is not None
-        )
+        names = options.quantization or [None]
+        model, wanted = load_for(options.checkpoint, names, calibrated=options.calibration_data is not None)
         processor = load_processor(options.checkpoint)
         reader = Reader(model, processor, options.text_columns, options.max_length)
         given: dict[str, Any] = {}
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
             given |= reader.evaluation(options.eval_data, EVALUATION, options.eval_samples)
             given |= {"metric": options.metric, "max_drop": options.max_drop}
         folder = export_onnx(
-            model, folder, quantization=quantization, processing_class=processor, task=options.task,
+            model, folder, quantization=wanted if len(wanted) > 1 else wanted[0], processing_class=processor, task=options.task,
             target=options.target, weight_type=options.weight_type, tolerance=options.tolerance, allow_drop=options.allow_drop,
             latency_rounds=options.latency_rounds, threads=options.threads, layout=options.layout, pooling=options.pooling,
             normalize=options.normalize, **given,
@@ -146,9 +146,17 @@ def default_folder(checkpoint: str, ending: str = "-onnx") -> Path:
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    names = options.quantization or []
+    if len(names) > 1 and (options.layout != HUB or AUTO in names):
+        raise ValueError(
+            f"--quantization {names[1]} is one too many: several precisions in one folder need --layout hub, and {AUTO} chooses one."
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--quantization {twice} is given twice. Its files would have one name.")
     if options.eval_data is None:
         needy = {
-            "--quantization auto": options.quantization == AUTO, "--metric": options.metric is not None,
+            "--quantization auto": AUTO in names, "--metric": options.metric is not None,
             "--max-drop": options.max_drop is not None, "--eval-samples": options.eval_samples is not None,
             "--allow-drop": options.allow_drop,
         }  # fmt: skip

@@ -51,8 +51,8 @@ class Reader:
         accepted = forward_columns(self.model)
         return {name: values for name, values in encoded.items() if name in accepted}
 
-    def batches(self, where: str, preferred: tuple[str, ...], samples: int) -> Iterable[Any]:
-        """Batches without labels.
+    def batches(self, where: str, preferred: tuple[str, ...], samples: int, tell: bool = True) -> Iterable[Any]:
+        """Batches without labels; `tell` says on the terminal of what.
 
         Raises:
             ValueError: the rows have nothing that the model could read.
@@ -71,7 +71,8 @@ class Reader:
         else:
             rows, encode, collate, columns = self.encoder(rows)
             dataset = rows.with_transform(encode)
-        _say(f"Calibrating on {description}: {columns}")
+        if tell:
+            _say(f"Calibrating on {description}: {columns}")
         return DataLoader(dataset, batch_size=COMPARE_BATCH_SIZE, collate_fn=collate)
 
     def evaluation(self, where: str, preferred: tuple[str, ...], samples: int | None) -> dict[str, Any]:

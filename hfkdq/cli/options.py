@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..fields import MOST_THREADS
+
 _DATA = """parquet, CSV or JSON file, a folder of them, or the id of a data set on the Hub; a split may follow a colon,
 as in squad:validation, and so may a configuration before it, as in nyu-mll/glue:sst2:validation"""
 DATA = " ".join(_DATA.split())
@@ -41,7 +43,7 @@ def add_timing(group: Any, rounds: int) -> None:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small: names of options to the least that each may be.
+    """Refuses numbers that are too small, and too many threads: names of options to the least that each may be.
 
     Raises:
         ValueError: one of them is.
@@ -51,6 +53,8 @@ def check_least(options: argparse.Namespace, **least: int) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < smallest:
                 raise ValueError(f"--{name.replace('_', '-')} must be {smallest} or more, got {value}.")
+            if name == "threads" and value is not None and value > MOST_THREADS:
+                raise ValueError(f"--threads must be {MOST_THREADS} or less, got {value}.")
 
 
 def column_names(text: str) -> list[str]:

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--commit-message", default="Upload compressed model", metavar="TEXT", help="first line (default: %(default)s)"
     )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the precisions that the repository has, and add those of the folder"
+    )
     parser.add_argument("--ignore-patterns", nargs="+", metavar="PATTERN", help='files to leave out, such as "*.log"')
 
 
@@ -46,5 +49,6 @@ def run(options: argparse.Namespace) -> None:
     commit = push_to_hub(
         folder, options.repo_id, report=report, private=options.private or None, revision=options.revision,
         create_pr=options.create_pr, commit_message=options.commit_message, ignore_patterns=options.ignore_patterns,
+        add=options.add,
     )  # fmt: skip
     sys.stdout.write(f"{commit.pr_url or commit.commit_url}\n")

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, writes the folder and prints the table."""
-    from .candidates import find_place, load_candidates, split_names
+    from .candidates import each_file, find_place, load_candidates, split_names
 
     check_least(
         options, batch_size=1, resamples=0, examples=0, latency_rounds=0, threads=1, eval_samples=1, max_length=1
@@ -66,12 +66,14 @@ def run(options: argparse.Namespace) -> None:
 
     from ..files import staged
     from ..report import Candidate, CompressionReport
-    from ..report.curves import read_curves
+    from ..report.curves import read_curves, read_settings
+    from ..report.plots import check_plots
     from .inputs import Reader
     from .summary import quietly
 
+    check_plots()
     with quietly():
-        loaded = load_candidates([find_place(name, where) for name, where in named])
+        loaded = load_candidates([one for name, where in named for one in each_file(find_place(name, where))])
         readers = [
             Reader(model, processor, options.text_columns, options.max_length) for _, model, processor in loaded
         ]
@@ -88,8 +90,10 @@ def run(options: argparse.Namespace) -> None:
                 resamples=options.resamples, examples=options.examples, rows=readers[0].rows,
                 dataset=_dataset(options.eval_data),
             )  # fmt: skip
-            curves = [read_curves(place.folder) for place, _, _ in loaded if place.name != "teacher"]
-            report = replace(report, curves=next(filter(None, reversed(curves)), {}))
+            trained = [place.folder for place, _, _ in reversed(loaded) if place.name != "teacher"]
+            trained = [folder for folder in trained if read_curves(folder)][:1]
+            for place in trained:
+                report = replace(report, curves=read_curves(place), training=read_settings(place))
             report.save(staging.files / "report.json")
             report.save_html(staging.files / "report.html")
             report.save_plot(staging.files / "report.png")

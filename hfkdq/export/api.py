@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import EvalPrediction, PreTrainedModel
-from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..files import check_new, staged
 from ..measuring.evaluation import Evaluation
 from ..metrics.tasks import metrics_for
@@ -323,7 +323,7 @@ def _write_all(
         return _write_into(job, next(iter(precisions), None), timing, folder, allow_drop, calibrated)
     places: list[Path] = []
     facts: list[dict[str, Any]] = []
-    for precision in logging.tqdm(
+    for precision in progress_bar(
         precisions or [None], desc="Precisions", disable=None if len(precisions) > 1 else True
     ):
         places.append(job.scratch / f"precision-{len(places)}")

@@ -109,6 +109,7 @@ class Export(TypedDict, total=False):
     fused_linears: int
     weight_type: FreeText
     spec: QuantizationSettings | None
+    precisions: dict[FreeText, Export]
     files: dict[str, FileFacts]
     model: ModelFacts
     metrics: ExportMetrics
@@ -131,6 +132,13 @@ def read_export(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not what export_onnx writes: {error}. {EXPORT_AGAIN}.") from None
     return facts
+
+
+def each_precision(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The record of each precision in a folder; that which the whole record is about comes last."""
+    common = {name: facts[name] for name in ("files", "model", "versions", "layout") if name in facts}
+    others = [own for own in facts.get("precisions", {}).values() if own.get("suffix") != facts.get("suffix")]
+    return [*({**common, **own} for own in others), facts]
 
 
 def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:

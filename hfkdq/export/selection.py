@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..quantization import quantized_spec
 from .job import ExportJob
 from .precisions import PRECISIONS, TRAINED, Precision, precision_of
@@ -130,7 +131,7 @@ def _write_all(
     """Facts of those that could be written, each below `folder`, and a row for every one."""
     facts: dict[str, dict[str, Any]] = {}
     rows = []
-    bar = logging.tqdm(precisions, desc="Candidates")
+    bar = progress_bar(precisions, desc="Candidates")
     for name in bar:
         bar.set_postfix_str(name)
         own = folder / name

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import denumpify_detensorize
 from transformers.utils import logging
 
+from ..bars import bars_are_seen
 from ..metrics.tasks import TaskMetrics
 from ..modeling.forwards import TEACHER_PREFIX, forward_columns, return_dict_kwargs
 
@@ -113,7 +114,7 @@ class Evaluation:
             and getattr(self.dataset, "format", {}).get("type") != "custom",
             eval_do_concat_batches=task.concat_batches,
             report_to=[],
-            disable_tqdm=None if logging.is_progress_bar_enabled() else True,
+            disable_tqdm=None if bars_are_seen() else True,
         )
         settings = dict(
             model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import logging
 
+from ..bars import progress_bar
+from ..fields import MOST_THREADS
 from ..schema import brief
 from ..secrets import without_secrets
 from . import worker
@@ -139,7 +140,8 @@ def package_folders() -> list[str]:
 
 
 def check_counts(**limits: tuple[Any, int]) -> None:
-    """Refuses what is no integer or too small; names of arguments to their values and the least that they may be.
+    """Refuses what is no integer or too small, and too many threads; names of arguments to their values and the least that they may
+    be.
 
     Raises:
         ValueError: one of them is.
@@ -147,6 +149,8 @@ def check_counts(**limits: tuple[Any, int]) -> None:
     for name, (value, least) in limits.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if name == "threads" and value > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {value!r}.")
 
 
 def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> list[Latency]:
@@ -182,7 +186,7 @@ def time_calls(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> 
             worker.wait_until_ready()
         timings: list[list[list[float]]] = [[] for _ in workers]
         turns = [(index, worker) for _ in range(rounds) for index, worker in enumerate(workers)]
-        bar = logging.tqdm(turns, desc="Latency")
+        bar = progress_bar(turns, desc="Latency")
         for index, worker in bar:
             time.sleep(SETTLE_SECONDS)
             timings[index].append(worker.time(TURN_SECONDS))

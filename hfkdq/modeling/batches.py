@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, default_data_collator
-from transformers.utils import logging
 
+from ..bars import progress_bar
 from .examples import random_state_kept
 from .forwards import forward_columns
 from .masks import Batch
@@ -163,7 +163,7 @@ def on_device(model: PreTrainedModel, batches: Batches, what: str) -> Iterator[d
         TypeError: one that is no mapping.
     """
     count = 0
-    for count, batch in enumerate(logging.tqdm(batches, desc=what, unit="batch"), start=1):
+    for count, batch in enumerate(progress_bar(batches, desc=what, unit="batch"), start=1):
         check_batch(batch, count)
         yield {name: _placed(value, model) for name, value in batch.items()}
     if not count:

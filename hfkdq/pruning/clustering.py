@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..facts import read_facts, record_fact
 from ..modeling.own_modules import as_pretrained_
 from ..specs import ModulePatterns, module_matches, unmatched
@@ -86,7 +86,7 @@ def cluster_weights(
     chosen = _chosen(model, target_modules, exclude_modules)
     weights = {id(module.weight): cast(Tensor, module.weight) for module in chosen.values()}
     error = spread = 0.0
-    for weight in logging.tqdm(weights.values(), desc="Clustering weights", unit="weight"):
+    for weight in progress_bar(weights.values(), desc="Clustering weights", unit="weight"):
         clustered = cluster_values(weight, clusters)
         values = weight.double() if weight.device.type != "mps" else weight.float()
         error += float((clustered - values).square().sum())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers.utils import logging
+from ..bars import progress_bar
 
 WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data")
 """Files of a model's weights; tokenizer and configuration are small and the same before and after."""
@@ -85,7 +85,7 @@ def compressed_size(
         raise ValueError(f"dictionary={dictionary!r} must be 4,096 to 1,610,612,736 bytes, which is what xz can do.")
     found = _files(Path(path), files)
     before = sum(file.stat().st_size for file in found)
-    with logging.tqdm(total=before, desc=f"Compressing ({method})", unit="B", unit_scale=True) as bar:
+    with progress_bar(total=before, desc=f"Compressing ({method})", unit="B", unit_scale=True) as bar:
         if method == "zip":
             size = _zip_size(found, bar)
         else:

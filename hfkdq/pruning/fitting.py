@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..modeling.examples import tried_on
 from ..modeling.forwards import evaluating
 from ..specs import PruningSpec
@@ -105,7 +105,7 @@ def fit_sparsity(
                 f"Even at sparsity {high:.3f} the {name} would be more than {bound:g} (of {whole:g}). Choose a larger target, "
                 "or prune another structure besides."
             )
-        for _ in logging.tqdm(range(_HALVINGS), desc=f"Finding the sparsity for {name}"):
+        for _ in progress_bar(range(_HALVINGS), desc=f"Finding the sparsity for {name}"):
             middle = (low + high) / 2
             low, high = (low, middle) if measure(_pruned(model, spec, middle)) <= bound else (middle, high)
     return dataclasses.replace(spec, sparsity=high)

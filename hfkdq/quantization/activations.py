@@ -73,6 +73,15 @@ class ActivationQuantizer(Stateless):
             quantized = grids.expand((codes.clamp(0, self.maximum_code) - zero_point) * scale, self.scheme.power)
         return grids.straight_through(values, quantized, inside.to(values.dtype))
 
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest value that it gives."""
+        scale, zero_point = self.qparams()
+        ends = (torch.tensor([0, self.maximum_code], device=scale.device) - zero_point) * scale.detach()
+        if self.scheme.activation_mapping != "linear":
+            ends = grids.expand(ends, self.scheme.power)
+        low, high = ends.tolist()
+        return low, high
+
     @property
     def grid(self) -> grids.Grid:
         bits = self.scheme.activation_bits or 0

@@ -33,6 +33,8 @@ class QATCallback(TrainerCallback, ExportableState):
     the ranges come from the same checkpoint as the weights; the best is searched among those that have the bits of the
     spec. In distributed training all processes use the ranges of the first one.
 
+    With `lower_bits` the bits of the schedule are logged as `weight_bits`.
+
     Points of training are shares of its steps: 0.0 the start, 1.0 the end.
 
     Args:
@@ -52,6 +54,8 @@ class QATCallback(TrainerCallback, ExportableState):
             random, in (0, 1] (Fan et al., "Training with Quantization Noise for Extreme Model Compression", 2021).
         learning_rate_factor (`float`, defaults to 1.0): learning rate of learned ranges and scales, as a multiple of
             that of the Trainer.
+        log_ranges (`bool`, defaults to `False`): log the least and the largest value of every quantized activation, as
+            `activation_min/<module>` and `activation_max/<module>`.
 
     Raises:
         TypeError: `spec` is neither.
@@ -83,12 +87,14 @@ class QATCallback(TrainerCallback, ExportableState):
         lower_bits: BitSchedule | None = None,
         quantized_share: float = 1.0,
         learning_rate_factor: float = 1.0,
+        log_ranges: bool = False,
     ) -> None:
         self.spec = spec = QuantizationSpec.given(spec, "QATCallback")
         self.strict_resume = strict_resume
         self.schedule = QATSchedule(spec, begin, freeze_ranges, freeze_batch_norm, lower_bits, quantized_share)
         self.fold_batch_norm = fold_batch_norm
         self.scaling = UpdateScaling(learning_rate_factor)
+        self.log_ranges = log_ranges
         self._model: PreTrainedModel | None = None
         # Of the last optimizer step, where others would be read between two.
         self._states: dict[str, Any] | None = None
@@ -97,7 +103,12 @@ class QATCallback(TrainerCallback, ExportableState):
         """The part of a checkpoint that is the callback's: its settings, and the state of the quantizers."""
         schedule = {**asdict(self.schedule), "fold_batch_norm": self.fold_batch_norm}
         return {
-            "args": {"spec": self.spec.to_dict(), **schedule, "learning_rate_factor": self.scaling.factor},
+            "args": {
+                "spec": self.spec.to_dict(),
+                **schedule,
+                "learning_rate_factor": self.scaling.factor,
+                "log_ranges": self.log_ranges,
+            },
             "attributes": self._present() if self._states is None else self._states,
         }
 
@@ -146,6 +157,19 @@ class QATCallback(TrainerCallback, ExportableState):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._share(model, args)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or not state.log_history:
+            return
+        told: dict[str, float] = {}
+        if self.schedule.lower_bits:
+            told["weight_bits"] = self.schedule.at(state.global_step / state.max_steps).bits
+        if self.log_ranges:
+            known = {name: q for name, q in records.activation_quantizers(model).items() if q.initialized}
+            for name, quantizer in known.items():
+                told[f"activation_min/{name}"], told[f"activation_max/{name}"] = quantizer.ends()
+        logs.update(told)
+        state.log_history[-1].update(told)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:

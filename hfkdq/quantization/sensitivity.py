@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..losses.divergences import RULED_OUT, binary_logits, in_chunks, kl
 from ..modeling.batches import Batches, check_batch, make_batches
 from ..modeling.forwards import as_output, evaluating, return_dict_kwargs
@@ -100,7 +100,7 @@ def suggest_bits(
         change = OutputChange(model, sample)
         sensitivity: dict[str, dict[int, float]] = {name: {} for name in choices.groups}
         jobs = [(name, width) for name in choices.groups for width in choices.schemes[name]]
-        for name, width in logging.tqdm(jobs, desc="Measuring sensitivity", unit="choice"):
+        for name, width in progress_bar(jobs, desc="Measuring sensitivity", unit="choice"):
             with choices.quantized(name, width):
                 sensitivity[name][width] = change.now()
             if not math.isfinite(sensitivity[name][width]):

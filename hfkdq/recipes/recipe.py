@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..fields import MOST_THREADS
+
+# What git takes for the name of a branch, without its rarer letters.
+_BRANCH = re.compile(r"(?!.*(\.\.|//|\.lock$|[./]$))[\w][\w./+-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ class ExportSection:
     integer_convolutions: bool = False
 
     def __post_init__(self) -> None:
-        from ..export.precisions import NAMES
+        from ..export.precisions import AUTO, NAMES
 
         for name, allowed in (
             ("quantization", (None, *NAMES)), ("target", ("onnxruntime", "standard")),
@@ -117,6 +123,8 @@ class ExportSection:
         _at_least("export.max_drop", self.max_drop, 0)
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"export.tolerance must be larger than 0, got {self.tolerance!r}.")
+        if self.allow_drop and self.max_drop is None and self.quantization != AUTO:
+            raise ValueError("export.allow_drop needs export.max_drop: without a bound every drop is allowed.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,10 @@ class ReportSection:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("latency_rounds", 0), ("threads", 1)):
             _at_least(f"report.{name}", getattr(self, name), least)
+        if self.license is not None and not re.fullmatch(r"[a-z0-9._-]+", self.license):
+            raise ValueError(
+                f"report.license is {self.license!r:.80}, expected an identifier of the Hub such as apache-2.0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +183,10 @@ class PushSection:
             validate_repo_id(self.repo_id)
         except ValueError as error:
             raise ValueError(f"push.repo_id is {self.repo_id!r:.80}, expected user/name: {error}") from None
+        if self.revision is not None and not _BRANCH.fullmatch(self.revision):
+            raise ValueError(f"push.revision is {self.revision!r:.80}, which is no name of a branch.")
+        if not self.commit_message.strip():
+            raise ValueError("push.commit_message is empty. Leave it out for the default.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,3 +236,5 @@ class Recipe:
 def _at_least(name: str, value: float | None, least: int) -> None:
     if value is not None and value < least:
         raise ValueError(f"{name} must be {least} or more, got {value!r}.")
+    if name.endswith(".threads") and value is not None and value > MOST_THREADS:
+        raise ValueError(f"{name} must be {MOST_THREADS} or less, got {value!r}.")

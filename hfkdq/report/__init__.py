@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..measuring.latency import Latency
-    from .compression import CompressionReport, DatasetInfo, Engine, Layer, Mistake
+    from .compression import CompressionReport, DatasetInfo, Engine, Layer, Mistake, Sample
     from .measure import Candidate
 
-__all__ = ["Candidate", "CompressionReport", "DatasetInfo", "Engine", "Latency", "Layer", "Mistake"]
+__all__ = ["Candidate", "CompressionReport", "DatasetInfo", "Engine", "Latency", "Layer", "Mistake", "Sample"]
 
 
 def __getattr__(name: str) -> Any:

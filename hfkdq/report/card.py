@@ -15,12 +15,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..export.precisions import DYNAMIC, recorded_precision
 from ..export.record import MADE_UP
+from ..export.sample import CALLS, EXPORTERS, LOADERS, OPTIMUM, TEXT, file_name
 from ..facts import describe_facts
 from ..modeling.tasks import task_of
 from ..secrets import redact
 from ..specs import QuantizationSpec
+from .citations import citations
 from .data import Engine, ReportData, check_renderable, shortened
-from .markdown import Markdown, code, escape, escaping, one_line, unwrapped
+from .markdown import Markdown, code, escape, escaping, is_unsafe, one_line, unwrapped
 from .table import markdown_table, metric_names, render_markdown
 
 # Title, factor and format of what an export records.
@@ -31,20 +33,6 @@ _PARITY = {
     "top1_agreement": ("Same top class (%)", 100, "{:.2f}"),
     "samples": ("Examples", 1, "{:,}"),
     "tolerance": ("Bound (% of largest logit)", 100, "{:g}"),
-}
-# What a pipeline of a task is called with: text, or a file of one's own.
-_TEXT = '"A text that the model has not seen."'
-_CALLS = {
-    "text-classification": _TEXT, "token-classification": _TEXT, "text-generation": _TEXT,
-    "fill-mask": 'f"A text without one {tokenizer.mask_token}."',
-    "question-answering": 'question="Who lives here?", context="Anna lives here."',
-    "image-classification": '"image.png"', "audio-classification": '"sound.wav"',
-}  # fmt: skip
-_PIPELINE_ARGUMENT = {
-    "AutoTokenizer": "tokenizer",
-    "AutoImageProcessor": "image_processor",
-    "AutoFeatureExtractor": "feature_extractor",
-    "AutoProcessor": "processor",
 }
 
 
@@ -63,9 +51,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md.j2")
 
 
-def render_card(report: ReportData, repo_id: str | None, plot: str | None = None) -> str:
-    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from, `plot` the picture that
-    lies beside it."""
+def render_card(report: ReportData, repo_id: str | None, plot: str | None = None, place: str = ".") -> str:
+    """The complete `README.md` of the report; `repo_id` is where the code in it loads the model from, or else `place`, seen from
+    the card, `plot` the picture that lies beside it."""
     check_renderable(report)
     if repo_id is not None and not _is_hub_id(repo_id):
         raise ValueError(
@@ -80,8 +68,10 @@ def render_card(report: ReportData, repo_id: str | None, plot: str | None = None
         parity=_parity(report),
         quantized="quantization" in report.facts,
         zeroed=_zeroed(report),
-        usage=_usage(report, repo_id),
+        usage=_usage(report, repo_id, place),
         plot=None if plot is None else Markdown(quote(plot)),
+        curves=_curves(report),
+        papers=citations(report.facts),
     )
     return redact(str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}")))
 
@@ -212,6 +202,15 @@ def _parity(report: ReportData) -> Markdown | None:
     return None if found is None else Markdown(markdown_table(*found))
 
 
+def _curves(report: ReportData) -> Markdown | None:
+    """The first and the last value of everything that the training logged more than once."""
+    rows = [
+        [escape(name), *(f"{value:.4g} (step {step:,.0f})" for step, value in (points[0], points[-1]))]
+        for name, points in report.curves.items()
+    ]
+    return Markdown(markdown_table(["Logged", "First", "Last"], rows)) if rows else None
+
+
 def parity_cells(report: ReportData) -> tuple[list[str], list[list[str]]] | None:
     """The differences between the logits of every exported file and of its model: header and rows; `None` without any."""
     engines = [engine for engine in report.engines if engine.parity is not None]
@@ -233,7 +232,14 @@ def _zeroed(report: ReportData) -> bool:
     return spec.get("structure") in ("weight", "n:m", "block") or spec.get("cut") == "mask"
 
 
-def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
+def _printed(report: ReportData, runner: str) -> Markdown:
+    """What the sample call printed where this ran it, as a block of code; nothing where it could be taken for markup."""
+    if report.sample is None or report.sample.runner != runner or is_unsafe(report.sample.printed):
+        return Markdown("")
+    return Markdown(f"```text\n{one_line(report.sample.printed)}\n```")
+
+
+def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     task = task_of(report.architecture)
     auto = task.auto if task is not None and task.name == report.task else None
@@ -241,16 +247,18 @@ def _usage(report: ReportData, repo_id: str | None) -> dict[str, Any]:
     # Files made with Transformers 5 load by its own exporters.
     made_with = re.fullmatch(r"[5-9]\.\d+(\.\d+)?", str(report.environment.get("transformers", "")))
     return {
-        "source": Markdown(json.dumps(repo_id or ".")),  # Python takes it for the same text
-        "comment": Markdown("" if repo_id else "  # the folder of this file"),
+        "source": Markdown(json.dumps(repo_id or place)),  # Python takes it for the same text
+        "comment": Markdown("" if repo_id else f"  # {'the folder of' if place == '.' else 'beside'} this file"),
         "auto": auto or report.architecture,
         "ort": (auto or "").replace("AutoModel", "ORTModel"),
         "runner": Markdown(made_with[0]) if made_with and report.engines[-1].kind == "onnx" else "",
-        "file": Markdown(f', file_name="model{suffix}.onnx"' if suffix else ""),
+        "file": Markdown(f', file_name="{file_name(suffix)}"' if suffix else ""),
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),
-        "argument": _PIPELINE_ARGUMENT.get(report.processor or "", ""),
-        "called_with": Markdown(_CALLS.get(report.task or "", "")),
-        "text": Markdown(_TEXT) if report.processor == "AutoTokenizer" else "",
+        "argument": LOADERS.get(report.processor or "", ""),
+        "called_with": Markdown(CALLS.get(report.task or "", "")),
+        "text": Markdown(json.dumps(TEXT)) if report.processor == "AutoTokenizer" else "",
+        "printed": {runner: _printed(report, runner) for runner in (OPTIMUM, EXPORTERS)},
+        "shown": report.sample is not None and report.task == "image-classification",
     }

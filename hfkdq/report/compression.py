@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from ..files import replacing
 from ..measuring.latency import Latency
 from ..schema import build, read_file, read_json
 from .card import render_card
-from .curves import curves_of
-from .data import DatasetInfo, Engine, Layer, Mistake, ReportData, check_renderable
+from .curves import curves_of, settings_of
+from .data import DatasetInfo, Engine, Layer, Mistake, ReportData, Sample, check_renderable
 from .environment import hide_secrets
-from .files import check_engine, fields_of_export
-from .plots import draw_plot
+from .files import check_beside, check_engine, fields_of_export
+from .plots import PLOT, draw_plot
 from .table import render_markdown, render_table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .measure import Candidate
 
-__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency", "Layer", "Mistake"]
+__all__ = ["CompressionReport", "DatasetInfo", "Engine", "Latency", "Layer", "Mistake", "Sample"]
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,8 @@ class CompressionReport(ReportData):
         language (`str` or `list[str]`, *optional*): language of the data, as an ISO 639 code.
         curves (`dict[str, list[list[float]]]`): step and value of every loss term and metric of the training.
         mistakes (`tuple` of [`Mistake`]): rows that the first engine gets right and the last one wrong.
+        training (`dict`): the settings of the training, by their names in words.
+        sample ([`Sample`], *optional*): what the sample call of the card printed on the last file.
     """
 
     @classmethod
@@ -78,6 +80,8 @@ class CompressionReport(ReportData):
         resamples: int | None = None,
         examples: int = 12,
         log_history: Iterable[Mapping[str, Any]] = (),
+        training_args: TrainingArguments | None = None,
+        rows: Dataset | None = None,
     ) -> CompressionReport:
         """Measures teacher, student and ONNX files on the same examples.
 
@@ -117,6 +121,9 @@ class CompressionReport(ReportData):
             examples (`int`, defaults to 12): how many rows to show at most that the first engine gets right and the last one
                 wrong. They are part of the report and of its page; [`push_to_hub`] leaves them out.
             log_history (`Iterable[Mapping]`, *optional*): `trainer.state.log_history`, for the curves of the training.
+            training_args (`TrainingArguments`, *optional*): `trainer.args`, for the settings of the training.
+            rows (`datasets.Dataset`, *optional*): the examples as people read them, for what is shown of them; by default those of
+                `eval_dataset` without their transform.
 
         Returns:
             [`CompressionReport`]: the report.
@@ -133,11 +140,12 @@ class CompressionReport(ReportData):
         measured = measure(
             {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}, onnx,
             eval_dataset, compute_metrics, processing_class, data_collator, batch_size, latency_rounds, threads,
-            preprocess_logits_for_metrics, concat_batches, resamples, examples,
+            preprocess_logits_for_metrics, concat_batches, resamples, examples, rows,
         )  # fmt: skip
         report = cls(
             **measured, dataset=dataset, base_model=base_model or hub_id(student), license=license, language=language,
-            curves=curves_of(log_history),
+            curves=curves_of(log_history := [*log_history]),
+            training={} if training_args is None else settings_of(training_args, log_history),
         )  # fmt: skip
         return _warned(report)
 
@@ -286,6 +294,26 @@ class CompressionReport(ReportData):
             ImportError: matplotlib is not installed.
         """
         return _replace(path, lambda temporary: draw_plot(self, temporary))
+
+    def save_all(self, folder: str | Path, repo_id: str | None = None) -> Path:
+        """Writes `report.json`, the page `report.html`, the plot `report.png` and the card `README.md`, which shows it.
+
+        Args:
+            folder (`str` or `Path`): where to; it is there. Where the files that were measured lie in it, or in a folder of it, the code
+                of the card loads them from there, unless there is a `repo_id`.
+            repo_id (`str`, *optional*): as of [`~CompressionReport.to_card`].
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: as of [`~CompressionReport.to_card`], or other files of the same names lie there.
+        """
+        folder = Path(folder)
+        card = render_card(self, repo_id, PLOT, check_beside(self, folder / "report.json"))
+        self.save_html(folder / "report.html")
+        self.save_plot(folder / PLOT)
+        _replace(folder / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+        self.save(folder / "report.json")
+        return folder
 
 
 def _warned(report: CompressionReport) -> CompressionReport:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..export.precisions import recorded_precision
-from ..export.record import Export, FileFacts, Timing
+from ..export.record import Export, FileFacts, Timing, each_precision
 from ..facts import Facts
 from ..measuring.latency import Latency, is_busy, rounds_confidence, speedup, speedup_interval
 from ..schema import Count, FreeText, check
@@ -30,6 +30,8 @@ class DatasetInfo:
         config (`str`, *optional*): the configuration given to `load_dataset`.
         split (`str`, *optional*): the split, such as `"test"`.
         revision (`str`, *optional*): commit of the data set.
+        task_id (`str`, *optional*): where the data set is a benchmark of the Hub, the name of the task in it. [`push_to_hub`] then adds
+            the first metric of the last row as a file in `.eval_results`, which the leaderboard of the benchmark reads.
     """
 
     name: str
@@ -37,6 +39,20 @@ class DatasetInfo:
     config: str | None = None
     split: str | None = None
     revision: str | None = None
+    task_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What the sample call of the card printed on the last file.
+
+    Args:
+        runner (`str`): what ran it: `"optimum"`, or `"exporters"`, those of Transformers.
+        printed (`str`): what was printed.
+    """
+
+    runner: Text
+    printed: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +144,8 @@ class ReportData:
     language: str | list[str] | None = None
     curves: dict[Text, list[list[float]]] = field(default_factory=dict)
     mistakes: tuple[Mistake, ...] = ()
+    training: dict[Text, Any] = field(default_factory=dict)
+    sample: Sample | None = None
 
     def size_ratio(self, engine: Engine) -> float:
         """Bytes of `engine` as a share of those of the first row."""
@@ -180,6 +198,9 @@ def check_renderable(report: ReportData) -> None:
     for number, mistake in enumerate(report.mistakes):
         if not all(MEDIUM.fullmatch(address) for address in mistake.media.values()):
             raise ValueError(f"mistakes[{number}].media has an address that is no image or sound in base64")
+    wrong = next((name for name, value in report.training.items() if not isinstance(value, (int, float, str))), None)
+    if wrong is not None:
+        raise ValueError(f"training[{shortened(wrong)}] is no number and no text")
     if report.timing and not {"threads", "rounds", "inputs"} <= set(report.timing):
         raise ValueError("timing lacks threads, rounds or inputs")
 
@@ -223,3 +244,12 @@ def row_name(facts: Mapping[str, Any]) -> str:
     precision = recorded_precision(facts)
     label = facts.get("kind") if precision is None else precision.label
     return f"ONNX {label}" if label else "ONNX"
+
+
+def named_precisions(name: str, facts: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a folder of a name, one for each of its precisions, with their records; that of the name itself comes last."""
+    found = []
+    for own in each_precision(facts):
+        label = row_name(own) if name == row_name(facts) else f"{name}, {row_name(own).removeprefix('ONNX ')}"
+        found.append((name if own is facts else label, dict(own)))
+    return found

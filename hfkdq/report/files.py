@@ -15,7 +15,7 @@ from ..facts import Facts
 from ..measuring.latency import Latency
 from ..provenance import describe_model, find_difference, weight_files
 from ..schema import build, check, read_file
-from .data import Engine, ReportData, row_name
+from .data import Engine, ReportData, named_precisions, row_name
 from .environment import publishable
 
 logger = logging.get_logger(__name__)
@@ -91,11 +91,12 @@ def check_engine(report: ReportData, folder: Path) -> None:
         )
 
 
-def check_beside(report: ReportData, path: Path) -> None:
-    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded."""
+def check_beside(report: ReportData, path: Path) -> str:
+    """As [`check_engine`], for the folder that a report lies in or beside, if it has files of the names recorded. Where those are,
+    seen from the report."""
     engine = last_file(report)
     if engine is None or not engine.files:
-        return
+        return "."
     folder = path.absolute().parent
     places = [folder, *sorted(below for below in folder.iterdir() if below.is_dir())]
     places = [place for place in places if any((place / name).is_file() for name in engine.files if ".onnx" in name)]
@@ -105,6 +106,7 @@ def check_beside(report: ReportData, path: Path) -> None:
             f"{path} is about other files than those beside it: in {places[0]}, {differences[0]}. Measure again, or "
             "name the folder that was measured."
         )
+    return places[differences.index(None)].relative_to(folder).as_posix() if places else "."
 
 
 def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,23 +147,34 @@ def fields_of_export(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     recorded = read_file(config).get("hfkdq", {}) if config.is_file() else {}
     check(recorded, Facts, f"hfkdq in {config}")
-    metrics, latency = facts.get("metrics", {}), facts.get("latency", {})
-    is_timed = {"threads", "rounds", "inputs", "onnx"} <= latency.keys()
     size = sum(entry["bytes"] for name, entry in facts["files"].items() if name.endswith(".safetensors"))
     student = Engine(
-        name="student", kind="torch", metrics=metrics.get("torch", {}), size=size, parameters=facts["model"]["parameters"]
+        name="student", kind="torch", metrics=facts.get("metrics", {}).get("torch", {}), size=size,
+        parameters=facts["model"]["parameters"],
     )  # fmt: skip
-    file = Engine(
-        name=row_name(facts), kind="onnx", metrics=metrics.get("onnx", {}), size=facts["bytes"],
-        latency=build(Latency, latency["onnx"], "latency.onnx") if is_timed else None,
-        parity=public_parity(facts), files=facts["files"],
-    )  # fmt: skip
+    files = [_file_row(name, own) for name, own in named_precisions(row_name(facts), facts)]
+    latency = facts.get("latency", {})
     return {
-        "engines": (student, file) if size else (file,),
+        "engines": (*([student] if size else []), *files),
         "architecture": facts["model"]["architecture"],
-        "samples": metrics.get("examples", 0),
+        "samples": facts.get("metrics", {}).get("examples", 0),
         "task": facts["task"].removesuffix("-with-past"),
         "facts": public_facts(recorded),
-        "timing": {key: latency[key] for key in ("device", "threads", "rounds", "inputs")} if is_timed else {},
+        "timing": {key: latency[key] for key in ("device", "threads", "rounds", "inputs")}
+        if _is_timed(latency)
+        else {},
         "environment": dict(facts.get("versions", {})),
     }
+
+
+def _file_row(name: str, facts: Mapping[str, Any]) -> Engine:
+    latency = facts.get("latency", {})
+    return Engine(
+        name=name, kind="onnx", metrics=facts.get("metrics", {}).get("onnx", {}), size=facts["bytes"],
+        latency=build(Latency, latency["onnx"], "latency.onnx") if _is_timed(latency) else None,
+        parity=public_parity(facts), files=facts["files"],
+    )  # fmt: skip
+
+
+def _is_timed(latency: Mapping[str, Any]) -> bool:
+    return {"threads", "rounds", "inputs", "onnx"} <= latency.keys()

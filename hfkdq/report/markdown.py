@@ -55,10 +55,15 @@ def escape(value: Any) -> Markdown:
     return Markdown(_BEGINNING.sub(lambda match: _escaped_beginning(match[0]), text))
 
 
+def is_unsafe(text: str) -> bool:
+    """Whether a text that is shown as code could be taken for markup."""
+    return _UNSAFE.search(text) is not None
+
+
 def code(value: Any) -> Markdown:
     """A text in a code span; what looks like markup is escaped text instead."""
     text = one_line(value)
-    return escape(text) if not text or _UNSAFE.search(text) else Markdown(f"`{text}`")
+    return escape(text) if not text or is_unsafe(text) else Markdown(f"`{text}`")
 
 
 def escaping(value: Any) -> Any:

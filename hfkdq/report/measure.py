@@ -24,11 +24,13 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from ..bars import progress_bar
 from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly, stored_bytes
 from ..export.record import export_file, read_export
 from ..export.runner import GeneratingFiles, SingleFile, open_recorded
 from ..export.runtime import onnx_call
+from ..export.sample import run_sample
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.intervals import RESAMPLES, Sampled, change, leaves_of, sample
@@ -38,11 +40,11 @@ from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import CLASSIFICATION, is_listed, task_of
 from ..provenance import describe_files, weight_files
-from .data import Engine, row_name
+from .data import Engine, Sample, named_precisions, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
 from .layers import describe_layers, describe_stored
-from .mistakes import ScoredRows, find_mistakes, score_rows
+from .mistakes import ScoredRows, find_mistakes, first_image, score_rows
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +104,7 @@ def measure(
     concat_batches: bool = True,
     resamples: int | None = None,
     examples: int = 0,
+    raw_rows: Any = None,
 ) -> dict[str, Any]:
     """The measured fields of a report; `models` has the student last. `CompressionReport.measure` describes the rest."""
     settings = _Settings(latency_rounds, threads, resamples, examples, batch_size)
@@ -121,8 +124,12 @@ def measure(
             _Row(name, model, evaluation if name == "student" else evaluation.of_teacher(student), pooling=pooling)
             for name, model in models.items()
         ]
-        rows += [_Row(name, student, evaluation, folder, exported[name]) for name, folder in folders.items()]
-        return _measure_rows(rows, student, settings, Path(temporary), [eval_dataset])
+        rows += [
+            _Row(each, student, evaluation, folder, facts)
+            for name, folder in folders.items()
+            for each, facts in named_precisions(name, exported[name])
+        ]
+        return _measure_rows(rows, student, settings, Path(temporary), _given(raw_rows, eval_dataset))
 
 
 def compare(
@@ -165,8 +172,12 @@ def compare(
                 _first_predictions=first,
             )  # fmt: skip
             rows.append(_Row(one.name, one.model, evaluation, path, facts, pooling if path is None else None))
-        shown = [one for one in (raw_rows, candidates[0].eval_dataset) if one is not None]
+        shown = _given(raw_rows, candidates[0].eval_dataset)
         return _measure_rows(rows, rows[-1].model, settings, Path(temporary), shown)
+
+
+def _given(*datasets: Any) -> list[Any]:
+    return [one for one in datasets if one is not None]
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,7 @@ def _measure_rows(
     scored: list[ScoredRows] = []
     for row in rows:
         _check_opens(row)
-    bar = logging.tqdm(rows, desc="Quality")
+    bar = progress_bar(rows, desc="Quality")
     for number, row in enumerate(bar):
         bar.set_postfix_str(row.name)
         files = None if row.path is None else open_recorded(row.path, row.facts)
@@ -233,18 +244,28 @@ def _measure_rows(
     inputs = {name: list(array.shape) for name, array in last.first_example(student).items()}
     timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
     processor = last.processing_class
+    loader = next((auto for cls, auto in _PROCESSORS.items() if isinstance(processor, cls)), None)
     mistakes = find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,
         "samples": len(last.dataset),
         "task": _task(student),
-        "processor": next((auto for cls, auto in _PROCESSORS.items() if isinstance(processor, cls)), None),
+        "processor": loader,
         "facts": public_facts(read_facts(student)),
         "timing": timing if settings.latency_rounds else {},
         "environment": describe_environment(),
         "mistakes": mistakes,
+        "sample": _sample(rows[-1], loader, shown),
     }
+
+
+def _sample(row: _Row, loader: str | None, shown: Sequence[Any]) -> Sample | None:
+    """What the call of the card prints on an exported folder; an image is the first of the data."""
+    if row.path is None or loader is None or "kind" not in row.facts:
+        return None
+    found = run_sample(row.path, row.facts, type(row.model).__name__, loader, first_image(shown))
+    return None if found is None else Sample(**found)
 
 
 def _check_opens(row: _Row) -> None:

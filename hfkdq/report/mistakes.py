@@ -133,6 +133,12 @@ def _readable(rows: Any) -> Any:
     return rows
 
 
+def first_image(rows: Sequence[Any]) -> Any:
+    """The first image of the first of several data sets that holds one; `None` without any."""
+    values = (value for one in rows if len(one) for value in _readable(one)[0].values())
+    return next((value for value in values if _is_picture(value)), None)
+
+
 def _told(value: Any, classes: Mapping[int, str]) -> str:
     if isinstance(value, Mapping):
         names = [str(classes.get(int(label), label)) for label in np.asarray(value["labels"])[_likely(value)]]

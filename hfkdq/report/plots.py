@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ from .markdown import one_line
 from .table import is_share, megabytes, metric_names
 
 EXTRA = 'pip install "hfkdq[plots]"'
+PLOT = "report.png"
+"""The plot of a report, as it lies beside its card."""
 _COLORS = {"torch": "#9aa7b8", "onnx": "#3b7dc4"}
 _LAST = "#e0793a"
 _INK = "#22262d"
 _FAINT = "#6b7280"
 _RULE = "#e5e7eb"
+
+
+def check_plots() -> None:
+    """Raises `ImportError`: matplotlib is not installed. For whoever draws only after long work."""
+    if find_spec("matplotlib") is None:
+        raise ImportError(f"The page and the plot of the report need matplotlib: {EXTRA}.")
 
 
 def draw_plot(report: ReportData, path: Path) -> None:

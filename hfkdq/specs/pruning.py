@@ -38,8 +38,8 @@ class PruningSpec(Serializable):
     - `"magnitude"`: `|w|`, or the L2 norm of all weights of a unit;
     - `"random"`: the control;
     - `"activation"`: `|w| * ||x||`, summed over the weights that read a unit, with the root mean square of x over all positions,
-      padding too. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda, 2023). For layers
-      the mean of `1 - cos(input, output)`: Men et al., "ShortGPT" (2024);
+      padding too. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda, 2023). Of a
+      `"layer"` the mean of `1 - cos(input, output)`: Men et al., "ShortGPT" (2024);
     - `"taylor"`: `E |sum of w * g|`, the change of the loss to first order. Molchanov et al., "Importance Estimation for
       Neural Network Pruning" (2019);
     - `"fisher"`: `E sum of (w * g) ** 2`, to second order with the diagonal of the empirical Fisher information, which is

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
@@ -40,6 +41,12 @@ def keep_tokens_back_(args: Any) -> None:
     for name, value in vars(args).items():
         if name.endswith("_token") and isinstance(value, str):
             setattr(args, name, _Unpickled(value))
+
+
+def report_last_(trainer: Any) -> None:
+    """Puts the callbacks that report logs (TensorBoard, W&B, ...) behind those that add to them, such as the sparsity."""
+    reporters = get_reporting_integration_callbacks(trainer.args.report_to)
+    trainer.callback_handler.callbacks.sort(key=lambda callback: type(callback) in reporters)
 
 
 class TrialFactories:

@@ -145,6 +145,7 @@ class DistillationMixin(_TrainerBase):
         Raises:
             ValueError: the checkpoint was cut off, or written with another teacher or other objectives.
         """
+        arguments.report_last_(self)
         if self._distillation is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, str(self.args.output_dir))

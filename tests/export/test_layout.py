@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import transformers
 from transformers import AutoModel
 
 from hfkdq import CompressionReport, QuantizationSpec, export_onnx, load_quantized, push_to_hub, quantize
+from hfkdq.cli.candidates import each_file, find_place
 from hfkdq.export import OnnxSession
 from hfkdq.export.embeddings import Pooling
 from hfkdq.export.graph import saving, stored_bytes
@@ -26,6 +28,7 @@ from hfkdq.export.record import read_export
 from hfkdq.modeling.checkpoints import plain_weights
 from hfkdq.provenance import describe_files
 from hfkdq.report import Candidate
+from hfkdq.report.files import check_export
 from tests import tiny
 from tests.hub_server import loopback_hub  # noqa: F401
 
@@ -216,13 +219,37 @@ def test_reports_measure_the_first_precision(several, tmp_path):
         processing_class=tiny.tokenizer(),
         latency_rounds=0,
     )
+    rows = report.engines[2:]
+    assert [row.name for row in rows] == [
+        "ONNX float",
+        "ONNX float16",
+        "ONNX int4 weights",
+        "ONNX dynamic int8",
+        "ONNX int8",
+    ]
+    kinds = ["float32", "float16", "int4_weights", "dynamic", "int8"]
+    assert [row.size for row in rows] == [(several / "onnx" / FILES[kind]).stat().st_size for kind in kinds]
+    assert [row.parity["kind"] for row in rows] == kinds
+    assert "spec" not in rows[0].parity or rows[0].parity["spec"] is None
     last = report.engines[-1]
     assert last.size == (several / "onnx" / FILES["int8"]).stat().st_size
     assert last.metrics["spearman"] > 0.99
     report.save(tmp_path / "report.json")
     card = report.to_card("me/tiny", folder=several)
     assert card == CompressionReport.load(tmp_path / "report.json").to_card("me/tiny", folder=several)
-    assert CompressionReport.from_export(several).engines[-1].size == last.size
+    told = CompressionReport.from_export(several)
+    assert told.engines[-1].size == last.size
+    assert [row.name for row in told.engines[1:]] == [row.name for row in rows]
+    places = each_file(find_place("all", str(several)))
+    assert [place.name for place in places] == [
+        "all, float",
+        "all, float16",
+        "all, int4 weights",
+        "all, dynamic int8",
+        "all",
+    ]
+    assert [place.path.name for place in places[:-1]] == [FILES[kind] for kind in kinds[:-1]]
+    assert places[-1].path == several
 
 
 def test_the_card_loads_the_file_that_it_is_about(tmp_path):
@@ -251,6 +278,46 @@ def test_a_file_that_was_changed_is_not_pushed_and_an_earlier_one_goes(hub_serve
     (folder / "onnx" / FILES["float16"]).write_bytes(b"another")
     with pytest.raises(ValueError, match=r"onnx/model_fp16.onnx has changed"):
         push_to_hub(folder, "me/several")
+
+
+def test_a_precision_is_added_to_those_of_a_repository(hub_server, several, tmp_path):
+    def exported(name, model=None, kind="float32", **settings):
+        how = {"layout": "hub", "latency_rounds": 0, "processing_class": tiny.tokenizer(), **settings}
+        return export_onnx(model or tiny.bert(seed=3).eval(), tmp_path / name, quantization=kind, **how)
+
+    first, half = exported("first"), exported("half", kind="float16")
+    push_to_hub(first, "me/grows", add=True)  # there is nothing to add to
+    push_to_hub(half, "me/grows", add=True)
+    repository = hub_server.repositories["me/grows"]
+    there = repository.files()
+    record = json.loads(there["export_facts.json"])
+    assert (record["kind"], list(record["precisions"])) == ("float32", ["float32", "float16"])
+    for name, facts in record["files"].items():
+        assert hashlib.sha256(there[name]).hexdigest() == facts["sha256"], name
+    assert {"onnx/model.onnx", "onnx/model_fp16.onnx", "model.safetensors"} <= record["files"].keys()
+    assert record["precisions"]["float16"] == read_export(half)["precisions"]["float16"]
+    (tmp_path / "whole").mkdir()
+    for name, data in there.items():
+        (tmp_path / "whole" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "whole" / name).write_bytes(data)
+    check_export(tmp_path / "whole")
+    assert [row.name for row in CompressionReport.from_export(tmp_path / "whole").engines[1:]] == [
+        "ONNX float16",
+        "ONNX float",
+    ]
+    commits = hub_server.commits
+    for folder, told in (
+        (exported("other", tiny.bert(seed=4).eval()), "files of another model, by its weights"),
+        (several, "files of another model, by its description"),
+        (exported("flat", layout="flat"), "is not of export_onnx"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            push_to_hub(folder, "me/grows", add=True)
+    assert hub_server.commits == commits
+    push_to_hub(exported("dynamic", kind="dynamic"), "me/grows", add=True)
+    batch = [tiny.batch(tiny.bert())]
+    with pytest.raises(ValueError, match="the files of dynamic have the names that those of int8 have"):
+        push_to_hub(exported("int8", kind="int8", calibration=batch), "me/grows", add=True)
 
 
 def test_auto_writes_the_file_that_it_chose(tmp_path):

@@ -5,13 +5,18 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from hfkdq import PruningCallback, PruningSpec, QATCallback, QuantizationSpec
 from hfkdq.objectives import HiddenStateKD, LogitKD, TaskLoss
+from hfkdq.quantization import activation_quantizers
+from hfkdq.report.curves import curves_of
 from tests import tiny
 
 from .common import losses, make_trainer
 
+NO_CURVES = {"step", "epoch", "learning_rate", "grad_norm"}
 TERMS = [TaskLoss(weight=0.5), LogitKD(), HiddenStateKD()]
 
 
@@ -49,6 +54,73 @@ def test_without_objectives_a_notebook_shows_what_it_shows_for_trainer(training_
     monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
     trainer = make_trainer(training_arguments(disable_tqdm=False), teacher=None)
     assert [type(c) for c in trainer.callback_handler.callbacks].count(NotebookProgressCallback) == 1
+
+
+def logging_callbacks():
+    """Callbacks that add all that they can to the logs."""
+    qat = QATCallback(QuantizationSpec(weight_bits=4), lower_bits={0.0: 8, 0.5: 4}, log_ranges=True)
+    return [PruningCallback(PruningSpec(sparsity=0.5)), qat]
+
+
+@pytest.mark.parametrize("objectives", [TERMS, None])
+def test_reporters_get_all_that_is_logged(training_arguments, monkeypatch, objectives):
+    reported = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append({**logs, "step": state.global_step})
+
+    for module in ("transformers.trainer", "hfkdq.trainer.arguments"):
+        monkeypatch.setattr(f"{module}.get_reporting_integration_callbacks", lambda names: [Reporter])
+    trainer = make_trainer(
+        training_arguments(max_steps=4),
+        objectives,
+        teacher="default" if objectives else None,
+        callbacks=logging_callbacks(),
+    )
+    trainer.train()
+    rows, logged = ([row for row in rows if "loss" in row] for rows in (reported, trainer.state.log_history))
+    assert rows == logged
+    assert [row["weight_bits"] for row in rows] == [8, 4, 4, 4]
+    assert [row["sparsity"] for row in rows] == sorted(row["sparsity"] for row in rows)
+    assert rows[0]["sparsity"] < rows[-1]["sparsity"] == 0.5
+    for name, quantizer in activation_quantizers(trainer.model).items():
+        low, high = rows[-1][f"activation_min/{name}"], rows[-1][f"activation_max/{name}"]
+        scale, zero_point = (float(value) for value in quantizer.qparams())
+        assert low == pytest.approx(-zero_point * scale, abs=1e-6)  # of float32 numbers below 8
+        assert high - low == pytest.approx(255 * scale, rel=1e-6)
+        assert low <= 0 <= high
+    assert curves_of(trainer.state.log_history).keys() == rows[0].keys() - NO_CURVES - {
+        name for name in rows[0] if name.startswith("activation_")
+    }
+
+
+def test_ranges_and_bits_that_stay_are_not_logged(training_arguments):
+    trainer = make_trainer(training_arguments(max_steps=2), TERMS, callbacks=[QATCallback(QuantizationSpec())])
+    trainer.train()
+    assert not any(
+        name.startswith(("activation_", "weight_bits")) for row in trainer.state.log_history for name in row
+    )
+
+
+def test_tensorboard_shows_terms_sparsity_bits_and_ranges(training_arguments, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed here")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = training_arguments(max_steps=4, report_to=["tensorboard"])
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))  # of Transformers 5
+    arguments.logging_dir = str(tmp_path / "board")
+    trainer = make_trainer(arguments, TERMS, callbacks=logging_callbacks())
+    trainer.train()
+    files = EventAccumulator(str(tmp_path / "board"))
+    files.Reload()
+    for name in ("loss", "task_loss", "logit_kd", "hidden_state_kd", "sparsity", "weight_bits"):
+        shown = [event.value for event in files.Scalars(f"train/{name}")]
+        logged = [row[0] for row in losses(trainer, name)]
+        assert shown[: len(logged)] == pytest.approx(logged)
+    assert sum(tag.startswith("train/activation_max/") for tag in files.Tags()["scalars"]) == len(
+        activation_quantizers(trainer.model)
+    )
 
 
 class ReadsOfTheHost(TorchDispatchMode):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
+from ...bars import progress_bar
 from ...facts import record_fact, refresh_facts
 from .rows import VocabularyRows, renumbered
 from .tokenizers import TokenizerVocabulary
@@ -172,7 +172,7 @@ def _count(vocabulary: TokenizerVocabulary, corpus: Iterable[Any], column: str |
         corpus = corpus.select_columns(list(columns))
     rows = _rows(corpus, columns)
     total = len(corpus) * len(columns or [""]) if isinstance(corpus, Sized) else None
-    with logging.tqdm(total=total, desc="Counting tokens", unit="text") as bar:
+    with progress_bar(total=total, desc="Counting tokens", unit="text") as bar:
         while batch := list(islice(rows, BATCH)):
             texts = [row for row in batch if isinstance(row, str)]
             lists = [row for row in batch if not isinstance(row, str) and len(row)]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The call that shows on a card how a file is used, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from transformers.utils import logging
+
+from ..modeling.tasks import task_of
+from ..schema import brief
+from .protocol import PAST
+
+TEXT = "A text that the model has not seen."
+_MASKED = "A text without one {}."
+_QUESTION = {"question": "Who lives here?", "context": "Anna lives here."}
+OPTIMUM, EXPORTERS = "optimum", "exporters"
+"""What runs a file: Optimum, or Transformers' own exporters."""
+LOADERS = {
+    "AutoTokenizer": "tokenizer",
+    "AutoImageProcessor": "image_processor",
+    "AutoFeatureExtractor": "feature_extractor",
+    "AutoProcessor": "processor",
+}
+"""The argument of a pipeline that takes what an Auto class loads."""
+CALLS = {
+    **dict.fromkeys(("text-classification", "token-classification", "text-generation"), json.dumps(TEXT)),
+    "fill-mask": f'f"{_MASKED.format("{tokenizer.mask_token}")}"',
+    "question-answering": ", ".join(f"{name}={json.dumps(text)}" for name, text in _QUESTION.items()),
+    "image-classification": '"image.png"', "audio-classification": '"sound.wav"',
+}  # fmt: skip
+"""What a pipeline of a task is called with, as a program has it: text, or a file of one's own."""
+
+logger = logging.get_logger(__name__)
+
+
+def file_name(suffix: str) -> str:
+    """The name of a file among those of several precisions."""
+    return f"model{suffix}.onnx"
+
+
+def run_sample(
+    folder: Path, facts: Mapping[str, Any], model_class: str, loader: str, image: Any
+) -> dict[str, str] | None:
+    """Runs the call of [`CALLS`] on an exported folder.
+
+    Args:
+        folder (`Path`): the folder, with the files of the tokenizer or processor.
+        facts (`dict`): the record of its export.
+        model_class (`str`): class of the model.
+        loader (`str`): the Auto class that loads its tokenizer or processor, of [`LOADERS`].
+        image (`PIL.Image.Image`, *optional*): in the place of the file of an image.
+
+    Returns:
+        `dict[str, str]`: the `runner`, and what was `printed` of its answer; `None` for tasks whose call takes what is not there, or
+        writes a text, and where it fails.
+    """
+    task = task_of(model_class)
+    given = _inputs(str(facts.get("task", "")).removesuffix(PAST), image)
+    if task is None or task.auto is None or task.name != facts.get("task") or given is None:
+        return None
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # pipelines tell on which device they are
+    try:
+        processor = getattr(transformers, loader).from_pretrained(folder)
+        if Version(transformers.__version__).major >= 5:
+            return _by_exporters(folder, processor) if loader == "AutoTokenizer" else None
+        return _by_optimum(folder, facts, task.name, task.auto, {LOADERS[loader]: processor}, given)
+    except Exception as error:  # of libraries that the report does not depend on
+        logger.warning(f"The card shows no answer of its sample call, which failed: {brief(error)}.")
+        return None
+    finally:
+        logging.set_verbosity(before)
+
+
+def _inputs(task: str, image: Any) -> Any:
+    """What the pipeline is called with; `None` where there is nothing."""
+    if task in ("text-classification", "token-classification", "fill-mask", "question-answering"):
+        return _QUESTION if task == "question-answering" else _MASKED if task == "fill-mask" else TEXT
+    return image if task == "image-classification" else None
+
+
+def _by_optimum(
+    folder: Path, facts: Mapping[str, Any], task: str, auto: str, processor: dict[str, Any], given: Any
+) -> dict[str, str]:
+    import optimum.onnxruntime
+
+    suffix = facts.get("suffix", "")
+    how = {"file_name": file_name(suffix)} if suffix else {}
+    model = getattr(optimum.onnxruntime, auto.replace("AutoModel", "ORTModel")).from_pretrained(folder, **how)
+    make: Any = transformers.pipeline  # whose annotations are of models in PyTorch
+    pipe = make(task, model=model, **processor)
+    if given is _MASKED:
+        given = _MASKED.format(processor["tokenizer"].mask_token)
+    return {"runner": OPTIMUM, "printed": str(pipe(**given) if isinstance(given, dict) else pipe(given))}
+
+
+def _by_exporters(folder: Path, tokenizer: Any) -> dict[str, str]:
+    from transformers.exporters import ExportedModel
+
+    model = ExportedModel.from_pretrained(folder)
+    return {"runner": EXPORTERS, "printed": str(model(**tokenizer(TEXT, return_tensors="pt")))}
