@@ -94,6 +94,7 @@ class Export(TypedDict, total=False):
     kind: FreeText
     bytes: Count
     task: FreeText
+    target: FreeText
     opset: int
     samples: int
     max_abs_diff: float | None
