@@ -17,6 +17,8 @@ from .files import sha256_of
 
 ONNX_FOLDER = "onnx"
 """Where repositories on the Hub have their ONNX files."""
+RUN = (".onnx", ".xml")
+"""The ends of the files that are run, by ONNX Runtime and by OpenVINO."""
 _PATTERNS = ("*.onnx*", "openvino_*.xml", "openvino_*.bin", "*.safetensors", f"{ONNX_FOLDER}/*.onnx*")
 
 

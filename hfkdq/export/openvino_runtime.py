@@ -45,13 +45,18 @@ class OpenVinoSession(Session):
     """
 
     runtime, kind, usual = "OpenVINO", "OpenVINO", "openvino_model.xml"
+    not_loaded = (
+        "If it was exported just now, OpenVINO cannot run this architecture in this precision: choose another, or "
+        'target="onnxruntime". Else download it again'
+    )
 
     def _open(self, threads: int | None) -> tuple[list[Port], list[Port]]:
         core = load_openvino().Core()
         limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        self._request = core.compile_model(str(self._path), "CPU", {**_EXACT, **limit}).create_infer_request()
-        model = self._request.get_compiled_model()
-        return [_port(one) for one in model.inputs], [_port(one) for one in model.outputs]
+        read = _read(core, Path(self._path))
+        self._request = core.compile_model(read, "CPU", {**_EXACT, **limit}).create_infer_request()
+        # Compiled outputs have the names of what was fused into them too.
+        return [_port(one) for one in read.inputs], [_port(one) for one in read.outputs]
 
     def _run(self, feed: dict[str, Array]) -> Sequence[Array]:
         found = self._request.infer(feed, share_inputs=True)
@@ -59,6 +64,17 @@ class OpenVinoSession(Session):
 
     def _is_own(self, error: Exception) -> bool:
         return type(error) is RuntimeError or type(error).__module__.startswith("openvino")
+
+
+def _read(core: Any, path: Path) -> Any:
+    """The model of a file; outputs of ONNX files have the one name that they have there, and not that of their node too."""
+    model = core.read_model(str(path))
+    if path.suffix == ".onnx":
+        import onnx
+
+        for value, output in zip(onnx.load(path, load_external_data=False).graph.output, model.outputs, strict=True):
+            output.get_tensor().set_names({value.name})
+    return model
 
 
 def _port(value: Any) -> Port:
@@ -101,7 +117,7 @@ def convert(path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder, target.name)
         try:
-            openvino.save_model(openvino.Core().read_model(str(path)), str(written), compress_to_fp16=False)
+            openvino.save_model(_read(openvino.Core(), path), str(written), compress_to_fp16=False)
         except Exception as error:  # its readers have classes of their own
             told = " ".join(str(error).split())[:300].rstrip(".")
             raise RuntimeError(

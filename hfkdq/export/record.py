@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict
 from ..facts import QuantizationSettings
 from ..provenance import ONNX_FOLDER
 from ..schema import Count, FreeText, check, read_file
-from .choices import HUB, POOLINGS
+from .choices import HUB, OPENVINO, POOLINGS
 
 EXPORT_FACTS = "export_facts.json"
 MANIFEST = "export.json"
@@ -132,6 +132,11 @@ def read_export(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not what export_onnx writes: {error}. {EXPORT_AGAIN}.") from None
     return facts
+
+
+def runtime_of(path: Path) -> str:
+    """The kind of a file: `"openvino"` or `"onnx"`."""
+    return OPENVINO if path.suffix == ".xml" else "onnx"
 
 
 def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:

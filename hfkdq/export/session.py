@@ -13,7 +13,6 @@ import numpy as np
 
 from .defaults import Array, neutral
 
-NOT_LOADED = "Export it again, or download it again"
 _NOT_RUN = (
     "If it was exported just now, this architecture cannot be exported for all sizes of its inputs: the tracer took some of them "
     "for constants"
@@ -39,6 +38,8 @@ class Session(ABC):
     """What its files are called."""
     usual: str
     """The name of a file."""
+    not_loaded = "Export it again, or download it again"
+    """What to do where one does not load."""
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -50,7 +51,7 @@ class Session(ABC):
                 f"There is no {self.kind} file at {str(path)!r}. `export_onnx` writes one: {self.usual} in its folder."
             )
         self._path = path
-        with self._in_plain_words(NOT_LOADED):
+        with self._in_plain_words(self.not_loaded):
             inputs, outputs = self._open(threads)
         self._types: dict[str, type[np.generic]] = {}
         for port in inputs:

@@ -94,6 +94,21 @@ def test_trained_integers_are_those_of_the_onnx_file(spec, tmp_path):
 
 
 @needs_openvino
+def test_outputs_have_the_names_of_the_model_alone(tmp_path):
+    folder, facts = written(tmp_path, tiny.bert_mlm())  # whose logits are those of two fused nodes
+    model = openvino_runtime.load_openvino().Core().read_model(folder / "openvino_model.xml")
+    assert [one.get_names() for one in model.outputs] == [{"logits"}]
+    assert OpenVinoSession(folder / "openvino_model.xml").output_names == facts["outputs"] == ["logits"]
+
+
+@needs_openvino
+def test_a_decoder_without_its_cache_is_one_file(tmp_path):
+    folder, facts = written(tmp_path, tiny.llama(), task="text-generation")
+    assert facts["outputs"] == ["logits"]
+    assert {path.name for path in folder.iterdir()} == FILES | {"generation_config.json"}
+
+
+@needs_openvino
 def test_the_proof_runs_in_openvino(tmp_path, monkeypatch):
     compute = OpenVinoSession._run
     monkeypatch.setattr(OpenVinoSession, "_run", lambda self, feed: [1.5 * one for one in compute(self, feed)])
@@ -169,7 +184,10 @@ def test_without_openvino_one_sentence_says_what_to_install(tmp_path, monkeypatc
 @needs_openvino
 def test_a_file_that_is_none_is_told_in_a_sentence(tmp_path):
     (tmp_path / "openvino_model.xml").write_text("<net/>")
-    with pytest.raises(RuntimeError, match=r"^OpenVINO cannot run openvino_model.xml: .*\. Export it again"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^OpenVINO cannot run openvino_model.xml: .*\. If it was exported just now, .*download it again\.$",
+    ):
         OpenVinoSession(tmp_path / "openvino_model.xml")
     (tmp_path / "a.onnx").write_bytes(b"no graph")
     with pytest.raises(RuntimeError, match=r"^OpenVINO cannot read this model \(.*\)\. Nothing was written"):
