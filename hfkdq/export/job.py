@@ -247,6 +247,9 @@ class ExportJob:
             convolutions += improve(file, target=self.target, unsigned=unsigned)
             if precision.after_fusion is not None:
                 precision.after_fusion(file)
+        if precision.has_integers and not is_converted:
+            # A decoder with a past has the layers of the one without.
+            facts["fused_linears"] = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         self.backend.finish(folder, reference.config, self.task)
         if self.merges and not self.backend.MERGES and merge_decoders(folder):
             (folder / MANIFEST).unlink(missing_ok=True)  # which is about files that were traced
@@ -255,9 +258,6 @@ class ExportJob:
             return facts
         if self.integer_convolutions:
             facts["integer_convolutions"] = convolutions
-        if not is_converted:
-            # A decoder with a past has the layers of the one without.
-            facts["fused_linears"] = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         return {**facts, "quantized_linears": quantized, "float_linears": floats}
 
     def _convert(self, folder: Path) -> None:

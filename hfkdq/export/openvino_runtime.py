@@ -87,7 +87,7 @@ def _port(value: Any) -> Port:
 def require_openvino() -> None:
     """Refuses to begin without OpenVINO (`RuntimeError`)."""
     if find_spec("openvino") is None:
-        raise RuntimeError('target="openvino" needs OpenVINO. Install it: pip install "hfkdq[openvino]"')
+        raise RuntimeError('This needs OpenVINO. Install it: pip install "hfkdq[openvino]"')
 
 
 def load_openvino() -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 from onnx import numpy_helper
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
@@ -120,11 +121,9 @@ def test_the_proof_runs_in_openvino(tmp_path, monkeypatch):
 @needs_openvino
 def test_an_axis_of_one_size_is_fixed_in_the_file(tmp_path):
     folder, facts = written(tmp_path, tiny.vit())
-    fixed = facts["fixed_axes"]
-    assert fixed
-    shape = OpenVinoSession(folder / "openvino_model.xml").input_shapes["pixel_values"]
-    assert shape[0] == "?"
-    assert sorted(shape[1:]) == sorted(fixed.values())
+    # Transformers' own exporter fixes them itself.
+    assert ("fixed_axes" in facts) != transformers.__version__.startswith("5")
+    assert OpenVinoSession(folder / "openvino_model.xml").input_shapes["pixel_values"] == ["?", 1, 8, 8]
 
 
 @needs_openvino
