@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels docs-models constraints clean
+.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino docs-models constraints clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -170,6 +170,9 @@ bench-equality: .venv/.bench ## TEXT=folder of rotten_tomatoes: how equal an int
 
 bench-kernels: .venv/.dev ## which operators run an int8 encoder fastest
 	$(O)/python benchmarks/kernels.py
+
+bench-openvino: .venv/.dev ## the same integers in ONNX Runtime and in OpenVINO: latency
+	$(O)/python -m benchmarks.runtimes
 
 docs-models: .venv/.dev .venv-v5/.dev ## docs/models.md: what works with every family; runs what has no result yet, on both lines
 	$(O)/python -m benchmarks.models $(MODELS)

@@ -79,8 +79,8 @@ def push_to_hub(
 
     Every file of the folder goes up, hidden ones aside, with the report's model card as `README.md`, its facts as
     `compression_report.json` and its plot as `report.png`. A folder is refused as a whole if it has a file that a model
-    repository does not hold (weights are safetensors and ONNX alone), a link that leaves it, or a secret in any file, in
-    a name or in the message; or if its ONNX files are not those of its `export_facts.json`, or of `report`. The repository
+    repository does not hold (weights are those of safetensors, ONNX and OpenVINO alone), a link that leaves it, or a secret in any file, in
+    a name or in the message; or if its exported files are not those of its `export_facts.json`, or of `report`. The repository
     is created where it does not exist. All local checks come before the first request, no local file is written, and a
     push that failed can simply be repeated: what the Hub has already is not sent again. The files of an earlier export that
     the folder has no more go in the same commit, where they are still what their `export_facts.json` says; no other file
@@ -88,7 +88,7 @@ def push_to_hub(
     (`Retry-After`, up to a minute), it is asked again, four times at most.
 
     Args:
-        folder (`str` or `os.PathLike`): what [`export_onnx`] wrote: configuration, safetensors checkpoint, ONNX
+        folder (`str` or `os.PathLike`): what [`export_onnx`] wrote: configuration, safetensors checkpoint, exported
             files, tokenizer or processor.
         repo_id (`str`): the repository, `"user/name"`, or `"name"` for one of the token's owner.
         report ([`CompressionReport`], *optional*): what was measured. It takes the place of a `README.md`,

@@ -17,12 +17,14 @@ from .files import sha256_of
 
 ONNX_FOLDER = "onnx"
 """Where repositories on the Hub have their ONNX files."""
-_PATTERNS = ("*.onnx*", "*.safetensors", f"{ONNX_FOLDER}/*.onnx*")
+RUN = (".onnx", ".xml")
+"""The ends of the files that are run, by ONNX Runtime and by OpenVINO."""
+_PATTERNS = ("*.onnx*", "openvino_*.xml", "openvino_*.bin", "*.safetensors", f"{ONNX_FOLDER}/*.onnx*")
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The ONNX files, their external data and the safetensors files of `folder`: in itself and in its folder `onnx`, unless
-    that has a checkpoint of its own."""
+    """The ONNX files, their external data, OpenVINO's files and the safetensors files of `folder`: in itself and in its folder `onnx`,
+    unless that has a checkpoint of its own."""
     found = {path for pattern in _PATTERNS for path in Path(folder).glob(pattern) if path.is_file()}
     if Path(folder, ONNX_FOLDER, "config.json").exists():
         found = {path for path in found if path.parent == Path(folder)}

@@ -22,10 +22,13 @@ _Found = defaultdict[str, list[str]]  # what is wrong with a folder: names by re
 _UNREADABLE = "not readable: {}"
 _CODE = "Python, though no configuration names custom code (`auto_map`): {}"
 
-_PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|dill|npy|npz|sav|mar)", re.IGNORECASE)
+# Weights of OpenVINO end as pickles of PyTorch do.
+_PICKLES = re.compile(
+    r"(?!openvino_\w+\.bin$).*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|dill|npy|npz|sav|mar)", re.IGNORECASE
+)
 _MODEL_FILES = re.compile(
     r"""(.+\.(safetensors|json|md|txt|ya?ml|jinja|png|jpe?g|gif|webp)
-    |.+\.onnx(?:[._-]data(?:[._-]?\d+)?)?
+    |.+\.onnx(?:[._-]data(?:[._-]?\d+)?)?|openvino_\w+\.(xml|bin)
     |.+\.(model|spm|vocab|bpe|codes|tiktoken)|.+\.model\.v\d+
     |(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)(?:[.-][\w-]+)*)""",
     re.IGNORECASE | re.VERBOSE,
@@ -138,8 +141,8 @@ def _objection(root: Path, path: Path, name: str) -> str | None:
     plain = path.name.rstrip(". ")
     if _PICKLES.fullmatch(plain):
         return (
-            "pickles by their names: {}. Loading one runs whatever code is in it, so only safetensors and ONNX weights are "
-            "published; optimizer states and training arguments are not for others"
+            "pickles by their names: {}. Loading one runs whatever code is in it, so only weights of safetensors, ONNX and OpenVINO "
+            "are published; optimizer states and training arguments are not for others"
         )
     if plain != path.name or not (_MODEL_FILES.fullmatch(path.name) or path.name.endswith(".py")):
         return "nothing that a model repository holds: {}"

@@ -5,6 +5,7 @@ import re
 import statistics
 import tempfile
 import timeit
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import trl
 from datasets import Dataset
 
 import hfkdq
+from hfkdq.export.graph import multiplies_exactly
 from hfkdq.metrics import classification_metrics
 
 from . import tiny
@@ -116,7 +118,9 @@ def test_the_programs_of_a_guide_run(page, tmp_path, monkeypatch):
             hfkdq.export_onnx(
                 names["trainer"].model, "out/onnx", quantization=hfkdq.QuantizationSpec(), latency_rounds=0
             )
-        if "onnxruntime" in program:
+        if "openvino" in program and not (find_spec("openvino") and multiplies_exactly()):
+            continue  # not installed, or products of its integers saturate on this processor
+        if "onnxruntime" in program or "openvino" in program:
             ids = names["batch"]["input_ids"]
             names["batch"] = {k: v.numpy() for k, v in {**names["batch"], "token_type_ids": ids * 0}.items()}
         exec(compile(program, f"{page}, program {number}", "exec"), names)

@@ -30,7 +30,7 @@ LEVELS = {
 }  # fmt: skip
 FORBIDDEN = {"trainer": {"quantization", "pruning", "students"}}
 MODULE_NAME = re.compile(r"^hfkdq(\.[a-z_]+)+(:\w+)?$")
-ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "optimum", "onnxscript"}
+ONLY_IN_EXPORT = {"onnx", "onnxruntime", "onnx_ir", "openvino", "optimum", "onnxscript"}
 MODULES = sorted(
     path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..export.record import export_file
 from ..files import looks_local, refuse_missing
-from ..provenance import ONNX_FOLDER, weight_files
+from ..provenance import ONNX_FOLDER, RUN, weight_files
 from ..schema import brief, read_file
 
 # What a repository of a model holds; pickles are not among it.
@@ -78,9 +78,9 @@ def find_place(name: str, where: str) -> Place:
     if not looks_local(where):
         path = _downloaded(where)
     if path.is_file():
-        if path.suffix != ".onnx":
+        if path.suffix not in RUN:
             raise ValueError(
-                f"{where} is neither an ONNX file nor a folder. Name model.onnx, or the folder of a checkpoint."
+                f"{where} is neither an ONNX file nor a folder. Name model.onnx, openvino_model.xml or the folder of a checkpoint."
             )
         beside = path.parent
         if (
@@ -89,10 +89,11 @@ def find_place(name: str, where: str) -> Place:
             and (beside.parent / "config.json").is_file()
         ):
             beside = beside.parent  # the layout of the Hub
-        return Place(name, beside, beside if path == beside / "model.onnx" and is_export(beside) else path)
+        is_main = path.parent == beside and path.name in ("model.onnx", "openvino_model.xml")
+        return Place(name, beside, beside if is_main and is_export(beside) else path)
     if is_export(path):
         return Place(name, path, path)
-    files = [file for file in weight_files(path) if file.suffix == ".onnx"]
+    files = [file for file in weight_files(path) if file.suffix in RUN]
     if files and not any(path.glob("*.safetensors")):
         if len(files) > 1:
             told = ", ".join(file.relative_to(path).as_posix() for file in files[:6])
@@ -120,7 +121,7 @@ def is_export(folder: Path) -> bool:
     return (
         record.is_file()
         and "engines" not in read_file(record)
-        and any(file.suffix == ".onnx" for file in weight_files(folder))
+        and any(file.suffix in RUN for file in weight_files(folder))
     )
 
 
@@ -154,9 +155,9 @@ def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
 
 def _short(where: str) -> str:
     path = Path(where)
-    if path.suffix == ".onnx":
+    if path.suffix in RUN:
         folder = path.parent.parent if path.parent.name == ONNX_FOLDER else path.parent
-        path = folder if path.stem == "model" and folder.name else path.with_suffix("")
+        path = folder if path.stem in ("model", "openvino_model") and folder.name else path.with_suffix("")
     return path.resolve().name if path.name in ("", "..") else path.name
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..export.choices import FLAT, HUB, LAYOUTS, NO_POOLING, POOLINGS
+from ..export.choices import FLAT, HUB, LAYOUTS, NO_POOLING, ONNXRUNTIME, POOLINGS, TARGETS
 from ..export.precisions import AUTO, FLOAT, PRECISIONS, TRAINED
 from ..files import check_new, refuse_missing
 from .names import check_data
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--task", help="Optimum's name of the task (default: what the model's class is for)")
     parser.add_argument(
-        "--target", choices=("onnxruntime", "standard"), default="onnxruntime",
-        help="with ONNX Runtime's own operators, or with none but ONNX's (default: %(default)s)",
+        "--target", choices=TARGETS, default=ONNXRUNTIME,
+        help="with ONNX Runtime's own operators, with none but ONNX's, or OpenVINO's own files (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--weight-type", choices=("auto", "int8", "uint8"), default="auto",

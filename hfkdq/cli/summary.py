@@ -77,10 +77,10 @@ def summary_lines(facts: Mapping[str, Any], float_bytes: int) -> list[tuple[str,
 
 def _layers(facts: Mapping[str, Any]) -> str:
     """The numbers of layers that compute in integers and in floating point."""
-    quantized, fused, floats = (facts[f"{name}_linears"] for name in ("quantized", "fused", "float"))
+    quantized, fused, floats = (facts.get(f"{name}_linears") for name in ("quantized", "fused", "float"))
     text = f"{quantized} with integer weights"
     precision = recorded_precision(facts)
-    if precision is not None and precision.multiplies_integers:
+    if precision is not None and precision.multiplies_integers and fused is not None:
         text += f", {'all' if fused == quantized else fused} of them in an integer kernel"
     return f"{text}; {floats} linear {'layer' if floats == 1 else 'layers'} in floating point"
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import export_onnx
+    from .openvino_runtime import OpenVinoSession
     from .runtime import OnnxSession
 
-__all__ = ["OnnxSession", "export_onnx"]
+__all__ = ["OnnxSession", "OpenVinoSession", "export_onnx"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from .runtime import OnnxSession
 
         return OnnxSession
+    if name == "OpenVinoSession":
+        from .openvino_runtime import OpenVinoSession
+
+        return OpenVinoSession
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

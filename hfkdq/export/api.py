@@ -22,8 +22,8 @@ from ..modeling.forwards import base_of
 from ..modeling.masks import Batch
 from ..quantization import merge_adapters, quantized_spec
 from .backends import load_backend
-from .checks import check_arguments, check_spec, resolve_task
-from .choices import FLAT, HUB, LAYOUTS
+from .checks import check_arguments, check_openvino, check_spec, resolve_task
+from .choices import FLAT, HUB, LAYOUTS, OPENVINO
 from .embeddings import find_pooling, pool_
 from .inputs import Tensors, brought_names, completed, generates, made_up, usual_names
 from .job import ExportJob, plain_copy
@@ -99,7 +99,9 @@ def export_onnx(
         tolerance (`float`, *optional*): largest difference of any output from torch, as a share of the largest logit.
             By default 0.0001 where activations are in floating point, 0.1 for quantized activations (compared with the
             fake-quantized model), 0.02 for `"float16"` and 0.3 for `"dynamic"` (compared with the float model).
-        target (`str`, defaults to `"onnxruntime"`): or `"standard"`, which keeps to ONNX's own operators.
+        target (`str`, defaults to `"onnxruntime"`): or `"standard"`, which keeps to ONNX's own operators, or `"openvino"`, which
+            writes `openvino_model.xml` and `.bin` in place of `model.onnx`, and compares, measures and times them in OpenVINO
+            (`pip install "hfkdq[openvino]"`). It is for models that do not generate.
         weight_type (`str`, defaults to `"auto"`): how weights of 8 bits that are multiplied by 8-bit activations are
             stored. `"int8"` is fastest where the processor has VNNI or is an ARM, and wrong on other x86 processors, on
             which ONNX Runtime's product of uint8 and int8 saturates (unless the session option
@@ -171,7 +173,7 @@ def export_onnx(
         ```
     """
     folder, is_auto = Path(folder), isinstance(quantization, str) and quantization == AUTO
-    check_arguments(model, tolerance, target, weight_type)
+    check_arguments(model, tolerance, target, weight_type, layout)
     trained = quantized_spec(model)
     precisions = [] if is_auto else _precisions(quantization, FLOAT if trained is None else trained, layout)
     floats = [p.name for p in precisions if not p.needs_calibration and (p.has_integers or len(precisions) == 1)]
@@ -209,6 +211,8 @@ def export_onnx(
                 merged = precision_of(quantized_spec(model) or trained)
                 precisions = [merged if precision.has_integers else precision for precision in precisions]
         task = resolve_task(backend, model, task)
+        if target == OPENVINO:
+            check_openvino(model, task)
         embeds = find_pooling(model, task, pooling, normalize)
         evaluated = None if quality is None else quality.evaluation
         batches, source, rest = _batches(

@@ -19,18 +19,19 @@ from ..modeling.placement import refuse_sharded
 from ..modeling.tasks import tasks_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
+from .choices import FLAT, OPENVINO, TARGETS
 from .exporters_tasks import keeps_tokens, own_task
-from .inputs import is_own
+from .inputs import generates, is_own
+from .openvino_runtime import require_openvino
 from .protocol import PAST, Backend, UnknownArchitecture
 
 TEXT_GENERATION = "text-generation"
 _LONG = 600
 """Tokens: more than two of the pieces that such models compute a text by, which are 256 at most."""
-TARGETS = ("onnxruntime", "standard")
 WEIGHT_TYPES = ("auto", "int8", "uint8")
 
 
-def check_arguments(model: Any, tolerance: float | None, target: str, weight_type: str) -> None:
+def check_arguments(model: Any, tolerance: float | None, target: str, weight_type: str, layout: str) -> None:
     """Refuses other objects than models in floating point (`TypeError`, `ValueError`) and impossible settings."""
     if not isinstance(base_of(as_pretrained_(model)), PreTrainedModel):
         raise TypeError(
@@ -47,6 +48,28 @@ def check_arguments(model: Any, tolerance: float | None, target: str, weight_typ
         raise ValueError(f"target={target!r} does not exist. Use one of {', '.join(TARGETS)}.")
     if weight_type not in WEIGHT_TYPES:
         raise ValueError(f"weight_type={weight_type!r} does not exist. Use one of {', '.join(WEIGHT_TYPES)}.")
+    if target != OPENVINO:
+        return
+    if weight_type == "uint8":
+        raise ValueError(
+            'weight_type="uint8" is for products of ONNX Runtime; OpenVINO multiplies int8 weights. Leave it out with '
+            'target="openvino".'
+        )
+    if layout != FLAT:
+        raise ValueError(
+            f'layout={layout!r} has ONNX files; target="openvino" writes a folder for each precision. Leave the layout out.'
+        )
+    require_openvino()
+
+
+def check_openvino(model: PreTrainedModel, task: str) -> None:
+    """Refuses what is several files, or has a cache, in OpenVINO's own format."""
+    if generates(model, task):
+        raise ValueError(
+            f'target="openvino" writes models of one file without a cache, and {type(model).__name__} generates (task {task!r}). Export it '
+            'with target="onnxruntime", or the checkpoint with optimum-intel (`optimum-cli export openvino`); a decoder without its cache '
+            'is one file too: task="text-generation".'
+        )
 
 
 def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any) -> None:

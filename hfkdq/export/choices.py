@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+ONNXRUNTIME, STANDARD, OPENVINO = "onnxruntime", "standard", "openvino"
+TARGETS = (ONNXRUNTIME, STANDARD, OPENVINO)
 FLAT, HUB = "flat", "hub"
 LAYOUTS = (FLAT, HUB)
 NO_POOLING = "none"

@@ -31,6 +31,7 @@ from ..specs import QuantizationSpec
 from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
+from .choices import OPENVINO
 from .embeddings import Pooling
 from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
@@ -72,7 +73,7 @@ class ExportJob:
         model (`PreTrainedModel`): the model, as [`plain_copy`] made it.
         backend ([`Backend`]): the exporter.
         task (`str`): as the backend resolved it.
-        target (`str`): `"onnxruntime"` or `"standard"`.
+        target (`str`): `"onnxruntime"`, `"standard"` or `"openvino"`.
         tolerance (`float`, *optional*): largest difference from torch; that of the precision by default.
         processing_class (*optional*): saved beside the model.
         batches (`list[dict]`): tensors by name, which files are traced with and compared on.
@@ -147,24 +148,31 @@ class ExportJob:
             written["top_k"] = asdict(choices)
         runner = open_files(folder, self.task)
         self._check_inputs(reference, runner.input_names, expected)
-        parity = compare(runner, self.batches, expected)
-        _check_parity(parity, tolerance, precision.name, choices=choices)
+        parity, kind = compare(runner, self.batches, expected), "OpenVINO" if self.target == OPENVINO else "ONNX"
+        _check_parity(parity, tolerance, precision.name, choices=choices, kind=kind)
         if isinstance(runner, GeneratingFiles) and runner.has_cache:
             steps = compare(runner.incremental_decode, [start], expected_start)
             _check_parity(steps, tolerance, precision.name, " where it adds token by token to its cache")
             written["incremental_decode"] = asdict(steps)
         written.update(
-            prove_sizes(folder, runner, tried, axes, lambda found: _check_parity(found, tolerance, precision.name))
+            prove_sizes(
+                folder, runner, tried, axes, lambda found: _check_parity(found, tolerance, precision.name, kind=kind)
+            )
         )
         if "fixed_axes" in written:
+            self._convert(folder)
             runner = open_files(folder, self.task)
-        spec = quantized_spec(reference)
+        if self.target == OPENVINO:  # what its files were made of
+            for file in (*folder.glob("*.onnx*"), folder / MANIFEST):
+                file.unlink(missing_ok=True)
+        spec, files, packages = quantized_spec(reference), describe_files(folder), [*self.backend.PACKAGES]
+        packages += ["openvino"] if self.target == OPENVINO else []
         facts = {
             "kind": precision.name,
             "task": self.task,
             "target": self.target,
             "opset": self.backend.OPSET,
-            "bytes": sum(file.stat().st_size for file in folder.glob("*.onnx*")),
+            "bytes": sum(file["bytes"] for name, file in files.items() if not name.endswith(".safetensors")),
             "inputs": runner.input_names,
             "outputs": runner.output_names,
             **asdict(parity),
@@ -173,9 +181,9 @@ class ExportJob:
             **({} if self.pooling is None else {"pooling": self.pooling.describe()}),
             **written,
             "spec": None if spec is None else spec.to_dict(),
-            "files": describe_files(folder),
+            "files": files,
             "model": describe_model(reference),
-            "versions": {"hfkdq": __version__, **{name: version(name) for name in self.backend.PACKAGES}},
+            "versions": {"hfkdq": __version__, **{name: version(name) for name in packages}},
         }
         if self.quality is not None and scores is not None:
             facts["metrics"] = self.quality.of_file(reference, scores, runner)
@@ -185,11 +193,14 @@ class ExportJob:
         self, folder: Path, model: PreTrainedModel, expected: list[Tensors], tried: list[Trial], tolerance: float
     ) -> tuple[list[Tensors], list[Trial], Choices | None]:
         """What is expected of files, of batches and of trials, where torch keeps of the best what they keep."""
+        from .openvino_runtime import OpenVinoSession
+        from .runtime import OnnxSession
         from .top_k import follow_choices
 
         known = [(trial.batch, trial.expected) for trial in tried if trial.expected is not None]
         batches, wanted = [*self.batches, *(b for b, _ in known)], [*expected, *(outputs for _, outputs in known)]
-        found, choices = follow_choices(folder, model, batches, wanted, tolerance)
+        load = OpenVinoSession if self.target == OPENVINO else OnnxSession
+        found, choices = follow_choices(folder, model, batches, wanted, tolerance, load)
         rest = iter(found[len(expected) :])
         tried = [trial if trial.expected is None else replace(trial, expected=next(rest)) for trial in tried]
         return found[: len(expected)], tried, choices
@@ -208,14 +219,17 @@ class ExportJob:
     def write_files(
         self, precision: Precision, folder: Path, reference: PreTrainedModel | None = None
     ) -> dict[str, Any]:
-        """Writes the ONNX files alone; counts the linear layers with and without integer weights, and those fused."""
+        """Writes the ONNX files alone, and OpenVINO's beside them where those are asked for; counts the linear layers with and without
+        integer weights, and those that ONNX Runtime fuses."""
         from .graph import count_fused_linears, improve, merge_decoders, multiplies_exactly
 
         reference = self._reference(precision) if reference is None else reference
-        unsigned = self.weight_type == "uint8" or (self.weight_type == "auto" and not multiplies_exactly())
-        facts: dict[str, Any] = (
-            {"weight_type": "uint8" if unsigned else "int8"} if precision.multiplies_integers else {}
+        is_converted, facts = self.target == OPENVINO, dict[str, Any]()
+        unsigned = self.weight_type == "uint8" or (
+            self.weight_type == "auto" and not (is_converted or multiplies_exactly())
         )
+        if precision.multiplies_integers and not is_converted:
+            facts["weight_type"] = "uint8" if unsigned else "int8"
         if precision.has_integers:
             traced = _to_trace(reference)
             leave_read_weights_(traced, self.batches[0])
@@ -236,17 +250,26 @@ class ExportJob:
             counts.update(improve(file, target=self.target, unsigned=unsigned, batches=batches))
             if precision.after_fusion is not None:
                 precision.after_fusion(file)
-        if precision.has_integers:
+        if precision.has_integers and not is_converted:
             # A decoder with a past has the layers of the one without.
-            fused = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
+            facts["fused_linears"] = sum(count_fused_linears(file) for file in files if "with_past" not in file.name)
         self.backend.finish(folder, reference.config, self.task)
         if self.merges and not self.backend.MERGES and merge_decoders(folder):
             (folder / MANIFEST).unlink(missing_ok=True)  # which is about files that were traced
+        self._convert(folder)
         if not precision.has_integers:
             return facts
         if self.integer_convolutions:
             facts |= counts
-        return {**facts, "quantized_linears": quantized, "fused_linears": fused, "float_linears": floats}
+        return {**facts, "quantized_linears": quantized, "float_linears": floats}
+
+    def _convert(self, folder: Path) -> None:
+        """Writes OpenVINO's files beside those of ONNX, where those are asked for."""
+        if self.target == OPENVINO:
+            from .openvino_runtime import convert
+
+            for file in sorted(folder.glob("*.onnx")):
+                convert(file)
 
     @cached_property
     def _float_files(self) -> Path:
@@ -302,7 +325,7 @@ def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
 
 
 def _check_parity(
-    parity: Parity, tolerance: float, name: str, where: str = "", choices: Choices | None = None
+    parity: Parity, tolerance: float, name: str, where: str = "", choices: Choices | None = None, kind: str = "ONNX"
 ) -> None:
     told = ""
     if choices is not None and choices.not_followed:
@@ -315,7 +338,7 @@ def _check_parity(
         bound = max(tolerance * found["max_abs"], _ROUNDING)
         if not found["max_abs_diff"] <= bound:
             raise RuntimeError(
-                f"The {name} ONNX file differs from the torch model{where} by up to {found['max_abs_diff']:.4g} in {output} "
+                f"The {name} {kind} file differs from the torch model{where} by up to {found['max_abs_diff']:.4g} in {output} "
                 f"({parity.samples} samples, largest {'logit' if output == 'logits' else 'value'} {found['max_abs']:.4g}); "
                 f"allowed is {bound:.4g} ({tolerance:g} of that). Nothing was written. Pass calibration= with real data if "
                 f"this was measured on random inputs, or tolerance= if the difference is acceptable.{told}"

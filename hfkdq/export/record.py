@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict
 from ..facts import QuantizationSettings
 from ..provenance import ONNX_FOLDER
 from ..schema import Count, FreeText, check, read_file
-from .choices import HUB, POOLINGS
+from .choices import HUB, OPENVINO, POOLINGS
 
 EXPORT_FACTS = "export_facts.json"
 MANIFEST = "export.json"
@@ -94,6 +94,7 @@ class Export(TypedDict, total=False):
     kind: FreeText
     bytes: Count
     task: FreeText
+    target: FreeText
     opset: int
     samples: int
     max_abs_diff: float | None
@@ -139,6 +140,11 @@ def each_precision(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     common = {name: facts[name] for name in ("files", "model", "versions", "layout") if name in facts}
     others = [own for own in facts.get("precisions", {}).values() if own.get("suffix") != facts.get("suffix")]
     return [*({**common, **own} for own in others), facts]
+
+
+def runtime_of(path: Path) -> str:
+    """The kind of a file: `"openvino"` or `"onnx"`."""
+    return OPENVINO if path.suffix == ".xml" else "onnx"
 
 
 def place_of(folder: Path, facts: Mapping[str, Any]) -> tuple[Path, str]:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from .defaults import Array
 from .protocol import PAST
 from .record import place_of
-from .runtime import OnnxSession
+from .runtime import open_session
 
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # A decoder without and with a cache in one file, and a model that is one file.
@@ -41,7 +41,7 @@ class SingleFile:
     """A model that is one file."""
 
     def __init__(self, path: Path) -> None:
-        self.paths, self._session = [path], OnnxSession(path)
+        self.paths, self._session = [path], open_session(path)
         self.input_names, self.output_names = self._session.input_names, self._session.output_names
         self.output_shapes = self._session.output_shapes
 
@@ -63,7 +63,7 @@ class GeneratingFiles:
         paths = {name: _file(folder, f"{name}{suffix}") for name in every}
         self._paths = {name: path for name, path in paths.items() if path.is_file()}
         self.paths = [*self._paths.values()]
-        self._sessions = {name: OnnxSession(path) for name, path in self._paths.items()}
+        self._sessions = {name: open_session(path) for name, path in self._paths.items()}
         self._encodes, self.has_cache = ENCODER in self._sessions, task.endswith(PAST)
         encoder = self._sessions.get(ENCODER)
         single = [] if encoder else self._sessions[SINGLE].input_names
@@ -209,7 +209,9 @@ def open_recorded(path: Path, facts: Mapping[str, Any]) -> SingleFile | Generati
 
 
 def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.onnx"
+    """A file by its name: OpenVINO's, if there is one."""
+    converted = folder / f"openvino_{name}.xml"
+    return converted if converted.is_file() else folder / f"{name}.onnx"
 
 
 def _places(arrays: Mapping[str, Array], ids: Array, start: int, end: int) -> dict[str, Array]:

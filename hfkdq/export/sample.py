@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..modeling.tasks import task_of
 from ..schema import brief
+from .choices import OPENVINO
 from .protocol import PAST
 
 TEXT = "A text that the model has not seen."
@@ -62,7 +63,8 @@ def run_sample(
     """
     task = task_of(model_class)
     given = _inputs(str(facts.get("task", "")).removesuffix(PAST), image)
-    if task is None or task.auto is None or task.name != facts.get("task") or given is None:
+    runs = facts.get("target") != OPENVINO  # which neither runner does
+    if not runs or task is None or task.auto is None or task.name != facts.get("task") or given is None:
         return None
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # pipelines tell on which device they are

@@ -8,7 +8,7 @@ are found in the graph and by running; nothing is known of architectures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from .inputs import Tensors
 from .runner import SINGLE
 from .runtime import OnnxSession
+from .session import Session
 from .verify import run_torch
 
 # Masked scores are infinite, or the largest number that there is.
@@ -48,15 +49,20 @@ class Choices:
 
 
 def follow_choices(
-    folder: Path, model: PreTrainedModel, batches: Sequence[Tensors], expected: Sequence[Tensors], tolerance: float
+    folder: Path,
+    model: PreTrainedModel,
+    batches: Sequence[Tensors],
+    expected: Sequence[Tensors],
+    tolerance: float,
+    load: Callable[[Path], Session] = OnnxSession,
 ) -> tuple[list[Tensors], Choices | None]:
-    """What a model gives for batches where it chooses as the file in a folder does, and how it did.
+    """What a model gives for batches where it chooses as the file in a folder does that `load` runs, and how it did.
 
     `expected` is what it gives by its own choice, and stays where that is the same or better by more than `tolerance`
     (a share of the largest score). There are no choices in a file without any, or that chooses elsewhere than torch.
     """
     own, found = list(expected), Choices()
-    with _choosing(folder) as names_and_session:
+    with _choosing(folder, load) as names_and_session:
         if names_and_session is None:
             return own, None
         names, session = names_and_session
@@ -84,7 +90,7 @@ def follow_choices(
 
 
 @contextmanager
-def _choosing(folder: Path) -> Iterator[tuple[list[str], OnnxSession] | None]:
+def _choosing(folder: Path, load: Callable[[Path], Session]) -> Iterator[tuple[list[str], Session] | None]:
     """The names of what the file chooses, in its order, and a session of a copy that gives them too; `None` without."""
     path = folder / f"{SINGLE}.onnx"
     if not path.is_file():  # but several parts
@@ -103,12 +109,12 @@ def _choosing(folder: Path) -> Iterator[tuple[list[str], OnnxSession] | None]:
     copy = folder / f"{SINGLE}_choosing.onnx"  # beside the weights, which may be in a file of their own
     try:
         onnx.save(file, copy)
-        yield [node.output[1] for node in nodes], OnnxSession(copy)
+        yield [node.output[1] for node in nodes], load(copy)
     finally:
         copy.unlink(missing_ok=True)
 
 
-def _chosen(session: OnnxSession, names: Sequence[str], batch: Tensors) -> list[Tensor] | None:
+def _chosen(session: Session, names: Sequence[str], batch: Tensors) -> list[Tensor] | None:
     """What a file chooses for a batch; `None` if it does not take its sizes."""
     try:
         outputs = session({key: value.numpy() for key, value in batch.items()})

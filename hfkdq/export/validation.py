@@ -91,7 +91,7 @@ class Quality:
 
     def of_file(self, model: PreTrainedModel, reference: Scores, runner: Runner) -> dict[str, Any]:
         """Facts about a file that computes what a model with the scores `reference` does; `model` tells the Trainer."""
-        scores = self.evaluation.scores("the ONNX file", model, runner)
+        scores = self.evaluation.scores("the exported file", model, runner)
         ours, theirs = scores.top_classes, reference.top_classes
         compared = len(ours) if ours.shape == theirs.shape else 0
         different = int((ours != theirs).sum()) if compared else 0
@@ -115,7 +115,7 @@ class Quality:
             return None
         before, after = facts["torch"][self.metric], facts["onnx"][self.metric]
         return (
-            f"{self.metric} goes from {before:.6g} in torch to {after:.6g} in the ONNX file on {facts['examples']} "
+            f"{self.metric} goes from {before:.6g} in torch to {after:.6g} in the exported file on {facts['examples']} "
             f"examples; that is {facts['drop']:.4g} worse, and max_drop allows {self.max_drop:g}."
         )
 

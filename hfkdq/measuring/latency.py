@@ -31,7 +31,7 @@ SETTLE_SECONDS = 0.05
 STDERR_TAIL = 2000
 BUSY = 2.0
 """The factor between two estimates of one ratio, or two rounds of it, from which on it is not told."""
-_PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "safetensors")
+_PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from ..bars import progress_bar
 
-WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data")
+WEIGHT_FILES = ("*.safetensors", "*.onnx", "*.onnx_data", "openvino_*.xml", "openvino_*.bin")
 """Files of a model's weights; tokenizer and configuration are small and the same before and after."""
 
 METHODS = ("xz", "gzip", "bz2", "zip")
@@ -55,7 +55,7 @@ def compressed_size(
     Args:
         path (`str` or `Path`): a file, or a folder, whose subfolders do not count.
         method (`str`, defaults to `"xz"`): `"xz"`, `"gzip"`, `"bz2"` or `"zip"` (one archive of all the files).
-        files (sequence of `str`): patterns of the files in a folder that count; weights in safetensors and ONNX by
+        files (sequence of `str`): patterns of the files in a folder that count; weights in safetensors, ONNX and OpenVINO by
             default. `("*",)` counts all.
         dictionary (`int`, defaults to 67,108,864): bytes that `"xz"` looks back, 4,096 to 1,610,612,736; not more than
             the file has are taken.

@@ -86,7 +86,7 @@ class ExportSection:
             trained, else float32.
         task (`str`, *optional*): Optimum's name of the task.
         tolerance (`float`, *optional*): largest difference from PyTorch, as a share of the largest logit.
-        target (`str`, defaults to `"onnxruntime"`): `onnxruntime` or `standard` operators.
+        target (`str`, defaults to `"onnxruntime"`): `onnxruntime` or `standard` operators, or files for `openvino`.
         weight_type (`str`, defaults to `"auto"`): `auto`, `int8` or `uint8`.
         metric (`str`, *optional*): what may drop; the first of the task by default.
         max_drop (`float`, *optional*): refuse a file whose metric is worse than PyTorch's by more.
@@ -109,10 +109,11 @@ class ExportSection:
     integer_convolutions: bool = False
 
     def __post_init__(self) -> None:
+        from ..export.choices import TARGETS
         from ..export.precisions import AUTO, NAMES
 
         for name, allowed in (
-            ("quantization", (None, *NAMES)), ("target", ("onnxruntime", "standard")),
+            ("quantization", (None, *NAMES)), ("target", TARGETS),
             ("weight_type", ("auto", "int8", "uint8")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:

@@ -13,6 +13,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 
+from ..export.choices import OPENVINO
 from ..export.precisions import DYNAMIC, recorded_precision
 from ..export.record import MADE_UP
 from ..export.sample import CALLS, EXPORTERS, LOADERS, OPTIMUM, TEXT, file_name
@@ -21,7 +22,7 @@ from ..modeling.tasks import task_of
 from ..secrets import redact
 from ..specs import QuantizationSpec
 from .citations import citations
-from .data import Engine, ReportData, check_renderable, shortened
+from .data import RUNTIMES, Engine, ReportData, check_renderable, shortened
 from .markdown import Markdown, code, escape, escaping, is_unsafe, one_line, unwrapped
 from .table import markdown_table, metric_names, render_markdown
 
@@ -34,6 +35,13 @@ _PARITY = {
     "samples": ("Examples", 1, "{:,}"),
     "tolerance": ("Bound (% of largest logit)", 100, "{:g}"),
 }
+# The classes that optimum-intel has for files without a cache.
+_IN_OPTIMUM_INTEL = {
+    f"AutoModelFor{name}" for name in (
+        "AudioClassification", "AudioFrameClassification", "CTC", "ImageClassification", "MaskedLM", "QuestionAnswering",
+        "SequenceClassification", "TokenClassification",
+    )
+}  # fmt: skip
 
 
 @cache
@@ -66,6 +74,10 @@ def render_card(report: ReportData, repo_id: str | None, plot: str | None = None
         table=Markdown(render_markdown(report)),
         done=_done(report),
         parity=_parity(report),
+        format=_file(report.engines[-1])[0],
+        compared=" and ".join(
+            dict.fromkeys("the {} file in {}".format(*_file(one)) for one in report.engines if one.parity is not None)
+        ),
         quantized="quantization" in report.facts,
         zeroed=_zeroed(report),
         usage=_usage(report, repo_id, place),
@@ -74,6 +86,11 @@ def render_card(report: ReportData, repo_id: str | None, plot: str | None = None
         papers=citations(report.facts),
     )
     return redact(str(ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}")))
+
+
+def _file(engine: Engine) -> tuple[str, str]:
+    """What a file is called, and what runs it."""
+    return RUNTIMES.get(engine.kind, RUNTIMES["onnx"])
 
 
 def _origin(base_model: str | None) -> Markdown | None:
@@ -141,7 +158,7 @@ def _tags(report: ReportData) -> list[str]:
         "pruning": "pruning" in facts or "student" in facts,
         "quantization": "quantization" in facts or is_quantized,
         precision.name if precision is not None else "": is_quantized,
-        "onnx": last.kind == "onnx",
+        last.kind: last.kind != "torch",
     }
     return ["hfkdq", *(tag for tag, is_done in done.items() if is_done)]
 
@@ -185,8 +202,9 @@ def _export(report: ReportData) -> str:
     if precision is not None and precision.has_integers and "quantization" not in report.facts:
         how = f"with {QuantizationSpec.describe(parity['spec'], _as_code)}" if parity.get("spec") else ""
     how = f", {how}" if how else ""
-    opset = f", opset {parity['opset']}" if "opset" in parity else ""
-    line = f"Export to ONNX{opset}{how}"
+    (name, _), is_onnx = _file(report.engines[-1]), report.engines[-1].kind == "onnx"
+    opset = f", opset {parity['opset']}" if "opset" in parity and is_onnx else ""
+    line = f"Export to {name}{opset}{how}"
     if "fused_linears" in parity and "quantized_linears" in parity:
         line += (
             f". Of its {parity['quantized_linears']} quantized layers that are matrix products, ONNX Runtime ran "
@@ -239,6 +257,26 @@ def _printed(report: ReportData, runner: str) -> Markdown:
     return Markdown(f"```text\n{one_line(report.sample.printed)}\n```")
 
 
+def _loader(kind: str, auto: str, suffix: str) -> dict[str, Any]:
+    """The names in the code that loads the exported file; no class where there is none."""
+    if kind == OPENVINO:
+        found = (
+            "Optimum Intel",
+            "optimum-intel[openvino]",
+            "optimum.intel",
+            "OVModel" if auto in _IN_OPTIMUM_INTEL else "",
+        )
+        more = ', ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}'
+    else:
+        found = ("Optimum", "optimum-onnx[onnxruntime]", "optimum.onnxruntime", "ORTModel" if kind == "onnx" else "")
+        more = f', file_name="{file_name(suffix)}"' if suffix else ""
+    loader, package, module, prefix = found
+    return {
+        "loader": loader, "package": Markdown(json.dumps(package)), "module": module, "file": Markdown(more),
+        "file_class": prefix and auto.replace("AutoModel", prefix),
+    }  # fmt: skip
+
+
 def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any]:
     """The names that the code in the card is made of."""
     task = task_of(report.architecture)
@@ -250,9 +288,8 @@ def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any
         "source": Markdown(json.dumps(repo_id or place)),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else f"  # {'the folder of' if place == '.' else 'beside'} this file"),
         "auto": auto or report.architecture,
-        "ort": (auto or "").replace("AutoModel", "ORTModel"),
+        **_loader(report.engines[-1].kind, auto or "", suffix),
         "runner": Markdown(made_with[0]) if made_with and report.engines[-1].kind == "onnx" else "",
-        "file": Markdown(f', file_name="{file_name(suffix)}"' if suffix else ""),
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),

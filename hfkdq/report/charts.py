@@ -16,10 +16,11 @@ from .table import higher_is_better, is_share, metric_names
 
 # Stand-ins, in place of which the page puts its own colours.
 _INK, _FAINT, _RULE, _LAST = "#010203", "#040506", "#070809", "#0a0b0c"
-_KINDS = {"torch": "#0d0e0f", "onnx": "#101112"}
+_KINDS = {"torch": "#0d0e0f", "onnx": "#101112", "openvino": "#131415"}
 _IN_CSS = {
     _INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)", _LAST: "var(--last)",
     _KINDS["torch"]: "var(--torch)", _KINDS["onnx"]: "var(--onnx)",
+    _KINDS["openvino"]: "var(--openvino)",
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class CompressionReport(ReportData):
         """Measures teacher, student and ONNX files on the same examples.
 
         All metrics come from `Trainer.predict` with the same collator and the same `compute_metrics`; for an ONNX file
-        the Trainer runs it in ONNX Runtime in place of the student. A student that carries fake quantizers is measured
+        the Trainer runs it in ONNX Runtime, and for one of OpenVINO in OpenVINO, in place of the student. A student that carries fake quantizers is measured
         with them; its latency is that of its checkpoint, in floating point. Latency is that of the first example
         alone, on the CPU.
 
@@ -129,7 +129,7 @@ class CompressionReport(ReportData):
             [`CompressionReport`]: the report.
 
         Raises:
-            ValueError: a folder without `model.onnx`, an empty or unlabelled data set, a metric that is not finite.
+            ValueError: a folder without `model.onnx` or `openvino_model.xml`, an empty or unlabelled data set, a metric that is not finite.
             TypeError: an argument of the wrong type.
             RuntimeError: a process that timed an engine died, or this is one of several distributed processes.
         """
@@ -253,7 +253,7 @@ class CompressionReport(ReportData):
 
         Args:
             repo_id (`str`, *optional*): Hub id that the model will have, for the code that loads it.
-            folder (`str` or `Path`, *optional*): where the card goes; its files must be those of the last ONNX row.
+            folder (`str` or `Path`, *optional*): where the card goes; its files must be those of the last row of a file.
             plot (`str`, *optional*): name of the picture of [`save_plot`] that lies beside the card, to be shown in it.
 
         Returns:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..export.choices import OPENVINO
 from ..export.precisions import recorded_precision
 from ..export.record import Export, FileFacts, Timing, each_precision
 from ..facts import Facts
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     Text = str
 else:
     Text = FreeText  # what JSON is held against
+
+RUNTIMES = {"onnx": ("ONNX", "ONNX Runtime"), OPENVINO: ("OpenVINO", "OpenVINO")}
+"""What files of a kind are called, and what runs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +99,18 @@ class Mistake:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One row of the report: a model in PyTorch or a file in ONNX Runtime.
+    """One row of the report: a model in PyTorch, or a file in ONNX Runtime or OpenVINO.
 
     Args:
         name (`str`): name of the row.
-        kind (`str`): `"torch"` or `"onnx"`.
+        kind (`str`): `"torch"`, `"onnx"` or `"openvino"`.
         metrics (`dict[str, float]`): what `compute_metrics` gave.
-        size (`int`): bytes on disk: `model.safetensors`, or `model.onnx` with its external data.
+        size (`int`): bytes on disk: `model.safetensors`, `model.onnx` with its external data, or `openvino_model.xml` and `.bin`.
         parameters (`int`, *optional*): parameters in the checkpoint; for PyTorch.
         sparsity (`float`, *optional*): share of zeros in the weights of linear layers; for PyTorch.
         latency ([`Latency`], *optional*): if it was timed.
-        parity (`dict`, *optional*): what the export recorded about the file's difference from the model; for ONNX.
-        files (`dict`): size (`bytes`) and `sha256` of every file with weights in the folder, by name; for ONNX.
+        parity (`dict`, *optional*): what the export recorded about the file's difference from the model; for files.
+        files (`dict`): size (`bytes`) and `sha256` of every file with weights in the folder, by name; for files.
         intervals (`dict[str, list[float]]`): lower and upper bound of metrics over the rows, 95 %.
         changes (`dict[str, list[float]]`): the bounds of how much metrics differ from those of the first row, on the same rows.
         layers (`tuple` of [`Layer`]): its weights of two axes and more.
@@ -208,7 +212,7 @@ def check_renderable(report: ReportData) -> None:
 def _check_engine(engine: Engine, where: str) -> None:
     latency = engine.latency
     wrong = {
-        "kind": engine.kind not in ("torch", "onnx"),
+        "kind": engine.kind not in ("torch", *RUNTIMES),
         "size": engine.size <= 0,
         "parameters": engine.parameters is not None and engine.parameters < 0,
         "sparsity": engine.sparsity is not None and not 0 <= engine.sparsity <= 1,
@@ -240,10 +244,16 @@ def shortened(value: Any) -> str:
 
 
 def row_name(facts: Mapping[str, Any]) -> str:
-    """The name of the row of a file, from what its export recorded: `"ONNX int8"`."""
+    """The name of the row of a file, from what its export recorded: `"ONNX int8"`, `"OpenVINO int8"`."""
     precision = recorded_precision(facts)
     label = facts.get("kind") if precision is None else precision.label
-    return f"ONNX {label}" if label else "ONNX"
+    name, _ = RUNTIMES[kind_of(facts)]
+    return f"{name} {label}" if label else name
+
+
+def kind_of(facts: Mapping[str, Any]) -> str:
+    """The kind of a file, from what its export recorded."""
+    return OPENVINO if facts.get("target") == OPENVINO else "onnx"
 
 
 def named_precisions(name: str, facts: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from ..version import __version__
 
 MEDIUM = re.compile(r"data:(image/png|audio/wav);base64,[A-Za-z0-9+/]*={0,2}")
 """The address of an image or a sound that is in the address itself."""
-PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "openvino")
 # Folders of users and machines within a longer text.
 _PATH = re.compile(
     r"(?:^|[^\w.~/])(?:/(?:home|Users|root|tmp|var|mnt|data|work|workspace|scratch|opt|srv|private|etc|usr|nfs|content|kaggle)/"

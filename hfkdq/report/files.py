@@ -15,7 +15,7 @@ from ..facts import Facts
 from ..measuring.latency import Latency
 from ..provenance import describe_model, find_difference, weight_files
 from ..schema import build, check, read_file
-from .data import Engine, ReportData, named_precisions, row_name
+from .data import Engine, ReportData, kind_of, named_precisions, row_name
 from .environment import publishable
 
 logger = logging.get_logger(__name__)
@@ -69,12 +69,12 @@ def check_export(folder: Path) -> None:
 
 
 def last_file(report: ReportData) -> Engine | None:
-    """The row that the card is about: the last one of an ONNX file."""
-    return next((engine for engine in reversed(report.engines) if engine.kind == "onnx"), None)
+    """The row that the card is about: the last one of a file."""
+    return next((engine for engine in reversed(report.engines) if engine.kind != "torch"), None)
 
 
 def check_engine(report: ReportData, folder: Path) -> None:
-    """Refuses a folder that does not hold the files of the report's last ONNX row (`ValueError`)."""
+    """Refuses a folder that does not hold the files of the report's last row of a file (`ValueError`)."""
     engine = last_file(report)
     if engine is None:
         return
@@ -99,7 +99,11 @@ def check_beside(report: ReportData, path: Path) -> str:
         return "."
     folder = path.absolute().parent
     places = [folder, *sorted(below for below in folder.iterdir() if below.is_dir())]
-    places = [place for place in places if any((place / name).is_file() for name in engine.files if ".onnx" in name)]
+    places = [
+        place
+        for place in places
+        if any((place / name).is_file() for name in engine.files if not name.endswith(".safetensors"))
+    ]
     differences = [find_difference(place, engine.files) for place in places]
     if differences and None not in differences:
         raise ValueError(
@@ -170,7 +174,7 @@ def fields_of_export(folder: Path) -> dict[str, Any]:
 def _file_row(name: str, facts: Mapping[str, Any]) -> Engine:
     latency = facts.get("latency", {})
     return Engine(
-        name=name, kind="onnx", metrics=facts.get("metrics", {}).get("onnx", {}), size=facts["bytes"],
+        name=name, kind=kind_of(facts), metrics=facts.get("metrics", {}).get("onnx", {}), size=facts["bytes"],
         latency=build(Latency, latency["onnx"], "latency.onnx") if _is_timed(latency) else None,
         parity=public_parity(facts), files=facts["files"],
     )  # fmt: skip

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ..bars import progress_bar
 from ..export.embeddings import pooled_copy
 from ..export.graph import multiplies_exactly, stored_bytes
-from ..export.record import export_file, read_export
+from ..export.record import export_file, read_export, runtime_of
 from ..export.runner import GeneratingFiles, SingleFile, open_recorded
 from ..export.runtime import onnx_call
 from ..export.sample import run_sample
@@ -39,7 +39,7 @@ from ..measuring.torch_engine import torch_call
 from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import CLASSIFICATION, is_listed, task_of
-from ..provenance import describe_files, weight_files
+from ..provenance import RUN, describe_files, weight_files
 from .data import Engine, Sample, named_precisions, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
@@ -64,7 +64,7 @@ class Candidate:
         name (`str`): name of its row.
         model ([`PreTrainedModel`]): the model; beside a file, the one that says which inputs and labels there are.
         eval_dataset (`datasets.Dataset`): the rows as the model reads them.
-        path (`str` or `Path`, *optional*): a folder that `export_onnx` wrote, or any ONNX file; the model itself is measured
+        path (`str` or `Path`, *optional*): a folder that `export_onnx` wrote, or any ONNX file or `.xml` of OpenVINO; the model itself is measured
             without one.
         data_collator (`Callable`, *optional*): as for `Trainer`, with the same default.
         processing_class (*optional*): tokenizer or processor, as for `Trainer`.
@@ -300,14 +300,14 @@ def _check_numbers(name: str, predictions: Any) -> None:
 
 
 def _recorded(path: Path, model: PreTrainedModel) -> dict[str, Any]:
-    """What the export of a folder recorded, held against its files and the model; what is known of any other ONNX file."""
+    """What the export of a folder recorded, held against its files and the model; what is known of any other file."""
     if path.is_dir():
         return check_measured(path, model)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file or folder {path}.")
-    return {
-        "files": {name: facts for name, facts in describe_files(path.parent).items() if name.startswith(path.name)}
-    }
+    beside = path.with_suffix(".bin").name if path.suffix == ".xml" else path.name
+    files = describe_files(path.parent).items()
+    return {"files": {name: facts for name, facts in files if name.startswith((path.name, beside))}}
 
 
 def _describe_torch(row: _Row, metrics: dict[str, float], folder: Path) -> tuple[Engine, list[TimedEngine]]:
@@ -345,7 +345,7 @@ def _describe_onnx(
         )
     engine = Engine(
         name=row.name,
-        kind="onnx",
+        kind=runtime_of(files.paths[0]),
         metrics=metrics,
         size=stored_bytes(files.paths),
         parity=public_parity(row.facts) if "kind" in row.facts else None,
@@ -391,7 +391,7 @@ def _check_one_task(candidates: Sequence[Candidate]) -> None:
 def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[str, Any]) -> dict[str, Path]:
     named = {str(name): Path(path) for name, path in onnx.items()} if isinstance(onnx, Mapping) else {"": Path(onnx)}
     for name, folder in named.items():
-        files = any(path.suffix == ".onnx" for path in weight_files(folder))
+        files = any(path.suffix in RUN for path in weight_files(folder))
         wanted = {"model.onnx": files, export_file(folder).name: export_file(folder).is_file()}
         missing = [what for what, is_there in wanted.items() if not is_there]
         if missing:

@@ -17,7 +17,7 @@ from .table import is_share, megabytes, metric_names
 EXTRA = 'pip install "hfkdq[plots]"'
 PLOT = "report.png"
 """The plot of a report, as it lies beside its card."""
-_COLORS = {"torch": "#9aa7b8", "onnx": "#3b7dc4"}
+_COLORS = {"torch": "#9aa7b8", "onnx": "#3b7dc4", "openvino": "#2f9e77"}
 _LAST = "#e0793a"
 _INK = "#22262d"
 _FAINT = "#6b7280"

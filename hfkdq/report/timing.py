@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..export.dummies import dummy_batch
-from ..export.record import export_file, read_export
+from ..export.record import export_file, read_export, runtime_of
 from ..export.runner import GeneratingFiles, open_recorded
 from ..export.runtime import onnx_call
 from ..measuring.latency import Latency, TimedEngine, latency_of, time_calls
@@ -60,7 +60,7 @@ def time_files(
     """Times candidates in turn, each in a process of its own.
 
     Args:
-        candidates (`Sequence[tuple]`): name, folder with the configuration, and the exported folder or ONNX file, `None` for the
+        candidates (`Sequence[tuple]`): name, folder with the configuration, and the exported folder or file, `None` for the
             checkpoint itself.
         threads (`int`): threads of each.
         batch_size (`int`): examples of a call.
@@ -77,8 +77,14 @@ def time_files(
     engines = [_engine(*one, batch_size=batch_size, length=length) for one in candidates]
     turns = time_calls(engines, threads=threads, rounds=rounds)
     rows = [
-        Engine(name=name, kind="torch" if path is None else "onnx", metrics={}, size=1, latency=latency_of(calls))
-        for (name, _, path), calls in zip(candidates, turns, strict=True)
+        Engine(
+            name=name,
+            kind="torch" if path is None else runtime_of(engine.path),
+            metrics={},
+            size=1,
+            latency=latency_of(calls),
+        )
+        for (name, _, path), engine, calls in zip(candidates, engines, turns, strict=True)
     ]
     timing = {"device": "cpu", "threads": threads, "rounds": rounds, "inputs": {}}
     report = ReportData(engines=tuple(rows), architecture="Model", samples=0, timing=timing)

@@ -9,7 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ..runtime import in_plain_words
+from ..runtime import is_of_onnxruntime
+from ..session import in_plain_words
 
 MICROSOFT = "com.microsoft"
 # Integer kernels that ONNX Runtime runs linear layers and their quantizers in, and how many.
@@ -94,7 +95,7 @@ def count_fused_linears(path: Path) -> int:
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(optimized)
-        with in_plain_words(path, "Nothing was written. Take another quantization"):
+        with in_plain_words("ONNX Runtime", path, "Nothing was written. Take another quantization", is_of_onnxruntime):
             ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         nodes = [node for node in ir.load(optimized).graph.all_nodes() if node.op_type in FUSED_LINEARS]
         layers = {node.inputs[1].name if node.inputs[1] is not None else node: node.op_type for node in nodes}
