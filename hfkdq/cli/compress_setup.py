@@ -25,9 +25,9 @@ from ..recipes.defaults import default_objectives, default_sections
 from ..recipes.parts import Parts, parts_of, training_arguments
 from ..trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from .checkpoint import load_processor
-from .data import EVALUATION, load_rows, load_split
+from .data import CALIBRATION, EVALUATION, load_rows, load_split
 from .inputs import Reader
-from .labelled import labelled
+from .labelled import labelled, with_unlabelled
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
         raise ValueError(
             f"{source}: nothing is learned from teacher {recipe.teacher}. Add an objective such as LogitKD."
         )
+    if recipe.data.unlabelled is not None and not parts.uses_teacher:
+        raise ValueError(f"{source}: data.unlabelled needs a teacher to learn from. Add an objective such as LogitKD.")
     setup = Setup(
         recipe, parts, original, teacher if parts.uses_teacher else None, student, processor, reader, train, evaluation, collate,
         metrics, described,
@@ -182,6 +184,12 @@ def _examples(reader: Reader, recipe: Recipe) -> tuple[Any, Any, Any, tuple[str,
     else:
         rows, said = load_rows(data.train, ("train",), data.train_samples)
         others, said_of_others = load_rows(data.eval, EVALUATION, data.eval_samples)
-    train, evaluation = labelled(reader, rows, said), labelled(reader, others, said_of_others)
+    evaluation = labelled(reader, others, said_of_others)
+    if data.unlabelled is None:
+        train = labelled(reader, rows, said)
+    else:
+        more, said_of_more = load_rows(data.unlabelled, CALIBRATION, None)
+        train = with_unlabelled(reader, rows, said, more, said_of_more)
+        said = f"{said} and, without labels, {said_of_more}"
     described = (f"{said}: {train.columns}", f"{said_of_others}: {evaluation.columns}")
     return train.dataset, evaluation.dataset, train.collate, described
