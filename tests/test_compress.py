@@ -442,6 +442,7 @@ def test_rows_without_labels_are_learned_from_the_teacher_alone(given, tmp_path)
     assert setup.train[:54]["input_ids"] == alone.train[:]["input_ids"]
     assert setup.train[54]["input_ids"] == setup.processor("w0 w1")["input_ids"]
     assert setup.evaluation[:]["labels"] == alone.evaluation[:]["labels"]
+    assert setup.recipe.objectives == [{"TaskLoss": {"weight": 0.29}}, *alone.recipe.objectives[1:]]  # 54 of 94 rows
     trainer = setup.trainer(tmp_path / "out")
     trainer.train()
     steps = [step for step in trainer.state.log_history if "logit_kd" in step]

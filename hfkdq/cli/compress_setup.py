@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .. import make_student
 from ..measuring.evaluation import NEW_TOKENS, Evaluation, says_length
 from ..metrics import TaskMetrics, metrics_for
+from ..metrics.base import IGNORED
 from ..modeling import load_checkpoint
 from ..modeling.batches import first_batch, make_batches
 from ..pruning import PruningCallback
@@ -136,8 +137,12 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
     teacher = original if recipe.teacher is None else load_checkpoint(recipe.teacher)
     if changes is not None:
         chosen: dict[str, Any] = {}
+        labelled = float(metrics.needs_labels)
+        if recipe.data.unlabelled is not None:
+            labels = train.with_format("numpy")["labels"][:]
+            labelled = float((labels != IGNORED).mean())
         if not any(text.startswith("objectives=") for text in of_objectives):
-            chosen["objectives"] = default_objectives(student, teacher, batch, metrics.needs_labels)
+            chosen["objectives"] = default_objectives(student, teacher, batch, labelled)
         recipe = Recipe(**{**vars(recipe), **override(chosen, of_objectives)})
     parts = parts_of(recipe, source)
     if recipe.teacher is not None and not parts.uses_teacher:
