@@ -255,6 +255,9 @@ def test_sections_are_left_out_and_values_come_from_options_too(given, tmp_path,
         (("{model}", "--data", ""), "data.train is empty"),
         (("{model}", "--data", "{rows}", "--trials", "3"), "Name a goal too"),
         (("{model}", "--data", "{rows}", "--trials", "0", "--keep", "0.9"), "--trials must be 1 or more, got 0"),
+        (("{model}", "--data", "{rows}", "--unlabelled", "nothing.csv"), "There is no file or folder nothing.csv"),
+        (("{model}", "--data", "{rows}", "--unlabelled", "{rows}", "objectives=[TaskLoss]"), "data.unlabelled needs a teacher"),
+        (("{model}", "--unlabelled", "{rows}"), "--unlabelled goes with a model and --data"),
         (("./a b",), "hfkdq compress './a b' --data DATA"),
         (("a b.yaml", "--data", "{rows} x"), "Write 'data.train={rows} x' instead"),
         (("{model}", "--data", "{rows}", "--keep", "0.9", "--storage", "nothing://here"), "cannot be kept in nothing://here"),
@@ -473,6 +476,52 @@ def test_rows_are_kept_back_where_there_is_one_split_alone(tmp_path):
     (train, _), (other, _) = load_split(str(tmp_path / "both"), None, None)
     assert set(train["n"]) == {5}
     assert set(other["n"]) == {10}
+
+
+def test_rows_without_labels_are_learned_from_the_teacher_alone(given, tmp_path):
+    more = {
+        "n": list(range(40)),
+        "text": [f"w{i} w{i + 1}" for i in range(40)],
+        "label": ["nothing that is known"] * 40,
+    }
+    Dataset.from_dict(more).to_parquet(tmp_path / "more.parquet")
+    data = [
+        f"model={given / 'model'}",
+        f"data.train={given / 'rows.csv'}",
+        f"data.unlabelled={tmp_path / 'more.parquet'}",
+    ]
+    training = "training={num_train_epochs: 1, per_device_train_batch_size: 1, logging_steps: 1, use_cpu: true, save_strategy: no}"
+    setup = set_up(read(override({}, data)), [training], "r")
+    alone = set_up(read(override({}, data[:2])), [training], "r")
+    assert len(alone.train) == 54
+    assert setup.train[:]["labels"] == [*alone.train[:]["labels"], *[-100] * 40]
+    assert setup.train[:54]["input_ids"] == alone.train[:]["input_ids"]
+    assert setup.train[54]["input_ids"] == setup.processor("w0 w1")["input_ids"]
+    assert setup.evaluation[:]["labels"] == alone.evaluation[:]["labels"]
+    assert setup.recipe.objectives == [{"TaskLoss": {"weight": 0.29}}, *alone.recipe.objectives[1:]]  # 54 of 94 rows
+    trainer = setup.trainer(tmp_path / "out")
+    trainer.train()
+    steps = [step for step in trainer.state.log_history if "logit_kd" in step]
+    assert sum(step["task_loss"] == 0 for step in steps) == 40  # a step is one row
+    assert all(step["logit_kd"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "more", "told"),
+    [
+        (lambda: tiny.bert(labels=1), {"text": ["w1"] * 20, "label": [0.5] * 20}, {"text": ["w2"]}, "is for models that choose one class"),
+        (tiny.bert_tokens, {"tokens": [["w1"]] * 20, "ner_tags": [[0]] * 20}, {"tokens": [["w2"]]}, "is for models that choose one class"),
+        (tiny.bert, {"text": ["w1"] * 20, "label": [0] * 20}, {"said": ["w2"]}, "would read said of 1 rows"),
+    ],
+)  # fmt: skip
+def test_rows_without_labels_are_refused_where_no_class_is_chosen_or_columns_differ(tmp_path, make, rows, more, told):
+    make().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    for name, columns in (("rows", rows), ("more", more)):
+        Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
+    data = {"train": f"{tmp_path / 'rows.parquet'}", "unlabelled": f"{tmp_path / 'more.parquet'}"}
+    with pytest.raises(ValueError, match=told):
+        set_up(read({"model": str(tmp_path / "model"), "data": data}), [], "r")
 
 
 WORDS = [" ".join(f"w{i + j}" for j in range(12)) for i in range(20)]

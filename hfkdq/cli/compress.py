@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", help="rows to train and measure on: a file, a folder or a Hub id; a split may follow a colon"
     )
     parser.add_argument(
+        "--unlabelled", metavar="DATA", help="more rows to train on, beside --data: the teacher alone teaches them"
+    )
+    parser.add_argument(
         "--output-dir", "--output_dir", metavar="FOLDER",
         help="where to write (default: the model's name and -compressed, beside it)",
     )  # fmt: skip
@@ -104,7 +107,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser = argparse.ArgumentParser(**said, parents=[others], conflict_handler="resolve")
         add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
-    own = ("output_dir", "data")
+    own = ("output_dir", "data", "unlabelled")
     options.training = {name: vars(options)[name] for name in theirs if name in vars(options) and name not in own}
     return options
 
@@ -125,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         refuse_missing(name)
         if Path(name).is_file():
             raise ValueError(f"{name} is a file. Name the folder of a checkpoint, or a model on the Hub.")
-    for where in filter(None, (recipe.data.train, recipe.data.eval, recipe.data.calibration)):
+    for where in filter(None, (recipe.data.train, recipe.data.eval, recipe.data.unlabelled, recipe.data.calibration)):
         check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..recipes.parts import parts_of, training_arguments
@@ -202,10 +205,14 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         # The sections that a recipe is chosen with without looking at the model.
         return {
             "model": source,
-            "data": {"train": options.data},
+            "data": {"train": options.data, "unlabelled": options.unlabelled},
             "export": {},
             "report": {},
         }, "the recipe for this model"
+    if options.unlabelled is not None:
+        raise ValueError(
+            f"--unlabelled goes with a model and --data. In a recipe write {quote(f'data.unlabelled={options.unlabelled}')} instead."
+        )
     if is_recipe:
         if not Path(source).is_file():
             raise FileNotFoundError(f"There is no recipe {source}.")

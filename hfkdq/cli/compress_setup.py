@@ -21,6 +21,7 @@ from ..export.protocol import PAST
 from ..hub import check_login
 from ..measuring.evaluation import NEW_TOKENS, Evaluation, says_length
 from ..metrics import TaskMetrics, metrics_for
+from ..metrics.base import IGNORED
 from ..modeling import load_checkpoint
 from ..modeling.batches import first_batch, make_batches
 from ..modeling.tasks import tasks_of
@@ -34,7 +35,7 @@ from ..trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from .checkpoint import load_processor
 from .data import CALIBRATION, EVALUATION, load_rows, load_split
 from .inputs import Reader
-from .labelled import labelled
+from .labelled import labelled, with_unlabelled
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,20 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
     teacher = original if recipe.teacher is None else load_checkpoint(recipe.teacher)
     if changes is not None:
         chosen: dict[str, Any] = {}
+        labelled = float(metrics.needs_labels)
+        if recipe.data.unlabelled is not None:
+            labels = train.with_format("numpy")["labels"][:]
+            labelled = float((labels != IGNORED).mean())
         if not any(text.startswith("objectives=") for text in of_objectives):
-            chosen["objectives"] = default_objectives(student, teacher, batch, metrics.needs_labels)
+            chosen["objectives"] = default_objectives(student, teacher, batch, labelled)
         recipe = Recipe(**{**vars(recipe), **override(chosen, of_objectives)})
     parts = parts_of(recipe, source)
     if recipe.teacher is not None and not parts.uses_teacher:
         raise ValueError(
             f"{source}: nothing is learned from teacher {recipe.teacher}. Add an objective such as LogitKD."
         )
+    if recipe.data.unlabelled is not None and not parts.uses_teacher:
+        raise ValueError(f"{source}: data.unlabelled needs a teacher to learn from. Add an objective such as LogitKD.")
     setup = Setup(
         recipe, parts, original, teacher if parts.uses_teacher else None, student, processor, reader, train, evaluation, collate,
         metrics, described,
@@ -249,6 +256,12 @@ def _examples(reader: Reader, recipe: Recipe) -> tuple[Any, Any, Any, tuple[str,
     else:
         rows, said = load_rows(data.train, ("train",), data.train_samples)
         others, said_of_others = load_rows(data.eval, EVALUATION, data.eval_samples)
-    train, evaluation = labelled(reader, rows, said), labelled(reader, others, said_of_others)
+    evaluation = labelled(reader, others, said_of_others)
+    if data.unlabelled is None:
+        train = labelled(reader, rows, said)
+    else:
+        more, said_of_more = load_rows(data.unlabelled, CALIBRATION, None)
+        train = with_unlabelled(reader, rows, said, more, said_of_more)
+        said = f"{said} and, without labels, {said_of_more}"
     described = (f"{said}: {train.columns}", f"{said_of_others}: {evaluation.columns}")
     return train.dataset, evaluation.dataset, train.collate, described

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, Value
+from datasets import Dataset, Image, Value, concatenate_datasets
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
@@ -69,6 +69,40 @@ def labelled(reader: Any, rows: Dataset, description: str) -> Labelled:
         f"--eval-data: the command has no usual metric for {type(reader.model).__name__}. export_onnx in Python measures any model, "
         "with the compute_metrics= and the eval_dataset= of your Trainer."
     )
+
+
+def with_unlabelled(reader: Any, rows: Dataset, description: str, more: Dataset, description_of_more: str) -> Labelled:
+    """The examples of `rows`, and after them those of `more` with the label -100, whatever label they have.
+
+    Raises:
+        ValueError: the model does not choose one class for an example; or what it would read of `more` has another name.
+    """
+    config = reader.model.config
+    if (
+        not any(is_listed(name, *CLASSIFICATION) for name in class_names(reader.model))
+        or config.problem_type in ("regression", "multi_label_classification")
+        or config.num_labels == 1
+        or lists_of(rows.features[column := _column(rows, LABELS, description)]) is not None
+    ):
+        raise ValueError(
+            f"data.unlabelled is for models that choose one class for an example, and {type(reader.model).__name__} does something "
+            "else here. Leave it out."
+        )
+    read = label_reader(rows, config, description)
+    ours, theirs = (reader.encoder(part)[3] for part in (rows, more))
+    if ours != theirs:
+        raise ValueError(
+            f"The model reads {ours} of {description} and would read {theirs} of {description_of_more}. Name the columns alike."
+        )
+    kept = [name for name in rows.column_names if name not in LABELS and name in more.column_names]
+    inputs, numbers = rows.select_columns(kept), read({column: rows[column]})
+    parts = [inputs, more.select_columns(kept).cast(inputs.features)]
+    labels = Dataset.from_dict({"labels": [*numbers, *[IGNORED] * len(more)]})
+    joined, encode, collate, columns = reader.encoder(
+        concatenate_datasets([concatenate_datasets(parts), labels], axis=1)
+    )
+    made = joined.with_transform(lambda batch: {**encode(batch), "labels": batch["labels"]})
+    return Labelled(made, collate, columns)
 
 
 def reads_whole_rows(model: Any) -> bool:

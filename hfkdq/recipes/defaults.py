@@ -35,9 +35,12 @@ def default_sections(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def default_objectives(
-    student: PreTrainedModel, teacher: PreTrainedModel, example: Batch | None, has_labels: bool
+    student: PreTrainedModel, teacher: PreTrainedModel, example: Batch | None, labelled: float
 ) -> list[Any]:
     """Those of the task loss, the logits and the hidden states that fit the pair of models, as a recipe has them.
+
+    The task loss is a mean over the rows with labels, of which there is a share `labelled`, in [0, 1]. Its weight is that share of
+    a half, so that no row counts more than others: docs/results/teacher.md.
 
     Raises:
         ValueError: none fits.
@@ -46,7 +49,7 @@ def default_objectives(
 
     found: list[Any] = []
     wanted: list[list[tuple[str, dict[str, Any]]]] = [
-        [("TaskLoss", {"weight": 0.5})] if has_labels else [],
+        [("TaskLoss", {"weight": float(f"{0.5 * labelled:.2g}")})] if labelled else [],
         [("LogitKD", {"temperature": 2.0}), ("LogitKD", {"divergence": "mse"})],
         [("HiddenStateKD", {})],
     ]

@@ -24,6 +24,8 @@ class DataSection:
         train (`str`): the rows to train on (split: train).
         eval (`str`, *optional*): the rows to measure on (split: validation, then test). By default those of `train`; of data
             that are one split, a tenth of its rows is kept back from training, the same at every run.
+        unlabelled (`str`, *optional*): more rows to train on, for a classifier: a label that they have is not read, and the teacher
+            alone teaches them.
         calibration (`str`, *optional*): what ranges are found on where none were trained, and files compared on; the rows
             of training by default.
         text_columns (list of `str`, *optional*): one column of texts, or two for pairs; by default those that there are.
@@ -35,6 +37,7 @@ class DataSection:
 
     train: str
     eval: str | None = None
+    unlabelled: str | None = None
     calibration: str | None = None
     text_columns: list[str] | None = None
     max_length: int | None = None
@@ -43,7 +46,7 @@ class DataSection:
     calibration_samples: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("train", "eval", "calibration"):
+        for name in ("train", "eval", "unlabelled", "calibration"):
             if (where := getattr(self, name)) is not None and not where.strip():
                 raise ValueError(f"data.{name} is empty. Name a file, a folder or data on the Hub.")
         for name in ("max_length", "train_samples", "eval_samples", "calibration_samples"):
