@@ -41,6 +41,7 @@ from hfkdq.recipes.goals import Goals
 
 from . import tiny
 from .conftest import THREADS
+from .families import FAMILIES
 from .launch import accelerate_launch
 
 SHORT = (
@@ -403,6 +404,12 @@ def test_all_layers_may_stay_and_a_single_one_does(layers, found):
     model = tiny.bert(layers=layers)
     assert layer_counts(model) == found
     assert default_sections(model).get("student") == ({"num_layers": 1} if found else None)
+
+
+@pytest.mark.parametrize(("family", "is_convolutional"), [("resnet", True), ("vit", False), ("wav2vec2", False)])
+def test_networks_of_convolutions_compute_with_bytes(family, is_convolutional):
+    expected = {"integer_convolutions": True} if is_convolutional else {}
+    assert default_sections(FAMILIES[family].make())["export"] == expected
 
 
 def test_a_study_goes_on_with_what_it_was_begun_for_alone():

@@ -214,7 +214,7 @@ def _check_export(setup: Setup, section: ExportSection) -> None:
         has_float_inputs = not precision.needs_calibration
     if section.integer_convolutions and has_float_inputs and section.quantization != AUTO:
         raise ValueError(
-            "export.integer_convolutions needs 8-bit inputs of convolutions, and the file has floats. Leave it out, or quantize "
+            "export.integer_convolutions needs 8-bit inputs of convolutions, and the file has floats. Set it to false, or quantize "
             "activations."
         )
     data = setup.recipe.data

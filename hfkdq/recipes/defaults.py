@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling import NoStructure, find_layer_stacks
@@ -29,9 +30,17 @@ def default_sections(model: PreTrainedModel) -> dict[str, Any]:
         ),
         "training": dict(TRAINING),
         "quantization": {"weight_bits": 8, "activation_bits": 8},
-        "export": {},
+        "export": {"integer_convolutions": True} if _is_convolutional(model) else {},
         "report": {},
     }
+
+
+def _is_convolutional(model: PreTrainedModel) -> bool:
+    """Whether convolutions do the work, which no file of integers is faster for where they compute in floats."""
+    kinds = list(model.modules())
+    return any(isinstance(module, nn.Conv2d) for module in kinds) and not any(
+        "Attention" in type(module).__name__ for module in kinds
+    )
 
 
 def default_objectives(
