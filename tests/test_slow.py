@@ -47,7 +47,7 @@ def test_the_demo_keeps_its_promises(tmp_path):
 def test_the_benchmark_of_teachers_chooses_on_rows_held_out_and_goes_on_where_it_was(data_folder, tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "teacher_gain.py"
     setting, short = (
-        "text, random weights, a tenth of the labels",
+        "text, a GRU, a tenth of the labels",
         ["--steps", "2", "--max_rows", "320", "--seeds", "0"],
     )
     command = [sys.executable, str(script), "--text", str(data_folder / "banking77"), "--settings", setting, *short]
