@@ -28,6 +28,20 @@ trained for a checkpoint that was saved with fake quantizers, else {FLOAT}. With
 LEFT = "Nothing was written; the same command begins again."
 
 
+class _OneOrMore(argparse.Action):
+    """Keeps what an option is given once as it is, and as a list what it is given several times."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = _listed(getattr(namespace, self.dest))
+        setattr(namespace, self.dest, [*before, values] if before else values)
+
+
+def _listed(given: str | list[str] | None) -> list[str]:
+    return [] if given is None else [given] if isinstance(given, str) else given
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to `parser`, which may be that of another program."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or Hub id of a Transformers checkpoint")
@@ -38,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization",
         metavar="PRECISION",
-        action="append",
+        action=_OneOrMore,
         choices=(*PRECISIONS, TRAINED, AUTO, "none"),
         help=" ".join(_QUANTIZATION.split()),
     )
@@ -117,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     from .summary import print_summary, quietly
 
     with quietly():
-        names = options.quantization or [None]
+        names: list[str | None] = [*_listed(options.quantization)] or [None]
         model, wanted = load_for(options.checkpoint, names, calibrated=options.calibration_data is not None)
         processor = load_processor(options.checkpoint)
         reader = Reader(model, processor, options.text_columns, options.max_length)
@@ -146,7 +160,7 @@ def default_folder(checkpoint: str, ending: str = "-onnx") -> Path:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    names = options.quantization or []
+    names = _listed(options.quantization)
     if len(names) > 1 and (options.layout != HUB or AUTO in names):
         raise ValueError(
             f"--quantization {names[1]} is one too many: several precisions in one folder need --layout hub, and {AUTO} chooses one."
