@@ -283,7 +283,9 @@ class ExportJob:
         try:
             with rope_by_length(model):
                 return self.backend.trace(model, folder, self.task, self.batches, fold_constants=fold_constants)
-        except torch.onnx.OnnxExporterError as error:
+        except Exception as error:
+            if not type(error).__module__.startswith("torch."):  # as those of the exporter, and of the tracer below it
+                raise
             raise RuntimeError(
                 f"PyTorch's exporter cannot write {type(model).__name__} ({type(error).__name__}: {brief(error)}). Nothing was "
                 "written; this is so of the float model too, in other tools as well."
