@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
@@ -44,9 +44,15 @@ def keep_tokens_back_(args: Any) -> None:
 
 
 def report_last_(trainer: Any) -> None:
-    """Puts the callbacks that report logs (TensorBoard, W&B, ...) behind those that add to them, such as the sparsity."""
-    reporters = get_reporting_integration_callbacks(trainer.args.report_to)
-    trainer.callback_handler.callbacks.sort(key=lambda callback: type(callback) in reporters)
+    """Puts the callbacks that report logs (TensorBoard, W&B, ...) behind those that add to them, such as the sparsity, and
+    before those that print them, which take numbers out."""
+    kinds = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+    callbacks = trainer.callback_handler.callbacks
+    reporters = [callback for callback in callbacks if type(callback) in kinds]
+    others = [callback for callback in callbacks if type(callback) not in kinds]
+    printers = (PrinterCallback, ProgressCallback)
+    place = next((i for i, callback in enumerate(others) if isinstance(callback, printers)), len(others))
+    callbacks[:] = [*others[:place], *reporters, *others[place:]]
 
 
 class TrialFactories:
