@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class OpenVinoSession(Session):
     )
 
     def _open(self, threads: int | None) -> tuple[list[Port], list[Port]]:
-        core = load_openvino().Core()
+        core = _core()
         limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         read = _read(core, Path(self._path))
         self._request = core.compile_model(read, "CPU", {**_EXACT, **limit}).create_infer_request()
@@ -64,6 +65,12 @@ class OpenVinoSession(Session):
 
     def _is_own(self, error: Exception) -> bool:
         return type(error) is RuntimeError or type(error).__module__.startswith("openvino")
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO's entry, one for the process: with the last one it unloads its plugins, below threads that still run in them."""
+    return load_openvino().Core()
 
 
 def _read(core: Any, path: Path) -> Any:
@@ -117,7 +124,7 @@ def convert(path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder, target.name)
         try:
-            openvino.save_model(_read(openvino.Core(), path), str(written), compress_to_fp16=False)
+            openvino.save_model(_read(_core(), path), str(written), compress_to_fp16=False)
         except Exception as error:  # its readers have classes of their own
             told = " ".join(str(error).split())[:300].rstrip(".")
             raise RuntimeError(
