@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +72,16 @@ def files(model: tf.PreTrainedModel, folder: Path) -> dict[str, Path]:
         INTEGER: export_onnx(quantized, folder / "integer", **arguments, integer_convolutions=True),
     }
     paths = {name: path / "model.onnx" for name, path in found.items()}
-    quant_pre_process(paths[FLOAT], folder / "prepared.onnx")
-    quantize_static(
-        folder / "prepared.onnx", folder / "theirs.onnx", Batches(batches), quant_format=QuantFormat.QDQ,
-        per_channel=True, weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
-    )  # fmt: skip
+    before = Path.cwd()
+    os.chdir(folder)  # where ONNX Runtime leaves files of its own
+    try:
+        quant_pre_process(paths[FLOAT], folder / "prepared.onnx")
+        quantize_static(
+            folder / "prepared.onnx", folder / "theirs.onnx", Batches(batches), quant_format=QuantFormat.QDQ,
+            per_channel=True, weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
+        )  # fmt: skip
+    finally:
+        os.chdir(before)
     return {**paths, THEIRS: folder / "theirs.onnx"}
 
 

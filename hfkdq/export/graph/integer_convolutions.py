@@ -32,7 +32,7 @@ def fuse_convolutions(model: ir.Model) -> int:
                 (codes, scale, bias), last = folded, norm
         step = _step_of(node.inputs[0])
         products = None if step is None or bias is None else _quantized(bias, step * scale)
-        if products is None or not _goes_to_quantizer(last.outputs[0]):
+        if products is None or not _brought_to_quantizer(last.outputs[0]):
             new = [_computed(graph, last, node, codes, scale, zero)]
             new += [] if bias is None else [_stored(graph, f"{node.name}.bias", bias.astype(np.float32))]
         else:
@@ -82,8 +82,8 @@ def _quantized(bias: Array, step: Array) -> tuple[Array, Array] | None:
     return (codes.astype(np.int32), scale) if np.abs(codes).max() < 2**31 else None
 
 
-def _goes_to_quantizer(value: ir.Value) -> bool:
-    """Whether a value is quantized and nothing else; an activation is taken away that the ends of the grid imply."""
+def _brought_to_quantizer(value: ir.Value) -> bool:
+    """Takes away an activation that the ends of the grid after it imply; whether a value then is quantized and nothing else."""
     node = _only_consumer(value)
     if node is not None and node.op_type in ("Relu", "Clip"):
         grid = _only_consumer(node.outputs[0])
