@@ -87,6 +87,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of banking77: train and test parquet files")
     parser.add_argument("--output_dir", type=Path, default=Path("out/bench-objectives"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=[*ARMS, *COMBINATIONS],
+        default=[*ARMS, *COMBINATIONS],
+        metavar="ARM",
+        help='fewer rows of the table, by their names; "labels alone" has to be there',
+    )
     parser.add_argument("--layers", type=int, default=2, help="layers of the student")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of every student, 32 rows each")
     parser.add_argument("--teacher_epochs", type=float, default=4)
@@ -96,7 +104,7 @@ def main() -> None:
     tokenizer, data, labels = load(options)
     teacher = fine_tuned_teacher(options, tokenizer, data, labels)
     for seed in options.seeds:
-        for arm in {**ARMS, **COMBINATIONS}:
+        for arm in options.arms:
             file = options.output_dir / f"{arm.replace(' ', '_').replace(':', '')}-{seed}.json"
             if not file.exists():
                 file.write_text(json.dumps(run(arm, seed, teacher, tokenizer, data, options), indent=2) + "\n")

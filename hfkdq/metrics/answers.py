@@ -32,7 +32,8 @@ def answer_features(rows: Dataset, tokenizer: Any, max_length: int = 384, stride
         `[-1, -1]` for other tokens), `example` (number of the question), `context` and `answers` (texts).
 
     Raises:
-        ValueError: a column is missing, the tokenizer is not a fast one, or `stride` leaves no room for new tokens.
+        ValueError: a column is missing, the tokenizer is not a fast one, `stride` leaves no room for new tokens, or the context
+            does not have an answer where `answer_start` says.
     """
     missing = [name for name in ("question", "context", "answers") if name not in rows.column_names]
     if missing:
@@ -68,6 +69,7 @@ def answer_features(rows: Dataset, tokenizer: Any, max_length: int = 384, stride
             inside = np.array(encoded.sequence_ids(window)) == 1
             offsets = np.where(inside[:, None], np.array(columns["offset_mapping"][window]), -1)
             texts, starts = (list(batch["answers"][owner][key]) for key in ("text", "answer_start"))
+            _refuse_elsewhere(numbers[owner], batch["context"][owner], texts, starts)
             first, last = _tokens_of(offsets, starts[0], starts[0] + len(texts[0])) if texts else (0, 0)
             row = {"start_positions": first, "end_positions": last, "example": numbers[owner],
                    "context": batch["context"][owner], "answers": texts}  # fmt: skip
@@ -77,6 +79,25 @@ def answer_features(rows: Dataset, tokenizer: Any, max_length: int = 384, stride
         return columns
 
     return rows.map(encode, batched=True, with_indices=True, remove_columns=rows.column_names, desc="Windows")
+
+
+def _refuse_elsewhere(row: int, context: str, texts: list[str], starts: list[int]) -> None:
+    if len(texts) != len(starts):
+        raise ValueError(
+            f"Row {row} has {len(texts)} answers and {len(starts)} of answer_start; every answer needs one."
+        )
+    for text, start in zip(texts, starts, strict=True):
+        if start < 0 or not context.startswith(text, start):
+            found, first = context[max(start, 0) :][: len(text)], context.find(text)
+            raise ValueError(
+                f"Row {row} says that its answer {text[:60]!r} begins at character {start} of the context, where there is {found[:60]!r}. "
+                + (
+                    f"It is at {first}: correct answer_start"
+                    if first >= 0
+                    else "It is nowhere in the context: correct it"
+                )
+                + ", counted in characters from 0, or leave the row out."
+            )
 
 
 def _tokens_of(offsets: Array, start: int, end: int) -> tuple[int, int]:
