@@ -188,6 +188,45 @@ def test_sounds_are_brought_to_the_rate_of_the_model_and_mixed_down():
         samples_of({"bytes": b"OggS", "path": None}, 8000)
 
 
+def noise(kind):
+    file = io.BytesIO()
+    Picture.effect_noise((64, 64), 90).save(file, kind)
+    return file.getvalue()
+
+
+TONE = np.sin(np.arange(1600) / 9)
+
+
+@pytest.mark.parametrize(
+    ("feature", "content", "words"),
+    [
+        (Image, b"", r"cannot identify image file"),
+        (Image, b"no image", r"cannot identify image file"),
+        (Image, noise("png")[:700], r"truncated"),
+        (Image, noise("jpeg")[:700], r"truncated"),
+        (Audio, b"", r"the file is empty"),
+        (Audio, wav(TONE, 1), r"it says 1 samples a second, and sounds have 1,000 and more"),
+        (Audio, wav([], 16000), r"it has no samples"),
+        (Audio, wav(TONE, 16000)[:20], r"EOFError"),
+    ],
+    ids=["no bytes", "a text", "half a PNG", "half a JPEG", "no sound", "1 Hz", "no samples", "half a header"],
+)
+def test_a_damaged_image_or_sound_is_named_with_its_row(tmp_path, feature, content, words):
+    good = noise("png") if feature is Image else wav(TONE, 16000)
+    rows = Dataset.from_dict({"file": [{"bytes": b, "path": None} for b in (good, content, good)], "label": NAMES})
+    rows.cast_column("file", feature(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=rf"The file in row 1 of 3 rows of .*rows.parquet cannot be read.*{words}"):
+        load_rows(str(tmp_path / "rows.parquet"), CALIBRATION, None)
+
+
+def test_an_image_that_is_missing_is_refused_where_it_is_read_alone(tmp_path):
+    rows = Dataset.from_dict({"image": [Picture.new("L", (8, 8)), None], "label": NAMES[:2], "text": TEXTS[:2]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    assert len(batches(reader(), tmp_path / "rows.parquet")[0]["input_ids"]) == 2
+    with pytest.raises(ValueError, match=r"lack a value of image in row 1 \(1 of 2 rows\)"):
+        batches(reader(tiny.vit(), processor=ViTImageProcessor()), tmp_path / "rows.parquet")
+
+
 def test_batches_of_sounds_have_the_mask_that_their_extractor_makes(tmp_path):
     tones = [np.sin(np.arange(length) / 9) for length in (1600, 1200)]
     rows = Dataset.from_dict(

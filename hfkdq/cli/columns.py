@@ -49,7 +49,7 @@ def only(rows: Dataset, kind: type, what: str, model: Any) -> str:
     """The one column of a kind, such as `datasets.Image`.
 
     Raises:
-        ValueError: there are none or several.
+        ValueError: there are none or several, or a row has none.
     """
     found: list[str] = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
     found = [name for name in found if not MASKS.search(name)] if len(found) > 1 else found
@@ -58,6 +58,8 @@ def only(rows: Dataset, kind: type, what: str, model: Any) -> str:
             f"{type(model).__name__} reads one column of {what} (datasets.{kind.__name__}); there are {len(found)} of them in "
             f"{names_of(rows)}."
         )
+    if rows.data.column(found[0]).null_count:
+        refuse_gaps(rows, found, "The rows")
     return found[0]
 
 

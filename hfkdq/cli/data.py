@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
 from ..schema import brief
+from .media import refuse_damaged
 from .names import check_data, split_name
 
 CALIBRATION = ("train", "validation", "test")
@@ -31,7 +32,7 @@ def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tu
         `tuple[Dataset, str]`: rows and description.
 
     Raises:
-        ValueError: there is no such split, or none of those preferred, or it is empty.
+        ValueError: there is no such split, or none of those preferred, or it is empty; or an image or a sound cannot be read.
         OSError: there are no such data.
     """
     path, config, split = split_name(where)
@@ -46,7 +47,9 @@ def _drawn(rows: Dataset, name: str, path: str, samples: int | None, is_whole: b
     if samples is not None and samples < len(rows):
         # Files are often sorted by label.
         rows = rows.shuffle(seed=0).select(range(samples))
-    return rows, f"{len(rows):,} rows of {path if is_whole else f'{path} ({name})'}"
+    description = f"{len(rows):,} rows of {path if is_whole else f'{path} ({name})'}"
+    refuse_damaged(rows, description)
+    return rows, description
 
 
 def _load(path: str, config: str | None) -> DatasetDict:
