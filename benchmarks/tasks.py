@@ -1,0 +1,246 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Every task from a teacher to a measured file, on real data, with `hfkdq compress` alone: the table of docs/results/tasks.md.
+
+    make bench-tasks DATA=path/to/data
+
+DATA has a folder for each data set: banking77, wnut17, fashion_mnist, fsdd. A task is a base model, whose training makes the
+teacher, and one recipe for each arm: the student with the labels alone, with the teacher, with half of its neurons besides, and
+trained for 8-bit integers. All students of a task start alike and take the same steps. Every run keeps its folder, so that
+the command goes on where it was. `--tasks text --seeds 0` runs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import load_dataset
+from quantization import residual_network, spread
+from rich.console import Console
+from rich.table import Table
+from text_classification import pretrained
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    ViTImageProcessor,
+    set_seed,
+)
+
+from hfkdq import CompressionReport
+from hfkdq.report.data import Engine
+
+ALONE, TAUGHT, PRUNED, INT8 = "labels alone", "with the teacher", "half the neurons", "8-bit integers"
+LOGITS = [{"TaskLoss": {"weight": 0.5}}, {"LogitKD": {"temperature": 2.0}}]
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained on what.
+
+    `base` makes the teacher before its training and its processor; `small` the student, which otherwise keeps the `layers` of the
+    teacher. `teaching` and `training` are training arguments of both.
+    """
+
+    data: str
+    base: Callable[[Any], tuple[PreTrainedModel, Any]]
+    teaching: dict[str, Any]
+    training: dict[str, Any]
+    layers: int | None = None
+    small: Callable[[Any], tuple[PreTrainedModel, Any]] | None = None
+    objectives: list[Any] = field(default_factory=lambda: LOGITS)
+    pruning: dict[str, Any] = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
+    export: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, Any] = field(default_factory=dict)
+
+
+def names_of(feature: Any) -> dict[str, Any]:
+    names = getattr(feature, "feature", feature).names
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+
+
+def texts(features: Any) -> tuple[PreTrainedModel, Any]:
+    model = AutoModelForSequenceClassification.from_pretrained(pretrained(), **names_of(features["label"]))
+    return model, AutoTokenizer.from_pretrained(pretrained())
+
+
+def words(features: Any) -> tuple[PreTrainedModel, Any]:
+    model = AutoModelForTokenClassification.from_pretrained(pretrained(), **names_of(features["ner_tags"]))
+    return model, AutoTokenizer.from_pretrained(pretrained())
+
+
+def images(widths: list[int], depth: int) -> Callable[[Any], tuple[PreTrainedModel, Any]]:
+    def make(features: Any) -> tuple[PreTrainedModel, Any]:
+        model = residual_network(widths, depth)
+        model.config.update(names_of(features["label"]))
+        size = {"height": 28, "width": 28}
+        return model, ViTImageProcessor(size=size, do_resize=False, image_mean=[0.286], image_std=[0.353])
+
+    return make
+
+
+def sounds(features: Any) -> tuple[PreTrainedModel, Any]:
+    extractor = ASTFeatureExtractor(sampling_rate=8000, num_mel_bins=64, max_length=64, mean=-6.0, std=4.0)
+    config = ASTConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, patch_size=16, frequency_stride=16,
+        time_stride=8, max_length=64, num_mel_bins=64, hidden_dropout_prob=0.1, **names_of(features["label"]),
+    )  # fmt: skip
+    return ASTForAudioClassification(config), extractor
+
+
+def steps(count: int, rate: float, batch: int = 32) -> dict[str, Any]:
+    return {
+        "max_steps": count, "learning_rate": rate, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 128,
+        "warmup_steps": count // 10, "weight_decay": 0.01, "eval_strategy": "no", "save_strategy": "no",
+        "logging_steps": max(1, count // 10),
+    }  # fmt: skip
+
+
+TASKS: dict[str, Task] = {
+    "text": Task(
+        data="banking77", base=texts, teaching=steps(1000, 3e-4), training=steps(500, 5e-4), layers=2,
+        rows={"max_length": 32},
+    ),
+    "words": Task(
+        data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), layers=3, rows={"max_length": 64},
+    ),
+    "images": Task(
+        data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
+        training=steps(800, 3e-3, 64), pruning={"structure": "channel", "sparsity": 0.3}, export={"integer_convolutions": True},
+    ),
+    "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), layers=2),
+}  # fmt: skip
+
+
+def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """The recipe of the teacher, or of each arm with a seed."""
+    teacher, small = folder / TEACHER / "student", folder / "small"
+    common = {
+        "data": {"train": f"{data / task.data}:train", "eval": f"{data / task.data}:test", **task.rows},
+        "report": {"latency_rounds": 0},
+    }
+    if seed < 0:
+        return {
+            TEACHER: {**common, "model": str(folder / "base"), "training": {**task.teaching, "seed": 0}, "export": {}}
+        }
+    training = {"training": {**task.training, "seed": seed}}
+    start: dict[str, Any] = {"model": str(teacher), "student": {"num_layers": task.layers}}
+    if task.small is not None:
+        start = {"model": str(small)}
+    # Where the student is a model of its own, the model that the recipe names is no teacher.
+    taught = {**common, **start, **training, "objectives": task.objectives, "export": {}}
+    if task.small is not None:
+        taught["teacher"] = str(teacher)
+    integers = {"quantization": {"weight_bits": 8, "activation_bits": 8}, "export": task.export}
+    return {
+        ALONE: {**common, **start, **training, "export": {}},
+        TAUGHT: taught,
+        PRUNED: {**taught, "pruning": task.pruning},
+        INT8: {**taught, **integers},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/bench-tasks"))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--latency_rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, help="steps of every training, for a quick look")
+    options = parser.parse_args()
+    for name in options.tasks:
+        task, folder = TASKS[name], options.output_dir / name
+        bases(task, options.data, folder)
+        for seed in (-1, *options.seeds):
+            for arm, recipe in recipes(task, options.data, folder, seed).items():
+                if options.steps is not None:
+                    recipe["training"]["max_steps"] = options.steps
+                compress(recipe, place(folder, arm, seed))
+        compare(task, options, folder)
+        show(name, task, options, folder)
+
+
+def place(folder: Path, arm: str, seed: int) -> Path:
+    """Where the run of an arm is kept."""
+    return folder / (arm if arm == TEACHER else f"{arm.replace(' ', '-')}-{seed}")
+
+
+def bases(task: Task, data: Path, folder: Path) -> None:
+    """Saves the models that training starts from."""
+    for name, make in (("base", task.base), ("small", task.small)):
+        if make is not None and not (folder / name).exists():
+            set_seed(0)
+            rows = load_dataset(str(data / task.data), split="train[:1]")
+            for part in make(rows.features):
+                part.save_pretrained(folder / name)
+
+
+def compress(recipe: dict[str, Any], folder: Path) -> None:
+    """`hfkdq compress`, unless it was done before."""
+    if (folder / "report.json").exists():
+        return
+    file = folder.with_suffix(".yaml")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    subprocess.run([sys.executable, "-m", "hfkdq", "compress", str(file), "--output-dir", str(folder)], check=True)
+
+
+def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
+    """Times the files of the first seed in turn, one call of one row."""
+    target = folder / "report"
+    if (target / "report.json").exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    seed = options.seeds[0]
+    files = [f"{arm}={place(folder, arm, seed)}/onnx" for arm in (TEACHER, TAUGHT, PRUNED, INT8)]
+    rows = [f"--{name.replace('_', '-')}={value}" for name, value in task.rows.items()]
+    command = ["report", *files, "--eval-data", f"{options.data / task.data}:test", *rows, "--output-dir", str(target)]
+    rounds = ["--latency-rounds", str(options.latency_rounds), "--resamples", "0", "--examples", "0"]
+    subprocess.run([sys.executable, "-m", "hfkdq", *command, *rounds], check=True)
+
+
+def show(name: str, task: Task, options: argparse.Namespace, folder: Path) -> None:
+    """The row of the table: mean and standard deviation over the seeds, bytes and latency against the teacher's file."""
+    sizes = {row.name: row for row in CompressionReport.load(folder / "report" / "report.json").engines}
+    first = sizes[TEACHER]
+    metric = next(iter(first.metrics))
+    table = Table(
+        "", metric, "against labels alone", "bytes (times smaller)", "ms (times faster)", title=f"{name}: {task.data}"
+    )
+    found: dict[str, list[float]] = {}
+    for arm in (ALONE, TAUGHT, PRUNED, INT8):
+        reports = [CompressionReport.load(place(folder, arm, seed) / "report.json") for seed in options.seeds]
+        found[arm] = [100 * report.engines[-1].metrics[metric] for report in reports]
+    table.add_row(TEACHER, f"{100 * first.metrics[metric]:.2f}", "", *_costs(first, first))
+    for arm, values in found.items():
+        gains = [value - alone for value, alone in zip(values, found[ALONE], strict=True)]
+        costs = _costs(sizes[arm], first) if arm in sizes else ()
+        table.add_row(arm, spread(values), "" if arm == ALONE else spread(gains, "+"), *costs)
+    Console(width=140).print(table)
+
+
+def _costs(row: Engine, first: Engine) -> tuple[str, ...]:
+    times = (
+        ""
+        if row.latency is None
+        else f"{row.latency.median_ms:.2f} ({first.latency.median_ms / row.latency.median_ms:.2f})"
+    )
+    return f"{row.size:,} ({first.size / row.size:.2f})", times
+
+
+if __name__ == "__main__":
+    main()
