@@ -14,37 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-    set_seed,
-)
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
-from . import (
-    AttentionKD,
-    CompressionReport,
-    DistillationTrainer,
-    HiddenStateKD,
-    LogitKD,
-    PruningCallback,
-    PruningSpec,
-    QATCallback,
-    QuantizationSpec,
-    TaskLoss,
-    export_onnx,
-    make_student,
-)
+from .export import export_onnx
 from .files import DEMO, workspace
 from .metrics import classification_metrics
+from .objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
+from .pruning import PruningCallback
+from .quantization import QATCallback
+from .report import CompressionReport, DatasetInfo
 from .report.plots import check_plots
+from .specs import PruningSpec, QuantizationSpec
+from .students import make_student
+from .trainer import DistillationTrainer
 from .version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 SIZE = 8
 
@@ -187,13 +174,10 @@ def _publish(
         )
     }  # fmt: skip
     _say("4/4 Measuring all four on the test images")
-    from .report import DatasetInfo
-
     report = CompressionReport.measure(
         teacher=teacher, student=student, onnx=folders, eval_dataset=test, processing_class=processor,
         compute_metrics=classification_metrics, dataset=DatasetInfo(name="scikit-learn digits", split="test"),
-        license="apache-2.0", log_history=trainer.state.log_history,
-        training_args=trainer.args, rows=_pictures(test),
+        license="apache-2.0", log_history=trainer.state.log_history, training_args=trainer.args, rows=_pictures(test),
     )  # fmt: skip
     report.save_all(folder)
     DEMO.mark(folder, __version__)

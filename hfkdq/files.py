@@ -24,8 +24,8 @@ _CHUNK = 2**20
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -109,10 +109,8 @@ class MarkedFiles:
         old.mkdir()
         moved: list[tuple[Path, Path]] = []
         try:
-            for name in (
-                self.mark_name,
-                *self.names,
-            ):  # the mark first: what a killed process has moved is known by it
+            # The mark first: what a killed process has moved is known by it.
+            for name in (self.mark_name, *self.names):
                 for source, target in ((folder / name, old / name), (new / name, folder / name)):
                     if os.path.lexists(source):
                         source.rename(target)

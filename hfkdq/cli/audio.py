@@ -18,8 +18,7 @@ _INSTALL = "Install torchcodec, with which datasets reads audio of all kinds and
 
 def decodable(rows: Dataset, column: str, rate: int) -> Dataset:
     """The rows with audio that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes."""
-    feature = Audio(sampling_rate=rate) if find_spec("torchcodec") is not None else Audio(decode=False)
-    return rows.cast_column(column, feature)
+    return rows.cast_column(column, Audio(sampling_rate=rate) if find_spec("torchcodec") else Audio(decode=False))
 
 
 def samples_of(sound: Any, rate: int) -> _Array:
@@ -53,5 +52,4 @@ def _resampled(samples: _Array, own: int, rate: int) -> _Array:
         raise ValueError(
             f"The audio has {own:,} samples a second and the model takes {rate:,}. {_INSTALL}; SciPy does for WAV files."
         ) from error
-    resampled: _Array = resample_poly(samples, rate, own).astype(np.float32)
-    return resampled
+    return np.asarray(resample_poly(samples, rate, own), np.float32)

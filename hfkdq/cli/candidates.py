@@ -59,7 +59,7 @@ def split_names(given: list[str]) -> list[tuple[str, str]]:
         refuse_missing(pairs[-1][1])
     short = [name or _short(where) for name, where in pairs]
     names = [
-        name if short.count(name) == 1 or pairs[place][0] else pairs[place][1] for place, name in enumerate(short)
+        name if given or short.count(name) == 1 else where for name, (given, where) in zip(short, pairs, strict=True)
     ]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -74,20 +74,15 @@ def find_place(name: str, where: str) -> Place:
         ValueError: there is nothing to measure, or there are several files.
         OSError: the Hub has no such repository, or cannot be reached.
     """
-    path = Path(where).expanduser()
-    if not looks_local(where):
-        path = _downloaded(where)
+    path = Path(where).expanduser() if looks_local(where) else _downloaded(where)
     if path.is_file():
         if path.suffix not in RUN:
             raise ValueError(
                 f"{where} is neither an ONNX file nor a folder. Name model.onnx, openvino_model.xml or the folder of a checkpoint."
             )
         beside = path.parent
-        if (
-            beside.name == ONNX_FOLDER
-            and not (beside / "config.json").is_file()
-            and (beside.parent / "config.json").is_file()
-        ):
+        has_config, above_has = ((folder / "config.json").is_file() for folder in (beside, beside.parent))
+        if beside.name == ONNX_FOLDER and above_has and not has_config:
             beside = beside.parent  # the layout of the Hub
         is_main = path.parent == beside and path.name in ("model.onnx", "openvino_model.xml")
         return Place(name, beside, beside if is_main and is_export(beside) else path)
@@ -117,12 +112,8 @@ def each_file(place: Place) -> list[Place]:
 
 def is_export(folder: Path) -> bool:
     """Whether `export_onnx` wrote a folder and left its record there."""
-    record = export_file(folder)
-    return (
-        record.is_file()
-        and "engines" not in read_file(record)
-        and any(file.suffix in RUN for file in weight_files(folder))
-    )
+    record, runs = export_file(folder), any(file.suffix in RUN for file in weight_files(folder))
+    return record.is_file() and "engines" not in read_file(record) and runs
 
 
 def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:

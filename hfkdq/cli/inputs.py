@@ -44,6 +44,7 @@ class Reader:
         self.text_columns = text_columns
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.longest = max_length or _longest(self.tokenizer, model)
+        self.cut = {"truncation": self.longest is not None, "max_length": self.longest}  # for a tokenizer
         self.rows: Dataset | None = None  # what `evaluation` read
 
     def taken(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,9 +82,8 @@ class Reader:
         Raises:
             ValueError: the command knows no data for the model's task, or the rows have no inputs or no labels for it.
         """
-        rows, description = load_rows(where, preferred, samples)
-        self.rows = rows
-        dataset, collate, columns = labelled(self, rows, description)
+        self.rows, description = load_rows(where, preferred, samples)
+        dataset, collate, columns = labelled(self, self.rows, description)
         _say(f"Evaluating on {description}: {columns}")
         return {"eval_dataset": dataset, "data_collator": collate}
 
@@ -117,8 +117,7 @@ class Reader:
         refuse_gaps(rows, columns, "The rows")
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            texts = (batch[name] for name in columns)
-            return self.taken(self.tokenizer(*texts, truncation=self.longest is not None, max_length=self.longest))
+            return self.taken(self.tokenizer(*(batch[name] for name in columns), **self.cut))
 
         return rows, encode, DataCollatorWithPadding(self.tokenizer), " and ".join(columns)
 

@@ -24,13 +24,18 @@ def label_reader(
     Raises:
         ValueError: there are none, or the model does not know them.
     """
-    column = next((name for name in LABELS if name in rows.column_names), None)
-    if column is None:
-        raise ValueError(
-            f"{description} have no column label or labels; their columns are {', '.join(rows.column_names)}."
-        )
+    column = column_of(rows, LABELS, description)
     table = label_table(rows.unique(column), rows.features[column], config, description)
     return lambda batch: [table[label] for label in batch[column]]
+
+
+def column_of(rows: Dataset, names: tuple[str, ...], description: str) -> str:
+    """The first of these columns that there is. Raises `ValueError`: there is none."""
+    for name in names:
+        if name in rows.column_names:
+            return name
+    told = ", ".join(rows.column_names)
+    raise ValueError(f"{description} have no column {' or '.join(names)}; their columns are {told}.")
 
 
 def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:

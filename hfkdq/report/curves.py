@@ -75,11 +75,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _last_state(folder: Path) -> dict[str, Any]:
     """The state with the longest log."""
-    states = [read_file(path) for path in [*folder.glob(STATE), *folder.glob(f"checkpoint-*/{STATE}")]]
-    logs = [state.get("log_history") for state in states]
-    fine = [
-        state
-        for state, log in zip(states, logs, strict=True)
-        if isinstance(log, list) and all(isinstance(entry, dict) for entry in log)
-    ]
-    return max(fine, key=lambda state: len(state["log_history"]), default={})
+    states = map(read_file, [*folder.glob(STATE), *folder.glob(f"checkpoint-*/{STATE}")])
+    logs = ((state.get("log_history"), state) for state in states)
+    fine = [(log, state) for log, state in logs if isinstance(log, list) and all(isinstance(one, dict) for one in log)]
+    return max(fine, key=lambda pair: len(pair[0]), default=([], {}))[1]

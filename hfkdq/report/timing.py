@@ -78,14 +78,11 @@ def time_files(
     turns = time_calls(engines, threads=threads, rounds=rounds)
     rows = [
         Engine(
-            name=name,
-            kind="torch" if path is None else runtime_of(engine.path),
-            metrics={},
-            size=1,
+            name=name, kind="torch" if path is None else runtime_of(engine.path), metrics={}, size=1,
             latency=latency_of(calls),
         )
         for (name, _, path), engine, calls in zip(candidates, engines, turns, strict=True)
-    ]
+    ]  # fmt: skip
     timing = {"device": "cpu", "threads": threads, "rounds": rounds, "inputs": {}}
     report = ReportData(engines=tuple(rows), architecture="Model", samples=0, timing=timing)
     return [
