@@ -81,9 +81,8 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
             "QATCallback(spec), or pass calibration= to have the ranges observed on your data."
         )
     if trained is not None and not means_the_same(model, spec):
-        raise ValueError(
-            f"The model was trained with {trained}; asked for is {spec}. Export it with the spec it was trained with."
-        )
+        told = f"The model was trained with {trained}; asked for is {spec}"
+        raise ValueError(f"{told}. Export it with the spec it was trained with.")
     if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
         raise ValueError(
             "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model, or "

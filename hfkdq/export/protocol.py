@@ -35,14 +35,9 @@ class Backend(Protocol):
         """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
 
     def trace(
-        self,
-        model: PreTrainedModel,
-        folder: Path,
-        task: str,
-        batches: Sequence[Mapping[str, Tensor]] | None = None,
-        *,
-        fold_constants: bool,
-    ) -> list[Path]:
+        self, model: PreTrainedModel, folder: Path, task: str, batches: Sequence[Mapping[str, Tensor]] | None = None,
+        *, fold_constants: bool,
+    ) -> list[Path]:  # fmt: skip
         """Writes `model` into an existing folder; the files.
 
         Args:

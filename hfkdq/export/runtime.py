@@ -53,15 +53,14 @@ class OnnxSession(Session):
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        both = (self._session.get_inputs(), self._session.get_outputs())
         inputs, outputs = (
-            [Port(value.name, value.shape, value.type, _TYPES.get(value.type)) for value in values]
-            for values in (self._session.get_inputs(), self._session.get_outputs())
+            [Port(one.name, one.shape, one.type, _TYPES.get(one.type)) for one in ports] for ports in both
         )
         return inputs, outputs
 
     def _run(self, feed: dict[str, Array]) -> Sequence[Array]:
-        found: Sequence[Array] = self._session.run(None, feed)
-        return found
+        return self._session.run(None, feed)
 
     def _is_own(self, error: Exception) -> bool:
         return is_of_onnxruntime(error)

@@ -23,11 +23,9 @@ _QUESTION = {"question": "Who lives here?", "context": "Anna lives here."}
 OPTIMUM, EXPORTERS = "optimum", "exporters"
 """What runs a file: Optimum, or Transformers' own exporters."""
 LOADERS = {
-    "AutoTokenizer": "tokenizer",
-    "AutoImageProcessor": "image_processor",
-    "AutoFeatureExtractor": "feature_extractor",
+    "AutoTokenizer": "tokenizer", "AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor",
     "AutoProcessor": "processor",
-}
+}  # fmt: skip
 """The argument of a pipeline that takes what an Auto class loads."""
 CALLS = {
     **dict.fromkeys(("text-classification", "token-classification", "text-generation"), json.dumps(TEXT)),

@@ -104,18 +104,13 @@ class Evaluation:
     def trainer(self, model: PreTrainedModel, runner: Runner | None = None, batch_size: int = 0) -> Trainer:
         """A plain Trainer around `model`, or a `RunnerTrainer` if there is a runner."""
         on_cpu, task = model.device.type == "cpu", self.task
+        # A transform makes the model's columns out of others, which must still be there.
+        transforms = getattr(self.dataset, "format", {}).get("type") == "custom"
         args = TrainingArguments(
-            output_dir=self.folder,
-            per_device_eval_batch_size=batch_size or self.batch_size,
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            # A transform makes the model's columns out of others, which must still be there.
-            remove_unused_columns=not self.keep_columns
-            and getattr(self.dataset, "format", {}).get("type") != "custom",
-            eval_do_concat_batches=task.concat_batches,
-            report_to=[],
-            disable_tqdm=None if bars_are_seen() else True,
-        )
+            output_dir=self.folder, per_device_eval_batch_size=batch_size or self.batch_size, use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu, remove_unused_columns=not (self.keep_columns or transforms),
+            eval_do_concat_batches=task.concat_batches, report_to=[], disable_tqdm=None if bars_are_seen() else True,
+        )  # fmt: skip
         settings = dict(
             model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
             preprocess_logits_for_metrics=task.preprocess,
@@ -198,11 +193,8 @@ class RunnerTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         labels = tuple(inputs[name] for name in self.label_names if inputs.get(name) is not None)
-        batch = {
-            name: _on_cpu(value)
-            for name, value in inputs.items()
-            if isinstance(value, Tensor) and name not in self.label_names
-        }
+        given = {name: value for name, value in inputs.items() if name not in self.label_names}
+        batch = {name: _on_cpu(value) for name, value in given.items() if isinstance(value, Tensor)}
         if self._task.generates:
             return None, self._generated(model, batch), _alone(nested_detach(labels))
         whole = with_decoder_inputs(model, dict(inputs), self.label_names)

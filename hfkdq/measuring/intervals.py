@@ -106,11 +106,7 @@ def _middle(values: Array) -> list[float]:
 
 def _is_share(name: str, value: float, count: int) -> bool:
     """Whether a metric counts rows: by its name, and by a value that is a whole number of them."""
-    return (
-        count > 0
-        and any(name.endswith(share) for share in _SHARES)
-        and abs(value * count - round(value * count)) < 1e-6
-    )
+    return count > 0 and name.endswith(_SHARES) and abs(value * count - round(value * count)) < 1e-6
 
 
 def _units(
@@ -122,16 +118,11 @@ def _units(
         return len(ours), lambda drawn: score([ours[i] for i in drawn], [theirs[i] for i in drawn])
     if batched:
         batches: list[Any] = [list(values) for values in (prediction.predictions, prediction.label_ids)]
-        return len(batches[0]), lambda drawn: task(_of_batches(batches, drawn))
+        return len(batches[0]), lambda drawn: task(EvalPrediction(*([values[i] for i in drawn] for values in batches)))
     sizes = {np.shape(array)[:1] for array in [*leaves_of(prediction.predictions), *leaves_of(prediction.label_ids)]}
     if len(sizes) != 1 or () in sizes:  # such as labels that are a number for each object
         return 0, lambda drawn: {}
     return sizes.pop()[0], lambda drawn: task(rows_of(prediction, drawn))
-
-
-def _of_batches(batches: list[Any], drawn: Array) -> Any:
-    predictions, labels = ([values[i] for i in drawn] for values in batches)
-    return EvalPrediction(predictions=predictions, label_ids=labels)  # type: ignore[arg-type]  # lists of batches
 
 
 def rows_of(prediction: EvalPrediction, rows: Array) -> EvalPrediction:
@@ -149,8 +140,6 @@ def leaves_of(values: Any) -> list[Any]:
 def _take(values: Any, rows: Array) -> Any:
     if isinstance(values, Mapping):
         return {name: _take(value, rows) for name, value in values.items()}
-    return (
-        tuple(_take(value, rows) for value in values)
-        if isinstance(values, (tuple, list))
-        else np.asarray(values)[rows]
-    )
+    if isinstance(values, (tuple, list)):
+        return tuple(_take(value, rows) for value in values)
+    return np.asarray(values)[rows]

@@ -103,7 +103,6 @@ def answer_metrics(features: Dataset) -> Callable[[EvalPrediction], dict[str, fl
     Returns:
         `Callable`: `compute_metrics` for a `Trainer`.
     """
-
     pairs = answer_pairs(features)
     return lambda prediction: AnswerF1.score(*pairs(prediction))
 

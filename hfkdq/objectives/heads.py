@@ -118,15 +118,13 @@ class TokenHead(Head):
         self.shifts_labels = shifts_labels
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
-        return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch), target=self._target(batch))]
+        labels: torch.Tensor | None = batch.get("labels")
+        target = labels.roll(-1, dims=1) if self.shifts_labels and labels is not None else labels
+        return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch), target=target)]
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         refuse_two_texts(batch, "LogitKD of tokens")
         return token_mask(batch, self.shifts_labels)
-
-    def _target(self, batch: Batch) -> torch.Tensor | None:
-        labels: torch.Tensor | None = batch.get("labels")
-        return labels.roll(-1, dims=1) if self.shifts_labels and labels is not None else labels
 
 
 class DecoderHead(TokenHead):
@@ -275,11 +273,6 @@ class DetectionHead(Head):
         return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
 
 
-def object_probabilities(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
-    """Probability that there is an object, per query: `(batch, queries)`; exclusive classes have "no object" last."""
-    return 1.0 - logits.float().softmax(-1)[..., -1] if exclusive else logits.float().sigmoid().amax(-1)
-
-
 def corners(boxes: torch.Tensor) -> torch.Tensor:
     """Left, top, right and bottom of boxes that are given as centre and size; none is without any area."""
     # Of two boxes without area there is no ratio of areas.
@@ -309,7 +302,7 @@ def matched_queries(
     both = [out.logits.float() for out in (student_out, teacher_out)]
     probabilities = [logits.softmax(-1) if exclusive else logits.sigmoid() for logits in both]
     boxes = [out.pred_boxes.float() for out in (student_out, teacher_out)]
-    objects = object_probabilities(teacher_out.logits, exclusive)
+    objects = 1.0 - probabilities[1][..., -1] if exclusive else probabilities[1].amax(-1)  # (batch, queries)
     own, theirs = [], []
     for row in range(len(objects)):
         count = min(boxes[0].shape[1], boxes[1].shape[1])

@@ -69,16 +69,9 @@ class AttentionQuantizer(Stateless):
             )
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
         """`torch.nn.functional.scaled_dot_product_attention` with fake-quantized operands."""
         query, key, value = (
             self.quantize(name, t) for name, t in zip(("query", "key", "value"), (query, key, value), strict=True)
