@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..facts import read_facts
-from ..modeling.forwards import base_of, evaluating, full_precision
+from ..modeling.forwards import base_of, evaluating, full_precision, hooked
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.placement import refuse_sharded
 from ..modeling.tasks import tasks_of
@@ -96,11 +96,8 @@ def require_ranges(model: PreTrainedModel) -> Iterator[None]:
     unknown = {name: q for name, q in activation_quantizers(model).items() if not q.initialized}
     met: list[str] = []
     handles = [q.register_forward_pre_hook(lambda *_, name=name: met.append(name)) for name, q in unknown.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if met:
         names = list(dict.fromkeys(met))
         raise ValueError(

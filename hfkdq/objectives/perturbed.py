@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import TEACHER_PREFIX, base_of, full_precision
+from ..modeling.forwards import TEACHER_PREFIX, base_of, full_precision, hooked
 from ..modeling.masks import Batch, Positions, attended_mask
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
@@ -275,11 +275,8 @@ class _Change:
         # Encoder and decoder may have modules of their own around one table.
         lookups = [m for m in base.modules() if isinstance(m, nn.Embedding) and m.weight is table]
         handles = [m.register_forward_hook(lambda module, args, output: self._next(output)) for m in lookups]
-        try:
+        with hooked(handles):
             yield batch
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,9 +232,8 @@ class PACTQuantizer(ActivationQuantizer):
         return torch.where(self.signed > 0, float(self.middle - 1), float(self.maximum_code))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        scale = grids.constant(
-            grids.constant(self.alpha.data).clamp(min=grids.SMALLEST_SCALE) / grids.constant(self._steps())
-        )
+        alpha = grids.constant(self.alpha.data).clamp(min=grids.SMALLEST_SCALE)
+        scale = grids.constant(alpha / grids.constant(self._steps()))
         return scale, (self.signed * self.middle).to(torch.int32)
 
     def set_range(self, scale: float, zero_point: int) -> None:

@@ -21,9 +21,7 @@ _KMEANS_STEPS = 20
 def recomputing() -> bool:
     """Whether this forward is a repetition inside a backward pass, as gradient checkpointing makes it."""
     # What is compiled is not repeated: its own backward recomputes, and what checkpoint repeats around it is not compiled.
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Stateless(nn.Module):
@@ -33,11 +31,9 @@ class Stateless(nn.Module):
         # Follows its model to another device, never to another precision.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class WeightQuantizer(Stateless):
@@ -156,10 +152,8 @@ class WeightQuantizer(Stateless):
         if not self.scheme.per_channel:
             return weight.reshape(1, 1, -1)
         rows = weight.transpose(-1, -2) if self.transposed else weight
-        channels = self.gates or rows.shape[0]
-        return rows.reshape(channels, 1, -1) if self.scheme.group_size is None else rows.reshape(
-            channels, -1, self.scheme.group_size
-        )  # fmt: skip
+        channels, size = self.gates or rows.shape[0], self.scheme.group_size
+        return rows.reshape(channels, 1, -1) if size is None else rows.reshape(channels, -1, size)
 
     def restore(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         if self.transposed and self.scheme.per_channel:
