@@ -51,22 +51,11 @@ TINY = DemoSize(teacher_epochs=1, student_epochs=1, layers=2, width=32, rows=200
 
 
 def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bool = False) -> CompressionReport:
-    """Trains a teacher on handwritten digits, compresses it, and writes the result with its card, report and plot.
-
-    Args:
-        output_dir (`str` or `Path`): where to; gets `teacher`, `onnx-float`, `onnx-int8` and what is known of them, once
-            all of it is there.
-        size ([`DemoSize`], *optional*): a smaller demo, for tests.
-        overwrite (`bool`, defaults to `False`): replace what an earlier demo left there, and nothing else.
-
-    Returns:
-        [`CompressionReport`]: what was measured.
-
-    Raises:
-        FileExistsError: an earlier demo left its result there, and `overwrite` is `False`; or files that no demo wrote,
-            or that were changed since, have the names of its files.
-        ImportError: scikit-learn, matplotlib or the exporter is missing.
-    """
+    """Trains a teacher on handwritten digits, compresses it, and writes the result with its card, report and plot into
+    `output_dir`: `teacher`, `onnx-float`, `onnx-int8` and what is known of them, once all of it is there. `overwrite`
+    replaces what an earlier demo left there, and nothing else. Raises `FileExistsError`: an earlier demo left its
+    result there, and `overwrite` is `False`; or files that no demo wrote, or that were changed since, have the names of
+    its files. Raises `ImportError`: scikit-learn, matplotlib or the exporter is missing."""
     size, output_dir = size or DemoSize(), Path(output_dir)
     DEMO.check(output_dir, overwrite)
     check_plots()

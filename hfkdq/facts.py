@@ -242,16 +242,10 @@ def short_count(value: int) -> str:
 
 
 def describe_facts(facts: Mapping[str, Any], code: Callable[..., str] = as_text) -> list[str]:
-    """A sentence for every recorded step, in the order of [`Facts`]; its first word names the step.
-
-    Args:
-        facts (`dict`): what [`read_facts`] gave.
-        code (`Callable`, *optional*): writes values, given side by side, as code; in Markdown for example.
-
-    Returns:
-        `list[str]`: such as `"Layers: 3 of the teacher's 6 layers, copied from it (numbers 2, 4, 6, counted from 1)."`. A
-        topic or a key that no sentence is made for is told as it is recorded.
-    """
+    """A sentence for every recorded step that [`read_facts`] gave, in the order of [`Facts`]; its first word names the
+    step: `"Layers: 3 of the teacher's 6 layers, copied from it (numbers 2, 4, 6, counted from 1)."`. A topic or a key that
+    no sentence is made for is told as it is recorded. `code` writes values, given side by side, as code; in Markdown for
+    example."""
     sentences = []
     for topic in sorted(facts, key=[*_TOPICS, *facts].index):
         types, describe = _TOPICS.get(topic, (None, None))

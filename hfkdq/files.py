@@ -63,17 +63,11 @@ def _check_place(folder: Path, what: str, advice: str) -> None:
 
 @dataclass(frozen=True)
 class MarkedFiles:
-    """Files and folders of one run that a later one may replace: those that a mark beside them tells, and no others.
-
-    Args:
-        names (tuple of `str`): files and folders.
-        mark_name (`str`): the file beside them that has the SHA-256 of each.
-        run (`str`): what a run is called.
-    """
+    """Files and folders of one run that a later one may replace: those that a mark beside them tells, and no others."""
 
     names: tuple[str, ...]
-    mark_name: str
-    run: str
+    mark_name: str  # the file beside them that has the SHA-256 of each
+    run: str  # what a run is called
 
     def mark(self, folder: Path, version: str) -> None:
         files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
@@ -227,15 +221,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 @dataclass
 class Staging:
-    """A folder in the making.
+    """A folder in the making."""
 
-    Attributes:
-        files (`Path`): where to write.
-        folder (`Path`): where it goes; after the end, where it went.
-    """
-
-    files: Path
-    folder: Path
+    files: Path  # where to write
+    folder: Path  # where it goes; after the end, where it went
 
 
 @contextlib.contextmanager

@@ -173,12 +173,9 @@ def push_to_hub(
 
 
 def check_login() -> None:
-    """Asks the Hub whether the token of this machine may push, for whoever pushes only after long work. A Hub that cannot be reached
-    now may be later, and is warned of.
-
-    Raises:
-        ValueError: there is no token, the Hub does not know it or it can only read, or `HF_HUB_OFFLINE` forbids the push.
-    """
+    """Asks the Hub whether the token of this machine may push, for whoever pushes only after long work. A Hub that
+    cannot be reached now may be later, and is warned of. Raises `ValueError`: there is no token, the Hub does not know
+    it or it can only read, or `HF_HUB_OFFLINE` forbids the push."""
     if constants.HF_HUB_OFFLINE:
         raise ValueError("A push is asked for, and HF_HUB_OFFLINE=1 forbids it. Unset it, or leave the push out.")
     if get_token() is None:

@@ -74,16 +74,9 @@ def brief(error: BaseException) -> str:
 
 
 def check(value: Any, hint: Any, where: str) -> None:
-    """Refuses a value that is not of a type.
-
-    Args:
-        value (`Any`): from JSON.
-        hint (`Any`): a type as dataclasses and typed dictionaries have it.
-        where (`str`): what the value is called, such as `"engines[0].size"`.
-
-    Raises:
-        ValueError: it is not; one line says where, what came and what was expected.
-    """
+    """Refuses a value from JSON that is not of the type `hint`, as dataclasses and typed dictionaries have it; `where` is
+    what it is called, such as `"engines[0].size"`. Raises `ValueError`: one line says where, what came and what was
+    expected."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return

@@ -22,11 +22,8 @@ def decodable(rows: Dataset, column: str, rate: int) -> Dataset:
 
 
 def samples_of(sound: Any, rate: int) -> _Array:
-    """The samples of a clip in [-1, 1], float32 of shape `(samples,)`; of several channels their mean.
-
-    Raises:
-        ValueError: nothing that is installed can read it, or bring it to `rate`.
-    """
+    """The samples of a clip in [-1, 1], float32 of shape `(samples,)`; of several channels their mean. Raises
+    `ValueError`: nothing that is installed can read it, or bring it to `rate`."""
     if not isinstance(sound, dict) or "array" in sound:
         samples = np.asarray(sound["array"], dtype=np.float32)
         return samples if samples.ndim == 1 else samples.mean(0)

@@ -18,17 +18,11 @@ _WANTED = ["*.json", "*.safetensors", "*.onnx", "*.onnx_data*", "*.onnx.data", "
 
 @dataclass(frozen=True)
 class Place:
-    """Where a candidate lies.
-
-    Args:
-        name (`str`): what its row is called.
-        folder (`Path`): with its configuration and its tokenizer or processor.
-        path (`Path`, *optional*): the exported folder or the ONNX file; `None` for a checkpoint.
-    """
+    """Where a candidate lies, and what its row is called."""
 
     name: str
-    folder: Path
-    path: Path | None
+    folder: Path  # with its configuration and its tokenizer or processor
+    path: Path | None  # the exported folder or the ONNX file; `None` for a checkpoint
 
     @property
     def has_checkpoint(self) -> bool:
@@ -42,12 +36,9 @@ class Place:
 
 
 def split_names(given: list[str]) -> list[tuple[str, str]]:
-    """Names and places: of `NAME=PLACE`, else by the last part of each, or by all of it where two would be called alike.
-
-    Raises:
-        ValueError: two have one name.
-        FileNotFoundError: one is a file or folder of this machine, and is not there.
-    """
+    """Names and places: of `NAME=PLACE`, else by the last part of each, or by all of it where two would be called
+    alike. Raises `ValueError`: two have one name. Raises `FileNotFoundError`: one is a file or folder of this machine,
+    and is not there."""
     pairs = []
     for one in given:
         name, sign, where = ("", "", one) if Path(one).exists() else one.partition("=")
@@ -68,12 +59,9 @@ def split_names(given: list[str]) -> list[tuple[str, str]]:
 
 
 def find_place(name: str, where: str) -> Place:
-    """What lies at a place; a repository of the Hub is downloaded, without pickles.
-
-    Raises:
-        ValueError: there is nothing to measure, or there are several files.
-        OSError: the Hub has no such repository, or cannot be reached.
-    """
+    """What lies at a place; a repository of the Hub is downloaded, without pickles. Raises `ValueError`: there is
+    nothing to measure, or there are several files. Raises `OSError`: the Hub has no such repository, or cannot be
+    reached."""
     path = Path(where).expanduser() if looks_local(where) else _downloaded(where)
     if path.is_file():
         if path.suffix not in RUN:
@@ -117,12 +105,10 @@ def is_export(folder: Path) -> bool:
 
 
 def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
-    """Every place with its model and its tokenizer or processor; a file without weights for PyTorch beside it takes the model of
-    the first place, and one without a tokenizer or processor that of the first that has one.
-
-    Raises:
-        ValueError: a checkpoint is damaged, or a file has no configuration and there is no model to take its inputs from.
-    """
+    """Every place with its model and its tokenizer or processor; a file without weights for PyTorch beside it takes the
+    model of the first place, and one without a tokenizer or processor that of the first that has one. Raises
+    `ValueError`: a checkpoint is damaged, or a file has no configuration and there is no model to take its inputs
+    from."""
     from ..modeling import load_checkpoint
     from .checkpoint import load_model, load_processor
 

@@ -21,20 +21,10 @@ EVALUATION = ("validation", "test")
 
 
 def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tuple[Dataset, str]:
-    """The rows, and in words which they are.
-
-    Args:
-        where (`str`): a file, a folder or a Hub id; `:split` or `:configuration:split` may follow.
-        preferred (`tuple[str, ...]`): splits to look for, the best first, where none is named.
-        samples (`int`, *optional*): how many rows to draw at random, the same at every call; all by default.
-
-    Returns:
-        `tuple[Dataset, str]`: rows and description.
-
-    Raises:
-        ValueError: there is no such split, or none of those preferred, or it is empty.
-        OSError: there are no such data.
-    """
+    """The rows, all or `samples` of them drawn at random, the same at every call, and in words which they are. `where`
+    is a file, a folder or a Hub id, which `:split` or `:configuration:split` may follow; where no split is named, the
+    first of the `preferred` is taken. Raises `ValueError`: there is no such split, or none of those preferred, or it is
+    empty. Raises `OSError`: there are no such data."""
     splits, name, path = _chosen(where, preferred)
     return _drawn(splits[name], name, path, samples, is_whole=Path(path).is_file())
 
@@ -106,15 +96,10 @@ def _first_of(names: Iterable[str], preferred: tuple[str, ...]) -> str | None:
 def load_split(
     where: str, samples: int | None, held_out: int | None
 ) -> tuple[tuple[Dataset, str], tuple[Dataset, str]]:
-    """Rows to train on and others to measure on, of the same data, each as [`load_rows`] gives them.
-
-    Measured on is the split validation or test where there is one beside that of training; else a tenth of the rows, drawn at
-    random, the same at every call, which is kept back.
-
-    Raises:
-        ValueError: there is no such split, or too few rows to keep any back.
-        OSError: there are no such data.
-    """
+    """Rows to train on and others to measure on, of the same data, each as [`load_rows`] gives them. Measured on is the
+    split validation or test where there is one beside that of training; else a tenth of the rows, drawn at random, the
+    same at every call, which is kept back. Raises `ValueError`: there is no such split, or too few rows to keep any
+    back. Raises `OSError`: there are no such data."""
     splits, name, path = _chosen(where, CALIBRATION)
     other = _first_of([other for other in map(str, splits) if other != name], EVALUATION)
     if other is not None:

@@ -28,14 +28,8 @@ _AUDIO_INPUTS = ("input_values", "input_features")
 
 
 class Reader:
-    """Makes batches for a model of the data that the command line names.
-
-    Args:
-        model (`PreTrainedModel`): tells which inputs it takes.
-        processor (tokenizer, processor, *optional*): that of its checkpoint.
-        text_columns (`list[str]`, *optional*): one or two columns of texts.
-        max_length (`int`, *optional*): tokens beyond this are cut off.
-    """
+    """Makes batches for a model, with the tokenizer or processor of its checkpoint, of the data that the command line
+    names: of one or two `text_columns`, and cut off after `max_length` tokens, where these are given."""
 
     def __init__(
         self, model: PreTrainedModel, processor: Any, text_columns: list[str] | None, max_length: int | None
@@ -53,11 +47,8 @@ class Reader:
         return {name: values for name, values in encoded.items() if name in accepted}
 
     def batches(self, where: str, preferred: tuple[str, ...], samples: int, tell: bool = True) -> Iterable[Any]:
-        """Batches without labels; `tell` says on the terminal of what.
-
-        Raises:
-            ValueError: the rows have nothing that the model could read.
-        """
+        """Batches without labels; `tell` says on the terminal of what. Raises `ValueError`: the rows have nothing that
+        the model could read."""
         rows, description = load_rows(where, preferred, samples)
         collate: Callable[[list[Any]], Any]
         if reads_whole_rows(self.model):
@@ -78,10 +69,8 @@ class Reader:
 
     def evaluation(self, where: str, preferred: tuple[str, ...], samples: int | None) -> dict[str, Any]:
         """Labelled rows and their collator, as arguments of `export_onnx`, which takes the usual metrics of the task.
-
-        Raises:
-            ValueError: the command knows no data for the model's task, or the rows have no inputs or no labels for it.
-        """
+        Raises `ValueError`: the command knows no data for the model's task, or the rows have no inputs or no labels for
+        it."""
         self.rows, description = load_rows(where, preferred, samples)
         dataset, collate, columns = labelled(self, self.rows, description)
         _say(f"Evaluating on {description}: {columns}")

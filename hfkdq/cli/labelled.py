@@ -67,11 +67,9 @@ def labelled(reader: Any, rows: Dataset, description: str) -> Labelled:
 
 
 def with_unlabelled(reader: Any, rows: Dataset, description: str, more: Dataset, description_of_more: str) -> Labelled:
-    """The examples of `rows`, and after them those of `more` with the label -100, whatever label they have.
-
-    Raises:
-        ValueError: the model does not choose one class for an example; or what it would read of `more` has another name.
-    """
+    """The examples of `rows`, and after them those of `more` with the label -100, whatever label they have. Raises
+    `ValueError`: the model does not choose one class for an example; or what it would read of `more` has another
+    name."""
     config = reader.model.config
     if (
         not any(is_listed(name, *CLASSIFICATION) for name in class_names(reader.model))

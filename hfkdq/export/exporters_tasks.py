@@ -29,15 +29,8 @@ _SYNONYMS = {
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
-    """The name that Optimum gives to what `model` does.
-
-    Args:
-        model (`PreTrainedModel`): the model.
-        task (`str`, *optional*): the answer, in any spelling that Optimum knows; read off the model's class by default.
-
-    Raises:
-        ValueError: such a model cannot be exported, or not for this task.
-    """
+    """The name that Optimum gives to what `model` does; `task` is the answer in any spelling that Optimum knows, by
+    default it is read off the model's class. Raises `ValueError`: such a model cannot be exported, or not for it."""
     supported = list(dict.fromkeys(_tasks_of(model)))
     model_type, name = model.config.model_type, type(model).__name__
     if not supported:

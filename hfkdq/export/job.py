@@ -67,41 +67,23 @@ def _to_trace(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass
 class ExportJob:
-    """A model to export, and the data that its files are compared on.
+    """A model to export, and the data that its files are compared on."""
 
-    Args:
-        model (`PreTrainedModel`): the model, as [`plain_copy`] made it.
-        backend ([`Backend`]): the exporter.
-        task (`str`): as the backend resolved it.
-        target (`str`): `"onnxruntime"`, `"standard"` or `"openvino"`.
-        tolerance (`float`, *optional*): largest difference from torch; that of the precision by default.
-        processing_class (*optional*): saved beside the model.
-        batches (`list[dict]`): tensors by name, which files are traced with and compared on.
-        source (`str`): where they come from.
-        rest (`Iterator[dict]`): more batches, to find ranges on; read once.
-        quality ([`Quality`], *optional*): measures a metric.
-        scratch (`Path`): an existing folder for intermediate files.
-        weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, the one that is exact on this processor.
-        integer_convolutions (`bool`): whether convolutions compute with integers.
-        pooling ([`Pooling`], *optional*): what `model` makes an embedding with.
-        merges (`bool`): whether two decoders become one file where the backend leaves two.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # as `plain_copy` made it
     backend: Backend
-    task: str
-    target: str
-    tolerance: float | None
-    processing_class: Any
-    batches: Sequence[Tensors]
-    source: str
-    rest: Iterator[Batch]
-    quality: Quality | None
-    scratch: Path
-    weight_type: str = "auto"
-    integer_convolutions: bool = False
-    pooling: Pooling | None = None
-    merges: bool = False
+    task: str  # as the backend resolved it
+    target: str  # "onnxruntime", "standard" or "openvino"
+    tolerance: float | None  # the largest difference from torch; `None` for that of the precision
+    processing_class: Any  # saved beside the model
+    batches: Sequence[Tensors]  # which files are traced with and compared on
+    source: str  # where the batches come from
+    rest: Iterator[Batch]  # more of them, to find ranges on; read once
+    quality: Quality | None  # measures a metric
+    scratch: Path  # an existing folder for intermediate files
+    weight_type: str = "auto"  # "int8", "uint8" or "auto", the one that is exact on this processor
+    integer_convolutions: bool = False  # whether convolutions compute with integers
+    pooling: Pooling | None = None  # what `model` makes an embedding with
+    merges: bool = False  # whether two decoders become one file where the backend leaves two
 
     @cached_property
     def float_model(self) -> PreTrainedModel:

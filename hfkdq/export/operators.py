@@ -35,7 +35,7 @@ def onnx_op(
     """
     if torch.compiler.is_exporting():
         like = compute(*inputs)
-        call = (name, inputs, dict(attributes))
+        call: tuple[Any, ...] = (name, inputs, dict(attributes))
         if outputs == 1:
             return torch.onnx.ops.symbolic(*call, dtype=like.dtype, shape=like.shape, version=opset)
         dtypes, shapes = [one.dtype for one in like], [one.shape for one in like]

@@ -32,20 +32,13 @@ _MASKED = 1e30
 
 @dataclass
 class Choices:
-    """How a file chose, beside torch that was to choose among the same.
+    """How a file chose, beside torch that was to choose among the same. `score_difference` is the largest difference of
+    scores, both in torch, as a share of the largest score; no more than the tolerance where torch follows the file."""
 
-    Args:
-        rows (`int`): how many were chosen, over all batches.
-        other_rows (`int`): those in whose place torch has another.
-        score_difference (`float`): the largest difference of their scores, both in torch, as a share of the largest
-            score; no more than the tolerance where torch was made to follow the file.
-        not_followed (`int`): batches in which it was more, so that torch kept its own.
-    """
-
-    rows: int = 0
-    other_rows: int = 0
+    rows: int = 0  # that were chosen, over all batches
+    other_rows: int = 0  # in whose place torch has another
     score_difference: float = 0.0
-    not_followed: int = 0
+    not_followed: int = 0  # batches in which the difference was more, so that torch kept its own
 
 
 def follow_choices(

@@ -38,15 +38,10 @@ def says_length(generation_config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found.
+    """What an evaluation found: `top_classes` are the likeliest ones at every place of the data set that has a label,
+    int64 of shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for."""
 
-    Args:
-        metrics (`dict[str, float]`): what `compute_metrics` gave, numbers only.
-        top_classes (`torch.Tensor`): the likeliest class at every place of the data set that has a label, int64 of
-            shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for.
-    """
-
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # what `compute_metrics` gave, numbers only
     top_classes: Tensor
 
 
@@ -177,11 +172,8 @@ class Evaluation:
 
 
 class RunnerTrainer(Trainer):
-    """Evaluates a runner in place of the model that it stands for, or the model itself where its task asks for more than its outputs.
-
-    Attributes:
-        top_classes (`list[torch.Tensor]`): of every batch, the likeliest classes at the places that have a label.
-    """
+    """Evaluates a runner in place of the model that it stands for, or the model itself where its task asks for more than
+    its outputs; `top_classes` are those of every batch, the likeliest ones at the places that have a label."""
 
     def __init__(self, runner: Runner | None, task: TaskMetrics, **kwargs: Any) -> None:
         super().__init__(**kwargs)

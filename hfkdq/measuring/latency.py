@@ -130,12 +130,8 @@ def package_folders() -> list[str]:
 
 
 def check_counts(**limits: tuple[Any, int]) -> None:
-    """Refuses what is no integer or too small, and too many threads; names of arguments to their values and the least that they may
-    be.
-
-    Raises:
-        ValueError: one of them is.
-    """
+    """Refuses what is no integer or too small, and too many threads; names of arguments to their values and the least
+    that they may be. Raises `ValueError`: one of them is."""
     for name, (value, least) in limits.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -19,24 +19,15 @@ from ..modeling.masks import Batch, Positions, attended_mask, position_mask, ref
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits of both models side by side.
-
-    Attributes:
-        student (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the student.
-        teacher (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the teacher, or [`TopLogits`].
-        mask (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): the positions that count.
-        valid_classes (`torch.BoolTensor`, *optional*): the classes that are possible, shaped as the logits.
-        target (`torch.LongTensor` of shape `(batch, ...)`, *optional*): the class on the label, -100 for none; or float
-            probabilities of a soft label, shaped as the logits.
-        position_weights (`torch.Tensor` of shape `(batch, ...)`, *optional*): how much each position of an example counts.
-    """
+    """Logits of both models side by side, `(batch, ..., classes)`. `target` is the class on the label, int64 of shape
+    `(batch, ...)`, -100 for none; or float probabilities of a soft label, shaped as the logits."""
 
     student: torch.Tensor
-    teacher: Any
-    mask: torch.Tensor | None = None
-    valid_classes: torch.Tensor | None = None
+    teacher: Any  # or `TopLogits`
+    mask: torch.Tensor | None = None  # the positions that count, bool of shape `(batch, ...)`
+    valid_classes: torch.Tensor | None = None  # the classes that are possible, bool, shaped as the logits
     target: torch.Tensor | None = None
-    position_weights: torch.Tensor | None = None
+    position_weights: torch.Tensor | None = None  # how much each position of an example counts, `(batch, ...)`
 
 
 class Head:

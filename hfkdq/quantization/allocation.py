@@ -125,10 +125,7 @@ def choose_bits(
     still fit.
 
     `sizes` and `sensitivity` are by name and bits, `budget` is the most bytes in all. Returns bits by name; of equal sums
-    those of the smallest size.
-
-    Raises:
-        ValueError: the fewest bits do not fit.
+    those of the smallest size. Raises `ValueError`: the fewest bits do not fit.
 
     Example:
         ```python

@@ -51,11 +51,7 @@ class AttentionQuantizer(Stateless):
             mode.__enter__()
 
     def leave(self, module: nn.Module, failed: bool) -> None:
-        """Stops to quantize products.
-
-        Raises:
-            ValueError: the module has multiplied in another way than attention does.
-        """
+        """Stops to quantize products. Raises `ValueError`: the module has multiplied in another way than attention does."""
         mode = self._modes.pop()
         if mode is None:
             return

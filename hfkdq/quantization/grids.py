@@ -36,18 +36,12 @@ class Grid:
     - `"power_law"`: the same of \\(f(x) = sign(x)|x|^p\\), value \\(f^{-1}(s (q - z))\\).
     - `"power_of_two"`: \\(q = 0\\) is 0, other q stand for \\(\pm s 2^{|q| - high}\\); the nearest is taken.
     - `"kmeans"`: q is the index of the nearest value of a sorted codebook, in units of s.
-
-    Args:
-        bits (`int`): bits of a code.
-        symmetric (`bool`): codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one.
-        mapping (`str`): as in [`QuantizationScheme`].
-        power (`float`): of the power law.
     """
 
     bits: int
-    symmetric: bool = True
+    symmetric: bool = True  # codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one
     mapping: str = "linear"
-    power: float = 0.5
+    power: float = 0.5  # of the power law
 
     @property
     def low(self) -> int:

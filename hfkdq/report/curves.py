@@ -21,11 +21,7 @@ STATE = "trainer_state.json"
 
 
 def curves_of(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """The values of every loss and metric by step, of those that were logged twice or more.
-
-    Args:
-        log_history (`Iterable[Mapping]`): `trainer.state.log_history`.
-    """
+    """The values of every loss and metric by step, of those that `trainer.state.log_history` has twice or more."""
     curves: dict[str, list[list[float]]] = {}
     for entry in log_history:
         step = entry.get("step")
@@ -54,10 +50,7 @@ def settings_of(args: TrainingArguments, log_history: Sequence[Mapping[str, Any]
 
 def read_curves(folder: Path) -> dict[str, list[list[float]]]:
     """The curves of the training that wrote a checkpoint: of the last `trainer_state.json` in it or its checkpoints.
-
-    Raises:
-        ValueError: the file is damaged; one line names it.
-    """
+    Raises `ValueError`: the file is damaged; one line names it."""
     return curves_of(_last_state(folder).get("log_history", []))
 
 

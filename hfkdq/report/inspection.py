@@ -26,20 +26,11 @@ _SIZES = (
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
-    """What there is to know of a checkpoint, a folder that `export_onnx` wrote, or both.
-
-    Args:
-        folder (`str` or `Path`): with a `config.json`.
-
-    Returns:
-        `dict[str, Any]`: JSON-ready: `architecture`, `model_type`, `task`, `sizes`, `parameters`, `weights` (name, shape, data type and
-        share of zeros of each tensor), `facts` as they are recorded, `steps` in sentences, `files` with their hashes, and `export` with
-        what the export recorded and `unchanged`, whether its files are still those.
-
-    Raises:
-        OSError: there is no configuration.
-        ValueError: a file is damaged; one line names it.
-    """
+    """What there is to know of a folder with a `config.json`: a checkpoint, what `export_onnx` wrote, or both.
+    JSON-ready: `architecture`, `model_type`, `task`, `sizes`, `parameters`, `weights` (name, shape, data type and share
+    of zeros of each tensor), `facts` as they are recorded, `steps` in sentences, `files` with their hashes, and
+    `export` with what the export recorded and `unchanged`, whether its files are still those. Raises `OSError`: there
+    is no configuration. Raises `ValueError`: a file is damaged; one line names it."""
     folder = Path(folder)
     config = load_config(str(folder))
     facts = read_facts(config)

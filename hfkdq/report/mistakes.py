@@ -40,16 +40,9 @@ class ScoredRows(NamedTuple):
 def find_mistakes(
     engines: Sequence[ScoredRows], metric: str, model: Any, rows: Sequence[Any], processor: Any, limit: int
 ) -> tuple[Mistake, ...]:
-    """The rows on which the last engine loses most to the first one, by the first metric of each row alone.
-
-    Args:
-        engines (`Sequence[ScoredRows]`): on the same rows; nothing is found where their numbers differ.
-        metric (`str`): the metric.
-        model (`PreTrainedModel`): names the classes.
-        rows (`Sequence` of `datasets.Dataset`): what may be shown, the best first; the first that has as many rows is.
-        processor (tokenizer or processor, *optional*): turns token ids into texts.
-        limit (`int`): how many rows at most.
-    """
+    """The rows, at most `limit`, on which the last engine loses most to the first one, by the first metric of each row
+    alone; none where the numbers of their rows differ. Of `rows`, what may be shown, the best first, the first that has
+    as many rows is. The model names the classes, and the processor turns token ids into texts."""
     if not engines or not engines[0].scores or len({len(engine.scores) for engine in engines}) != 1:
         return ()
     first, last = (np.asarray(engines[place].scores, np.float64) for place in (0, -1))
@@ -77,14 +70,8 @@ def find_mistakes(
 
 
 def score_rows(name: str, task: TaskMetrics, prediction: EvalPrediction, model: Any) -> ScoredRows:
-    """The rows of an engine one by one; none where its metrics are those of a function of the user's own, or of all rows together.
-
-    Args:
-        name (`str`): the engine.
-        task (`TaskMetrics`): how it was measured.
-        prediction (`EvalPrediction`): its predictions, and the labels.
-        model (`PreTrainedModel`): names the classes.
-    """
+    """The rows of an engine one by one, whose classes the model names; none where its metrics are those of a function of
+    the user's own, or of all rows together."""
     if task.pairs is not None and task.score is not None:
         said, right = (values[:_MOST_ROWS] for values in task.pairs(prediction))
         score = task.score
