@@ -14,37 +14,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-    set_seed,
-)
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
-from . import (
-    AttentionKD,
-    CompressionReport,
-    DistillationTrainer,
-    HiddenStateKD,
-    LogitKD,
-    PruningCallback,
-    PruningSpec,
-    QATCallback,
-    QuantizationSpec,
-    TaskLoss,
-    export_onnx,
-    make_student,
-)
+from .export import export_onnx
 from .files import DEMO, workspace
 from .metrics import classification_metrics
+from .objectives import AttentionKD, HiddenStateKD, LogitKD, TaskLoss
+from .pruning import PruningCallback
+from .quantization import QATCallback
+from .report import CompressionReport, DatasetInfo
 from .report.plots import check_plots
+from .specs import PruningSpec, QuantizationSpec
+from .students import make_student
+from .trainer import DistillationTrainer
 from .version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 SIZE = 8
 
@@ -64,22 +51,11 @@ TINY = DemoSize(teacher_epochs=1, student_epochs=1, layers=2, width=32, rows=200
 
 
 def run_demo(output_dir: str | Path, size: DemoSize | None = None, overwrite: bool = False) -> CompressionReport:
-    """Trains a teacher on handwritten digits, compresses it, and writes the result with its card, report and plot.
-
-    Args:
-        output_dir (`str` or `Path`): where to; gets `teacher`, `onnx-float`, `onnx-int8` and what is known of them, once
-            all of it is there.
-        size ([`DemoSize`], *optional*): a smaller demo, for tests.
-        overwrite (`bool`, defaults to `False`): replace what an earlier demo left there, and nothing else.
-
-    Returns:
-        [`CompressionReport`]: what was measured.
-
-    Raises:
-        FileExistsError: an earlier demo left its result there, and `overwrite` is `False`; or files that no demo wrote,
-            or that were changed since, have the names of its files.
-        ImportError: scikit-learn, matplotlib or the exporter is missing.
-    """
+    """Trains a teacher on handwritten digits, compresses it, and writes the result with its card, report and plot into
+    `output_dir`: `teacher`, `onnx-float`, `onnx-int8` and what is known of them, once all of it is there. `overwrite`
+    replaces what an earlier demo left there, and nothing else. Raises `FileExistsError`: an earlier demo left its
+    result there, and `overwrite` is `False`; or files that no demo wrote, or that were changed since, have the names of
+    its files. Raises `ImportError`: scikit-learn, matplotlib or the exporter is missing."""
     size, output_dir = size or DemoSize(), Path(output_dir)
     DEMO.check(output_dir, overwrite)
     check_plots()
@@ -187,13 +163,10 @@ def _publish(
         )
     }  # fmt: skip
     _say("4/4 Measuring all four on the test images")
-    from .report import DatasetInfo
-
     report = CompressionReport.measure(
         teacher=teacher, student=student, onnx=folders, eval_dataset=test, processing_class=processor,
         compute_metrics=classification_metrics, dataset=DatasetInfo(name="scikit-learn digits", split="test"),
-        license="apache-2.0", log_history=trainer.state.log_history,
-        training_args=trainer.args, rows=_pictures(test),
+        license="apache-2.0", log_history=trainer.state.log_history, training_args=trainer.args, rows=_pictures(test),
     )  # fmt: skip
     report.save_all(folder)
     DEMO.mark(folder, __version__)

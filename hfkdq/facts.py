@@ -15,7 +15,6 @@ from .schema import Count, FreeText, Name, check, check_depth
 from .specs import PruningSpec, QuantizationSpec
 from .specs.base import as_text
 
-_MOST_TEXT = 2**27
 NOTABLE = 0.05
 """Share of the parameters in floating point, or not pruned, above which it is told."""
 AUXILIARY = "hfkdq_"
@@ -24,7 +23,7 @@ _Recorder = TypeVar("_Recorder", bound=Callable[..., None])
 
 
 def _is_base64(value: Any, where: str) -> None:
-    if not isinstance(value, str) or len(value) > _MOST_TEXT or not value.isascii():
+    if not isinstance(value, str) or len(value) > 2**27 or not value.isascii():
         raise ValueError(f"{where} is no base64 text")
 
 
@@ -203,8 +202,7 @@ def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str,
 
 def record_fact(model: PreTrainedModel, topic: str, fact: dict[str, Any]) -> None:
     """Writes JSON-ready `fact` under `topic` into the model's configuration, in place of what stood there."""
-    read_facts(model)  # refuses what is damaged
-    model.config.hfkdq = {**getattr(model.config, "hfkdq", {}), topic: fact}
+    model.config.hfkdq = {**read_facts(model), topic: fact}
 
 
 def drop_fact(model: PreTrainedModel, topic: str) -> None:
@@ -244,16 +242,10 @@ def short_count(value: int) -> str:
 
 
 def describe_facts(facts: Mapping[str, Any], code: Callable[..., str] = as_text) -> list[str]:
-    """A sentence for every recorded step, in the order of [`Facts`]; its first word names the step.
-
-    Args:
-        facts (`dict`): what [`read_facts`] gave.
-        code (`Callable`, *optional*): writes values, given side by side, as code; in Markdown for example.
-
-    Returns:
-        `list[str]`: such as `"Layers: 3 of the teacher's 6 layers, copied from it (numbers 2, 4, 6, counted from 1)."`. A
-        topic or a key that no sentence is made for is told as it is recorded.
-    """
+    """A sentence for every recorded step that [`read_facts`] gave, in the order of [`Facts`]; its first word names the
+    step: `"Layers: 3 of the teacher's 6 layers, copied from it (numbers 2, 4, 6, counted from 1)."`. A topic or a key that
+    no sentence is made for is told as it is recorded. `code` writes values, given side by side, as code; in Markdown for
+    example."""
     sentences = []
     for topic in sorted(facts, key=[*_TOPICS, *facts].index):
         types, describe = _TOPICS.get(topic, (None, None))
@@ -310,8 +302,7 @@ def _parameters(fact: Mapping[str, Any]) -> str:
 
 def left_of(found: Mapping[str, int], whole: int) -> dict[str, Any]:
     """The fact [`Left`] of numbers of weights by module, of `whole` parameters: the largest eight modules are named."""
-    share = sum(found.values()) / max(1, whole)
-    return {"share": share, "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
+    return {"share": sum(found.values()) / max(1, whole), "modules": sorted(found, key=found.__getitem__)[:-9:-1]}
 
 
 def told_left(left: Mapping[str, int], modules: Mapping[str, Any]) -> str:
@@ -353,8 +344,9 @@ def _describe_clustering(fact: Mapping[str, Any], code: Callable[..., str]) -> s
     if not {"clusters", "modules"} <= fact.keys():
         return ""
     error = f"; squared error {fact['relative_error']:.2%} of the variance" if "relative_error" in fact else ""
-    values = f"{fact['clusters']:,} values each{error}"
-    return f"Clustering: the weights of {fact['modules']:,} layers take at most {values}"
+    return (
+        f"Clustering: the weights of {fact['modules']:,} layers take at most {fact['clusters']:,} values each{error}"
+    )
 
 
 def _describe_quantization(fact: Mapping[str, Any], code: Callable[..., str]) -> str:

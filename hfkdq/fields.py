@@ -45,9 +45,8 @@ def extremes(value: float | Callable[[float], float], samples: int = 101) -> tup
         try:
             values.append(value_at(value, place))
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{value!r} is neither a number nor a function of progress that gives one: {error}."
-            ) from error
+            told = f"{value!r} is neither a number nor a function of progress that gives one"
+            raise ValueError(f"{told}: {error}.") from error
         if math.isnan(values[-1]):
             return math.nan, math.nan
     return min(values), max(values)

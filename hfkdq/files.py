@@ -24,8 +24,8 @@ _CHUNK = 2**20
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -63,17 +63,11 @@ def _check_place(folder: Path, what: str, advice: str) -> None:
 
 @dataclass(frozen=True)
 class MarkedFiles:
-    """Files and folders of one run that a later one may replace: those that a mark beside them tells, and no others.
-
-    Args:
-        names (tuple of `str`): files and folders.
-        mark_name (`str`): the file beside them that has the SHA-256 of each.
-        run (`str`): what a run is called.
-    """
+    """Files and folders of one run that a later one may replace: those that a mark beside them tells, and no others."""
 
     names: tuple[str, ...]
-    mark_name: str
-    run: str
+    mark_name: str  # the file beside them that has the SHA-256 of each
+    run: str  # what a run is called
 
     def mark(self, folder: Path, version: str) -> None:
         files = {p.relative_to(folder).as_posix(): sha256_of(p) for p in folder.rglob("*") if p.is_file()}
@@ -109,10 +103,8 @@ class MarkedFiles:
         old.mkdir()
         moved: list[tuple[Path, Path]] = []
         try:
-            for name in (
-                self.mark_name,
-                *self.names,
-            ):  # the mark first: what a killed process has moved is known by it
+            # The mark first: what a killed process has moved is known by it.
+            for name in (self.mark_name, *self.names):
                 for source, target in ((folder / name, old / name), (new / name, folder / name)):
                     if os.path.lexists(source):
                         source.rename(target)
@@ -229,15 +221,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 @dataclass
 class Staging:
-    """A folder in the making.
+    """A folder in the making."""
 
-    Attributes:
-        files (`Path`): where to write.
-        folder (`Path`): where it goes; after the end, where it went.
-    """
-
-    files: Path
-    folder: Path
+    files: Path  # where to write
+    folder: Path  # where it goes; after the end, where it went
 
 
 @contextlib.contextmanager

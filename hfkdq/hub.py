@@ -14,29 +14,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    constants,
-    get_token,
-)
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.hf_api import CommitInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 from transformers.utils import logging
 
+from .export.choices import HUB
+from .export.record import EXPORT_FACTS, FORMER_NAME, read_export
 from .files import sha256_of
 from .provenance import ONNX_FOLDER, weight_files
+from .report import CompressionReport
+from .report.files import check_engine, check_export
 from .secrets import redact
 from .uploads import Contents, check_secrets, collect
-
-if TYPE_CHECKING:
-    from hfkdq.report import CompressionReport
 
 logger = logging.get_logger(__name__)
 
@@ -180,26 +173,21 @@ def push_to_hub(
 
 
 def check_login() -> None:
-    """Asks the Hub whether the token of this machine may push, for whoever pushes only after long work. A Hub that cannot be reached
-    now may be later, and is warned of.
-
-    Raises:
-        ValueError: there is no token, the Hub does not know it or it can only read, or `HF_HUB_OFFLINE` forbids the push.
-    """
+    """Asks the Hub whether the token of this machine may push, for whoever pushes only after long work. A Hub that
+    cannot be reached now may be later, and is warned of. Raises `ValueError`: there is no token, the Hub does not know
+    it or it can only read, or `HF_HUB_OFFLINE` forbids the push."""
     if constants.HF_HUB_OFFLINE:
         raise ValueError("A push is asked for, and HF_HUB_OFFLINE=1 forbids it. Unset it, or leave the push out.")
     if get_token() is None:
-        raise ValueError(
-            f"A push is asked for, and there is no token. {_ADVICE[401].partition(',')[0]}, or set HF_TOKEN."
-        )
+        advice = _ADVICE[401].partition(",")[0]
+        raise ValueError(f"A push is asked for, and there is no token. {advice}, or set HF_TOKEN.")
     try:
         known = HfApi(library_name="hfkdq").whoami()
     except Exception as error:  # requests and httpx share no error class
         status, answer, _ = _answer(error)
+        told = f"A push is asked for, and the Hub refused the token ({status}). {_ADVICE[401]}"
         if status in (401, 403):
-            raise ValueError(
-                f"A push is asked for, and the Hub refused the token ({status}). {_ADVICE[401]}"
-            ) from None
+            raise ValueError(told) from None
         told = _without_tokens(answer, None)
         logger.warning(f"Whether the token may push is not known, as the Hub could not be asked: {told}.")
         return
@@ -209,10 +197,6 @@ def check_login() -> None:
 
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
     """Refuses ONNX files that neither the folder's own report nor `report` is about."""
-    from .export.record import EXPORT_FACTS, FORMER_NAME
-    from .report import CompressionReport
-    from .report.files import check_engine, check_export
-
     for place in {(folder / name).parent for name in contents if Path(name).name in (EXPORT_FACTS, FORMER_NAME)}:
         if weight_files(place):
             check_export(place)
@@ -222,8 +206,6 @@ def _check_files(folder: Path, contents: Contents, report: CompressionReport | N
 
 def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Iterator[str]:
     """The files of an earlier export in the repository that the folder does not have, if nobody has changed them since."""
-    from .export.record import EXPORT_FACTS, read_export
-
     listed = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     there = {file.path: file for file in listed if isinstance(file, RepoFile)}
     for record in [PurePosixPath(path) for path in there if PurePosixPath(path).name == EXPORT_FACTS]:
@@ -252,14 +234,10 @@ class _CannotAdd(ValueError):
 
 
 def _record_to_add(folder: Path) -> dict[str, Any]:
-    from .export.choices import HUB
-    from .export.record import EXPORT_FACTS, read_export
-
     own = read_export(folder) if (folder / EXPORT_FACTS).is_file() else {}
     if own.get("layout") != HUB or "precisions" not in own:
-        raise _CannotAdd(
-            f'{folder} is not of export_onnx(layout="hub"), so it cannot be added to others. Export it so.'
-        )
+        told = f'{folder} is not of export_onnx(layout="hub"), so it cannot be added to others. Export it so.'
+        raise _CannotAdd(told)
     return own
 
 
@@ -267,8 +245,6 @@ def _added(
     api: HfApi, repo_id: str, revision: str | None, own: dict[str, Any], contents: Contents, with_report: bool
 ) -> Contents:
     """What of `contents` is new in a repository, with the record of all precisions that it then has."""
-    from .export.record import EXPORT_FACTS, read_export
-
     if not api.file_exists(repo_id, EXPORT_FACTS, revision=revision):
         return contents
     with tempfile.TemporaryDirectory() as scratch:
@@ -308,8 +284,6 @@ def _checkpoint(record: dict[str, Any]) -> list[str]:
 
 def _report_files(report: CompressionReport, repo_id: str) -> Contents:
     """Card, facts and plot of a report, rendered without touching the user's folder."""
-    from .report import CompressionReport
-
     shown = {}
     if isinstance(report, CompressionReport):
         _ask_for_unknown(report)
@@ -335,11 +309,8 @@ def _eval_results(report: CompressionReport) -> Contents:
         return {}
     metric, value = next(iter(engine.metrics.items()))
     place = {"id": data.id, "task_id": data.task_id, **({} if data.revision is None else {"revision": data.revision})}
-    entry = {
-        "dataset": place,
-        "value": round(value, 6),
-        "notes": f"{metric} of {engine.name}, measured with hfkdq",
-    }
+    notes = f"{metric} of {engine.name}, measured with hfkdq"
+    entry = {"dataset": place, "value": round(value, 6), "notes": notes}
     name = re.sub(r"[^\w.-]+", "-", f"{data.id.rpartition('/')[2]}-{data.task_id}").strip("-.")
     return {f".eval_results/{name}.yaml": yaml.safe_dump([entry], sort_keys=False).encode()}
 

@@ -38,15 +38,8 @@ def describe_files(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 def find_difference(folder: str | os.PathLike[str], recorded: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The first way in which the files with weights in `folder` are not those that were recorded, in words.
-
-    Args:
-        folder (`str` or `os.PathLike`): where they lie.
-        recorded (`Mapping`): what [`describe_files`] gave of them.
-
-    Returns:
-        `str`, *optional*: such as `"model.onnx has changed"`; `None` if they are the same.
-    """
+    """The first way in which the files with weights in `folder` are not those that [`describe_files`] `recorded`, in words
+    such as `"model.onnx has changed"`; `None` if they are the same."""
     here = {path.relative_to(folder).as_posix(): path for path in weight_files(folder)}
     for name, facts in sorted(recorded.items()):
         if name not in here:

@@ -29,7 +29,7 @@ class FreeText(str):
 def _is_name(value: str, where: str) -> None:
     if not _NAME.fullmatch(value):
         raise ValueError(
-            f"{where} is {_short(value)}, expected the name of a module: letters, digits and _ . : / - alone, as there are "
+            f"{where} is {shortened(value)}, expected the name of a module: letters, digits and _ . : / - alone, as there are "
             "no patterns in a record"
         )
 
@@ -74,16 +74,9 @@ def brief(error: BaseException) -> str:
 
 
 def check(value: Any, hint: Any, where: str) -> None:
-    """Refuses a value that is not of a type.
-
-    Args:
-        value (`Any`): from JSON.
-        hint (`Any`): a type as dataclasses and typed dictionaries have it.
-        where (`str`): what the value is called, such as `"engines[0].size"`.
-
-    Raises:
-        ValueError: it is not; one line says where, what came and what was expected.
-    """
+    """Refuses a value from JSON that is not of the type `hint`, as dataclasses and typed dictionaries have it; `where` is
+    what it is called, such as `"engines[0].size"`. Raises `ValueError`: one line says where, what came and what was
+    expected."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return
@@ -106,8 +99,8 @@ def check(value: Any, hint: Any, where: str) -> None:
     elif origin is dict:
         _expect(value, dict, "an object", where)
         for key, item in value.items():
-            check(key, inner[0], f"the name {_short(key)} in {where}")
-            check(item, inner[1], f"{where}.{_short(key)}")
+            check(key, inner[0], f"the name {shortened(key)} in {where}")
+            check(item, inner[1], f"{where}.{shortened(key)}")
     else:
         _check_scalar(value, hint, where)
 
@@ -149,7 +142,7 @@ def _check_fields(value: Any, cls: Any, where: str) -> None:
     if is_dataclass(cls):
         unknown = sorted(set(value) - set(hints))
         if unknown:
-            names = ", ".join(_short(name).strip("'") or "''" for name in unknown[:8])
+            names = ", ".join(shortened(name).strip("'") or "''" for name in unknown[:8])
             raise ValueError(
                 f"{where} has no field {names}; its fields are {', '.join(sorted(hints))}. Was it written by another "
                 "version of hfkdq?"
@@ -190,10 +183,11 @@ def _expect(value: Any, kind: Any, words: str, where: str) -> None:
 
 
 def _called(value: Any) -> str:
-    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value)) or _short(value)
+    return {dict: "an object", list: "a list", type(None): "null"}.get(type(value)) or shortened(value)
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """The `repr` of a value, of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -202,7 +196,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the name {_short(next(n for n in names if names.count(n) > 1))} occurs twice in an object")
+        raise ValueError(
+            f"the name {shortened(next(n for n in names if names.count(n) > 1))} occurs twice in an object"
+        )
     return data
 
 
@@ -213,7 +209,7 @@ def _no_number(text: str) -> float:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{_short(text)} is too large a number")
+        raise ValueError(f"{shortened(text)} is too large a number")
     return value
 
 

@@ -130,14 +130,8 @@ _INNOCENT = frozenset({"PWD", "OLDPWD"})
 
 
 def find_secrets(data: bytes) -> list[str]:
-    """The kinds of secrets in `data`, such as `"GitHub token"`, in text of any encoding or among other bytes.
-
-    Args:
-        data (`bytes`): the content of a file, or a part of it.
-
-    Returns:
-        `list[str]`: sorted, each once; empty if there is none.
-    """
+    """The kinds of secrets in `data`, the content of a file or a part of it, such as `"GitHub token"`, in text of any
+    encoding or among other bytes: sorted, each once."""
     views = [_text_of(data)]
     if b"\0" in data:
         views.append(_wide_text_of(data))

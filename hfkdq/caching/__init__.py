@@ -7,11 +7,6 @@ from .teacher import CachedCollator, CachedTeacher
 from .writer import cache_teacher_outputs
 
 __all__ = [
-    "CacheInfo",
-    "CachedCollator",
-    "CachedOutput",
-    "CachedTeacher",
-    "cache_info",
-    "cache_teacher_outputs",
+    "CacheInfo", "CachedCollator", "CachedOutput", "CachedTeacher", "cache_info", "cache_teacher_outputs",
     "generate_targets",
-]
+]  # fmt: skip

@@ -48,7 +48,9 @@ class Plan:
         for output in self.outputs:
             if output.column in found:
                 continue
-            values = self._of(out, output)
+            kind, _, number = output.name.rpartition("_")
+            name = "logits" if output.name.startswith("top_") else output.name
+            values = out["hidden_states"][int(number)] if kind == "hidden_state" else out[name]
             mask = self._mask(output, values, batch, features)
             own = values if mask is None else values[mask]
             columns = self._top(own) if output.name.startswith("top_") else {output.column: own.float()}
@@ -56,12 +58,6 @@ class Plan:
                 rows = kept.cpu() if mask is None else torch.split(kept.cpu(), mask.sum(1).tolist())
                 found[column] = [row.numpy() for row in rows]
         return found
-
-    def _of(self, out: Any, output: CachedOutput) -> torch.Tensor:
-        kind, _, number = output.name.rpartition("_")
-        if kind == "hidden_state":
-            return out["hidden_states"][int(number)]
-        return out["logits" if output.name.startswith("top_") else output.name]
 
     def _top(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.top_k is not None  # noqa: S101 - for mypy
@@ -247,8 +243,3 @@ def _cut_of(batch: Batch, name: str) -> torch.Tensor | None:
         return pixels.ne(0)
     mask = _mask(batch, "decoder_attention_mask" if plain.startswith("decoder_") else "attention_mask")
     return mask if mask is not None and mask.shape == values.shape[:2] else None
-
-
-def told_positions(check: int) -> int:
-    """The number of positions in the check of a row."""
-    return check >> 32

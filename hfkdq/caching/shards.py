@@ -164,9 +164,7 @@ def features_of(output: CachedOutput) -> dict[str, Any]:
     little-endian, the last axis fastest. Of int8 there is a scale and a minimum in float32 for every vector along the
     last axis."""
     kind = datasets.Value("binary") if output.shape else datasets.List(datasets.Value(_LISTS[output.dtype]))
-    found = {output.column: kind}
-    scales = datasets.List(datasets.Value("float32"))
-    return {**found, **dict.fromkeys(output.columns[1:], scales)}
+    return {output.column: kind, **dict.fromkeys(output.columns[1:], datasets.List(datasets.Value("float32")))}
 
 
 def encode(output: CachedOutput, values: np.ndarray) -> dict[str, Any]:

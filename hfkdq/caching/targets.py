@@ -74,9 +74,8 @@ def generate_targets(
         ```
     """
     if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(
-            f"generate_targets needs a datasets.Dataset, whose rows have places, got {type(dataset).__name__}."
-        )
+        kind = type(dataset).__name__
+        raise TypeError(f"generate_targets needs a datasets.Dataset, whose rows have places, got {kind}.")
     accelerator = accelerator or Accelerator()
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
     model = base_of(teacher)
@@ -104,9 +103,8 @@ def generate_targets(
         with torch.no_grad(), torch.random.fork_rng(), accelerator.autocast():
             torch.manual_seed(first)
             tokens = model.generate(**send_to_device(given, accelerator.device), **generation)
-        ends = np.atleast_1d(
-            model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
-        )
+        stop = model.generation_config.eos_token_id
+        ends = np.atleast_1d([] if stop is None else stop)
         return [{_WRITTEN.column: _text_of(row, ends), ROW_CHECK: 0} for row in tokens.cpu().numpy()]
 
     was_training = teacher.training
@@ -138,7 +136,6 @@ def _agreeing(whole: datasets.Dataset, decode: Callable[..., list[str]], max_wer
         wrong = float(said != "") if not true else WordErrorRate.score([said], [true])["wer"]
         if wrong <= max_wer:
             kept.append(number)
-    logger.warning(
-        f"{len(whole) - len(kept):,} of {len(whole):,} rows are left out: their word error rate is above {max_wer}."
-    )
+    left = f"{len(whole) - len(kept):,} of {len(whole):,} rows"
+    logger.warning(f"{left} are left out: their word error rate is above {max_wer}.")
     return whole.select(kept)

@@ -15,7 +15,7 @@ from ..losses.divergences import TopLogits
 from ..modeling.forwards import TEACHER_PREFIX
 from ..teachers import Indices, Teacher, TeacherSource, weights_fingerprint
 from .info import ROW_CHECK, CachedOutput, CacheInfo, cache_info
-from .plan import MASKS, own_positions, row_checks, told_positions
+from .plan import MASKS, own_positions, row_checks
 from .shards import decode
 
 
@@ -114,20 +114,14 @@ def _wanted(name: str, needs: frozenset[str], indices: Indices) -> bool:
 
 
 class CachedCollator:
-    """Collates rows with the collator it wraps, and adds the teacher's outputs as tensors of the batch.
+    """Collates rows with the collator it wraps, and adds the teacher's outputs, as `info` says, as tensors of the batch.
 
     Outputs go to the positions that are no padding, left or right: where `attention_mask` is 1, where the labels of an
     encoder-decoder are, or to the first frames of audio. Elsewhere they are 0, or of likeliest classes uniform, which
     masks leave out. A row whose inputs are not those that the teacher read is refused. Rows without cached outputs,
-    such as those of an evaluation set, are left to the wrapped collator alone.
-
-    Args:
-        collator (callable): the collator of the training, from a list of rows to a batch.
-        info (`CacheInfo`): what was cached, from `cache_info(dataset)`.
-
-    Raises:
-        ValueError: when called: rows with cached outputs among rows without, rows that were changed since, or a
-            collator that does not return one row for each.
+    such as those of an evaluation set, are left to the wrapped collator alone. Raises `ValueError` when called: rows
+    with cached outputs among rows without, rows that were changed since, or a collator that does not return one row for
+    each.
     """
 
     def __init__(self, collator: Callable[[Any], Any], info: CacheInfo) -> None:
@@ -141,10 +135,10 @@ class CachedCollator:
                 "cache_teacher_outputs on the whole dataset."
             )
         columns = self.info.columns
-        own = [
-            {k: v for k, v in row.items() if k not in columns} if isinstance(row, Mapping) else row for row in features
-        ]
-        batch = self.collator(own)
+        own = (
+            {k: v for k, v in one.items() if k not in columns} if isinstance(one, Mapping) else one for one in features
+        )
+        batch = self.collator([*own])
         if not any(cached):
             return batch
         self._check_rows(batch, features)
@@ -162,7 +156,7 @@ class CachedCollator:
         for row, (now, feature) in enumerate(zip(checks, features, strict=True)):
             then = int(feature[ROW_CHECK])
             if now != then:
-                sizes = told_positions(then), told_positions(now)
+                sizes = then >> 32, now >> 32  # the positions, as `row_checks` counts them
                 told = f"{sizes[0]} positions then, {sizes[1]} now" if sizes[0] != sizes[1] else "other values"
                 raise ValueError(
                     f"Row {row} of a batch is not what the teacher saw when its outputs were cached: {told} in "

@@ -160,8 +160,7 @@ def _check_arguments(dataset: Any, batch_size: int, top_k: Any, temperature: flo
 class _Runner(FrozenTeacher):
     """Leaves it to the writer to check outputs, which can name the rows."""
 
-    def _check_finite(self, logits: torch.Tensor | None, step: int) -> None:
-        pass
+    def _check_finite(self, logits: torch.Tensor | None, step: int) -> None: ...
 
 
 @dataclass
@@ -207,16 +206,11 @@ def cache_key(
 ) -> dict[str, Any]:
     """What a teacher's outputs depend on, as the main process sees it: models and rows, and `settings` of the caller."""
     key = {
-        "version": FORMAT_VERSION,
-        "teacher": weights_fingerprint(teacher),
+        "version": FORMAT_VERSION, "teacher": weights_fingerprint(teacher),
         "precision": f"{base_of(teacher).dtype}, autocast {accelerator.mixed_precision}".replace("torch.", ""),
-        "processor": processor_fingerprint(processor),
-        "dataset": dataset._fingerprint,
-        "rows": len(dataset),
-        "collator": collator_name(collator),
-        **settings,
-        "part_rows": SHARD_ROWS,
-    }
+        "processor": processor_fingerprint(processor), "dataset": dataset._fingerprint, "rows": len(dataset),
+        "collator": collator_name(collator), **settings, "part_rows": SHARD_ROWS,
+    }  # fmt: skip
     # A dataset made by a function that cannot be hashed has another fingerprint in every process.
     shared = broadcast_object_list([key])[0] if accelerator.num_processes > 1 else key
     if shared["rows"] != len(dataset):
@@ -288,13 +282,11 @@ def formatted_as(whole: Any, dataset: Any, info: CacheInfo) -> Any:
     """`whole` in the format or with the transform of `dataset`, which leaves the cached columns as they are."""
     form = dataset.format
     if form["type"] == "custom":
-        transform = _BesideCached(form["format_kwargs"]["transform"], info.columns)
-        return whole.with_transform(transform)
+        return whole.with_transform(_BesideCached(form["format_kwargs"]["transform"], info.columns))
     if form["type"] is None and set(form["columns"]) == set(dataset.column_names):
         return whole
-    columns = [*form["columns"], *info.columns]
-    more = {"columns": columns, "output_all_columns": form["output_all_columns"], **form["format_kwargs"]}
-    return whole.with_format(form["type"], **more)
+    more = {"columns": [*form["columns"], *info.columns], "output_all_columns": form["output_all_columns"]}
+    return whole.with_format(form["type"], **more, **form["format_kwargs"])
 
 
 class _BesideCached:

@@ -18,16 +18,12 @@ _INSTALL = "Install torchcodec, with which datasets reads audio of all kinds and
 
 def decodable(rows: Dataset, column: str, rate: int) -> Dataset:
     """The rows with audio that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes."""
-    feature = Audio(sampling_rate=rate) if find_spec("torchcodec") is not None else Audio(decode=False)
-    return rows.cast_column(column, feature)
+    return rows.cast_column(column, Audio(sampling_rate=rate) if find_spec("torchcodec") else Audio(decode=False))
 
 
 def samples_of(sound: Any, rate: int) -> _Array:
-    """The samples of a clip in [-1, 1], float32 of shape `(samples,)`; of several channels their mean.
-
-    Raises:
-        ValueError: nothing that is installed can read it, or bring it to `rate`.
-    """
+    """The samples of a clip in [-1, 1], float32 of shape `(samples,)`; of several channels their mean. Raises
+    `ValueError`: nothing that is installed can read it, or bring it to `rate`."""
     if not isinstance(sound, dict) or "array" in sound:
         samples = np.asarray(sound["array"], dtype=np.float32)
         return samples if samples.ndim == 1 else samples.mean(0)
@@ -53,5 +49,4 @@ def _resampled(samples: _Array, own: int, rate: int) -> _Array:
         raise ValueError(
             f"The audio has {own:,} samples a second and the model takes {rate:,}. {_INSTALL}; SciPy does for WAV files."
         ) from error
-    resampled: _Array = resample_poly(samples, rate, own).astype(np.float32)
-    return resampled
+    return np.asarray(resample_poly(samples, rate, own), np.float32)

@@ -16,7 +16,6 @@ DESCRIPTION = (
     "Times checkpoints, exported folders and ONNX files on made-up inputs, each in a process of its own, in turn: percentiles, "
     "throughput, and how many times faster than the first each is, with the lowest and highest of paired rounds."
 )
-# What an interruption leaves.
 LEFT = "Nothing was written."
 
 
@@ -49,9 +48,8 @@ def run(options: argparse.Namespace) -> None:
         folders = [place.folder if place.path is None or place.is_configured else places[0].folder for place in places]
         candidates = [(place.name, folder, place.path) for place, folder in zip(places, folders, strict=True)]
         for threads, size, length in itertools.product(options.threads, options.batch_size, options.length):
-            rows, report = time_files(
-                candidates, threads=threads, batch_size=size, length=length, rounds=options.rounds
-            )
+            sizes = {"threads": threads, "batch_size": size, "length": length}
+            rows, report = time_files(candidates, **sizes, rounds=options.rounds)
             found += rows
             told += [sentence for sentence in told_doubts(report) if sentence not in told]
     if options.json:

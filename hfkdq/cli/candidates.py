@@ -18,17 +18,11 @@ _WANTED = ["*.json", "*.safetensors", "*.onnx", "*.onnx_data*", "*.onnx.data", "
 
 @dataclass(frozen=True)
 class Place:
-    """Where a candidate lies.
-
-    Args:
-        name (`str`): what its row is called.
-        folder (`Path`): with its configuration and its tokenizer or processor.
-        path (`Path`, *optional*): the exported folder or the ONNX file; `None` for a checkpoint.
-    """
+    """Where a candidate lies, and what its row is called."""
 
     name: str
-    folder: Path
-    path: Path | None
+    folder: Path  # with its configuration and its tokenizer or processor
+    path: Path | None  # the exported folder or the ONNX file; `None` for a checkpoint
 
     @property
     def has_checkpoint(self) -> bool:
@@ -42,12 +36,9 @@ class Place:
 
 
 def split_names(given: list[str]) -> list[tuple[str, str]]:
-    """Names and places: of `NAME=PLACE`, else by the last part of each, or by all of it where two would be called alike.
-
-    Raises:
-        ValueError: two have one name.
-        FileNotFoundError: one is a file or folder of this machine, and is not there.
-    """
+    """Names and places: of `NAME=PLACE`, else by the last part of each, or by all of it where two would be called
+    alike. Raises `ValueError`: two have one name. Raises `FileNotFoundError`: one is a file or folder of this machine,
+    and is not there."""
     pairs = []
     for one in given:
         name, sign, where = ("", "", one) if Path(one).exists() else one.partition("=")
@@ -59,7 +50,7 @@ def split_names(given: list[str]) -> list[tuple[str, str]]:
         refuse_missing(pairs[-1][1])
     short = [name or _short(where) for name, where in pairs]
     names = [
-        name if short.count(name) == 1 or pairs[place][0] else pairs[place][1] for place, name in enumerate(short)
+        name if given or short.count(name) == 1 else where for name, (given, where) in zip(short, pairs, strict=True)
     ]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -68,26 +59,18 @@ def split_names(given: list[str]) -> list[tuple[str, str]]:
 
 
 def find_place(name: str, where: str) -> Place:
-    """What lies at a place; a repository of the Hub is downloaded, without pickles.
-
-    Raises:
-        ValueError: there is nothing to measure, or there are several files.
-        OSError: the Hub has no such repository, or cannot be reached.
-    """
-    path = Path(where).expanduser()
-    if not looks_local(where):
-        path = _downloaded(where)
+    """What lies at a place; a repository of the Hub is downloaded, without pickles. Raises `ValueError`: there is
+    nothing to measure, or there are several files. Raises `OSError`: the Hub has no such repository, or cannot be
+    reached."""
+    path = Path(where).expanduser() if looks_local(where) else _downloaded(where)
     if path.is_file():
         if path.suffix not in RUN:
             raise ValueError(
                 f"{where} is neither an ONNX file nor a folder. Name model.onnx, openvino_model.xml or the folder of a checkpoint."
             )
         beside = path.parent
-        if (
-            beside.name == ONNX_FOLDER
-            and not (beside / "config.json").is_file()
-            and (beside.parent / "config.json").is_file()
-        ):
+        has_config, above_has = ((folder / "config.json").is_file() for folder in (beside, beside.parent))
+        if beside.name == ONNX_FOLDER and above_has and not has_config:
             beside = beside.parent  # the layout of the Hub
         is_main = path.parent == beside and path.name in ("model.onnx", "openvino_model.xml")
         return Place(name, beside, beside if is_main and is_export(beside) else path)
@@ -117,21 +100,15 @@ def each_file(place: Place) -> list[Place]:
 
 def is_export(folder: Path) -> bool:
     """Whether `export_onnx` wrote a folder and left its record there."""
-    record = export_file(folder)
-    return (
-        record.is_file()
-        and "engines" not in read_file(record)
-        and any(file.suffix in RUN for file in weight_files(folder))
-    )
+    record, runs = export_file(folder), any(file.suffix in RUN for file in weight_files(folder))
+    return record.is_file() and "engines" not in read_file(record) and runs
 
 
 def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
-    """Every place with its model and its tokenizer or processor; a file without weights for PyTorch beside it takes the model of
-    the first place, and one without a tokenizer or processor that of the first that has one.
-
-    Raises:
-        ValueError: a checkpoint is damaged, or a file has no configuration and there is no model to take its inputs from.
-    """
+    """Every place with its model and its tokenizer or processor; a file without weights for PyTorch beside it takes the
+    model of the first place, and one without a tokenizer or processor that of the first that has one. Raises
+    `ValueError`: a checkpoint is damaged, or a file has no configuration and there is no model to take its inputs
+    from."""
     from ..modeling import load_checkpoint
     from .checkpoint import load_model, load_processor
 

@@ -14,7 +14,6 @@ DESCRIPTION = (
     "Prints the model card of what CompressionReport.measure found and saved, as hfkdq demo does, or of what hfkdq export "
     "recorded of its files."
 )
-# What an interruption leaves.
 LEFT = "Nothing was written."
 # The report that CompressionReport.save and hfkdq demo write, that of push_to_hub, and the record of an export.
 NAMES = ("report.json", "compression_report.json", "export_facts.json")

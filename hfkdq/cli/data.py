@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -21,23 +22,11 @@ EVALUATION = ("validation", "test")
 
 
 def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tuple[Dataset, str]:
-    """The rows, and in words which they are.
-
-    Args:
-        where (`str`): a file, a folder or a Hub id; `:split` or `:configuration:split` may follow.
-        preferred (`tuple[str, ...]`): splits to look for, the best first, where none is named.
-        samples (`int`, *optional*): how many rows to draw at random, the same at every call; all by default.
-
-    Returns:
-        `tuple[Dataset, str]`: rows and description.
-
-    Raises:
-        ValueError: there is no such split, or none of those preferred, or it is empty; or an image or a sound cannot be read.
-        OSError: there are no such data.
-    """
-    path, config, split = split_name(where)
-    splits = _load(path, config)
-    name = _choose(splits, preferred, split, path)
+    """The rows, all or `samples` of them drawn at random, the same at every call, and in words which they are. `where`
+    is a file, a folder or a Hub id, which `:split` or `:configuration:split` may follow; where no split is named, the
+    first of the `preferred` is taken. Raises `ValueError`: there is no such split, or none of those preferred, it is
+    empty, or an image or a sound cannot be read. Raises `OSError`: there are no such data."""
+    splits, name, path = _chosen(where, preferred)
     return _drawn(splits[name], name, path, samples, is_whole=Path(path).is_file())
 
 
@@ -62,11 +51,9 @@ def _load(path: str, config: str | None) -> DatasetDict:
             saved = load_from_disk(str(local))
             return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         plain = _without_patterns(local)
-        return (
-            load_dataset(str(plain.parent), data_files=plain.name)
-            if plain.is_file()
-            else load_dataset(str(plain), config)
-        )
+        if plain.is_file():
+            return load_dataset(str(plain.parent), data_files=plain.name)
+        return load_dataset(str(plain), config)
     except (DatasetsError, ArrowException, ValueError, KeyError, TypeError, UnicodeError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -88,43 +75,38 @@ def _without_patterns(local: Path) -> Path:
     return link
 
 
-def _choose(splits: DatasetDict, preferred: tuple[str, ...], wanted: str | None, path: str) -> str:
-    """The name of the split to use."""
+def _chosen(where: str, preferred: tuple[str, ...]) -> tuple[DatasetDict, str, str]:
+    """All splits, the name of the one to use, and their path."""
+    path, config, wanted = split_name(where)
+    splits = _load(path, config)
     names = [str(name) for name in splits]
-    if wanted is not None:
-        if wanted not in names:
-            raise ValueError(f"{path} has no split {wanted!r}; it has {', '.join(names)}.")
-        return wanted
-    if len(names) == 1:
-        return names[0]
-    for prefix in preferred:  # some have a validation_matched
-        for name in names:
-            if name == prefix or name.startswith(f"{prefix}_"):
-                return name
-    raise ValueError(
-        f"{path} has the splits {', '.join(names)} and none of {', '.join(preferred)}. Name one: {path}:{names[0]}"
-    )
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"{path} has no split {wanted!r}; it has {', '.join(names)}.")
+    name = wanted or (names[0] if len(names) == 1 else _first_of(names, preferred))
+    if name is None:
+        raise ValueError(
+            f"{path} has the splits {', '.join(names)} and none of {', '.join(preferred)}. Name one: {path}:{names[0]}"
+        )
+    return splits, name, path
+
+
+def _first_of(names: Iterable[str], preferred: tuple[str, ...]) -> str | None:
+    """The first name by the first prefix that one has; some have a validation_matched."""
+    found = (name for prefix in preferred for name in names if name == prefix or name.startswith(f"{prefix}_"))
+    return next(found, None)
 
 
 def load_split(
     where: str, samples: int | None, held_out: int | None
 ) -> tuple[tuple[Dataset, str], tuple[Dataset, str]]:
-    """Rows to train on and others to measure on, of the same data, each as [`load_rows`] gives them.
-
-    Measured on is the split validation or test where there is one beside that of training; else a tenth of the rows, drawn at
-    random, the same at every call, which is kept back.
-
-    Raises:
-        ValueError: there is no such split, or too few rows to keep any back.
-        OSError: there are no such data.
-    """
-    path, config, split = split_name(where)
-    splits = _load(path, config)
-    name = _choose(splits, CALIBRATION, split, path)
-    for prefix in EVALUATION:
-        for other in map(str, splits):
-            if other != name and (other == prefix or other.startswith(f"{prefix}_")):
-                return _drawn(splits[name], name, path, samples), _drawn(splits[other], other, path, held_out)
+    """Rows to train on and others to measure on, of the same data, each as [`load_rows`] gives them. Measured on is the
+    split validation or test where there is one beside that of training; else a tenth of the rows, drawn at random, the
+    same at every call, which is kept back. Raises `ValueError`: there is no such split, or too few rows to keep any
+    back. Raises `OSError`: there are no such data."""
+    splits, name, path = _chosen(where, CALIBRATION)
+    other = _first_of([other for other in map(str, splits) if other != name], EVALUATION)
+    if other is not None:
+        return _drawn(splits[name], name, path, samples), _drawn(splits[other], other, path, held_out)
     if len(splits[name]) < 2:
         raise ValueError(
             f"The split {name} of {path} has too few rows to keep some back. Name other rows as data.eval."

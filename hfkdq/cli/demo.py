@@ -10,7 +10,6 @@ from ..files import DEMO
 
 HELP = "the whole chain on handwritten digits, with nothing to download"
 DESCRIPTION = "Trains a teacher on handwritten digits, distils, prunes and quantizes a student, and exports both."
-# What an interruption leaves.
 LEFT = "Nothing was written, and an earlier result is as it was; the same command begins again."
 
 

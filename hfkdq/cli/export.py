@@ -24,7 +24,6 @@ DESCRIPTION = (
 _QUANTIZATION = f"""{"; ".join(f"{entry.name}: {entry.help}" for entry in PRECISIONS.values())}; {TRAINED}: the integers
 that a QATCallback trained; {AUTO}: the fastest of these that loses at most --max-drop on the evaluation data. Default:
 trained for a checkpoint that was saved with fake quantizers, else {FLOAT}. With --layout hub it may be given several times; the first is the one that the record is about"""
-# What an interruption leaves.
 LEFT = "Nothing was written; the same command begins again."
 
 
@@ -50,12 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write; must not exist (default: the checkpoint's name and -onnx, beside it)",
     )  # fmt: skip
     parser.add_argument(
-        "--quantization",
-        metavar="PRECISION",
-        action=_OneOrMore,
-        choices=(*PRECISIONS, TRAINED, AUTO, "none"),
+        "--quantization", metavar="PRECISION", action=_OneOrMore, choices=(*PRECISIONS, TRAINED, AUTO, "none"),
         help=" ".join(_QUANTIZATION.split()),
-    )
+    )  # fmt: skip
     parser.add_argument("--task", help="Optimum's name of the task (default: what the model's class is for)")
     parser.add_argument(
         "--target", choices=TARGETS, default=ONNXRUNTIME,
@@ -82,11 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, metavar="X",
         help="largest difference from PyTorch, as a share of the largest logit (default: by precision, see export_onnx)",
     )  # fmt: skip
-    _add_data(parser.add_argument_group("data"))
-    _add_validation(parser.add_argument_group("validation"))
-
-
-def _add_data(group: Any) -> None:
+    group = parser.add_argument_group("data")
     group.add_argument(
         "--calibration-data", metavar="DATA",
         help=f"what ranges are found and files compared on: a {DATA} (split: train first)",
@@ -96,14 +88,11 @@ def _add_data(group: Any) -> None:
         help="rows of it, drawn at random, the same at every call (default: %(default)s)",
     )  # fmt: skip
     add_data(group)
-
-
-def _add_validation(group: Any) -> None:
+    group = parser.add_argument_group("validation")
     group.add_argument(
-        "--metric",
-        metavar="NAME",
+        "--metric", metavar="NAME",
         help="what may drop, one of the metrics of the model's task (default: the first; f1 of classifiers is macro F1)",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--max-drop", type=float, metavar="X",
         help="refuse a file whose metric is worse than PyTorch's by more, in its unit: [0, 1], BLEU 100 (default: refuse none; auto: a hundredth)",

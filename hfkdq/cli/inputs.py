@@ -28,14 +28,8 @@ _AUDIO_INPUTS = ("input_values", "input_features")
 
 
 class Reader:
-    """Makes batches for a model of the data that the command line names.
-
-    Args:
-        model (`PreTrainedModel`): tells which inputs it takes.
-        processor (tokenizer, processor, *optional*): that of its checkpoint.
-        text_columns (`list[str]`, *optional*): one or two columns of texts.
-        max_length (`int`, *optional*): tokens beyond this are cut off.
-    """
+    """Makes batches for a model, with the tokenizer or processor of its checkpoint, of the data that the command line
+    names: of one or two `text_columns`, and cut off after `max_length` tokens, where these are given."""
 
     def __init__(
         self, model: PreTrainedModel, processor: Any, text_columns: list[str] | None, max_length: int | None
@@ -44,6 +38,7 @@ class Reader:
         self.text_columns = text_columns
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.longest = max_length or _longest(self.tokenizer, model)
+        self.cut = {"truncation": self.longest is not None, "max_length": self.longest}  # for a tokenizer
         self.rows: Dataset | None = None  # what `evaluation` read
 
     def taken(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,11 +47,8 @@ class Reader:
         return {name: values for name, values in encoded.items() if name in accepted}
 
     def batches(self, where: str, preferred: tuple[str, ...], samples: int, tell: bool = True) -> Iterable[Any]:
-        """Batches without labels; `tell` says on the terminal of what.
-
-        Raises:
-            ValueError: the rows have nothing that the model could read.
-        """
+        """Batches without labels; `tell` says on the terminal of what. Raises `ValueError`: the rows have nothing that
+        the model could read."""
         rows, description = load_rows(where, preferred, samples)
         collate: Callable[[list[Any]], Any]
         if reads_whole_rows(self.model):
@@ -77,13 +69,10 @@ class Reader:
 
     def evaluation(self, where: str, preferred: tuple[str, ...], samples: int | None) -> dict[str, Any]:
         """Labelled rows and their collator, as arguments of `export_onnx`, which takes the usual metrics of the task.
-
-        Raises:
-            ValueError: the command knows no data for the model's task, or the rows have no inputs or no labels for it.
-        """
-        rows, description = load_rows(where, preferred, samples)
-        self.rows = rows
-        dataset, collate, columns = labelled(self, rows, description)
+        Raises `ValueError`: the command knows no data for the model's task, or the rows have no inputs or no labels for
+        it."""
+        self.rows, description = load_rows(where, preferred, samples)
+        dataset, collate, columns = labelled(self, self.rows, description)
         _say(f"Evaluating on {description}: {columns}")
         return {"eval_dataset": dataset, "data_collator": collate}
 
@@ -117,8 +106,7 @@ class Reader:
         refuse_gaps(rows, columns, "The rows")
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            texts = (batch[name] for name in columns)
-            return self.taken(self.tokenizer(*texts, truncation=self.longest is not None, max_length=self.longest))
+            return self.taken(self.tokenizer(*(batch[name] for name in columns), **self.cut))
 
         return rows, encode, DataCollatorWithPadding(self.tokenizer), " and ".join(columns)
 

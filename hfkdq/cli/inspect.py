@@ -13,7 +13,6 @@ DESCRIPTION = (
     "Tells class, sizes, weights, what was distilled, pruned and quantized, and hashes of a checkpoint or an exported folder, without "
     "loading the model."
 )
-# What an interruption leaves.
 LEFT = "Nothing was written."
 
 
@@ -52,14 +51,13 @@ def _told(found: dict[str, Any]) -> str:
             "task": found["task"],
             **found["sizes"],
         }
-        sizes |= {"parameters": short_count(found["parameters"])}
-        sizes |= {
-            name: f"{megabytes(facts['bytes'])} MB, sha256 {facts['sha256']}" for name, facts in found["files"].items()
-        }
+        sizes["parameters"] = short_count(found["parameters"])
+        for name, facts in found["files"].items():
+            sizes[name] = f"{megabytes(facts['bytes'])} MB, sha256 {facts['sha256']}"
         if "export" in found:
             export = found["export"]
-            sizes |= {"export": f"{export.get('kind')}, {export.get('task')}, opset {export.get('opset')}"}
-            sizes |= {"its files": "are those that were exported" if export["unchanged"] else export["difference"]}
+            sizes["export"] = f"{export.get('kind')}, {export.get('task')}, opset {export.get('opset')}"
+            sizes["its files"] = "are those that were exported" if export["unchanged"] else export["difference"]
         grid = Table.grid(padding=(0, 2))
         grid.add_column()
         grid.add_column(overflow="fold")

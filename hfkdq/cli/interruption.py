@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class Interruption(TrainerCallback):
@@ -31,9 +31,7 @@ class Interruption(TrainerCallback):
         """Takes the signals while it lasts."""
         is_main = threading.current_thread() is threading.main_thread()
         numbers = [getattr(signal, name) for name in self.NAMES if is_main and hasattr(signal, name)]
-        heard = [
-            number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
-        ]  # nohup has one ignored
+        heard = [one for one in numbers if signal.getsignal(one) is not signal.SIG_IGN]  # nohup has one ignored
         before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
@@ -49,7 +47,9 @@ class Interruption(TrainerCallback):
         if self._is_over or self.number:
             raise KeyboardInterrupt
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         asked = bool(self.number)
         if args.world_size > 1 and dist.is_initialized():
             flag = torch.tensor(int(asked), device=args.device)
@@ -58,10 +58,14 @@ class Interruption(TrainerCallback):
         if asked:
             self._is_over = control.should_save = control.should_training_stop = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.on_step_end(args, state, control)  # the last evaluation has no step after it
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._is_over:  # the checkpoint is there, and an evaluation may take long
             control.should_save = control.should_evaluate = False
 

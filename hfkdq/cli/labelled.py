@@ -22,18 +22,14 @@ from ..metrics.base import IGNORED
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import CLASSIFICATION, class_names, is_bare, is_listed
 from .columns import MASKS, is_string, lists_of, names_of, only, refuse_gaps, strings_of
-from .labels import LABELS, label_reader, label_table
+from .labels import LABELS, column_of, label_reader, label_table
 
 _BLOCK = 512  # tokens of a text that a language model is measured on, where it takes more
 _MASKED = 0.15  # share of tokens that a masked language model is asked for, as in BERT's training
 _TAGS = ("ner_tags", "tags", "labels", "label", "pos_tags")
-
-
 _WHOLE = (
     "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "ZERO_SHOT_IMAGE_CLASSIFICATION"
 )  # fmt: skip
-
-
 Read = Callable[[dict[str, list[Any]]], list[Any]]
 
 
@@ -52,9 +48,8 @@ def labelled(reader: Any, rows: Dataset, description: str) -> Labelled:
         ValueError: the command knows no data for this class, or the rows lack a column; what was expected is named.
     """
     names, accepted = class_names(reader.model), forward_columns(reader.model)
-    if reader.model.main_input_name in rows.column_names and not any(
-        is_listed(name, *CLASSIFICATION) for name in names
-    ):
+    classifies = any(is_listed(name, *CLASSIFICATION) for name in names)
+    if reader.model.main_input_name in rows.column_names and not classifies:
         kept = [name for name in rows.column_names if name in accepted]  # inputs already, as a Trainer takes them
         pads = isinstance(lists_of(rows.features.get("labels")), Value) and hasattr(reader.tokenizer, "pad")
         collate = DataCollatorForTokenClassification(reader.tokenizer) if pads else reader.encoder(rows)[2]
@@ -72,17 +67,15 @@ def labelled(reader: Any, rows: Dataset, description: str) -> Labelled:
 
 
 def with_unlabelled(reader: Any, rows: Dataset, description: str, more: Dataset, description_of_more: str) -> Labelled:
-    """The examples of `rows`, and after them those of `more` with the label -100, whatever label they have.
-
-    Raises:
-        ValueError: the model does not choose one class for an example; or what it would read of `more` has another name.
-    """
+    """The examples of `rows`, and after them those of `more` with the label -100, whatever label they have. Raises
+    `ValueError`: the model does not choose one class for an example; or what it would read of `more` has another
+    name."""
     config = reader.model.config
     if (
         not any(is_listed(name, *CLASSIFICATION) for name in class_names(reader.model))
         or config.problem_type in ("regression", "multi_label_classification")
         or config.num_labels == 1
-        or lists_of(rows.features[column := _column(rows, LABELS, description)]) is not None
+        or lists_of(rows.features[column := column_of(rows, LABELS, description)]) is not None
     ):
         raise ValueError(
             f"data.unlabelled is for models that choose one class for an example, and {type(reader.model).__name__} does something "
@@ -98,9 +91,8 @@ def with_unlabelled(reader: Any, rows: Dataset, description: str, more: Dataset,
     inputs, numbers = rows.select_columns(kept), read({column: rows[column]})
     parts = [inputs, more.select_columns(kept).cast(inputs.features)]
     labels = Dataset.from_dict({"labels": [*numbers, *[IGNORED] * len(more)]})
-    joined, encode, collate, columns = reader.encoder(
-        concatenate_datasets([concatenate_datasets(parts), labels], axis=1)
-    )
+    whole = concatenate_datasets([concatenate_datasets(parts), labels], axis=1)
+    joined, encode, collate, columns = reader.encoder(whole)
     made = joined.with_transform(lambda batch: {**encode(batch), "labels": batch["labels"]})
     return Labelled(made, collate, columns)
 
@@ -114,7 +106,7 @@ def _classes(reader: Any, rows: Dataset, description: str) -> Labelled:
     """One label an example, several, or a number."""
     config = reader.model.config
     read: Read
-    column = _column(rows, LABELS, description)
+    column = column_of(rows, LABELS, description)
     feature, problem = rows.features[column], config.problem_type
     element = lists_of(feature)
     if element is not None or problem == "multi_label_classification":
@@ -124,10 +116,12 @@ def _classes(reader: Any, rows: Dataset, description: str) -> Labelled:
     elif problem == "regression" or (problem is None and config.num_labels == 1):
         refuse_gaps(rows, [column], description)
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in rows[column]):
-            raise ValueError(
-                f"{description} have a column {column} of {feature}, and a regression needs numbers that are finite."
-            )
-        read = _number(column)
+            told = f"{description} have a column {column} of {feature}"
+            raise ValueError(f"{told}, and a regression needs numbers that are finite.")
+
+        def read(batch: dict[str, list[Any]]) -> list[Any]:
+            return [float(value) for value in batch[column]]
+
     else:
         read = label_reader(rows, config, description)
     rows, encode, collate, columns = reader.encoder(rows)
@@ -144,14 +138,10 @@ def _several(column: str, table: Mapping[Any, int], classes: int) -> Read:
     return read
 
 
-def _number(column: str) -> Read:
-    return lambda batch: [float(value) for value in batch[column]]
-
-
 def _tokens(reader: Any, rows: Dataset, description: str) -> Labelled:
     """Lists of words with a label each; the first token of a word has its label."""
     words = [name for name, feature in rows.features.items() if is_string(lists_of(feature)) and name not in _TAGS]
-    column = _column(rows, _TAGS, description)
+    column = column_of(rows, _TAGS, description)
     if len(words) != 1:
         raise ValueError(
             f"{type(reader.model).__name__} reads one column of lists of words; there are {len(words)} of them in {names_of(rows)}."
@@ -169,21 +159,16 @@ def _tokens(reader: Any, rows: Dataset, description: str) -> Labelled:
     tokenizer = reader.tokenizer
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(
-            batch[words[0]], is_split_into_words=True, truncation=reader.longest is not None, max_length=reader.longest
-        )
+        encoded = tokenizer(batch[words[0]], is_split_into_words=True, **reader.cut)
         labels = []
         for row, tags in enumerate(batch[column]):
             owners = encoded.word_ids(row)
-            first = [
-                word is not None and word != before for word, before in zip(owners, [None, *owners], strict=False)
-            ]
-            labels.append([table[tags[word]] if new else IGNORED for word, new in zip(owners, first, strict=True)])
+            pairs = zip(owners, [None, *owners], strict=False)
+            labels.append([IGNORED if word in (None, before) else table[tags[word]] for word, before in pairs])
         return {**reader.taken(encoded), "labels": labels}
 
-    return Labelled(
-        rows.with_transform(encode), DataCollatorForTokenClassification(tokenizer), f"{words[0]} and {column}"
-    )
+    collate = DataCollatorForTokenClassification(tokenizer)
+    return Labelled(rows.with_transform(encode), collate, f"{words[0]} and {column}")
 
 
 def _answers(reader: Any, rows: Dataset, description: str) -> Labelled:
@@ -216,9 +201,8 @@ def _next_tokens(reader: Any, rows: Dataset, description: str) -> Labelled:
     blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)] or [ids]
     if len(blocks[0]) < 2:
         raise ValueError(f"{description} have no two tokens in the column {columns}.")
-    data = Dataset.from_dict(
-        {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks], "labels": blocks}
-    )
+    masks = [[1] * len(block) for block in blocks]
+    data = Dataset.from_dict({"input_ids": blocks, "attention_mask": masks, "labels": blocks})
     return Labelled(data, default_data_collator, columns)
 
 
@@ -237,9 +221,8 @@ def _pairs_of_texts(reader: Any, rows: Dataset, description: str) -> Labelled:
     tokenizer, (source, target) = reader.tokenizer, texts
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        given = dict(truncation=reader.longest is not None, max_length=reader.longest)
-        encoded = tokenizer(batch[source], **given)
-        return {**reader.taken(encoded), "labels": tokenizer(text_target=batch[target], **given)["input_ids"]}
+        written = tokenizer(text_target=batch[target], **reader.cut)["input_ids"]
+        return {**reader.taken(tokenizer(batch[source], **reader.cut)), "labels": written}
 
     data = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokens")
     return Labelled(data, DataCollatorForSeq2Seq(tokenizer, reader.model), f"{source} to {target}")
@@ -247,10 +230,8 @@ def _pairs_of_texts(reader: Any, rows: Dataset, description: str) -> Labelled:
 
 def _speech(reader: Any, rows: Dataset, description: str) -> Labelled:
     """Sounds and what is said in them."""
-    texts = reader.text_columns or [
-        name for name in ("text", "sentence", "transcription") if name in rows.column_names
-    ]
-    texts = texts[:1] or strings_of(rows)
+    usual = [name for name in ("text", "sentence", "transcription") if name in rows.column_names]
+    texts = (reader.text_columns or usual)[:1] or strings_of(rows)
     if len(texts) != 1:
         raise ValueError(
             f"{type(reader.model).__name__} needs the column with what is said; name it with --text-columns. There are {names_of(rows)}."
@@ -287,10 +268,8 @@ def _pixels(reader: Any, rows: Dataset, description: str) -> Labelled:
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         pictures = [picture.convert("RGB") for picture in batch[image]]
         encoded = processor(pictures, segmentation_maps=[np.asarray(mask.convert("L")) for mask in batch[masks[0]]])
-        return {
-            "pixel_values": list(encoded["pixel_values"]),
-            "labels": [np.asarray(mask) for mask in encoded["labels"]],
-        }
+        classes = [np.asarray(mask) for mask in encoded["labels"]]
+        return {"pixel_values": list(encoded["pixel_values"]), "labels": classes}
 
     return Labelled(rows.with_transform(encode), default_data_collator, f"{image} and {masks[0]}")
 
@@ -298,12 +277,8 @@ def _pixels(reader: Any, rows: Dataset, description: str) -> Labelled:
 def _boxes(reader: Any, rows: Dataset, description: str) -> Labelled:
     """Images and their objects: `bbox` (COCO's x, y, width, height in pixels) and `category`."""
     image = only(rows, Image, "images", reader.model)
-    found = [
-        (name, kind)
-        for name, feature in rows.features.items()
-        for kind in [_fields(feature)]
-        if kind is not None and "bbox" in kind and ("category" in kind or "category_id" in kind)
-    ]
+    kinds = {name: _fields(feature) for name, feature in rows.features.items()}
+    found = [(name, kind) for name, kind in kinds.items() if "bbox" in kind and {"category", "category_id"} & {*kind}]
     if len(found) != 1:
         raise ValueError(
             f"{type(reader.model).__name__} reads a column of objects with bbox (x, y, width, height in pixels) and category; there are "
@@ -367,7 +342,7 @@ def _encoded(reader: Any, rows: Dataset, truncation: bool = True) -> tuple[Datas
         )
     if not any(text and text.strip() for text in rows[texts[0]]):
         raise ValueError(f"The column {texts[0]} has no text in any row.")
-    cut = dict(truncation=True, max_length=reader.longest) if truncation and reader.longest is not None else {}
+    cut = reader.cut if truncation else {}
     encoded = rows.filter(lambda text: bool(text and text.strip()), input_columns=texts, desc="Texts").map(
         lambda batch: reader.taken(reader.tokenizer(batch[texts[0]], **cut)), batched=True,
         remove_columns=rows.column_names, desc="Tokens",
@@ -375,42 +350,21 @@ def _encoded(reader: Any, rows: Dataset, truncation: bool = True) -> tuple[Datas
     return encoded, texts[0]
 
 
-def _column(rows: Dataset, names: tuple[str, ...], description: str) -> str:
-    found = next((name for name in names if name in rows.column_names), None)
-    if found is None:
-        raise ValueError(
-            f"{description} have no column {' or '.join(names)}; their columns are {', '.join(rows.column_names)}."
-        )
-    return found
-
-
-def _fields(feature: Any) -> Mapping[str, Any] | None:
-    """The fields of objects: of a dictionary of lists, or of a list of dictionaries."""
-    inner = lists_of(feature)
-    return feature if isinstance(feature, dict) else inner if isinstance(inner, dict) else None
+def _fields(feature: Any) -> Mapping[str, Any]:
+    """The fields of objects: of a dictionary of lists, or of a list of dictionaries; none of another column."""
+    return next((kind for kind in (feature, lists_of(feature)) if isinstance(kind, dict)), {})
 
 
 def _by_field(objects: Any) -> dict[str, list[Any]]:
     if isinstance(objects, Mapping):
         return dict(objects)
-    return {
-        name: [one[name] for one in objects]
-        for name in (objects[0] if objects else ("bbox", "category", "category_id"))
-    }
+    names = objects[0] if objects else ("bbox", "category", "category_id")
+    return {name: [one[name] for one in objects] for name in names}
 
 
 _BY_TABLE: Mapping[str, Callable[[Any, Dataset, str], Labelled]] = {
-    "SEQ_TO_SEQ_CAUSAL_LM": _pairs_of_texts,
-    "SPEECH_SEQ_2_SEQ": _speech,
-    "MASKED_LM": _masked,
-    "SEQUENCE_CLASSIFICATION": _classes,
-    "TOKEN_CLASSIFICATION": _tokens,
-    "QUESTION_ANSWERING": _answers,
-    "IMAGE_CLASSIFICATION": _classes,
-    "OBJECT_DETECTION": _boxes,
-    "AUDIO_CLASSIFICATION": _classes,
-    "CTC": _speech,
-    "CAUSAL_LM": _next_tokens,
-    "SEMANTIC_SEGMENTATION": _pixels,
-    "ZERO_SHOT_IMAGE_CLASSIFICATION": _images_and_texts,
-}
+    "SEQ_TO_SEQ_CAUSAL_LM": _pairs_of_texts, "SPEECH_SEQ_2_SEQ": _speech, "MASKED_LM": _masked,
+    "SEQUENCE_CLASSIFICATION": _classes, "TOKEN_CLASSIFICATION": _tokens, "QUESTION_ANSWERING": _answers,
+    "IMAGE_CLASSIFICATION": _classes, "OBJECT_DETECTION": _boxes, "AUDIO_CLASSIFICATION": _classes, "CTC": _speech,
+    "CAUSAL_LM": _next_tokens, "SEMANTIC_SEGMENTATION": _pixels, "ZERO_SHOT_IMAGE_CLASSIFICATION": _images_and_texts,
+}  # fmt: skip

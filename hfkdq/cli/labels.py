@@ -16,29 +16,26 @@ LABELS = ("label", "labels")
 def label_reader(
     rows: Dataset, config: PretrainedConfig, description: str
 ) -> Callable[[dict[str, list[Any]]], list[int]]:
-    """What reads the labels off rows, as `config.label2id` numbers them.
-
-    Names, those of a `datasets.ClassLabel` too, are looked up in `label2id`. Numbers, and the numbers of a `ClassLabel`
-    whose names the model does not know, are taken as they are.
-
-    Raises:
-        ValueError: there are none, or the model does not know them.
-    """
-    column = next((name for name in LABELS if name in rows.column_names), None)
-    if column is None:
-        raise ValueError(
-            f"{description} have no column label or labels; their columns are {', '.join(rows.column_names)}."
-        )
+    """What reads the labels off rows, as `config.label2id` numbers them. Names, those of a `datasets.ClassLabel` too,
+    are looked up in `label2id`. Numbers, and the numbers of a `ClassLabel` whose names the model does not know, are
+    taken as they are. Raises `ValueError`: there are none, or the model does not know them."""
+    column = column_of(rows, LABELS, description)
     table = label_table(rows.unique(column), rows.features[column], config, description)
     return lambda batch: [table[label] for label in batch[column]]
 
 
-def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
-    """The number in the model of every label that occurs; `feature` is that of one label.
+def column_of(rows: Dataset, names: tuple[str, ...], description: str) -> str:
+    """The first of these columns that there is. Raises `ValueError`: there is none."""
+    for name in names:
+        if name in rows.column_names:
+            return name
+    told = ", ".join(rows.column_names)
+    raise ValueError(f"{description} have no column {' or '.join(names)}; their columns are {told}.")
 
-    Raises:
-        ValueError: the model does not know one.
-    """
+
+def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
+    """The number in the model of every label that occurs; `feature` is that of one label. Raises `ValueError`: the
+    model does not know one."""
     known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if any(isinstance(label, str) for label in found):
         unknown = sorted({str(label) for label in found} - set(known))

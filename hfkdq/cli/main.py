@@ -13,6 +13,7 @@ from ..version import __version__
 from . import bench, card, compress, demo, export, inspect, push, report
 from .messages import as_keys, as_options
 
+# Each has `HELP`, `DESCRIPTION` and, in `LEFT`, what an interruption leaves.
 COMMANDS: dict[str, Any] = {
     "compress": compress, "export": export, "report": report, "bench": bench, "inspect": inspect, "card": card,
     "push": push, "demo": demo,

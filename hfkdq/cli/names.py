@@ -11,11 +11,7 @@ SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".arrow")
 
 
 def split_name(where: str) -> tuple[str, str | None, str | None]:
-    """Path or id, configuration and split.
-
-    Raises:
-        ValueError: it is no such name.
-    """
+    """Path or id, configuration and split. Raises `ValueError`: it is no such name."""
     if Path(where).expanduser().exists():
         return where, None, None
     path, *rest = where.split(":")
@@ -26,12 +22,8 @@ def split_name(where: str) -> tuple[str, str | None, str | None]:
 
 
 def check_data(where: str) -> Path | None:
-    """The file or folder that is meant, if it is one of this machine.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: there is nothing in it.
-    """
+    """The file or folder that is meant, if it is one of this machine. Raises `FileNotFoundError`: it is not there.
+    Raises `ValueError`: there is nothing in it."""
     path, _, _ = split_name(where)
     local = Path(path).expanduser().absolute()
     if not local.exists():

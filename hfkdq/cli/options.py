@@ -43,11 +43,8 @@ def add_timing(group: Any, rounds: int) -> None:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Refuses numbers that are too small, and too many threads: names of options to the least that each may be.
-
-    Raises:
-        ValueError: one of them is.
-    """
+    """Refuses numbers that are too small, and too many threads: names of options to the least that each may be. Raises
+    `ValueError`: one of them is."""
     for name, smallest in least.items():
         values = getattr(options, name)
         for value in values if isinstance(values, list) else [values]:

@@ -12,7 +12,6 @@ DESCRIPTION = (
     "Publishes the folder that hfkdq export wrote, with the model card, the facts and the plot of a report, in one commit. The token is "
     "that of `hf auth login` or HF_TOKEN. Pickles, secrets and files that the report is not about are refused before anything is sent."
 )
-# What an interruption leaves.
 LEFT = "The repository is as it was, unless the commit had been made; the same command begins again."
 
 

@@ -19,7 +19,6 @@ DESCRIPTION = (
     "Measures quality, size and latency of checkpoints, exported folders and ONNX files on the same rows, against a teacher or the "
     "first of them, and writes report.json, report.md, report.png and report.html, a page that opens without a network."
 )
-# What an interruption leaves.
 LEFT = "Nothing was written; the same command begins again."
 
 

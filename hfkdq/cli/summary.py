@@ -50,7 +50,10 @@ def print_summary(folder: Path, stream: TextIO) -> None:
     if "choice" in facts:
         choice = facts["choice"]
         lines += [*_candidates(choice["candidates"], choice["chosen"], width), *wrap(choice["reason"], width), ""]
-    for name, text in summary_lines(facts, _float_bytes(folder)):
+    float_bytes = sum(
+        file.stat().st_size for file in folder.glob("model*.safetensors")
+    )  # the checkpoint beside the file
+    for name, text in summary_lines(facts, float_bytes):
         lines += wrap(text, width, initial_indent=f"{name:<14}", subsequent_indent=" " * 14)
     stream.write("\n".join([*lines, str(folder), ""]))
 
@@ -107,9 +110,8 @@ def _latency(latency: Mapping[str, Any]) -> str:
     unit = "a call" if not tokens else "for a token" if tokens == 1 else f"for {tokens} tokens"
     text = f"{three_digits(latency['onnx']['median_ms'])} ms {unit}"
     if "speedup" in latency:
-        text += (
-            f", {latency['speedup']:.2f} times as fast as float32 ({three_digits(latency['float32']['median_ms'])} ms)"
-        )
+        before = three_digits(latency["float32"]["median_ms"])
+        text += f", {latency['speedup']:.2f} times as fast as float32 ({before} ms)"
     if "speedup_interval" in latency:
         text += f", {' to '.join(f'{bound:.2f}' for bound in latency['speedup_interval'])} in the rounds"
     if "speedup_left_out" in latency:
@@ -135,8 +137,3 @@ def _candidates(rows: list[dict[str, Any]], chosen: str, width: int) -> list[str
     table = render([Candidate(**{**row, "accepted": False, "error": verdict(row)}) for row in rows])
     errors = [as_options(f"{row['name']}: {row['error'].splitlines()[0]}") for row in rows if row["error"]]
     return [*table.splitlines(), *(line for error in errors for line in wrap(error, width, subsequent_indent="  "))]
-
-
-def _float_bytes(folder: Path) -> int:
-    """Size of the checkpoint beside the file, whose weights are in float32."""
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))

@@ -6,6 +6,7 @@ Loads its parts when they are first used, so that `hfkdq.export.runtime` works w
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,19 +15,10 @@ if TYPE_CHECKING:
     from .runtime import OnnxSession
 
 __all__ = ["OnnxSession", "OpenVinoSession", "export_onnx"]
+_HOMES = {"OnnxSession": "runtime", "OpenVinoSession": "openvino_runtime", "export_onnx": "api"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export_onnx":
-        from .api import export_onnx
-
-        return export_onnx
-    if name == "OnnxSession":
-        from .runtime import OnnxSession
-
-        return OnnxSession
-    if name == "OpenVinoSession":
-        from .openvino_runtime import OpenVinoSession
-
-        return OpenVinoSession
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -215,9 +215,8 @@ def export_onnx(
             check_openvino(model, task)
         embeds = find_pooling(model, task, pooling, normalize)
         evaluated = None if quality is None else quality.evaluation
-        batches, source, rest = _batches(
-            backend, model, task, calibration, evaluated, inputs, processing_class, data_collator
-        )
+        given = (calibration, evaluated, inputs, processing_class, data_collator)
+        batches, source, rest = _batches(backend, model, task, *given)
         plain = plain_copy(model) if embeds is None else pool_(plain_copy(model), embeds)
         job = ExportJob(
             plain, backend, task, target, tolerance, processing_class, batches, source, rest, quality,
@@ -232,13 +231,9 @@ def export_onnx(
 
 
 def _check_metric_arguments(
-    eval_dataset: Any,
-    compute_metrics: Any,
-    metric: str | None,
-    max_drop: float | None,
-    allow_drop: bool,
+    eval_dataset: Any, compute_metrics: Any, metric: str | None, max_drop: float | None, allow_drop: bool,
     is_auto: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Refuses arguments that lack another."""
     if eval_dataset is None and compute_metrics is not None:
         raise ValueError(
@@ -253,15 +248,9 @@ def _check_metric_arguments(
 
 
 def _batches(
-    backend: Backend,
-    model: PreTrainedModel,
-    task: str,
-    calibration: Any,
-    evaluated: Evaluation | None,
-    inputs: Any,
-    processing_class: Any,
-    collator: Collator | None,
-) -> tuple[Sequence[Tensors], str, Iterator[Batch]]:
+    backend: Backend, model: PreTrainedModel, task: str, calibration: Any, evaluated: Evaluation | None, inputs: Any,
+    processing_class: Any, collator: Collator | None,
+) -> tuple[Sequence[Tensors], str, Iterator[Batch]]:  # fmt: skip
     """The batches that files are traced with and compared on, where they come from, and those of `calibration` after them."""
     brought = [] if generates(model, task) else brought_names(model, processing_class)
     rest: Iterator[Batch] = iter(())
@@ -314,22 +303,15 @@ def _precisions(
 
 
 def _write_all(
-    job: ExportJob,
-    precisions: Sequence[Precision],
-    timing: Timing,
-    folder: Path,
-    allow_drop: bool,
-    layout: str,
+    job: ExportJob, precisions: Sequence[Precision], timing: Timing, folder: Path, allow_drop: bool, layout: str,
     calibrated: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Writes and measures the files of all precisions, of the best one if there are none; the record."""
     if layout == FLAT:
         return _write_into(job, next(iter(precisions), None), timing, folder, allow_drop, calibrated)
     places: list[Path] = []
     facts: list[dict[str, Any]] = []
-    for precision in progress_bar(
-        precisions or [None], desc="Precisions", disable=None if len(precisions) > 1 else True
-    ):
+    for precision in progress_bar(precisions or [None], desc="Precisions", disable=len(precisions) < 2 or None):
         places.append(job.scratch / f"precision-{len(places)}")
         places[-1].mkdir()
         facts.append(_write_into(job, precision, timing, places[-1], allow_drop, calibrated))

@@ -48,10 +48,9 @@ def open_axes(folder: Path, batch: Tensors) -> dict[str, dict[int, str]]:
         shapes["decoder_input_ids"] = ["batch_size", "decoder_sequence_length"]
     if any(name.startswith("past_key_values") for name in shapes):  # a mask is as long as cache and text together
         shapes = {name: ["batch_size", "sequence_length"] for name in shapes}
+    known = {name: enumerate(shape) for name, shape in shapes.items() if name in batch}
     return {
-        name: {axis: size for axis, size in enumerate(shapes[name]) if isinstance(size, str) and size}
-        for name in shapes
-        if name in batch
+        name: {axis: size for axis, size in sizes if isinstance(size, str) and size} for name, sizes in known.items()
     }
 
 
@@ -112,9 +111,8 @@ def prove_sizes(
             check(compare(runner, [trial.batch], [trial.expected]))
         except RuntimeError as error:
             if trial.counts:
-                raise RuntimeError(
-                    f"The files work for no other size of {trial.axis} than the traced one, {trial.traced}: {error}"
-                ) from error
+                told = f"The files work for no other size of {trial.axis} than the traced one, {trial.traced}"
+                raise RuntimeError(f"{told}: {error}") from error
             if trial.expected is not None:
                 logger.warning(f"The files take {trial.axis} of {trial.traced} alone, and not {trial.size}: {error}")
             _fix_axis(folder, trial.axis, axes, trial.traced)

@@ -21,11 +21,9 @@ def load_backend() -> Backend:
 
         return optimum_backend
     except ImportError as error:
-        through, extra = (
-            ("transformers.exporters with onnxscript and ONNX Runtime", "onnx")
-            if is_v5
-            else ("Optimum's exporter, optimum-onnx (transformers<4.58)", "optimum")
-        )
+        through, extra = "Optimum's exporter, optimum-onnx (transformers<4.58)", "optimum"
+        if is_v5:
+            through, extra = "transformers.exporters with onnxscript and ONNX Runtime", "onnx"
         raise RuntimeError(
             f"export_onnx with transformers {transformers.__version__} goes through {through}, which failed to import: "
             f'{error}. Install it: pip install "hfkdq[{extra}]"'

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..facts import read_facts
-from ..modeling.forwards import base_of, evaluating, full_precision
+from ..modeling.forwards import base_of, evaluating, full_precision, hooked
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.placement import refuse_sharded
 from ..modeling.tasks import tasks_of
@@ -81,9 +81,8 @@ def check_spec(model: PreTrainedModel, spec: QuantizationSpec, calibration: Any)
             "QATCallback(spec), or pass calibration= to have the ranges observed on your data."
         )
     if trained is not None and not means_the_same(model, spec):
-        raise ValueError(
-            f"The model was trained with {trained}; asked for is {spec}. Export it with the spec it was trained with."
-        )
+        told = f"The model was trained with {trained}; asked for is {spec}"
+        raise ValueError(f"{told}. Export it with the spec it was trained with.")
     if trained is not None and spec.activation_bits is not None and not activation_ranges(model):
         raise ValueError(
             "The fake quantizers of the model have seen no data, so there are no ranges to export. Train the model, or "
@@ -97,11 +96,8 @@ def require_ranges(model: PreTrainedModel) -> Iterator[None]:
     unknown = {name: q for name, q in activation_quantizers(model).items() if not q.initialized}
     met: list[str] = []
     handles = [q.register_forward_pre_hook(lambda *_, name=name: met.append(name)) for name, q in unknown.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if met:
         names = list(dict.fromkeys(met))
         raise ValueError(

@@ -51,17 +51,10 @@ class _TokenSettings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the states of a text become one vector.
+    """How the states of a text become one vector."""
 
-    Args:
-        modes (tuple of `str`): names of sentence-transformers; several are joined.
-        normalize (`bool`): whether the vector is scaled to length 1.
-        model_settings (`dict`): prompts and similarity.
-        token_settings (`dict`): the largest number of tokens.
-    """
-
-    modes: tuple[str, ...]
-    normalize: bool
+    modes: tuple[str, ...]  # names of sentence-transformers; several are joined
+    normalize: bool  # whether the vector is scaled to length 1
     model_settings: _ModelSettings
     token_settings: _TokenSettings
 

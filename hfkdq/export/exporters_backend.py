@@ -29,13 +29,9 @@ PACKAGES: tuple[str, ...] = ("transformers", "torch", "onnx", "onnxscript", "onn
 
 
 def trace(
-    model: PreTrainedModel,
-    folder: Path,
-    task: str,
-    batches: Sequence[Mapping[str, Tensor]] | None = None,
-    *,
+    model: PreTrainedModel, folder: Path, task: str, batches: Sequence[Mapping[str, Tensor]] | None = None, *,
     fold_constants: bool,
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Writes `model` as ONNX files, see [`Backend`]. Its attention becomes the eager one.
 
     `RuntimeError` if the tracer fixed an axis that has to vary.

@@ -61,20 +61,16 @@ def generation_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], task: 
 def _decoder(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Part:
     """A decoder by itself, whose cache may be empty: one file for the prompt and for what follows."""
     call = model.forward
-    positions = "position_ids" in inspect.signature(call).parameters
 
     def forward(past_key_values: list[Entry], **inputs: Tensor) -> dict[str, Any]:
         outputs = call(**inputs, past_key_values=_filled(past_key_values), use_cache=True)
         return {"logits": outputs.logits, "present": _tensors(outputs.past_key_values)}
 
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    size = len(ids)
-    inputs: dict[str, Any] = {
-        "input_ids": ids[:, :_LENGTH],
-        "attention_mask": mask[:, :1].expand(-1, _PAST_LENGTH + _LENGTH),
-    }
-    if positions:
-        inputs["position_ids"] = torch.arange(_PAST_LENGTH, _PAST_LENGTH + _LENGTH).repeat(size, 1)
+    seen = mask[:, :1].expand(-1, _PAST_LENGTH + _LENGTH)
+    inputs: dict[str, Any] = {"input_ids": ids[:, :_LENGTH], "attention_mask": seen}
+    if "position_ids" in inspect.signature(call).parameters:
+        inputs["position_ids"] = torch.arange(_PAST_LENGTH, _PAST_LENGTH + _LENGTH).repeat(len(ids), 1)
     for name in beside_tokens(batch):
         inputs[name] = batch[name][:, :1].expand(-1, _LENGTH)
     # Of its own accord a layer with a sliding window would forget some; the mask hides them, however long the cache.
@@ -112,13 +108,9 @@ def _continuing(model: PreTrainedModel) -> Callable[..., Any]:
         keys = past_key_values[0]["encoder"]["key"]
         # Only their number is looked at: their keys and values are in the cache.
         encoded = BaseModelOutput(last_hidden_state=keys.new_zeros(keys.shape[0], keys.shape[2], width))  # type: ignore[arg-type]
-        outputs = call(
-            decoder_input_ids=input_ids,
-            encoder_outputs=encoded,
-            past_key_values=EncoderDecoderCache(own, crossed),
-            use_cache=True,
-            **mask,
-        )
+        cache = EncoderDecoderCache(own, crossed)
+        given = {"decoder_input_ids": input_ids, "encoder_outputs": encoded, "past_key_values": cache}
+        outputs = call(**given, use_cache=True, **mask)
         present = [{"decoder": entry["decoder"]} for entry in _pairs(outputs.past_key_values)]
         return {"logits": outputs.logits, "present": present}
 

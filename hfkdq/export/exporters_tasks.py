@@ -20,31 +20,17 @@ OWN = "custom"
 
 # Other names that Optimum takes for the same tasks.
 _SYNONYMS = {
-    "audio-ctc": "automatic-speech-recognition",
-    "causal-lm": "text-generation",
-    "default": "feature-extraction",
-    "image-feature-extraction": "feature-extraction",
-    "masked-lm": "fill-mask",
-    "sentence-similarity": "feature-extraction",
-    "seq2seq-lm": "text2text-generation",
-    "sequence-classification": "text-classification",
-    "speech2seq-lm": "automatic-speech-recognition",
-    "summarization": "text2text-generation",
-    "translation": "text2text-generation",
-    "zero-shot-classification": "text-classification",
-}
+    **dict.fromkeys(("audio-ctc", "speech2seq-lm"), "automatic-speech-recognition"),
+    **dict.fromkeys(("default", "image-feature-extraction", "sentence-similarity"), "feature-extraction"),
+    **dict.fromkeys(("seq2seq-lm", "summarization", "translation"), "text2text-generation"),
+    **dict.fromkeys(("sequence-classification", "zero-shot-classification"), "text-classification"),
+    "causal-lm": "text-generation", "masked-lm": "fill-mask",
+}  # fmt: skip
 
 
 def resolve_task(model: PreTrainedModel, task: str | None) -> str:
-    """The name that Optimum gives to what `model` does.
-
-    Args:
-        model (`PreTrainedModel`): the model.
-        task (`str`, *optional*): the answer, in any spelling that Optimum knows; read off the model's class by default.
-
-    Raises:
-        ValueError: such a model cannot be exported, or not for this task.
-    """
+    """The name that Optimum gives to what `model` does; `task` is the answer in any spelling that Optimum knows, by
+    default it is read off the model's class. Raises `ValueError`: such a model cannot be exported, or not for it."""
     supported = list(dict.fromkeys(_tasks_of(model)))
     model_type, name = model.config.model_type, type(model).__name__
     if not supported:

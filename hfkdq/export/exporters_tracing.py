@@ -84,8 +84,7 @@ def _plain_masks() -> Iterator[None]:
             return None
         visible = _visible(**arguments)
         if visible is None:
-            built: Tensor | None = original(**arguments)
-            return built
+            return original(**arguments)
         dtype = arguments.get("dtype", torch.float32)
         return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
@@ -137,15 +136,10 @@ def _folding(fold_constants: bool) -> Iterator[None]:
 
 
 def _visible(
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: Any = 0,
-    mask_function: Any = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    **_: Any,
-) -> Tensor | None:
+    q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: Any = 0,
+    mask_function: Any = masking_utils.causal_mask_function, attention_mask: Tensor | None = None,
+    use_vmap: bool = False, **_: Any,
+) -> Tensor | None:  # fmt: skip
     """The keys that each query sees, (1 or batch, 1, 1 or query, key), or `None` for masks of a kind not known here."""
     padding: Tensor | None = None if attention_mask is None else attention_mask[:, None, None, :]
     if use_vmap or not (isinstance(kv_offset, int) and kv_offset == 0):
@@ -183,12 +177,9 @@ def _is_half(value: ir.Value | None) -> bool:
     half, doubled = sorted(node.inputs, key=lambda entry: entry.producer() is not None)
     one = half.const_value is not None and half.const_value.size == 1 and half.const_value.numpy().item() == 0.5
     add = doubled.producer()
-    return bool(
-        one
-        and add
-        and add.op_type == "Add"
-        and any(entry.producer() is not None and entry.producer().op_type == "Erf" for entry in add.inputs)
-    )
+    if not one or not add or add.op_type != "Add":
+        return False
+    return any(entry.producer() is not None and entry.producer().op_type == "Erf" for entry in add.inputs)
 
 
 def _check_axes(graph: ir.Graph, axes: Callable[[str], Mapping[int, str]]) -> None:
@@ -217,11 +208,8 @@ def _name_axes(graph: ir.Graph, axes: Callable[[str], Mapping[int, str]]) -> Non
             if names.setdefault(symbol, name) != name and len(name) < len(names[symbol]):
                 names[symbol] = name
     for value in (*graph.inputs, *graph.outputs):
-        own = axes(value.name)
-        named = [
-            own.get(axis, names.get(str(dim.value))) if isinstance(dim, ir.SymbolicDim) else dim
-            for axis, dim in enumerate(value.shape)
-        ]
+        own, dims = axes(value.name), enumerate(value.shape)
+        named = (own.get(i, names.get(str(dim.value))) if isinstance(dim, ir.SymbolicDim) else dim for i, dim in dims)
         value.shape = ir.Shape(named)
 
 

@@ -43,7 +43,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensors:
         if name not in accepted or is_label(name) or not isinstance(value, (Tensor, np.ndarray, list, tuple)):
             continue
         try:
-            tensor = torch.stack(list(value)) if _of_tensors(value) else torch.as_tensor(value)
+            rows = list(value) if isinstance(value, (list, tuple)) else []
+            tensor = torch.stack(rows) if rows and isinstance(rows[0], Tensor) else torch.as_tensor(value)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{name} of a batch is no array of numbers: {error}. Pad its rows to one length, or pass the "
@@ -66,15 +67,10 @@ def _shifted(model: Any, labels: Tensor) -> Tensor:
     """What a decoder reads that is to write `labels`, `(batch, seq)`: a start, and all of them but the last."""
     own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
-        shifted: Tensor = own(labels=labels)
-        return shifted
+        return own(labels=labels)
     start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, start if pad is None else pad)
-
-
-def _of_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Tensor)
 
 
 def is_label(name: str) -> bool:
@@ -91,25 +87,16 @@ def own_inputs(model: nn.Module) -> dict[str, inspect.Parameter]:
     """Arguments that the forward pass of a class of one's own takes for tensors, beyond those of its base in Transformers."""
     if not is_own(model):
         return {}
-    known = {*_USUAL, *(name for cls in type(model).__mro__ if _is_theirs(cls) for name in _names(cls))}
+    theirs = [cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")]
+    passes = [vars(cls)["forward"] for cls in theirs if "forward" in vars(cls)]
+    known = {*_USUAL, *(name for call in passes for name in inspect.signature(call).parameters)}
     ours = {
         name: parameter
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        and name not in known
-        and not is_label(name)
-        and not name.startswith(("output_", "return_", "use_", "decoder_"))
+        and not (name in known or is_label(name) or name.startswith(("output_", "return_", "use_", "decoder_")))
     }
     return {name: one for name, one in ours.items() if one.default in (None, inspect.Parameter.empty)}
-
-
-def _names(cls: type) -> list[str]:
-    return list(inspect.signature(vars(cls)["forward"]).parameters)
-
-
-def _is_theirs(cls: type) -> bool:
-    """Whether a class is one of Transformers' with a forward pass."""
-    return cls.__module__.startswith("transformers.models.") and "forward" in vars(cls)
 
 
 def brought_names(model: nn.Module, processing_class: Any) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -67,41 +67,23 @@ def _to_trace(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass
 class ExportJob:
-    """A model to export, and the data that its files are compared on.
+    """A model to export, and the data that its files are compared on."""
 
-    Args:
-        model (`PreTrainedModel`): the model, as [`plain_copy`] made it.
-        backend ([`Backend`]): the exporter.
-        task (`str`): as the backend resolved it.
-        target (`str`): `"onnxruntime"`, `"standard"` or `"openvino"`.
-        tolerance (`float`, *optional*): largest difference from torch; that of the precision by default.
-        processing_class (*optional*): saved beside the model.
-        batches (`list[dict]`): tensors by name, which files are traced with and compared on.
-        source (`str`): where they come from.
-        rest (`Iterator[dict]`): more batches, to find ranges on; read once.
-        quality ([`Quality`], *optional*): measures a metric.
-        scratch (`Path`): an existing folder for intermediate files.
-        weight_type (`str`): `"int8"`, `"uint8"` or `"auto"`, the one that is exact on this processor.
-        integer_convolutions (`bool`): whether convolutions compute with integers.
-        pooling ([`Pooling`], *optional*): what `model` makes an embedding with.
-        merges (`bool`): whether two decoders become one file where the backend leaves two.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # as `plain_copy` made it
     backend: Backend
-    task: str
-    target: str
-    tolerance: float | None
-    processing_class: Any
-    batches: Sequence[Tensors]
-    source: str
-    rest: Iterator[Batch]
-    quality: Quality | None
-    scratch: Path
-    weight_type: str = "auto"
-    integer_convolutions: bool = False
-    pooling: Pooling | None = None
-    merges: bool = False
+    task: str  # as the backend resolved it
+    target: str  # "onnxruntime", "standard" or "openvino"
+    tolerance: float | None  # the largest difference from torch; `None` for that of the precision
+    processing_class: Any  # saved beside the model
+    batches: Sequence[Tensors]  # which files are traced with and compared on
+    source: str  # where the batches come from
+    rest: Iterator[Batch]  # more of them, to find ranges on; read once
+    quality: Quality | None  # measures a metric
+    scratch: Path  # an existing folder for intermediate files
+    weight_type: str = "auto"  # "int8", "uint8" or "auto", the one that is exact on this processor
+    integer_convolutions: bool = False  # whether convolutions compute with integers
+    pooling: Pooling | None = None  # what `model` makes an embedding with
+    merges: bool = False  # whether two decoders become one file where the backend leaves two
 
     @cached_property
     def float_model(self) -> PreTrainedModel:
@@ -148,17 +130,15 @@ class ExportJob:
             written["top_k"] = asdict(choices)
         runner = open_files(folder, self.task)
         self._check_inputs(reference, runner.input_names, expected)
-        parity, kind = compare(runner, self.batches, expected), "OpenVINO" if self.target == OPENVINO else "ONNX"
-        _check_parity(parity, tolerance, precision.name, choices=choices, kind=kind)
+        kind = "OpenVINO" if self.target == OPENVINO else "ONNX"
+        check = partial(_check_parity, tolerance=tolerance, name=precision.name, kind=kind)
+        parity = compare(runner, self.batches, expected)
+        check(parity, choices=choices)
         if isinstance(runner, GeneratingFiles) and runner.has_cache:
             steps = compare(runner.incremental_decode, [start], expected_start)
             _check_parity(steps, tolerance, precision.name, " where it adds token by token to its cache")
             written["incremental_decode"] = asdict(steps)
-        written.update(
-            prove_sizes(
-                folder, runner, tried, axes, lambda found: _check_parity(found, tolerance, precision.name, kind=kind)
-            )
-        )
+        written.update(prove_sizes(folder, runner, tried, axes, check))
         if "fixed_axes" in written:
             self._convert(folder)
             runner = open_files(folder, self.task)
@@ -168,23 +148,13 @@ class ExportJob:
         spec, files, packages = quantized_spec(reference), describe_files(folder), [*self.backend.PACKAGES]
         packages += ["openvino"] if self.target == OPENVINO else []
         facts = {
-            "kind": precision.name,
-            "task": self.task,
-            "target": self.target,
-            "opset": self.backend.OPSET,
+            "kind": precision.name, "task": self.task, "target": self.target, "opset": self.backend.OPSET,
             "bytes": sum(file["bytes"] for name, file in files.items() if not name.endswith(".safetensors")),
-            "inputs": runner.input_names,
-            "outputs": runner.output_names,
-            **asdict(parity),
-            "compared_on": self.source,
-            "tolerance": tolerance,
-            **({} if self.pooling is None else {"pooling": self.pooling.describe()}),
-            **written,
-            "spec": None if spec is None else spec.to_dict(),
-            "files": files,
-            "model": describe_model(reference),
+            "inputs": runner.input_names, "outputs": runner.output_names, **asdict(parity), "compared_on": self.source,
+            "tolerance": tolerance, **({} if self.pooling is None else {"pooling": self.pooling.describe()}), **written,
+            "spec": None if spec is None else spec.to_dict(), "files": files, "model": describe_model(reference),
             "versions": {"hfkdq": __version__, **{name: version(name) for name in packages}},
-        }
+        }  # fmt: skip
         if self.quality is not None and scores is not None:
             facts["metrics"] = self.quality.of_file(reference, scores, runner)
         return facts
@@ -225,17 +195,15 @@ class ExportJob:
 
         reference = self._reference(precision) if reference is None else reference
         is_converted, facts = self.target == OPENVINO, dict[str, Any]()
-        unsigned = self.weight_type == "uint8" or (
-            self.weight_type == "auto" and not (is_converted or multiplies_exactly())
-        )
+        saturates = self.weight_type == "auto" and not (is_converted or multiplies_exactly())
+        unsigned = self.weight_type == "uint8" or saturates
         if precision.multiplies_integers and not is_converted:
             facts["weight_type"] = "uint8" if unsigned else "int8"
         if precision.has_integers:
             traced = _to_trace(reference)
             leave_read_weights_(traced, self.batches[0])
-            quantized = lower_quantizers_(
-                traced, target=self.target, unsigned=unsigned, integer_convolutions=self.integer_convolutions
-            )
+            settings = {"unsigned": unsigned, "integer_convolutions": self.integer_convolutions}
+            quantized = lower_quantizers_(traced, target=self.target, **settings)
             floats = sum(isinstance(module, (nn.Linear, Conv1D)) for module in traced.modules())
             files = self._trace(traced, folder, fold_constants=False)
         else:

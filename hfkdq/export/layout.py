@@ -42,34 +42,21 @@ def file_suffixes(precisions: Sequence[Precision]) -> list[str]:
 
 
 def assemble(written: Mapping[str, Path], facts: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Moves folders of one precision each into one, and returns the record of all.
-
-    Args:
-        written (`Mapping[str, Path]`): what `export_onnx` writes for one precision, by the ends of their files' names; the
-            first has the checkpoint that stays.
-        facts (list of `dict`): the record of each.
-        folder (`Path`): an empty folder.
-    """
+    """Moves what `export_onnx` has `written` for one precision each, by the ends of their files' names and with the
+    record of each, into an empty folder, and returns the record of all. The first has the checkpoint that stays."""
     (folder / ONNX_FOLDER).mkdir()
     (main, first), *_ = written.items()
     for suffix, place in written.items():
-        manifest = place / MANIFEST
+        keeps_empty = suffix == main and (place / MANIFEST).is_file()
         for path in sorted(place.glob("*.onnx")):
-            _move(
-                path,
-                folder / ONNX_FOLDER / f"{path.stem}{suffix}.onnx",
-                keeps_empty=suffix == main and manifest.is_file(),
-            )
+            _move(path, folder / ONNX_FOLDER / f"{path.stem}{suffix}.onnx", keeps_empty)
     for path in first.iterdir():
         if not path.name.endswith((".onnx_data", ".onnx.data")):  # empty, and of no file
             path.rename(folder / path.name)
     with suppress(FileNotFoundError):
         _point_to(folder / MANIFEST, main)
     each = {suffix: {**own, "suffix": suffix} for suffix, own in zip(written, facts, strict=True)}
-    typed = next(
-        (one for one in each.values() if one.get("weight_type") in _SENTENCE_NAMES and "pooling" in one), None
-    )
-    if typed is not None:
+    for typed in [one for one in each.values() if one.get("weight_type") in _SENTENCE_NAMES and "pooling" in one][:1]:
         _also(folder / ONNX_FOLDER / f"model{typed['suffix']}.onnx", _SENTENCE_NAMES[typed["weight_type"]])
     common = ("files", "model", "versions")
     others = {one["kind"]: {key: one[key] for key in one if key not in common} for one in each.values()}

@@ -25,13 +25,9 @@ class _Operator(torch.autograd.Function):
 
 
 def onnx_op(
-    name: str,
-    *inputs: Tensor,
-    compute: Callable[..., Any],
-    opset: int,
-    outputs: int = 1,
+    name: str, *inputs: Tensor, compute: Callable[..., Any], opset: int, outputs: int = 1,
     **attributes: int | float | str,
-) -> Any:
+) -> Any:  # fmt: skip
     """Calls `compute(*inputs)` in torch, and is one operator in an exported graph.
 
     `name` has its domain unless that is ONNX's own (`"com.microsoft::MatMulNBits"`), `opset` is the version of the domain.
@@ -39,12 +35,9 @@ def onnx_op(
     """
     if torch.compiler.is_exporting():
         like = compute(*inputs)
+        call: tuple[Any, ...] = (name, inputs, dict(attributes))
         if outputs == 1:
-            return torch.onnx.ops.symbolic(
-                name, inputs, dict(attributes), dtype=like.dtype, shape=like.shape, version=opset
-            )
+            return torch.onnx.ops.symbolic(*call, dtype=like.dtype, shape=like.shape, version=opset)
         dtypes, shapes = [one.dtype for one in like], [one.shape for one in like]
-        return torch.onnx.ops.symbolic_multi_out(
-            name, inputs, dict(attributes), dtypes=dtypes, shapes=shapes, version=opset
-        )
+        return torch.onnx.ops.symbolic_multi_out(*call, dtypes=dtypes, shapes=shapes, version=opset)
     return _Operator.apply(name, {**attributes, "outputs": outputs}, compute, *inputs)

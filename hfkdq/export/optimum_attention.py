@@ -40,15 +40,9 @@ class CountedFromTheFront(TorchFunctionMode):
 
 
 def plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     """`softmax(query @ key.T * scale + mask) @ value`, with the arguments of `F.scaled_dot_product_attention`.
 
     A query that may attend to nothing gets the mean of the values, as with eager attention, instead of zeros. Nothing is

@@ -73,7 +73,8 @@ def _supported_tasks(model: PreTrainedModel) -> list[str]:
     try:
         tasks = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     except KeyError as error:
-        known = {name for task in TasksManager.get_all_tasks() for name in _model_types(task)}
+        types = TasksManager.get_supported_model_type_for_task
+        known = {name for task in TasksManager.get_all_tasks() for name in types(task, "onnx")}
         nearest = difflib.get_close_matches(model_type, sorted(known), n=3, cutoff=0.0)
         raise UnknownArchitecture(
             f"Optimum has no ONNX export for the architecture {model_type!r}. The nearest names it has are "
@@ -81,11 +82,6 @@ def _supported_tasks(model: PreTrainedModel) -> list[str]:
         ) from error
     # Without a head there is nothing to generate, and no ORTModelFor... class reads the several files.
     return [task for task in tasks if task != "feature-extraction" + PAST]
-
-
-def _model_types(task: str) -> list[str]:
-    types: list[str] = TasksManager.get_supported_model_type_for_task(task, "onnx")
-    return types
 
 
 def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
@@ -98,9 +94,8 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
             if task in supported and cls.__name__ in names:
                 return task + PAST if task + PAST in supported else task
     listed = next((entry.name for entry in tasks_of(model) if entry.name in supported), None)
-    headed = [
-        task for task in supported if task != "feature-extraction" or is_bare(model)
-    ]  # PatchTST has one for heads
+    # PatchTST has one for heads.
+    headed = [task for task in supported if task != "feature-extraction" or is_bare(model)]
     if listed is not None or len(headed) == 1:
         return listed or headed[0]
     raise ValueError(
@@ -127,13 +122,9 @@ def dummy_batches(model: PreTrainedModel, task: str) -> list[dict[str, Tensor]]:
 
 
 def trace(
-    model: PreTrainedModel,
-    folder: Path,
-    task: str,
-    batches: Sequence[Mapping[str, Tensor]] | None = None,
-    *,
+    model: PreTrainedModel, folder: Path, task: str, batches: Sequence[Mapping[str, Tensor]] | None = None, *,
     fold_constants: bool,
-) -> list[Path]:
+) -> list[Path]:  # fmt: skip
     """Writes `model` as `model.onnx`, or as one file for each part of an encoder-decoder that generates.
 
     These are `encoder_model.onnx`, `decoder_model.onnx` and, with a cache, `decoder_with_past_model.onnx`, which `finish`
@@ -148,16 +139,12 @@ def trace(
         for name, (part, config) in _parts(model, task, samples).items():
             path = Path(work, f"{name}.onnx")
             export(
-                part,
-                config,
-                path,
-                opset=OPSET,
-                input_shapes={**DEFAULT_DUMMY_SHAPES, **_shapes(model)},
-                do_constant_folding=fold_constants,
-                disable_dynamic_axes_fix=is_own(model),
-            )
-            if path.name != ENCODER:
-                _tie_weights(model, path)
+                part, config, path, opset=OPSET, input_shapes={**DEFAULT_DUMMY_SHAPES, **_shapes(model)},
+                do_constant_folding=fold_constants, disable_dynamic_axes_fix=is_own(model),
+            )  # fmt: skip
+            # What several modules share is written once, as a head its embedding.
+            if path.name != ENCODER and (tied := find_tied_parameters(model)):
+                remove_duplicate_weights_from_tied_info(onnx.load(path), model, tied, save_path=str(path))
         # Files of more than 2 GB have their weights beside them.
         files = [file.replace(folder / file.name) for file in Path(work).glob("*.onnx*")]
     return sorted(file for file in files if file.suffix == ".onnx")
@@ -213,10 +200,9 @@ def _add_inputs_(config: Any, names: Sequence[str]) -> None:
 
 def _constructor(model: PreTrainedModel, task: str) -> Any:
     """What makes Optimum's configuration of an architecture for a task; `None` if it has none."""
+    find = TasksManager.get_exporter_config_constructor
     try:
-        return TasksManager.get_exporter_config_constructor(
-            "onnx", model=model, task=task, library_name="transformers"
-        )
+        return find("onnx", model=model, task=task, library_name="transformers")
     except (KeyError, ValueError, AttributeError):
         return None
 
@@ -246,24 +232,12 @@ def _follow_(config: OnnxConfig, model: PreTrainedModel, task: str, batches: Seq
         or {0: "batch_size"} | {axis: lengths[n] for axis, n in enumerate(output[name].shape) if axis and n in lengths}
         for name in names
     }
-    config.__class__ = type(
-        type(config).__name__,
-        (type(config),),
-        {
-            "inputs": inputs,
-            "outputs": outputs,
-            "generate_dummy_inputs": lambda self, framework="pt", **_: {
-                name: batch[name].numpy() if framework == "np" else batch[name] for name in inputs
-            },
-        },
-    )
 
+    def dummies(self: Any, framework: str = "pt", **_: Any) -> dict[str, Any]:
+        return {name: batch[name].numpy() if framework == "np" else batch[name] for name in inputs}
 
-def _tie_weights(model: PreTrainedModel, path: Path) -> None:
-    """Writes once what several modules share, as a head its embedding."""
-    tied = find_tied_parameters(model)
-    if tied:
-        remove_duplicate_weights_from_tied_info(onnx.load(path), model, tied, save_path=str(path))
+    own = {"inputs": inputs, "outputs": outputs, "generate_dummy_inputs": dummies}
+    config.__class__ = type(type(config).__name__, (type(config),), own)
 
 
 def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
@@ -275,7 +249,10 @@ def finish(folder: Path, config: PretrainedConfig, task: str) -> None:
     if task.endswith(PAST) and (folder / f"{SINGLE}.onnx").is_file():
         _take_empty_cache(folder / f"{SINGLE}.onnx", config)
     decoders = [folder / DECODER, folder / DECODER_WITH_PAST]
-    if not all(path.is_file() for path in decoders) or not _can_be_merged(config):
+    # `ORTModelForSeq2SeqLM` takes all heads of a merged decoder together to be as wide as the model.
+    width = getattr(config, "d_kv", None)
+    can_be_merged = width is None or width * config.num_heads == config.d_model
+    if not all(path.is_file() for path in decoders) or not can_be_merged:
         return
     beside = [path.with_name(f"{path.name}_data") for path in decoders]
     if any(path.is_file() for path in beside):
@@ -314,12 +291,6 @@ def _begun_cache(config: PretrainedConfig) -> tuple[int | None, int | None]:
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         model = ORTModelForCausalLM(config=config, session=session, model_save_dir=folder)
     return tuple(getattr(model, name, None) for name in ("num_key_value_heads", "embed_size_per_head"))  # type: ignore[return-value]
-
-
-def _can_be_merged(config: PretrainedConfig) -> bool:
-    """Whether `ORTModelForSeq2SeqLM` runs a merged decoder: it takes all heads together to be as wide as the model."""
-    width = getattr(config, "d_kv", None)
-    return width is None or width * config.num_heads == config.d_model
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, int]:

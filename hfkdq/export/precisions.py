@@ -21,28 +21,17 @@ FLOAT_TOLERANCE, INTEGER_TOLERANCE = 1e-4, 0.1
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision of an exported file, and all that follows from it.
+    """A precision of an exported file, and all that follows from it. `settings` are fields of the [`QuantizationSpec`] of
+    its integers, `None` for a file that is made of the traced float file, which `before_fusion` and `after_fusion`
+    rewrite before and after its operators are fused."""
 
-    Args:
-        name (`str`): in `quantization=`, on the command line, in what the export records, and as a tag of the model card.
-        label (`str`): in tables.
-        tolerance (`float`): largest difference from torch, as a share of the largest logit.
-        description (`str`): the end of the card's sentence "Export to ONNX, ...".
-        help (`str`): for the command line.
-        settings (`dict`, *optional*): fields of the [`QuantizationSpec`] of its integers; `None` for a file that is made
-            of the traced float file.
-        is_fitted (`bool`): whether the spec is adapted to each model, as one that was only named is.
-        before_fusion (`Callable`, *optional*): rewrites the traced float file before its operators are fused.
-        after_fusion (`Callable`, *optional*): rewrites it afterwards.
-    """
-
-    name: str
-    label: str
-    tolerance: float
-    description: str
-    help: str = ""
+    name: str  # in `quantization=`, on the command line, in what the export records, and as a tag of the model card
+    label: str  # in tables
+    tolerance: float  # largest difference from torch, as a share of the largest logit
+    description: str  # the end of the card's sentence "Export to ONNX, ..."
+    help: str = ""  # for the command line
     settings: Mapping[str, Any] | None = None
-    is_fitted: bool = False
+    is_fitted: bool = False  # whether the spec is adapted to each model, as one that was only named is
     before_fusion: Callable[[Path], None] | None = None
     after_fusion: Callable[[Path], None] | None = None
 

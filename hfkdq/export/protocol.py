@@ -35,24 +35,13 @@ class Backend(Protocol):
         """Random inputs of two sizes that `model` accepts, the same at every call; texts are padded on the right."""
 
     def trace(
-        self,
-        model: PreTrainedModel,
-        folder: Path,
-        task: str,
-        batches: Sequence[Mapping[str, Tensor]] | None = None,
-        *,
-        fold_constants: bool,
-    ) -> list[Path]:
-        """Writes `model` into an existing folder; the files.
-
-        Args:
-            model (`PreTrainedModel`): a float32 model on the CPU, in eval mode. Its configuration may be changed.
-            folder (`Path`): where to.
-            task (`str`): as `resolve_task` gave it.
-            batches (list of `dict[str, torch.Tensor]`, *optional*): what the model takes; a file has these inputs, by name.
-                The random ones by default.
-            fold_constants (`bool`): whether what depends on weights alone is computed now; it would undo integer weights.
-        """
+        self, model: PreTrainedModel, folder: Path, task: str, batches: Sequence[Mapping[str, Tensor]] | None = None,
+        *, fold_constants: bool,
+    ) -> list[Path]:  # fmt: skip
+        """Writes `model`, in float32 on the CPU and in eval mode, into an existing folder; the files. Its configuration
+        may be changed. `task` is as `resolve_task` gave it. `batches` are what the model takes, whose inputs a file has
+        by name; random ones by default. `fold_constants` where what depends on weights alone is computed now, which
+        would undo integer weights."""
 
     def finish(self, folder: Path, config: PretrainedConfig, task: str) -> None:
         """Completes a folder once the files that `trace` wrote have been rewritten."""

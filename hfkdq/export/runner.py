@@ -69,9 +69,8 @@ class GeneratingFiles:
         single = [] if encoder else self._sessions[SINGLE].input_names
         # What else there is to know of each token, as its type.
         self._beside = [name for name in single if name not in _OWN and not name.startswith("past_key_values")]
-        self.input_names = (
-            [*encoder.input_names, "decoder_input_ids"] if encoder else ["input_ids", "attention_mask", *self._beside]
-        )
+        given = ["input_ids", "attention_mask", *self._beside]
+        self.input_names = [*encoder.input_names, "decoder_input_ids"] if encoder else given
         self.output_names = ["logits"]
         self._tokens = "decoder_input_ids" if self._encodes else "input_ids"
 
@@ -101,14 +100,11 @@ class GeneratingFiles:
 
         @functools.wraps(forward)  # generate reads the signature
         def compute(*_: Any, decoder_input_ids: Tensor, encoder_outputs: Any, **inputs: Any) -> Seq2SeqLMOutput:
+            given = {"input_ids": decoder_input_ids, "encoder_hidden_states": encoder_outputs[0]}
             seen = inputs.get("attention_mask")
-            given = {
-                "input_ids": decoder_input_ids,
-                "encoder_hidden_states": encoder_outputs[0],
-                "encoder_attention_mask": torch.ones(encoder_outputs[0].shape[:2], dtype=torch.long)
-                if seen is None
-                else seen,
-            }
+            given["encoder_attention_mask"] = (
+                torch.ones(given["encoder_hidden_states"].shape[:2]).long() if seen is None else seen
+            )
             arrays = {name: value.cpu().numpy() for name, value in given.items()}
             empty = {**self._empty(name, len(decoder_input_ids)), "use_cache_branch": np.array([False])}
             logits: Any = torch.from_numpy(self._sessions[name]({**arrays, **empty})["logits"]).to(model.device)
@@ -187,9 +183,8 @@ class GeneratingFiles:
         kept = {key: shape for key, shape in session.input_shapes.items() if key.startswith("past_key_values")}
         # An input may leave open what the output that grows from it says.
         grown = {key: session.output_shapes.get(key.replace("past_key_values", "present"), kept[key]) for key in kept}
-        sizes = {
-            key: [a if isinstance(a, int) else b for a, b in zip(kept[key], grown[key], strict=True)] for key in kept
-        }
+        pairs = {key: zip(kept[key], grown[key], strict=True) for key in kept}
+        sizes = {key: [a if isinstance(a, int) else b for a, b in pair] for key, pair in pairs.items()}
         return {key: np.zeros((size, shape[1], tokens, shape[3]), np.float32) for key, shape in sizes.items()}
 
 

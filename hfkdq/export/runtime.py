@@ -48,23 +48,26 @@ class OnnxSession(Session):
     runtime, kind, usual = "ONNX Runtime", "ONNX", "model.onnx"
 
     def _open(self, threads: int | None) -> tuple[list[Port], list[Port]]:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        self._session = open_quietly(str(self._path), **({} if threads is None else {"intra_op_num_threads": threads}))
+        both = (self._session.get_inputs(), self._session.get_outputs())
         inputs, outputs = (
-            [Port(value.name, value.shape, value.type, _TYPES.get(value.type)) for value in values]
-            for values in (self._session.get_inputs(), self._session.get_outputs())
+            [Port(one.name, one.shape, one.type, _TYPES.get(one.type)) for one in ports] for ports in both
         )
         return inputs, outputs
 
     def _run(self, feed: dict[str, Array]) -> Sequence[Array]:
-        found: Sequence[Array] = self._session.run(None, feed)
-        return found
+        return self._session.run(None, feed)
 
     def _is_own(self, error: Exception) -> bool:
         return is_of_onnxruntime(error)
+
+
+def open_quietly(file: str | bytes, **settings: Any) -> ort.InferenceSession:
+    """ONNX Runtime's own session of a file or its bytes, on the CPU and without warnings, with these `SessionOptions`."""
+    options = ort.SessionOptions()
+    for name, value in {"log_severity_level": 3, **settings}.items():
+        setattr(options, name, value)
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def is_of_onnxruntime(error: Exception) -> bool:

@@ -23,11 +23,9 @@ _QUESTION = {"question": "Who lives here?", "context": "Anna lives here."}
 OPTIMUM, EXPORTERS = "optimum", "exporters"
 """What runs a file: Optimum, or Transformers' own exporters."""
 LOADERS = {
-    "AutoTokenizer": "tokenizer",
-    "AutoImageProcessor": "image_processor",
-    "AutoFeatureExtractor": "feature_extractor",
+    "AutoTokenizer": "tokenizer", "AutoImageProcessor": "image_processor", "AutoFeatureExtractor": "feature_extractor",
     "AutoProcessor": "processor",
-}
+}  # fmt: skip
 """The argument of a pipeline that takes what an Auto class loads."""
 CALLS = {
     **dict.fromkeys(("text-classification", "token-classification", "text-generation"), json.dumps(TEXT)),
@@ -48,19 +46,10 @@ def file_name(suffix: str) -> str:
 def run_sample(
     folder: Path, facts: Mapping[str, Any], model_class: str, loader: str, image: Any
 ) -> dict[str, str] | None:
-    """Runs the call of [`CALLS`] on an exported folder.
-
-    Args:
-        folder (`Path`): the folder, with the files of the tokenizer or processor.
-        facts (`dict`): the record of its export.
-        model_class (`str`): class of the model.
-        loader (`str`): the Auto class that loads its tokenizer or processor, of [`LOADERS`].
-        image (`PIL.Image.Image`, *optional*): in the place of the file of an image.
-
-    Returns:
-        `dict[str, str]`: the `runner`, and what was `printed` of its answer; `None` for tasks whose call takes what is not there, or
-        writes a text, and where it fails.
-    """
+    """Runs the call of [`CALLS`] on an exported folder that has the files of its tokenizer or processor, with `facts`,
+    the record of its export, the class of the model and `loader`, the Auto class of [`LOADERS`] for its tokenizer or
+    processor; `image` stands for the file of an image. Gives the `runner`, and what was `printed` of its answer; `None`
+    for tasks whose call takes what is not there, or writes a text, and where it fails."""
     task = task_of(model_class)
     given = _inputs(str(facts.get("task", "")).removesuffix(PAST), image)
     runs = facts.get("target") != OPENVINO  # which neither runner does

@@ -56,17 +56,15 @@ def write_best(
     table = [*rows, *left_out]
     chosen, reason = choose(rows, quality.metric or "", quality.max_drop or 0.0)
     if chosen is None and not allow_drop:
-        raise RuntimeError(
-            f"{reason} Nothing was written. Pass a larger max_drop=, or allow_drop=True.\n{render(table)}"
-        )
+        advice = "Pass a larger max_drop=, or allow_drop=True."
+        raise RuntimeError(f"{reason} Nothing was written. {advice}\n{render(table)}")
     if chosen is None:
         chosen = min((row for row in rows if row.drop is not None), key=lambda row: row.drop or 0.0)
         reason += f" {chosen.name} drops least, and allow_drop keeps it."
     for name in facts:
-        if name == chosen.name:
-            _move_up(folder / name)
-        else:
-            shutil.rmtree(folder / name)
+        for path in (folder / name).iterdir() if name == chosen.name else ():
+            path.rename(folder / path.name)
+        shutil.rmtree(folder / name)
     logger.info(f"{render(table)}\n{reason}")
     latency = {"left_out": timing.skip_reason} if timing.skip_reason else timing.facts(chosen.name, found, inputs)
     choice = {"chosen": chosen.name, "reason": reason, "candidates": [asdict(row) for row in table]}
@@ -89,10 +87,8 @@ def choose(rows: Sequence[Candidate], metric: str, max_drop: float) -> tuple[Can
     timed = [row for row in accepted if row.median_ms is not None]
     if not timed:
         best = min(accepted, key=lambda row: row.bytes or 0)
-        return (
-            best,
-            f"{best.name} is the smallest of the {len(accepted)} candidates {bound}; latency was not measured.",
-        )
+        told = f"{best.name} is the smallest of the {len(accepted)} candidates {bound}"
+        return best, f"{told}; latency was not measured."
     fastest = min(row.median_ms for row in timed if row.median_ms is not None)
     alike = [row for row in timed if row.median_ms is not None and row.median_ms <= (1 + NOISE) * fastest]
     best = min(alike, key=lambda row: row.bytes or 0)
@@ -154,9 +150,3 @@ def _write_all(
 
 def _timed(row: Candidate, timed: Timed | None) -> Candidate:
     return row if timed is None else replace(row, median_ms=timed.whole.median_ms, min_ms=timed.whole.min_ms)
-
-
-def _move_up(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.rename(folder.parent / path.name)
-    folder.rmdir()

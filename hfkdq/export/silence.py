@@ -18,13 +18,8 @@ import torch
 def silent_and_seeded() -> Iterator[None]:
     """Hides the tracer's notes, fixes the random numbers, and puts both back."""
     disabled, python_state, numpy_state = logging.root.manager.disable, random.getstate(), np.random.get_state()
-    silence = io.StringIO()
-    with (
-        warnings.catch_warnings(),
-        torch.random.fork_rng(devices=[]),
-        redirect_stdout(silence),
-        redirect_stderr(silence),
-    ):
+    sink = io.StringIO()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), redirect_stdout(sink), redirect_stderr(sink):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         random.seed(0)

@@ -32,30 +32,19 @@ _MASKED = 1e30
 
 @dataclass
 class Choices:
-    """How a file chose, beside torch that was to choose among the same.
+    """How a file chose, beside torch that was to choose among the same. `score_difference` is the largest difference of
+    scores, both in torch, as a share of the largest score; no more than the tolerance where torch follows the file."""
 
-    Args:
-        rows (`int`): how many were chosen, over all batches.
-        other_rows (`int`): those in whose place torch has another.
-        score_difference (`float`): the largest difference of their scores, both in torch, as a share of the largest
-            score; no more than the tolerance where torch was made to follow the file.
-        not_followed (`int`): batches in which it was more, so that torch kept its own.
-    """
-
-    rows: int = 0
-    other_rows: int = 0
+    rows: int = 0  # that were chosen, over all batches
+    other_rows: int = 0  # in whose place torch has another
     score_difference: float = 0.0
-    not_followed: int = 0
+    not_followed: int = 0  # batches in which the difference was more, so that torch kept its own
 
 
 def follow_choices(
-    folder: Path,
-    model: PreTrainedModel,
-    batches: Sequence[Tensors],
-    expected: Sequence[Tensors],
-    tolerance: float,
+    folder: Path, model: PreTrainedModel, batches: Sequence[Tensors], expected: Sequence[Tensors], tolerance: float,
     load: Callable[[Path], Session] = OnnxSession,
-) -> tuple[list[Tensors], Choices | None]:
+) -> tuple[list[Tensors], Choices | None]:  # fmt: skip
     """What a model gives for batches where it chooses as the file in a folder does that `load` runs, and how it did.
 
     `expected` is what it gives by its own choice, and stays where that is the same or better by more than `tolerance`
@@ -93,10 +82,7 @@ def follow_choices(
 def _choosing(folder: Path, load: Callable[[Path], Session]) -> Iterator[tuple[list[str], Session] | None]:
     """The names of what the file chooses, in its order, and a session of a copy that gives them too; `None` without."""
     path = folder / f"{SINGLE}.onnx"
-    if not path.is_file():  # but several parts
-        yield None
-        return
-    file = onnx.load(path, load_external_data=False)
+    file = onnx.load(path, load_external_data=False) if path.is_file() else onnx.ModelProto()  # but several parts
     nodes = [node for node in file.graph.node if node.op_type == "TopK" and len(node.output) == 2]
     if not nodes:
         yield None

@@ -96,18 +96,12 @@ class Quality:
         compared = len(ours) if ours.shape == theirs.shape else 0
         different = int((ours != theirs).sum()) if compared else 0
         return {
-            "metric": self.metric,
-            "greater_is_better": self.greater_is_better,
-            "max_drop": self.max_drop,
-            "examples": len(self.evaluation.dataset),
-            **self._measured,
-            "reference": reference.metrics,
-            "onnx": scores.metrics,
-            "drop": self._drop(scores.metrics),
-            "top1_compared": compared,
+            "metric": self.metric, "greater_is_better": self.greater_is_better, "max_drop": self.max_drop,
+            "examples": len(self.evaluation.dataset), **self._measured, "reference": reference.metrics,
+            "onnx": scores.metrics, "drop": self._drop(scores.metrics), "top1_compared": compared,
             "top1_different": different if compared else None,
             "top1_different_share": different / compared if compared else None,
-        }
+        }  # fmt: skip
 
     def rejection_reason(self, facts: Mapping[str, Any]) -> str | None:
         """Why a file with these facts is not good enough; `None` if it is."""
@@ -162,11 +156,8 @@ class Timing:
         from .runtime import onnx_call
 
         calls = {name: open_files(folder, task).calls(inputs) for name, folder in folders.items()}
-        engines = [
-            TimedEngine(f"{name}, {call.part}", onnx_call, call.path, call.inputs)
-            for name, parts in calls.items()
-            for call in parts
-        ]
+        each = [(f"{name}, {call.part}", call) for name, parts in calls.items() for call in parts]
+        engines = [TimedEngine(name, onnx_call, call.path, call.inputs) for name, call in each]
         times = iter(time_engines(engines, threads=self.threads, rounds=self.rounds))
         return {name: Timed({call.part: (next(times), call.times) for call in parts}) for name, parts in calls.items()}
 
@@ -175,11 +166,12 @@ class Timing:
     ) -> dict[str, Any]:
         """The facts about the latency of the files `name`, which were timed beside the float32 files."""
         ours, theirs = found[name].whole, found[FLOAT].whole if FLOAT in found else None
+        shapes = {key: list(array.shape) for key, array in inputs.items()}
         facts = {
             "device": "cpu",
             "threads": self.threads,
             "rounds": self.rounds,
-            "inputs": {key: list(array.shape) for key, array in inputs.items()},
+            "inputs": shapes,
             "onnx": asdict(ours),
         }
         if len(found[name].parts) > 1:

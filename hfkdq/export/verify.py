@@ -123,14 +123,10 @@ def compare(runner: Runner, batches: Iterable[Batch], expected: Iterable[Mapping
         shapes = {name: list(value.shape) for name, value in inputs.items()}
         rows.append({"inputs": shapes, "max_abs_diff": largest})
     return Parity(
-        samples=samples,
-        max_abs_diff=max(row["max_abs_diff"] for row in rows),
-        mean_abs_diff=total / count,
+        samples=samples, max_abs_diff=max(row["max_abs_diff"] for row in rows), mean_abs_diff=total / count,
         max_abs_logit=max(own["max_abs"] for own in by_output.values()),
-        top1_agreement=agree / places if places else None,
-        batches=rows,
-        by_output=by_output,
-    )
+        top1_agreement=agree / places if places else None, batches=rows, by_output=by_output,
+    )  # fmt: skip
 
 
 def in_same_order(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -332,16 +332,8 @@ def in_chunks(
 
     A divergence over a vocabulary makes several float32 tensors as large as the logits, and keeps some for the backward
     pass. Here rows are taken in chunks of `elements` logits, and computed once more in the backward pass. The gradient
-    reaches `student` alone.
-
-    Args:
-        function (callable): from rows of all tensors to one number per row.
-        student (`torch.Tensor` of shape `(rows, classes)`): what the gradient goes to.
-        others (`torch.Tensor` of shape `(rows, ...)` or `None`): further arguments.
-        elements (`int`, defaults to 2**24): logits in a chunk, 64 MiB of float32. Smaller tensors are not cut.
-
-    Returns:
-        `torch.Tensor` of shape `(rows,)`.
+    reaches `student` alone, which is of shape `(rows, classes)`; `others` are of shape `(rows, ...)` or `None`, and
+    `function` gives one number per row. The default is 64 MiB of float32. Smaller tensors are not cut.
     """
     if student.numel() <= elements:
         return function(student, *others)

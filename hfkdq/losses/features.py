@@ -47,20 +47,10 @@ def gaussian_nll(mean: torch.Tensor, log_variance: torch.Tensor, target: torch.T
 
 
 def mean_state(states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """One vector per example: the mean of its states over the positions that count.
-
-    Args:
-        states (`torch.Tensor`): of shape `(batch, seq, width)`; feature maps of shape `(batch, channels, height, width)`;
-            or vectors of shape `(batch, width)` already.
-        mask (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): which positions count; all without it, and always
-            those of maps.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, width)`, float32; 0 for an example of which no position counts.
-
-    Raises:
-        ValueError: a mask over another number of positions.
-    """
+    """One vector per example, `(batch, width)`, float32: the mean of its states over the positions that count, which are
+    those of `mask`, `(batch, seq)`, or all without it; 0 where none does. States are of shape `(batch, seq, width)`; or
+    feature maps, `(batch, channels, height, width)`, of which all positions count; or vectors, `(batch, width)`,
+    already. Raises `ValueError`: a mask over another number of positions."""
     states = states.float()
     if states.dim() != 3:
         return states.flatten(2).mean(-1) if states.dim() > 3 else states

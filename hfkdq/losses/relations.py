@@ -62,9 +62,8 @@ def relational_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
         `torch.Tensor` of shape `(batch,)`, float32; 0 for a batch of 1. The gradient is finite, also where examples are
         the same.
     """
-    count = len(student)
     ours, theirs = (_scaled_distances(x.float()) for x in (student, teacher))
-    return F.smooth_l1_loss(ours, theirs, reduction="none").sum(1) / max(count - 1, 1)
+    return F.smooth_l1_loss(ours, theirs, reduction="none").sum(1) / max(len(student) - 1, 1)
 
 
 def relational_angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -38,15 +38,10 @@ def says_length(generation_config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found.
+    """What an evaluation found: `top_classes` are the likeliest ones at every place of the data set that has a label,
+    int64 of shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for."""
 
-    Args:
-        metrics (`dict[str, float]`): what `compute_metrics` gave, numbers only.
-        top_classes (`torch.Tensor`): the likeliest class at every place of the data set that has a label, int64 of
-            shape `(places,)`; empty for outputs that are no classes, and for models that no runner stood for.
-    """
-
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # what `compute_metrics` gave, numbers only
     top_classes: Tensor
 
 
@@ -104,18 +99,13 @@ class Evaluation:
     def trainer(self, model: PreTrainedModel, runner: Runner | None = None, batch_size: int = 0) -> Trainer:
         """A plain Trainer around `model`, or a `RunnerTrainer` if there is a runner."""
         on_cpu, task = model.device.type == "cpu", self.task
+        # A transform makes the model's columns out of others, which must still be there.
+        transforms = getattr(self.dataset, "format", {}).get("type") == "custom"
         args = TrainingArguments(
-            output_dir=self.folder,
-            per_device_eval_batch_size=batch_size or self.batch_size,
-            use_cpu=on_cpu,
-            dataloader_pin_memory=not on_cpu,
-            # A transform makes the model's columns out of others, which must still be there.
-            remove_unused_columns=not self.keep_columns
-            and getattr(self.dataset, "format", {}).get("type") != "custom",
-            eval_do_concat_batches=task.concat_batches,
-            report_to=[],
-            disable_tqdm=None if bars_are_seen() else True,
-        )
+            output_dir=self.folder, per_device_eval_batch_size=batch_size or self.batch_size, use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu, remove_unused_columns=not (self.keep_columns or transforms),
+            eval_do_concat_batches=task.concat_batches, report_to=[], disable_tqdm=None if bars_are_seen() else True,
+        )  # fmt: skip
         settings = dict(
             model=model, args=args, data_collator=self.data_collator, processing_class=self.processing_class,
             preprocess_logits_for_metrics=task.preprocess,
@@ -182,11 +172,8 @@ class Evaluation:
 
 
 class RunnerTrainer(Trainer):
-    """Evaluates a runner in place of the model that it stands for, or the model itself where its task asks for more than its outputs.
-
-    Attributes:
-        top_classes (`list[torch.Tensor]`): of every batch, the likeliest classes at the places that have a label.
-    """
+    """Evaluates a runner in place of the model that it stands for, or the model itself where its task asks for more than
+    its outputs; `top_classes` are those of every batch, the likeliest ones at the places that have a label."""
 
     def __init__(self, runner: Runner | None, task: TaskMetrics, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -198,11 +185,8 @@ class RunnerTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         labels = tuple(inputs[name] for name in self.label_names if inputs.get(name) is not None)
-        batch = {
-            name: _on_cpu(value)
-            for name, value in inputs.items()
-            if isinstance(value, Tensor) and name not in self.label_names
-        }
+        given = {name: value for name, value in inputs.items() if name not in self.label_names}
+        batch = {name: _on_cpu(value) for name, value in given.items() if isinstance(value, Tensor)}
         if self._task.generates:
             return None, self._generated(model, batch), _alone(nested_detach(labels))
         whole = with_decoder_inputs(model, dict(inputs), self.label_names)

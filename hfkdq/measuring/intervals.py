@@ -24,28 +24,16 @@ _SHARES = ("accuracy", "exact_match", "retrieval")
 
 @dataclass(frozen=True)
 class Sampled:
-    """What is known of the metrics of an engine beyond their values.
+    """What is known of the metrics of an engine beyond their values. The resamples of two engines that were measured on
+    the same rows are of the same rows."""
 
-    Args:
-        intervals (`dict[str, list[float]]`): lower and upper bound of every metric, 95 %.
-        draws (`dict[str, np.ndarray]`): every metric on each resample, of shape `(resamples,)`; the resamples of two engines
-            that were measured on the same rows are of the same rows.
-    """
-
-    intervals: dict[str, list[float]]
-    draws: dict[str, Array]
+    intervals: dict[str, list[float]]  # lower and upper bound of every metric, 95 %
+    draws: dict[str, Array]  # every metric on each resample, `(resamples,)`
 
 
 def wilson(share: float, count: int) -> list[float]:
-    """Wilson's score interval of a share of `count` rows, 95 %: within [0, 1], and not empty where all rows are right.
-
-    Args:
-        share (`float`): in [0, 1].
-        count (`int`): rows, 1 or more.
-
-    Returns:
-        `list[float]`: lower and upper bound (Probable inference, 1927).
-    """
+    """Wilson's score interval (Probable inference, 1927) of a share in [0, 1] of `count` rows, 1 or more: lower and upper
+    bound, 95 %. It is within [0, 1], and not empty where all rows are right."""
     z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     width = 1 + z * z / count
     middle = (share + z * z / (2 * count)) / width
@@ -106,11 +94,7 @@ def _middle(values: Array) -> list[float]:
 
 def _is_share(name: str, value: float, count: int) -> bool:
     """Whether a metric counts rows: by its name, and by a value that is a whole number of them."""
-    return (
-        count > 0
-        and any(name.endswith(share) for share in _SHARES)
-        and abs(value * count - round(value * count)) < 1e-6
-    )
+    return count > 0 and name.endswith(_SHARES) and abs(value * count - round(value * count)) < 1e-6
 
 
 def _units(
@@ -121,17 +105,16 @@ def _units(
         score, (ours, theirs) = task.score, task.pairs(prediction)
         return len(ours), lambda drawn: score([ours[i] for i in drawn], [theirs[i] for i in drawn])
     if batched:
-        batches: list[Any] = [list(values) for values in (prediction.predictions, prediction.label_ids)]
-        return len(batches[0]), lambda drawn: task(_of_batches(batches, drawn))
+        batches = [list(values) for values in (prediction.predictions, prediction.label_ids)]
+
+        def some(drawn: Array) -> Any:
+            return ([values[i] for i in drawn] for values in batches)
+
+        return len(batches[0]), lambda drawn: task(EvalPrediction(*some(drawn)))
     sizes = {np.shape(array)[:1] for array in [*leaves_of(prediction.predictions), *leaves_of(prediction.label_ids)]}
     if len(sizes) != 1 or () in sizes:  # such as labels that are a number for each object
         return 0, lambda drawn: {}
     return sizes.pop()[0], lambda drawn: task(rows_of(prediction, drawn))
-
-
-def _of_batches(batches: list[Any], drawn: Array) -> Any:
-    predictions, labels = ([values[i] for i in drawn] for values in batches)
-    return EvalPrediction(predictions=predictions, label_ids=labels)  # type: ignore[arg-type]  # lists of batches
 
 
 def rows_of(prediction: EvalPrediction, rows: Array) -> EvalPrediction:
@@ -149,8 +132,6 @@ def leaves_of(values: Any) -> list[Any]:
 def _take(values: Any, rows: Array) -> Any:
     if isinstance(values, Mapping):
         return {name: _take(value, rows) for name, value in values.items()}
-    return (
-        tuple(_take(value, rows) for value in values)
-        if isinstance(values, (tuple, list))
-        else np.asarray(values)[rows]
-    )
+    if isinstance(values, (tuple, list)):
+        return tuple(_take(value, rows) for value in values)
+    return np.asarray(values)[rows]

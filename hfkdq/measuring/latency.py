@@ -72,37 +72,26 @@ class _Worker:
         inputs = folder / f"{number}.npz"
         np.savez(inputs, **engine.inputs)  # type: ignore[arg-type]
         task = {
-            "engine": f"{engine.load.__module__}:{engine.load.__qualname__}",
-            "path": str(engine.path.absolute()),
-            "inputs": str(inputs),
-            "threads": threads,
-            "packages": package_folders(),
+            "engine": f"{engine.load.__module__}:{engine.load.__qualname__}", "path": str(engine.path.absolute()),
+            "inputs": str(inputs), "threads": threads, "packages": package_folders(),
             "hfkdq": str(Path(__file__).parents[1]),
-        }
+        }  # fmt: skip
         environment = without_secrets(os.environ) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._errors = (folder / f"{number}.stderr").open("w+", errors="replace")
+        # Isolated: neither the current folder, where anybody's files may lie, nor PYTHONPATH says what is imported.
         self._process = subprocess.Popen(
-            # Isolated: neither the current folder, where anybody's files may lie, nor PYTHONPATH says what is imported.
-            [sys.executable, "-I", worker.__file__, json.dumps(task)],
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
-
-    def wait_until_ready(self) -> None:
-        self._read()
+            [sys.executable, "-I", worker.__file__, json.dumps(task)], cwd=folder, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+        )  # fmt: skip
 
     def time(self, seconds: float) -> list[float]:
         """Milliseconds of each call of a turn."""
         if self._process.stdin is None:
             raise RuntimeError(f"The process that times {self.name!r} has no input.")
-        with contextlib.suppress(BrokenPipeError):  # _read tells why it is gone
+        with contextlib.suppress(BrokenPipeError):  # `read` tells why it is gone
             self._process.stdin.write(f"{seconds}\n")
             self._process.stdin.flush()
-        return list(map(float, json.loads(self._read())))
+        return list(map(float, json.loads(self.read())))
 
     def close(self) -> None:
         """Ends the process: its input ends, and if that does not do it, it is killed."""
@@ -118,7 +107,8 @@ class _Worker:
             self._process.stdout.close()
         self._errors.close()
 
-    def _read(self) -> str:
+    def read(self) -> str:
+        """The next line that the process says; the first one, once it is ready."""
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         if line:
             return line
@@ -140,12 +130,8 @@ def package_folders() -> list[str]:
 
 
 def check_counts(**limits: tuple[Any, int]) -> None:
-    """Refuses what is no integer or too small, and too many threads; names of arguments to their values and the least that they may
-    be.
-
-    Raises:
-        ValueError: one of them is.
-    """
+    """Refuses what is no integer or too small, and too many threads; names of arguments to their values and the least
+    that they may be. Raises `ValueError`: one of them is."""
     for name, (value, least) in limits.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
@@ -183,11 +169,10 @@ def time_calls(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> 
             workers.append(_Worker(engine, Path(folder), number, threads))
             stack.callback(workers[-1].close)
         for worker in workers:
-            worker.wait_until_ready()
+            worker.read()
         timings: list[list[list[float]]] = [[] for _ in workers]
         turns = [(index, worker) for _ in range(rounds) for index, worker in enumerate(workers)]
-        bar = progress_bar(turns, desc="Latency")
-        for index, worker in bar:
+        for index, worker in progress_bar(turns, desc="Latency"):
             time.sleep(SETTLE_SECONDS)
             timings[index].append(worker.time(TURN_SECONDS))
     return timings
@@ -235,12 +220,9 @@ def rounds_confidence(rounds: int) -> float:
 def total_latency(found: Iterable[tuple[Latency, int]]) -> Latency:
     """The latency of several calls, each so many times: a sum of medians, and of minima."""
     found = list(found)
+    each_round = zip(*([median * times for median in latency.rounds] for latency, times in found), strict=False)
     return Latency(
         median_ms=sum(latency.median_ms * times for latency, times in found),
         min_ms=sum(latency.min_ms * times for latency, times in found),
-        calls=min(latency.calls for latency, _ in found),
-        rounds=tuple(
-            sum(median * times for median, (_, times) in zip(medians, found, strict=True))
-            for medians in zip(*(latency.rounds for latency, _ in found), strict=False)
-        ),
-    )
+        calls=min(latency.calls for latency, _ in found), rounds=tuple(map(sum, each_round)),
+    )  # fmt: skip

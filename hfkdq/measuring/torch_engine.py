@@ -13,13 +13,7 @@ from ..modeling import load_checkpoint
 
 
 def torch_call(folder: str, inputs: dict[str, np.ndarray[Any, Any]], threads: int) -> Callable[[], Any]:
-    """What runs the model of a checkpoint once.
-
-    Args:
-        folder (`str`): the checkpoint.
-        inputs (`dict[str, np.ndarray]`): a batch.
-        threads (`int`): threads that PyTorch may use.
-    """
+    """What runs the model of the checkpoint in a folder once, on a batch and with the threads that PyTorch may use."""
     torch.set_num_threads(threads)
     model = load_checkpoint(folder, dtype="auto").eval()
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}

@@ -9,21 +9,7 @@ from .text import AnswerF1, Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
 
 __all__ = [
-    "F1",
-    "Accuracy",
-    "AnswerF1",
-    "Bleu",
-    "Correlation",
-    "EmbeddingSimilarity",
-    "EntityF1",
-    "MeanAveragePrecision",
-    "MeanIoU",
-    "MultiLabelF1",
-    "TaskMetrics",
-    "WordErrorRate",
-    "answer_features",
-    "answer_metrics",
-    "classification_metrics",
-    "detection_metrics",
-    "metrics_for",
-]
+    "F1", "Accuracy", "AnswerF1", "Bleu", "Correlation", "EmbeddingSimilarity", "EntityF1", "MeanAveragePrecision",
+    "MeanIoU", "MultiLabelF1", "TaskMetrics", "WordErrorRate", "answer_features", "answer_metrics",
+    "classification_metrics", "detection_metrics", "metrics_for",
+]  # fmt: skip

@@ -124,7 +124,6 @@ def answer_metrics(features: Dataset) -> Callable[[EvalPrediction], dict[str, fl
     Returns:
         `Callable`: `compute_metrics` for a `Trainer`.
     """
-
     pairs = answer_pairs(features)
     return lambda prediction: AnswerF1.score(*pairs(prediction))
 
@@ -161,11 +160,8 @@ def _best_answer(row: Mapping[str, Any], starts: Array, ends: Array) -> tuple[fl
 
 
 def span_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Exact match and F1 of the tokens from the likeliest start to the likeliest end, in [0, 1], where the texts are not known.
-
-    Args:
-        prediction (`EvalPrediction`): logits of starts and ends, of shape `(examples, seq)`, and their positions.
-    """
+    """Exact match and F1 of the tokens from the likeliest start to the likeliest end, in [0, 1], where the texts are not
+    known: of logits of starts and ends, `(examples, seq)`, and their positions."""
     first, last = (np.asarray(logits).argmax(-1) for logits in prediction.predictions[:2])
     start, end = (np.asarray(positions) for positions in prediction.label_ids)
     shared = np.maximum(np.minimum(last, end) - np.maximum(first, start) + 1, 0)

@@ -59,7 +59,7 @@ class MeanAveragePrecision(LocalMetric):
 
     @staticmethod
     def score(predictions: Any, references: Any) -> dict[str, float]:
-        return _average_precision(predictions, references, {})
+        return average_precision(predictions, references, {}, "map_class_")
 
 
 def detection_metrics(
@@ -111,7 +111,7 @@ def detection_metrics(
         )
     _coco()
     pairs = detection_pairs(processor, threshold)
-    return lambda prediction: score_detection(*pairs(prediction), id2label or {})
+    return lambda prediction: average_precision(*pairs(prediction), id2label or {})
 
 
 def detection_pairs(processor: Any, threshold: float = 0.0) -> Callable[[EvalPrediction], tuple[list[Any], list[Any]]]:
@@ -128,11 +128,6 @@ def detection_pairs(processor: Any, threshold: float = 0.0) -> Callable[[EvalPre
         return found, there
 
     return pairs
-
-
-def score_detection(found: Rows[Any], there: Rows[Any], id2label: Mapping[int, str]) -> dict[str, float]:
-    """What [`detection_metrics`] says of the boxes of some images."""
-    return _average_precision(found, there, id2label, "map_")
 
 
 def _batches(prediction: EvalPrediction) -> Iterator[tuple[ModelOutput, Rows[Mapping[str, Any]]]]:
@@ -178,12 +173,9 @@ def _reference(labels: Mapping[str, Any], size: Rows[int]) -> dict[str, Any]:
     return {"boxes": scaled, "labels": classes, "iscrowd": labels.get("iscrowd", np.zeros_like(classes))}
 
 
-def _average_precision(
-    predictions: Rows[Mapping[str, Any]],
-    references: Rows[Mapping[str, Any]],
-    names: Mapping[int, str],
-    prefix: str = "map_class_",
-) -> dict[str, float]:
+def average_precision(
+    predictions: Rows[Mapping[str, Any]], references: Rows[Mapping[str, Any]], names: Mapping[int, str], prefix: str = "map_"
+) -> dict[str, float]:  # fmt: skip
     """What pycocotools says of a dictionary for each image; a class without a name has its number."""
     coco, evaluator = _coco()
     classes = sorted({int(label) for one in references for label in one["labels"]})
@@ -204,9 +196,8 @@ def _average_precision(
         run = evaluator(*pair, iouType="bbox")
         run.evaluate()
         run.accumulate()
-    precision = run.eval["precision"][
-        ..., 0, -1
-    ]  # (overlap, recall, class), of boxes of all sizes; -1 without objects
+    # (overlap, recall, class), of boxes of all sizes; -1 without objects.
+    precision = run.eval["precision"][..., 0, -1]
     means = {"map": precision, **{name: precision[index] for name, index in _NAMED.items()}}
     means |= {f"{prefix}{names.get(label, label)}": precision[..., k] for k, label in enumerate(classes)}
     return {name: float(found[found > -1].mean()) for name, found in means.items() if (found > -1).any()}
@@ -217,12 +208,9 @@ def _boxes(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         crowds = one.get("iscrowd", [0] * len(one["labels"]))
         for index, (left, top, right, bottom) in enumerate(np.asarray(one["boxes"], dtype=np.float64).reshape(-1, 4)):
             found = {
-                "image_id": image,
-                "category_id": int(one["labels"][index]),
-                "bbox": [left, top, right - left, bottom - top],
-                "area": (right - left) * (bottom - top),
-                "iscrowd": int(crowds[index]),
-            }
+                "image_id": image, "category_id": int(one["labels"][index]), "iscrowd": int(crowds[index]),
+                "bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top),
+            }  # fmt: skip
             yield {**found, "score": float(one["scores"][index])} if "scores" in one else found
 
 

@@ -19,7 +19,7 @@ from ..modeling.tasks import class_names, is_bare, is_listed
 from .answers import answer_pairs, has_answers, span_metrics
 from .base import IGNORED
 from .classes import MeanIoU, MultiLabelF1, classification_metrics
-from .detection import detection_metrics, detection_pairs, score_detection
+from .detection import average_precision, detection_metrics, detection_pairs
 from .text import AnswerF1, Bleu, EntityF1, WordErrorRate
 from .values import Correlation, EmbeddingSimilarity
 
@@ -170,20 +170,15 @@ def _language(shift: int) -> Callable[..., TaskMetrics]:
     return lambda model, processor, dataset: TaskMetrics(compute=compute, metric="accuracy", preprocess=preprocess)
 
 
-def _translation(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
-    decode = _decoder(model, processor)
-    return _of_pairs(
-        lambda prediction: (decode(prediction.predictions), decode(prediction.label_ids)),
-        Bleu.score, metric="bleu", scale=100.0, generates=True,
-    )  # fmt: skip
+def _generated(score: Callable[[Any, Any], dict[str, float]], **settings: Any) -> Callable[..., TaskMetrics]:
+    """Of texts that are generated, held against those of the labels."""
 
+    def make(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
+        decode = _decoder(model, processor)
+        pairs = lambda prediction: (decode(prediction.predictions), decode(prediction.label_ids))  # noqa: E731
+        return _of_pairs(pairs, score, generates=True, **settings)
 
-def _transcript(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
-    decode = _decoder(model, processor)
-    return _of_pairs(
-        lambda prediction: (decode(prediction.predictions), decode(prediction.label_ids)),
-        WordErrorRate.score, metric="wer", generates=True,
-    )  # fmt: skip
+    return make
 
 
 def _ctc(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
@@ -253,14 +248,11 @@ def _embedding(model: Any, inputs: Mapping[str, Any], outputs: Outputs) -> Outpu
     if mask is None and states.dim() == 3:
         mask = position_mask(inputs, None)
     if mask is None or mask.shape != states.shape[:2]:
-        return {"embedding": states.mean(-1 if "pixel_values" in inputs and states.shape[1] == _width(model) else 1)}
+        # Channels of a convolutional network come before height and width.
+        channels = (getattr(model.config, "hidden_sizes", None) or [0])[-1]
+        return {"embedding": states.mean(-1 if "pixel_values" in inputs and states.shape[1] == channels else 1)}
     weights = mask.to(states).unsqueeze(-1)
     return {"embedding": (states * weights).sum(1) / weights.sum(1).clamp(min=1)}
-
-
-def _width(model: Any) -> int:
-    """Channels of a convolutional network, whose states are `(batch, channels, height, width)`."""
-    return int((getattr(model.config, "hidden_sizes", None) or [0])[-1])
 
 
 def _decoder(model: Any, processor: Any) -> Callable[..., list[str]]:
@@ -300,24 +292,16 @@ def _boxes(model: Any, processor: Any, dataset: Any) -> TaskMetrics:
     names = {int(number): str(name) for number, name in model.config.id2label.items()}
     processor = getattr(processor, "image_processor", processor)
     detection_metrics(processor)  # refuses what is no processor of a detector, and a missing library
-    score = partial(score_detection, id2label=names)
+    score = partial(average_precision, names=names)
     return _of_pairs(detection_pairs(processor), score, metric="map", concat_batches=False)
 
 
 # In the order of `modeling.tasks.TASKS`: a class that two tables list is for the first of them.
 _BY_TABLE: Mapping[str, Callable[[Any, Any, Any], TaskMetrics]] = {
-    "SEQ_TO_SEQ_CAUSAL_LM": _translation,
-    "SPEECH_SEQ_2_SEQ": _transcript,
-    "MASKED_LM": _language(0),
-    "SEQUENCE_CLASSIFICATION": _classifier,
-    "TOKEN_CLASSIFICATION": _tokens,
-    "QUESTION_ANSWERING": _answers,
-    "MULTIPLE_CHOICE": _classifier,
-    "IMAGE_CLASSIFICATION": _classifier,
-    "OBJECT_DETECTION": _boxes,
-    "AUDIO_CLASSIFICATION": _classifier,
-    "CTC": _ctc,
-    "CAUSAL_LM": _language(1),
-    "SEMANTIC_SEGMENTATION": _pixels,
+    "SEQ_TO_SEQ_CAUSAL_LM": _generated(Bleu.score, metric="bleu", scale=100.0),
+    "SPEECH_SEQ_2_SEQ": _generated(WordErrorRate.score, metric="wer"), "MASKED_LM": _language(0),
+    "SEQUENCE_CLASSIFICATION": _classifier, "TOKEN_CLASSIFICATION": _tokens, "QUESTION_ANSWERING": _answers,
+    "MULTIPLE_CHOICE": _classifier, "IMAGE_CLASSIFICATION": _classifier, "OBJECT_DETECTION": _boxes,
+    "AUDIO_CLASSIFICATION": _classifier, "CTC": _ctc, "CAUSAL_LM": _language(1), "SEMANTIC_SEGMENTATION": _pixels,
     "ZERO_SHOT_IMAGE_CLASSIFICATION": _pairs,
-}
+}  # fmt: skip

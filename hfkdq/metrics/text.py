@@ -104,7 +104,5 @@ class WordErrorRate(LocalMetric):
             raise ValueError(
                 "All references are empty, so there is no word that could be wrong; use rows that have texts."
             )
-        words, characters = (
-            process(list(references), list(predictions)) for process in (jiwer.process_words, jiwer.process_characters)
-        )
-        return {"wer": float(words.wer), "cer": float(characters.cer)}
+        pair = list(references), list(predictions)
+        return {"wer": float(jiwer.process_words(*pair).wer), "cer": float(jiwer.process_characters(*pair).cer)}

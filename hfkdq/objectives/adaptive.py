@@ -34,8 +34,7 @@ class AdaptiveWeight:
 
     def adapt(self, sums: list[float]) -> None:
         """Averages the measurements of an optimizer step, summed over micro batches and processes."""
-        m = self.momentum
-        known = self._known
+        m, known = self.momentum, self._known
         self._known = sums if known is None else [m * a + (1.0 - m) * b for a, b in zip(known, sums, strict=True)]
 
     def state(self) -> list[float] | None:

@@ -59,6 +59,5 @@ class BoxKD(Objective):
         edges = [corners(b) for b in boxes]
         overlaps = torch.stack([generalized_box_iou(s, t).diagonal() for s, t in zip(*edges, strict=True)])
         distance = 5.0 * lengths + 2.0 * (1.0 - overlaps)
-        per_image = (objects * distance).sum(-1) / objects.sum(-1).clamp(min=1e-12)
-        mean: torch.Tensor = per_image.mean()
-        return mean
+        per_image: torch.Tensor = (objects * distance).sum(-1) / objects.sum(-1).clamp(min=1e-12)
+        return per_image.mean()

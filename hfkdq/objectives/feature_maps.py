@@ -58,5 +58,4 @@ class FeatureMapKD(LayerObjective):
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         pairs = ((step.student.hidden_states[s], step.teacher.hidden_states[t]) for s, t in self._pairs)
-        values = [activation_map_distance(*pair, self.power) for pair in pairs]
-        return torch.stack(values).mean()
+        return torch.stack([activation_map_distance(*pair, self.power) for pair in pairs]).mean()

@@ -19,24 +19,15 @@ from ..modeling.masks import Batch, Positions, attended_mask, position_mask, ref
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits of both models side by side.
-
-    Attributes:
-        student (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the student.
-        teacher (`torch.Tensor` of shape `(batch, ..., classes)`): logits of the teacher, or [`TopLogits`].
-        mask (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): the positions that count.
-        valid_classes (`torch.BoolTensor`, *optional*): the classes that are possible, shaped as the logits.
-        target (`torch.LongTensor` of shape `(batch, ...)`, *optional*): the class on the label, -100 for none; or float
-            probabilities of a soft label, shaped as the logits.
-        position_weights (`torch.Tensor` of shape `(batch, ...)`, *optional*): how much each position of an example counts.
-    """
+    """Logits of both models side by side, `(batch, ..., classes)`. `target` is the class on the label, int64 of shape
+    `(batch, ...)`, -100 for none; or float probabilities of a soft label, shaped as the logits."""
 
     student: torch.Tensor
-    teacher: Any
-    mask: torch.Tensor | None = None
-    valid_classes: torch.Tensor | None = None
+    teacher: Any  # or `TopLogits`
+    mask: torch.Tensor | None = None  # the positions that count, bool of shape `(batch, ...)`
+    valid_classes: torch.Tensor | None = None  # the classes that are possible, bool, shaped as the logits
     target: torch.Tensor | None = None
-    position_weights: torch.Tensor | None = None
+    position_weights: torch.Tensor | None = None  # how much each position of an example counts, `(batch, ...)`
 
 
 class Head:
@@ -118,15 +109,13 @@ class TokenHead(Head):
         self.shifts_labels = shifts_labels
 
     def predictions(self, student_out: Any, teacher_out: Any, batch: Batch) -> list[Prediction]:
-        return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch), target=self._target(batch))]
+        labels: torch.Tensor | None = batch.get("labels")
+        target = labels.roll(-1, dims=1) if self.shifts_labels and labels is not None else labels
+        return [Prediction(student_out.logits, teacher_out.logits, self.mask(batch), target=target)]
 
     def mask(self, batch: Batch) -> torch.Tensor | None:
         refuse_two_texts(batch, "LogitKD of tokens")
         return token_mask(batch, self.shifts_labels)
-
-    def _target(self, batch: Batch) -> torch.Tensor | None:
-        labels: torch.Tensor | None = batch.get("labels")
-        return labels.roll(-1, dims=1) if self.shifts_labels and labels is not None else labels
 
 
 class DecoderHead(TokenHead):
@@ -275,11 +264,6 @@ class DetectionHead(Head):
         return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
 
 
-def object_probabilities(logits: torch.Tensor, exclusive: bool) -> torch.Tensor:
-    """Probability that there is an object, per query: `(batch, queries)`; exclusive classes have "no object" last."""
-    return 1.0 - logits.float().softmax(-1)[..., -1] if exclusive else logits.float().sigmoid().amax(-1)
-
-
 def corners(boxes: torch.Tensor) -> torch.Tensor:
     """Left, top, right and bottom of boxes that are given as centre and size; none is without any area."""
     # Of two boxes without area there is no ratio of areas.
@@ -309,7 +293,7 @@ def matched_queries(
     both = [out.logits.float() for out in (student_out, teacher_out)]
     probabilities = [logits.softmax(-1) if exclusive else logits.sigmoid() for logits in both]
     boxes = [out.pred_boxes.float() for out in (student_out, teacher_out)]
-    objects = object_probabilities(teacher_out.logits, exclusive)
+    objects = 1.0 - probabilities[1][..., -1] if exclusive else probabilities[1].amax(-1)  # (batch, queries)
     own, theirs = [], []
     for row in range(len(objects)):
         count = min(boxes[0].shape[1], boxes[1].shape[1])

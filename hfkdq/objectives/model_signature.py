@@ -19,16 +19,10 @@ from ..modeling.tasks import class_names, is_listed
 
 
 class ModelSignature:
-    """Class, configuration and shapes of the outputs of a model, without the model where they were written down.
-
-    Args:
-        model_class (`str`): name of the model's class.
-        config (`PretrainedConfig`): its configuration.
-        shapes (`dict`, *optional*): by the name of an output, its shape for a batch, or for `"hidden_states"` and
-            `"attentions"` a list of them.
-        model (`PreTrainedModel`, *optional*): the model, which is run once for every output that is asked of.
-        temperature (`float`, *optional*): the temperature of outputs that were cached as their likeliest classes.
-    """
+    """Name of the class, configuration and shapes of the outputs of a model, without the `model` where they were written
+    down; it is run once for every output that is asked of. `shapes` has by the name of an output its shape for a batch,
+    or for `"hidden_states"` and `"attentions"` a list of them; `temperature` is that of outputs that were cached as
+    their likeliest classes."""
 
     def __init__(
         self, model_class: str, config: Any, shapes: Mapping[str, Any] | None = None, model: Any = None,

@@ -88,8 +88,7 @@ class CRD(SampleObjective):
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
         excluded = _same_class(step.batch) if self.exclude_same_class else None
-        pairs = self.represented(step, self._places)
-        values = [info_nce(ours, theirs, self.temperature, excluded) for ours, theirs in pairs]
+        values = [info_nce(*pair, self.temperature, excluded) for pair in self.represented(step, self._places)]
         return torch.stack(values).mean()
 
 

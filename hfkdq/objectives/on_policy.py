@@ -141,9 +141,7 @@ class OnPolicyKD(Objective):
         base.generation_config = settings  # what the model's own one says beyond the settings would be added to them
         try:
             with evaluating(model):
-                found: torch.Tensor = model.generate(
-                    input_ids=ids, attention_mask=mask.long(), generation_config=settings
-                )
+                found = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=settings)
         finally:
             base.generation_config = own
             # Weights cast here have no gradient; older releases of PyTorch give them to the student's own pass too.

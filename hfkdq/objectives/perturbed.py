@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import TEACHER_PREFIX, base_of, full_precision
+from ..modeling.forwards import TEACHER_PREFIX, base_of, full_precision, hooked
 from ..modeling.masks import Batch, Positions, attended_mask
 from .base import Objective, Passes, TrainingStep
 from .logits import LogitKD
@@ -218,13 +218,11 @@ class AdversarialKD(ExtraForwardPasses):
                 with torch.autocast(change.deltas[0].device.type, enabled=False):
                     loss = self.objective.loss(replace(step, student=output, teacher=target))
             gradients = torch.autograd.grad(loss, change.deltas)
-            change = _Change(
-                [
-                    _within(delta.detach() + _unit(gradient) * (step_size * length).to(delta), self.epsilon * length)
-                    for delta, gradient, length in zip(change.deltas, gradients, lengths, strict=True)
-                ],
-                requires_grad=True,
-            )
+            moved = [
+                _within(delta.detach() + _unit(gradient) * (step_size * length).to(delta), self.epsilon * length)
+                for delta, gradient, length in zip(change.deltas, gradients, lengths, strict=True)
+            ]
+            change = _Change(moved, requires_grad=True)
         change = _Change([delta.detach() for delta in change.deltas])
         with change.of(passes.teacher_model, batch) as changed:
             target = passes.teacher(changed, self.needs, self._read(1))
@@ -245,8 +243,7 @@ def _unit(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _within(delta: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    inside: torch.Tensor = (delta.float() * (bound / _length(delta).clamp(min=1e-12)).clamp(max=1.0)).to(delta)
-    return inside
+    return (delta.float() * (bound / _length(delta).clamp(min=1e-12)).clamp(max=1.0)).to(delta)
 
 
 class _Change:
@@ -278,11 +275,8 @@ class _Change:
         # Encoder and decoder may have modules of their own around one table.
         lookups = [m for m in base.modules() if isinstance(m, nn.Embedding) and m.weight is table]
         handles = [m.register_forward_hook(lambda module, args, output: self._next(output)) for m in lookups]
-        try:
+        with hooked(handles):
             yield batch
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass(frozen=True, kw_only=True)

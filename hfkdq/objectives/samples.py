@@ -141,5 +141,4 @@ class SimilarityPreservingKD(SampleObjective):
     """
 
     def loss(self, step: TrainingStep) -> torch.Tensor:
-        values = [similarity_distance(*pair) for pair in self.represented(step)]
-        return torch.stack(values).mean()
+        return torch.stack([similarity_distance(*pair) for pair in self.represented(step)]).mean()

@@ -169,15 +169,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
 
     def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
+        train_dataloader: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if self._waits:
             data, collate = (getattr(train_dataloader, name, None) for name in ("dataset", "collate_fn"))
             self._example = None if collate is None else first_rows(data, collate, None)

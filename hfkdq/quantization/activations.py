@@ -21,14 +21,8 @@ class ActivationQuantizer(Stateless):
 
     Until a training batch or `set_range` has given it a range it passes its input through. It writes nothing to a
     state dict and expects nothing from one, so that a checkpoint of the model around it is an ordinary one. With
-    `activation_mapping="power_law"` it is \\(sign(x)|x|^p\\) that is quantized so, and expanded again.
-
-    Args:
-        scheme (`QuantizationScheme`): how.
-
-    Attributes:
-        initialized (`bool`): whether there is a range.
-        frozen (`bool`): whether the range stays as it is in training.
+    `activation_mapping="power_law"` it is \\(sign(x)|x|^p\\) that is quantized so, and expanded again. It is
+    `initialized` where there is a range, and `frozen` where that stays as it is in training.
     """
 
     state_names: tuple[str, ...] = ()
@@ -232,9 +226,8 @@ class PACTQuantizer(ActivationQuantizer):
         return torch.where(self.signed > 0, float(self.middle - 1), float(self.maximum_code))
 
     def qparams(self) -> tuple[Tensor, Tensor]:
-        scale = grids.constant(
-            grids.constant(self.alpha.data).clamp(min=grids.SMALLEST_SCALE) / grids.constant(self._steps())
-        )
+        alpha = grids.constant(self.alpha.data).clamp(min=grids.SMALLEST_SCALE)
+        scale = grids.constant(alpha / grids.constant(self._steps()))
         return scale, (self.signed * self.middle).to(torch.int32)
 
     def set_range(self, scale: float, zero_point: int) -> None:

@@ -68,16 +68,12 @@ class BitAllocation:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready data; bits that are keys become strings."""
         return {
-            "bits": dict(self.bits),
-            "bytes": self.bytes,
-            "budget": self.budget,
-            "float_bytes": self.float_bytes,
-            "predicted": self.predicted,
-            "measure": self.measure,
+            "bits": dict(self.bits), "bytes": self.bytes, "budget": self.budget, "float_bytes": self.float_bytes,
+            "predicted": self.predicted, "measure": self.measure,
             "sensitivity": {n: {str(b): value for b, value in found.items()} for n, found in self.sensitivity.items()},
             "sizes": {name: {str(b): value for b, value in found.items()} for name, found in self.sizes.items()},
             "spec": self.spec.to_dict(),
-        }
+        }  # fmt: skip
 
     def table(self) -> Table:
         """Sensitivities, bits and size of every module, for the terminal: `rich.print(allocation.table())`.
@@ -129,10 +125,7 @@ def choose_bits(
     still fit.
 
     `sizes` and `sensitivity` are by name and bits, `budget` is the most bytes in all. Returns bits by name; of equal sums
-    those of the smallest size.
-
-    Raises:
-        ValueError: the fewest bits do not fit.
+    those of the smallest size. Raises `ValueError`: the fewest bits do not fit.
 
     Example:
         ```python
@@ -170,9 +163,8 @@ def choose_bits(
 
 # From wide to narrow: cold to warm.
 _COLORS = {16: "#5b4b9a", 8: "#3b7dc4", 6: "#3fa7a0", 4: "#7fae3f", 3: "#d9a92b", 2: "#e0793a", 1: "#c43b4e"}
-_INK = "#22262d"
-_FAINT = "#6b7280"
-_RULE = "#e5e7eb"
+_INK, _FAINT, _RULE = "#22262d", "#6b7280", "#e5e7eb"
+_LABEL: dict[str, Any] = {"loc": "left", "fontsize": 8.5, "color": _FAINT, "pad": 6}
 _SPAN = 1e7  # of the axis; some modules are many powers of ten below anything that matters
 
 
@@ -261,6 +253,3 @@ def _draw_sizes(axis: Any, allocation: BitAllocation) -> None:
 
 def _columns(points: list[tuple[float, int]]) -> tuple[list[float], list[int]]:
     return [value for value, _ in points], [place for _, place in points]
-
-
-_LABEL: dict[str, Any] = {"loc": "left", "fontsize": 8.5, "color": _FAINT, "pad": 6}

@@ -41,8 +41,7 @@ class AttentionQuantizer(Stateless):
         return {**vars(self), "_modes": []}
 
     def quantize(self, name: str, values: Tensor) -> Tensor:
-        quantized: Tensor = self.operands[name](values)
-        return quantized
+        return self.operands[name](values)
 
     def enter(self) -> None:
         """Starts to quantize products, unless the fake quantizers are off."""
@@ -52,11 +51,7 @@ class AttentionQuantizer(Stateless):
             mode.__enter__()
 
     def leave(self, module: nn.Module, failed: bool) -> None:
-        """Stops to quantize products.
-
-        Raises:
-            ValueError: the module has multiplied in another way than attention does.
-        """
+        """Stops to quantize products. Raises `ValueError`: the module has multiplied in another way than attention does."""
         mode = self._modes.pop()
         if mode is None:
             return
@@ -69,20 +64,12 @@ class AttentionQuantizer(Stateless):
             )
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
         """`torch.nn.functional.scaled_dot_product_attention` with fake-quantized operands."""
-        query, key, value = (
-            self.quantize(name, t) for name, t in zip(("query", "key", "value"), (query, key, value), strict=True)
-        )
+        operands = {"query": query, "key": key, "value": value}
+        query, key, value = (self.quantize(name, operand) for name, operand in operands.items())
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(repeats, dim=-3), value.repeat_interleave(repeats, dim=-3)
@@ -149,9 +136,7 @@ def computes_attention(module: nn.Module) -> bool:
 
 def swap_attention_in_(module: nn.Module, spec: QuantizationSpec) -> None:
     """Puts fake quantizers before the matrix products of an attention module, in place."""
-    device = next(module.parameters()).device
-    quantizer = AttentionQuantizer(spec, device)
-    module.attention_quantizer = quantizer
+    module.attention_quantizer = quantizer = AttentionQuantizer(spec, next(module.parameters()).device)
     after = module.register_forward_hook(_leave, always_call=True)
     quantizer.handles = [module.register_forward_pre_hook(_enter), after]
     quantizer.train(module.training)

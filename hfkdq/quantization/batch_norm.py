@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
-from ..modeling.forwards import evaluating
+from ..modeling.forwards import evaluating, hooked
 
 
 class _Frozen:
@@ -107,12 +107,8 @@ def _pairs(model: PreTrainedModel, example: dict[str, Tensor] | None) -> list[tu
             handles.append(module.register_forward_hook(after))
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(before))
-    try:
-        with evaluating(model):
-            model(**(example if example is not None else _black_image(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model):
+        model(**(example if example is not None else _black_image(model)))
     read = Counter(conv for conv, _ in pairs)
     pairs = [(conv, norm) for conv, norm in pairs if read[conv] == runs[conv] == runs[norm] == 1]
     if not pairs:

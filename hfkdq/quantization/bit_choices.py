@@ -22,29 +22,17 @@ from .quantized_module import QuantizedModule
 
 @dataclass(frozen=True)
 class BitChoices:
-    """The modules that a spec quantizes, and the bits that each could have.
-
-    Attributes:
-        spec (`QuantizationSpec`): the spec.
-        modules (`dict`): the modules, by name.
-        free (`frozenset` of `str`): those whose bits the spec does not set.
-        groups (`dict`): names of the modules that share their weights, and so their bits, by the first of them.
-        schemes (`dict`): how each module is quantized, by name and bits, the most first.
-        patterns (`dict`): a key of `overrides` that means the module alone, by its name.
-        sizes (`dict`): bytes of each group, by the first name and bits.
-        float_bytes (`int`): bytes of the weights of all groups in float32.
-        rest_bytes (`int`): bytes of the weights that stay in float32 without the spec saying so.
-    """
+    """The modules that a spec quantizes, by name, and the bits that each could have."""
 
     spec: QuantizationSpec
     modules: dict[str, nn.Module]
-    free: frozenset[str]
-    groups: dict[str, list[str]]
-    schemes: dict[str, dict[int, QuantizationScheme]]
-    patterns: dict[str, str]
-    sizes: dict[str, dict[int, int]] = field(default_factory=dict)
-    float_bytes: int = 0
-    rest_bytes: int = 0
+    free: frozenset[str]  # those whose bits the spec does not set
+    groups: dict[str, list[str]]  # modules that share their weights, and so their bits, by the first of them
+    schemes: dict[str, dict[int, QuantizationScheme]]  # by name and bits, the most first
+    patterns: dict[str, str]  # a key of `overrides` that means the module alone, by its name
+    sizes: dict[str, dict[int, int]] = field(default_factory=dict)  # bytes of each group, by the first name and bits
+    float_bytes: int = 0  # of the weights of all groups in float32
+    rest_bytes: int = 0  # of the weights that stay in float32 without the spec saying so
 
     @classmethod
     def of(cls, model: PreTrainedModel, spec: QuantizationSpec, bits: Sequence[int]) -> BitChoices:

@@ -101,16 +101,10 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that is the callback's: its settings, and the state of the quantizers."""
+        more = {"learning_rate_factor": self.scaling.factor, "log_ranges": self.log_ranges}
         schedule = {**asdict(self.schedule), "fold_batch_norm": self.fold_batch_norm}
-        return {
-            "args": {
-                "spec": self.spec.to_dict(),
-                **schedule,
-                "learning_rate_factor": self.scaling.factor,
-                "log_ranges": self.log_ranges,
-            },
-            "attributes": self._present() if self._states is None else self._states,
-        }
+        attributes = self._present() if self._states is None else self._states
+        return {"args": {"spec": self.spec.to_dict(), **schedule, **more}, "attributes": attributes}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if model is None:
@@ -144,8 +138,7 @@ class QATCallback(TrainerCallback, ExportableState):
         self._share(model, args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        frozen = self.schedule.at(state.global_step / state.max_steps).frozen
-        self.scaling.before_step(model, frozen)
+        self.scaling.before_step(model, self.schedule.at(state.global_step / state.max_steps).frozen)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.scaling.after_step_()
@@ -196,8 +189,7 @@ class QATCallback(TrainerCallback, ExportableState):
 
     def _saved_in(self, state: Any) -> dict[str, Any] | None:
         saved = state.stateful_callbacks.get(type(self).__name__)
-        found: dict[str, Any] | None = saved[0] if isinstance(saved, list) else saved
-        return found
+        return saved[0] if isinstance(saved, list) else saved
 
     def _load_state_of(self, path: Path, model: PreTrainedModel) -> bool:
         """Takes over the quantizers from the Trainer's state in a checkpoint; whether there were any."""

@@ -36,18 +36,12 @@ class Grid:
     - `"power_law"`: the same of \\(f(x) = sign(x)|x|^p\\), value \\(f^{-1}(s (q - z))\\).
     - `"power_of_two"`: \\(q = 0\\) is 0, other q stand for \\(\pm s 2^{|q| - high}\\); the nearest is taken.
     - `"kmeans"`: q is the index of the nearest value of a sorted codebook, in units of s.
-
-    Args:
-        bits (`int`): bits of a code.
-        symmetric (`bool`): codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one.
-        mapping (`str`): as in [`QuantizationScheme`].
-        power (`float`): of the power law.
     """
 
     bits: int
-    symmetric: bool = True
+    symmetric: bool = True  # codes in [-Q, Q] without a zero point, rather than [0, 2**bits - 1] with one
     mapping: str = "linear"
-    power: float = 0.5
+    power: float = 0.5  # of the power law
 
     @property
     def low(self) -> int:
@@ -122,8 +116,7 @@ def fake_quantize(
         return straight_through(values, quantized, inside)
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
     if values.device.type == "cpu" and not tracing:  # there the kernels are several times slower than what they fuse
-        result: Tensor = _FakeQuantize.apply(values, scale, zero_point, low, high, clips)
-        return result
+        return _FakeQuantize.apply(values, scale, zero_point, low, high, clips)
     # They compute in float32 for bfloat16 and float16 values too, and round once at the end.
     if scale.ndim:
         return torch.fake_quantize_per_channel_affine(values, scale, zero_point, 0, low, high)
@@ -189,8 +182,7 @@ def learned_fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, zero_po
     that of the scale is `(x̂ - x) / s` and that of the offset 0; outside they are `(x̂ - offset) / s` and 1. Scale,
     offset (the value of the smallest code; 0 where it does not move) and zero point are float32 scalars; `high` is the
     largest code."""
-    result: Tensor = _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)
-    return result
+    return _LearnedFakeQuantize.apply(values, scale, offset, zero_point, high)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -207,8 +199,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(values: Tensor, quantized: Tensor, mask: Tensor | None = None) -> Tensor:
     """`quantized`, whose gradient goes to `values` unchanged, or only where `mask` is 1."""
-    result: Tensor = _StraightThrough.apply(values, quantized, mask)
-    return result
+    return _StraightThrough.apply(values, quantized, mask)
 
 
 def scale_gradient(values: Tensor, factor: float) -> Tensor:

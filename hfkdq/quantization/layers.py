@@ -77,8 +77,7 @@ class QuantizedConv1D(SmoothedModule, Conv1D):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fake_quantize_enabled:
-            result: Tensor = super().forward(x)
-            return result
+            return super().forward(x)
         x, weight = self.input_and_weight(x)
         return F.linear(x, weight.t(), self.bias)
 
@@ -88,8 +87,7 @@ class _Convolution(QuantizedModule):
     bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(*self.input_and_weight(input), self.bias)
-        return output
+        return self._conv_forward(*self.input_and_weight(input), self.bias)
 
 
 class QuantizedConv1d(_Convolution, nn.Conv1d):
@@ -151,9 +149,8 @@ def _keeps_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
     between = cls.__mro__[: cls.__mro__.index(base)]
     own = [inspect.unwrap(vars(each)["forward"]) for each in between if "forward" in vars(each)]
     codes = [each.__code__ for each in own if hasattr(each, "__code__")]
-    calls = all(
-        "forward" in code.co_names and {"super", "__class__"} & {*code.co_names, *code.co_freevars} for code in codes
-    )
+    names = [{*code.co_names, *code.co_freevars} for code in codes]
+    calls = all("forward" in known and {"super", "__class__"} & known for known in names)
     return not own or (base is nn.Embedding and calls and len(codes) == len(own))
 
 

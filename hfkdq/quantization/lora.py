@@ -22,8 +22,7 @@ class QuantizedLoraLinear(LoraLinear):
                 "them with model.set_adapter, or remove the fake quantizers with strip_quantizers_(model)."
             )
         if not self.base_layer.fake_quantize_enabled:
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
+            return super().forward(x, *args, **kwargs)
         return self.base_layer(x)
 
     def merged_weight(self, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..modeling import load_checkpoint, load_config
 from ..modeling.batches import Batches, make_batches, on_device
-from ..modeling.forwards import evaluating
+from ..modeling.forwards import evaluating, hooked
 from ..modeling.own_modules import as_pretrained_, own_class
 from ..modeling.placement import refuse_sharded
 from ..specs import QuantizationSpec
@@ -72,9 +72,8 @@ def quantize(
     """
     refuse_sharded(model)
     if records.quantized_spec(as_pretrained_(model)) is not None:
-        raise ValueError(
-            f"{type(model).__name__} already has fake quantizers. Remove them first with strip_quantizers_(model)."
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} already has fake quantizers. Remove them first with strip_quantizers_(model).")
     if smoothing is not None and not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"smoothing must be in [0, 1], got {smoothing!r}. SmoothQuant uses 0.5.")
     prepare_qat_(model, spec)
@@ -188,11 +187,10 @@ def _hooked(modules: Iterable[nn.Module], hook: Callable[[Any, Any, Any], None],
     handles = [module.register_forward_hook(hook) for module in modules]
     records.set_enabled_(model, False)
     try:
-        yield
+        with hooked(handles):
+            yield
     finally:
         records.set_enabled_(model, True)
-        for handle in handles:
-            handle.remove()
 
 
 def smooth_(model: nn.Module, run: Run, strength: float) -> int:

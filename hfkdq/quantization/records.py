@@ -217,22 +217,15 @@ class _LiveRecord(dict[str, Any]):
 
 
 def _state_of(model: PreTrainedModel, spec: QuantizationSpec) -> dict[str, Any]:
-    fact: dict[str, Any] = {"spec": named_spec(model, spec).to_dict(), "ranges": activation_ranges(model)}
-    unobserved = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.initialized]
-    if unobserved:
-        fact["unobserved"] = unobserved
-    left = describe_left(model)
-    if left["modules"] or beyond_former(model):
-        fact["left_in_float"] = left
-    weights = weight_states(model)
-    if weights:
-        fact["weights"] = weights
-    early = {name: q.bits for name, q in weight_quantizers(model).items() if q.bits != q.scheme.weight_bits}
-    if early:
-        fact["weight_bits"] = early
-    if not all(module.fake_quantize_enabled for module in quantized_modules(model).values()):
-        fact["enabled"] = False
-    return fact
+    left, on = describe_left(model), all(m.fake_quantize_enabled for m in quantized_modules(model).values())
+    always = {"spec": named_spec(model, spec).to_dict(), "ranges": activation_ranges(model)}
+    more = {
+        "unobserved": [name for name, q in activation_quantizers(model).items() if not q.initialized],
+        "left_in_float": left if left["modules"] or beyond_former(model) else {},
+        "weights": weight_states(model),
+        "weight_bits": {n: q.bits for n, q in weight_quantizers(model).items() if q.bits != q.scheme.weight_bits},
+    }
+    return {**always, **{name: value for name, value in more.items() if value}, **({} if on else {"enabled": False})}
 
 
 def recorded_quantization(model: PreTrainedModel | PretrainedConfig) -> tuple[QuantizationSpec, dict[str, Any]] | None:

@@ -67,9 +67,8 @@ class QATSchedule:
         if self.begin == 1.0:
             raise ValueError("begin=1.0 leaves no training with fake quantizers. Use quantize(model, spec) for that.")
         if self.freeze_ranges is not None and self.freeze_ranges <= self.begin:
-            raise ValueError(
-                f"freeze_ranges={self.freeze_ranges} must come after begin={self.begin}: ranges are found between."
-            )
+            told = f"freeze_ranges={self.freeze_ranges} must come after begin={self.begin}"
+            raise ValueError(f"{told}: ranges are found between.")
         if not 0.0 < self.quantized_share <= 1.0:
             raise ValueError(f"quantized_share must be in (0, 1], got {self.quantized_share!r}.")
         widths = [bits for _, bits in self.lower_bits]
@@ -91,12 +90,10 @@ class QATSchedule:
         # Before the first entry its bits hold too.
         bits = due[-1] if due else self.lower_bits[0][1] if self.lower_bits else 0
         return QATState(
-            enabled=progress >= self.begin,
+            enabled=progress >= self.begin, bits=bits, share=self.quantized_share,
             frozen=self.freeze_ranges is not None and progress >= self.freeze_ranges,
             batch_norm_frozen=self.freeze_batch_norm is not None and progress >= self.freeze_batch_norm,
-            bits=bits,
-            share=self.quantized_share,
-        )
+        )  # fmt: skip
 
 
 def learned_parameters(model: nn.Module) -> list[nn.Parameter]:

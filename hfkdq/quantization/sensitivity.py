@@ -156,7 +156,8 @@ class OutputChange:
         totals = [0.0] * len(self._divisors)
         for batch, before in zip(self.batches, self._before, strict=True):
             for i, ((logits, rows), (_, kept)) in enumerate(zip(self._run(batch), before, strict=True)):
-                totals[i] += float((in_chunks(_kl, rows, kept) if logits else _squares(rows, kept)).sum())
+                squares = None if logits else (rows.double() - kept.to(rows.device).double()).square()
+                totals[i] += float((in_chunks(_kl, rows, kept) if squares is None else squares).sum())
         return sum(max(total, 0.0) / divisor for total, divisor in zip(totals, self._divisors, strict=True))
 
     def _divisor(self, parts: Sequence[tuple[bool, Tensor]]) -> float:
@@ -228,7 +229,3 @@ def _kl(rows: Tensor, kept: Tensor) -> Tensor:
     """`KL(softmax(kept) || softmax(rows))` of each row."""
     # In float64: between a float model and its 8 bits float32 leaves little but rounding.
     return kl(kept.to(rows.device).double().log_softmax(-1), rows.double().log_softmax(-1))
-
-
-def _squares(rows: Tensor, kept: Tensor) -> Tensor:
-    return (rows.double() - kept.to(rows.device).double()).square()

@@ -52,19 +52,17 @@ class _Recurrent(SeveralWeights):
     _update_flat_weights: Any
 
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
-        self.weight_quantizers = nn.ModuleDict(
-            {
-                key: WeightQuantizer(scheme, getattr(self, key), gates=self._gates, name=f"{name}.{key}")
-                for key in self._flat_weights_names
-                if key.startswith("weight_ih") or key.startswith("weight_hh")
-            }
-        )
+        self.weight_quantizers = nn.ModuleDict()
+        for key in self._flat_weights_names:
+            if key.startswith(("weight_ih", "weight_hh")):
+                how: dict[str, Any] = {"gates": self._gates, "name": f"{name}.{key}"}
+                self.weight_quantizers[key] = WeightQuantizer(scheme, getattr(self, key), **how)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._update_flat_weights()  # the layer itself would put its weights back where one is another since the last pass
         kept, values = self._flat_weights, self._values()
-        names = self._flat_weights_names
-        self._flat_weights = [values.get(name, weight) for name, weight in zip(names, kept, strict=True)]
+        pairs = zip(self._flat_weights_names, kept, strict=True)
+        self._flat_weights = [values.get(name, weight) for name, weight in pairs]
         try:
             return super().forward(*args, **kwargs)
         finally:

@@ -21,9 +21,7 @@ _KMEANS_STEPS = 20
 def recomputing() -> bool:
     """Whether this forward is a repetition inside a backward pass, as gradient checkpointing makes it."""
     # What is compiled is not repeated: its own backward recomputes, and what checkpoint repeats around it is not compiled.
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Stateless(nn.Module):
@@ -33,11 +31,9 @@ class Stateless(nn.Module):
         # Follows its model to another device, never to another precision.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class WeightQuantizer(Stateless):
@@ -49,22 +45,12 @@ class WeightQuantizer(Stateless):
     Quantization", 2020): nothing outside of the range, and for the scale \\(q - w/s\\) inside and q outside, times
     \\(1/\sqrt{N Q}\\) with the N weights that share it.
 
-    Args:
-        scheme (`QuantizationScheme`): how.
-        weight (`torch.Tensor`): the weights, for their shape and as a start.
-        transposed (`bool`, defaults to `False`): whether output channels are the last axis rather than the first.
-        gates (`int`, *optional*): channels, where they are not the rows: the gates of a recurrent layer, blocks of rows;
-            the outputs of all experts of a layer, whose weight has three axes.
-        name (`str`, defaults to `"the module"`): of the module, for errors.
-
-    Attributes:
-        bits (`int`): the present bits; `scheme.weight_bits` unless `set_bits` changed it.
-        share (`float`): share of the output channels that a training pass quantizes, drawn at random (Fan et al.,
-            "Training with Quantization Noise for Extreme Model Compression", 2021). 1.0 by default.
-        frozen (`bool`): whether a codebook stays as it is in training.
-
-    Raises:
-        ValueError: `group_size` does not divide the inputs of a channel, or a scale does not fit into `storage_dtype`.
+    `weight` gives the shape and a start; `transposed` where output channels are the last axis rather than the first.
+    `gates` are the channels where they are not the rows: the gates of a recurrent layer, blocks of rows; the outputs of
+    all experts of a layer, whose weight has three axes. `bits` are the present ones, and `share` that of the output
+    channels that a training pass quantizes, drawn at random (Fan et al., "Training with Quantization Noise for Extreme
+    Model Compression", 2021); `frozen` where a codebook stays as it is in training. Raises `ValueError`: `group_size`
+    does not divide the inputs of a channel, or a scale does not fit into `storage_dtype`.
     """
 
     scale: nn.Parameter
@@ -156,10 +142,8 @@ class WeightQuantizer(Stateless):
         if not self.scheme.per_channel:
             return weight.reshape(1, 1, -1)
         rows = weight.transpose(-1, -2) if self.transposed else weight
-        channels = self.gates or rows.shape[0]
-        return rows.reshape(channels, 1, -1) if self.scheme.group_size is None else rows.reshape(
-            channels, -1, self.scheme.group_size
-        )  # fmt: skip
+        channels, size = self.gates or rows.shape[0], self.scheme.group_size
+        return rows.reshape(channels, 1, -1) if size is None else rows.reshape(channels, -1, size)
 
     def restore(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         if self.transposed and self.scheme.per_channel:

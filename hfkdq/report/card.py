@@ -19,10 +19,11 @@ from ..export.record import MADE_UP
 from ..export.sample import CALLS, EXPORTERS, LOADERS, OPTIMUM, TEXT, file_name
 from ..facts import describe_facts
 from ..modeling.tasks import task_of
+from ..schema import shortened
 from ..secrets import redact
 from ..specs import QuantizationSpec
 from .citations import citations
-from .data import RUNTIMES, Engine, ReportData, check_renderable, shortened
+from .data import RUNTIMES, Engine, ReportData, check_renderable
 from .markdown import Markdown, code, escape, escaping, is_unsafe, one_line, unwrapped
 from .table import markdown_table, metric_names, render_markdown
 
@@ -44,17 +45,18 @@ _IN_OPTIMUM_INTEL = {
 }  # fmt: skip
 
 
+def templates(**settings: Any) -> jinja2.Environment:
+    """What reads the templates of cards and pages."""
+    loader = jinja2.PackageLoader("hfkdq", "templates")
+    return jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **settings
+    )
+
+
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hfkdq", "templates"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        finalize=escape,  # whatever is no Markdown of ours is text
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    # Whatever is no Markdown of ours is text.
+    environment = templates(autoescape=False, finalize=escape, keep_trailing_newline=True)
     environment.filters["code"] = code
     return environment.get_template("model_card.md.j2")
 
@@ -64,16 +66,16 @@ def render_card(report: ReportData, repo_id: str | None, plot: str | None = None
     the card, `plot` the picture that lies beside it."""
     check_renderable(report)
     if repo_id is not None and not _is_hub_id(repo_id):
-        raise ValueError(
-            f"repo_id is {shortened(repo_id)}; a Repo id of the Hub is 'user/name', or 'name' for one of your own."
-        )
+        told = shortened(repo_id)
+        raise ValueError(f"repo_id is {told}; a Repo id of the Hub is 'user/name', or 'name' for one of your own.")
+    parity = parity_cells(report)
     body = _template().render(
         report=report,
         title=_title(report),
         origin=_origin(report.base_model),
         table=Markdown(render_markdown(report)),
         done=_done(report),
-        parity=_parity(report),
+        parity=None if parity is None else Markdown(markdown_table(*parity)),
         format=_file(report.engines[-1])[0],
         compared=" and ".join(
             dict.fromkeys("the {} file in {}".format(*_file(one)) for one in report.engines if one.parity is not None)
@@ -215,11 +217,6 @@ def _export(report: ReportData) -> str:
     return f"{line}."
 
 
-def _parity(report: ReportData) -> Markdown | None:
-    found = parity_cells(report)
-    return None if found is None else Markdown(markdown_table(*found))
-
-
 def _curves(report: ReportData) -> Markdown | None:
     """The first and the last value of everything that the training logged more than once."""
     rows = [
@@ -260,17 +257,11 @@ def _printed(report: ReportData, runner: str) -> Markdown:
 def _loader(kind: str, auto: str, suffix: str) -> dict[str, Any]:
     """The names in the code that loads the exported file; no class where there is none."""
     if kind == OPENVINO:
-        found = (
-            "Optimum Intel",
-            "optimum-intel[openvino]",
-            "optimum.intel",
-            "OVModel" if auto in _IN_OPTIMUM_INTEL else "",
-        )
-        more = ', ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}'
+        loader, package, module = "Optimum Intel", "optimum-intel[openvino]", "optimum.intel"
+        prefix, more = "OVModel" * (auto in _IN_OPTIMUM_INTEL), ', ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}'
     else:
-        found = ("Optimum", "optimum-onnx[onnxruntime]", "optimum.onnxruntime", "ORTModel" if kind == "onnx" else "")
-        more = f', file_name="{file_name(suffix)}"' if suffix else ""
-    loader, package, module, prefix = found
+        loader, package, module = "Optimum", "optimum-onnx[onnxruntime]", "optimum.onnxruntime"
+        prefix, more = "ORTModel" * (kind == "onnx"), f', file_name="{file_name(suffix)}"' if suffix else ""
     return {
         "loader": loader, "package": Markdown(json.dumps(package)), "module": module, "file": Markdown(more),
         "file_class": prefix and auto.replace("AutoModel", prefix),

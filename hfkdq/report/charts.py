@@ -19,11 +19,8 @@ _INK, _FAINT, _RULE, _LAST = "#010203", "#040506", "#070809", "#0a0b0c"
 _KINDS = {"torch": "#0d0e0f", "onnx": "#101112", "openvino": "#131415"}
 _IN_CSS = {
     _INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)", _LAST: "var(--last)",
-    _KINDS["torch"]: "var(--torch)", _KINDS["onnx"]: "var(--onnx)",
-    _KINDS["openvino"]: "var(--openvino)",
+    _KINDS["torch"]: "var(--torch)", _KINDS["onnx"]: "var(--onnx)", _KINDS["openvino"]: "var(--openvino)",
 }  # fmt: skip
-
-
 _LONGEST = 28  # letters of a name
 
 
@@ -44,11 +41,6 @@ def pareto_charts(report: ReportData) -> list[Chart]:
     latencies = [engine.latency.median_ms for engine in rows if engine.latency is not None]
     costs |= {"latency in ms": latencies} if len(latencies) == len(rows) else {}
     return [_pareto(report, rows, metric, cost, values) for cost, values in costs.items() if rows]
-
-
-def curve_charts(report: ReportData) -> list[Chart]:
-    """A chart for every curve of the training."""
-    return [_curve(name, points) for name, points in report.curves.items()]
 
 
 def layer_charts(engine: Engine) -> list[Chart]:
@@ -106,7 +98,8 @@ def _pareto(report: ReportData, rows: Sequence[Engine], metric: str, cost: str, 
     return Chart(f"{metric} by {cost}", f"{told}. Not beaten in both: {unbeaten}.", _svg(draw))
 
 
-def _curve(name: str, points: Sequence[Sequence[float]]) -> Chart:
+def curve_chart(name: str, points: Sequence[Sequence[float]]) -> Chart:
+    """A curve of the training, of pairs of step and value."""
     steps, values = zip(*points, strict=True)
 
     def draw(axis: Any) -> None:

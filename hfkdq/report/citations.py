@@ -58,7 +58,7 @@ def _objective(entry: Mapping[str, Any]) -> Iterator[tuple[type, Mapping[str, An
 def _papers(cls: type, settings: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The papers that a docstring names of a class itself, and of the settings that it had."""
     head, _, rest = " ".join((cls.__doc__ or "").split()).partition(" Args: ")
-    texts = [_before_options(head), *_of_option(head, settings.get(""))]
+    texts = [_OPTION.split(head)[0], *_of_option(head, settings.get(""))]
     parts = _ARGUMENT.split(rest.partition(" Raises: ")[0])
     for name, told in zip(parts[1::2], parts[2::2], strict=True):
         value = settings.get(name)
@@ -66,13 +66,7 @@ def _papers(cls: type, settings: Mapping[str, Any]) -> list[tuple[str, str, str]
     return [(authors, title, year) for text in texts for authors, title, year in _PAPER.findall(text)]
 
 
-def _before_options(text: str) -> str:
-    return _OPTION.split(text)[0]
-
-
 def _of_option(text: str, option: Any) -> list[str]:
     """What a text says of an option after naming it, up to the next one."""
     parts = _OPTION.split(text)
-    return [
-        told for name, told in zip(parts[1::2], parts[2::2], strict=True) if isinstance(option, str) and name == option
-    ]
+    return [told for name, told in zip(parts[1::2], parts[2::2], strict=True) if name == option]

@@ -191,9 +191,7 @@ class CompressionReport(ReportData):
         """
         from .measure import compare, hub_id
 
-        measured = compare(
-            candidates, compute_metrics, batch_size, latency_rounds, threads, resamples, examples, rows
-        )  # fmt: skip
+        measured = compare(candidates, compute_metrics, batch_size, latency_rounds, threads, resamples, examples, rows)
         model = candidates[-1].model
         return _warned(cls(**measured, dataset=dataset, base_model=hub_id(model), curves=curves_of(log_history)))
 
@@ -225,7 +223,7 @@ class CompressionReport(ReportData):
 
     def save(self, path: str | Path) -> Path:
         """Writes the report as JSON; whoever reads `path` sees the old file or the whole new one."""
-        return _replace(path, lambda temporary: temporary.write_text(self.to_json(), encoding="utf-8"))
+        return _write(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionReport:
@@ -284,8 +282,7 @@ class CompressionReport(ReportData):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        page = self.to_html()
-        return _replace(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+        return _write(path, self.to_html())
 
     def save_plot(self, path: str | Path) -> Path:
         """Draws metric, size and latency of every row into a PNG file.
@@ -293,7 +290,9 @@ class CompressionReport(ReportData):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        return _replace(path, lambda temporary: draw_plot(self, temporary))
+        with replacing(Path(path)) as temporary:
+            draw_plot(self, temporary)
+        return Path(path)
 
     def save_all(self, folder: str | Path, repo_id: str | None = None) -> Path:
         """Writes `report.json`, the page `report.html`, the plot `report.png` and the card `README.md`, which shows it.
@@ -311,7 +310,7 @@ class CompressionReport(ReportData):
         card = render_card(self, repo_id, PLOT, check_beside(self, folder / "report.json"))
         self.save_html(folder / "report.html")
         self.save_plot(folder / PLOT)
-        _replace(folder / "README.md", lambda temporary: temporary.write_text(card, encoding="utf-8"))
+        _write(folder / "README.md", card)
         self.save(folder / "report.json")
         return folder
 
@@ -338,7 +337,7 @@ def _sentence(error: ValueError) -> str:
     return text if text.endswith((".", "?")) else f"{text}."
 
 
-def _replace(path: str | Path, write: Callable[[Path], Any]) -> Path:
+def _write(path: str | Path, text: str) -> Path:
     with replacing(Path(path)) as temporary:
-        write(temporary)
+        temporary.write_text(text, encoding="utf-8")
     return Path(path)

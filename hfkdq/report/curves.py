@@ -21,11 +21,7 @@ STATE = "trainer_state.json"
 
 
 def curves_of(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """The values of every loss and metric by step, of those that were logged twice or more.
-
-    Args:
-        log_history (`Iterable[Mapping]`): `trainer.state.log_history`.
-    """
+    """The values of every loss and metric by step, of those that `trainer.state.log_history` has twice or more."""
     curves: dict[str, list[list[float]]] = {}
     for entry in log_history:
         step = entry.get("step")
@@ -54,10 +50,7 @@ def settings_of(args: TrainingArguments, log_history: Sequence[Mapping[str, Any]
 
 def read_curves(folder: Path) -> dict[str, list[list[float]]]:
     """The curves of the training that wrote a checkpoint: of the last `trainer_state.json` in it or its checkpoints.
-
-    Raises:
-        ValueError: the file is damaged; one line names it.
-    """
+    Raises `ValueError`: the file is damaged; one line names it."""
     return curves_of(_last_state(folder).get("log_history", []))
 
 
@@ -75,11 +68,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _last_state(folder: Path) -> dict[str, Any]:
     """The state with the longest log."""
-    states = [read_file(path) for path in [*folder.glob(STATE), *folder.glob(f"checkpoint-*/{STATE}")]]
-    logs = [state.get("log_history") for state in states]
-    fine = [
-        state
-        for state, log in zip(states, logs, strict=True)
-        if isinstance(log, list) and all(isinstance(entry, dict) for entry in log)
-    ]
-    return max(fine, key=lambda state: len(state["log_history"]), default={})
+    states = map(read_file, [*folder.glob(STATE), *folder.glob(f"checkpoint-*/{STATE}")])
+    logs = ((state.get("log_history"), state) for state in states)
+    fine = [(log, state) for log, state in logs if isinstance(log, list) and all(isinstance(one, dict) for one in log)]
+    return max(fine, key=lambda pair: len(pair[0]), default=([], {}))[1]

@@ -12,7 +12,7 @@ from ..export.precisions import recorded_precision
 from ..export.record import Export, FileFacts, Timing, each_precision
 from ..facts import Facts
 from ..measuring.latency import Latency, is_busy, rounds_confidence, speedup, speedup_interval
-from ..schema import Count, FreeText, check
+from ..schema import Count, FreeText, check, shortened
 from .environment import MEDIUM
 
 if TYPE_CHECKING:
@@ -214,17 +214,12 @@ def _check_engine(engine: Engine, where: str) -> None:
     wrong = {
         "kind": engine.kind not in ("torch", *RUNTIMES),
         "size": engine.size <= 0,
-        "parameters": engine.parameters is not None and engine.parameters < 0,
-        "sparsity": engine.sparsity is not None and not 0 <= engine.sparsity <= 1,
-        "latency": latency is not None
-        and not (
-            0 < latency.min_ms <= latency.median_ms and latency.calls > 0 and all(ms > 0 for ms in latency.rounds)
-        ),
+        "parameters": (engine.parameters or 0) < 0,
+        "sparsity": not 0 <= (engine.sparsity or 0) <= 1,
+        "latency": latency is not None and not _is_possible(latency),
         "intervals": not all(map(_is_interval, engine.intervals.values())),
         "changes": not all(map(_is_interval, engine.changes.values())),
-        "layers": not all(
-            layer.bits > 0 and (layer.sparsity is None or 0 <= layer.sparsity <= 1) for layer in engine.layers
-        ),
+        "layers": not all(one.bits > 0 and 0 <= (one.sparsity or 0) <= 1 for one in engine.layers),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
@@ -233,14 +228,12 @@ def _check_engine(engine: Engine, where: str) -> None:
         check(engine.parity, Export, f"{where}.parity")
 
 
+def _is_possible(latency: Latency) -> bool:
+    return 0 < latency.min_ms <= latency.median_ms and latency.calls > 0 and all(ms > 0 for ms in latency.rounds)
+
+
 def _is_interval(bounds: list[float]) -> bool:
     return len(bounds) == 2 and bounds[0] <= bounds[1]
-
-
-def shortened(value: Any) -> str:
-    """The `repr` of a value, of at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def row_name(facts: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -31,20 +32,16 @@ def describe_environment() -> dict[str, str]:
         "hfkdq": __version__,
     }
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {name: value for name, value in facts.items() if value}
 
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), flags=re.MULTILINE)
-        if names:
-            return str(names[0]).strip()
-    return platform.processor()
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return platform.processor() if name is None else name[1].strip()
 
 
 def publishable(value: Any) -> Any:

@@ -37,11 +37,7 @@ def check_measured(folder: Path, student: PreTrainedModel) -> dict[str, Any]:
             f"{path} does not say which files and which model it is about; a version of hfkdq before that wrote it. "
             f"{EXPORT_AGAIN} to measure it."
         )
-    difference = find_difference(folder, facts["files"])
-    if difference is not None:
-        raise ValueError(
-            f"{folder} does not hold what was exported: {difference}. {EXPORT_AGAIN}, or undo the change."
-        )
+    _refuse_changes(folder, facts, "was exported")
     own = describe_model(student)
     for name, words in _DIFFERENCES.items():
         if own[name] != facts["model"][name]:
@@ -61,11 +57,12 @@ def check_export(folder: Path) -> None:
     if "files" not in facts:
         logger.warning(f"{path} does not say which files it is about, so that was not checked.")
         return
-    difference = find_difference(folder, facts["files"])
-    if difference is not None:
-        raise ValueError(
-            f"{folder} does not hold what its {path.name} is about: {difference}. {EXPORT_AGAIN}, or undo the change."
-        )
+    _refuse_changes(folder, facts, f"its {path.name} is about")
+
+
+def _refuse_changes(folder: Path, facts: Mapping[str, Any], what: str) -> None:
+    if (difference := find_difference(folder, facts["files"])) is not None:
+        raise ValueError(f"{folder} does not hold what {what}: {difference}. {EXPORT_AGAIN}, or undo the change.")
 
 
 def last_file(report: ReportData) -> Engine | None:
@@ -98,12 +95,9 @@ def check_beside(report: ReportData, path: Path) -> str:
     if engine is None or not engine.files:
         return "."
     folder = path.absolute().parent
+    names = [name for name in engine.files if not name.endswith(".safetensors")]
     places = [folder, *sorted(below for below in folder.iterdir() if below.is_dir())]
-    places = [
-        place
-        for place in places
-        if any((place / name).is_file() for name in engine.files if not name.endswith(".safetensors"))
-    ]
+    places = [place for place in places if any((place / name).is_file() for name in names)]
     differences = [find_difference(place, engine.files) for place in places]
     if differences and None not in differences:
         raise ValueError(
@@ -116,17 +110,9 @@ def check_beside(report: ReportData, path: Path) -> str:
 def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The record of an export without private values and without what a report has elsewhere."""
     others = (
-        "metrics",
-        "latency",
-        "choice",
-        "batches",
-        "by_output",
-        "incremental_decode",
-        "step_by_step",
-        "files",
-        "model",
+        "metrics", "latency", "choice", "batches", "by_output", "incremental_decode", "step_by_step", "files", "model",
         "precisions",
-    )
+    )  # fmt: skip
     return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
 
@@ -164,9 +150,7 @@ def fields_of_export(folder: Path) -> dict[str, Any]:
         "samples": facts.get("metrics", {}).get("examples", 0),
         "task": facts["task"].removesuffix("-with-past"),
         "facts": public_facts(recorded),
-        "timing": {key: latency[key] for key in ("device", "threads", "rounds", "inputs")}
-        if _is_timed(latency)
-        else {},
+        "timing": {key: latency[key] for key in ("device", "threads", "rounds", "inputs") if _is_timed(latency)},
         "environment": dict(facts.get("versions", {})),
     }
 

@@ -26,20 +26,11 @@ _SIZES = (
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
-    """What there is to know of a checkpoint, a folder that `export_onnx` wrote, or both.
-
-    Args:
-        folder (`str` or `Path`): with a `config.json`.
-
-    Returns:
-        `dict[str, Any]`: JSON-ready: `architecture`, `model_type`, `task`, `sizes`, `parameters`, `weights` (name, shape, data type and
-        share of zeros of each tensor), `facts` as they are recorded, `steps` in sentences, `files` with their hashes, and `export` with
-        what the export recorded and `unchanged`, whether its files are still those.
-
-    Raises:
-        OSError: there is no configuration.
-        ValueError: a file is damaged; one line names it.
-    """
+    """What there is to know of a folder with a `config.json`: a checkpoint, what `export_onnx` wrote, or both.
+    JSON-ready: `architecture`, `model_type`, `task`, `sizes`, `parameters`, `weights` (name, shape, data type and share
+    of zeros of each tensor), `facts` as they are recorded, `steps` in sentences, `files` with their hashes, and
+    `export` with what the export recorded and `unchanged`, whether its files are still those. Raises `OSError`: there
+    is no configuration. Raises `ValueError`: a file is damaged; one line names it."""
     folder = Path(folder)
     config = load_config(str(folder))
     facts = read_facts(config)
@@ -47,31 +38,21 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
     task = None if name is None else task_of(name)
     weights = [row for file in weight_files(folder) if file.suffix == ".safetensors" for row in _weights(file)]
     found: dict[str, Any] = {
-        "architecture": name,
-        "model_type": config.model_type,
-        "task": None if task is None else task.name,
-        "sizes": _sizes(config),
-        "parameters": sum(row["parameters"] for row in weights),
-        "weights": weights,
-        "facts": public_facts(facts),
-        "steps": describe_facts(facts),
-        "files": describe_files(folder),
-    }
+        "architecture": name, "model_type": config.model_type, "task": None if task is None else task.name,
+        "sizes": _sizes(config), "parameters": sum(row["parameters"] for row in weights), "weights": weights,
+        "facts": public_facts(facts), "steps": describe_facts(facts), "files": describe_files(folder),
+    }  # fmt: skip
     record = export_file(folder)
     if record.is_file() and "engines" not in read_file(record):
         recorded = read_export(folder)
-        difference = (
-            find_difference(folder, recorded["files"]) if "files" in recorded else "its files were not recorded"
-        )
+        unknown = "its files were not recorded"
+        difference = find_difference(folder, recorded["files"]) if "files" in recorded else unknown
         found["export"] = {**public_parity(recorded), "unchanged": difference is None, "difference": difference}
     return found
 
 
 def _sizes(config: PretrainedConfig) -> dict[str, Any]:
-    parts = {
-        "": config,
-        **{f"{name}.": part for name in getattr(config, "sub_configs", {}) if (part := getattr(config, name, None))},
-    }
+    parts = {"": config, **{f"{name}.": getattr(config, name, None) for name in getattr(config, "sub_configs", {})}}
     found = {f"{prefix}{name}": getattr(part, name, None) for prefix, part in parts.items() for name in _SIZES}
     return {name: value for name, value in found.items() if isinstance(value, (int, list, tuple))}
 
@@ -82,10 +63,8 @@ def _weights(file: Path) -> list[dict[str, Any]]:
         for name in tensors.keys():  # noqa: SIM118 - no mapping
             tensor = tensors.get_tensor(name)
             zeros = int((tensor == 0).sum())
-            rows.append(
-                {
-                    "name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "parameters": tensor.numel(), "zeros": zeros / max(1, tensor.numel()), "file": file.name,
-                }
-            )  # fmt: skip
+            rows.append({
+                "name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
+                "parameters": tensor.numel(), "zeros": zeros / max(1, tensor.numel()), "file": file.name,
+            })  # fmt: skip
     return rows

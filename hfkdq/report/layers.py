@@ -23,14 +23,11 @@ def describe_layers(model: PreTrainedModel) -> tuple[Layer, ...]:
     saved = model.state_dict().keys()
     return tuple(
         Layer(
-            name=name,
-            parameters=weight.numel(),
-            bits=bits.get(name, 8 * weight.element_size()),
+            name=name, parameters=weight.numel(), bits=bits.get(name, 8 * weight.element_size()),
             sparsity=int((weight == 0).sum()) / max(1, weight.numel()),
         )
-        for name, weight in model.named_parameters()
-        if name in saved and weight.dim() > 1
-    )
+        for name, weight in model.named_parameters() if name in saved and weight.dim() > 1
+    )  # fmt: skip
 
 
 def describe_stored(files: Iterable[Path], model: PreTrainedModel) -> tuple[Layer, ...]:

@@ -52,7 +52,7 @@ def escape(value: Any) -> Markdown:
         return value
     text = _SIGNS.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), one_line(value))
     text = _ADDRESS.sub(lambda match: "".join(f"\\{sign}" for sign in match[0]), text)
-    return Markdown(_BEGINNING.sub(lambda match: _escaped_beginning(match[0]), text))
+    return Markdown(_BEGINNING.sub(lambda match: f"{match[0]}\\" if match[0][-1].isdigit() else f"\\{match[0]}", text))
 
 
 def is_unsafe(text: str) -> bool:
@@ -73,10 +73,6 @@ def escaping(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return _EscapingList(escaping(item) for item in value)
     return _EscapingText(value) if isinstance(value, str) else value
-
-
-def _escaped_beginning(text: str) -> str:
-    return f"{text}\\" if text[-1].isdigit() else f"\\{text}"
 
 
 def unwrapped(value: Any) -> Any:

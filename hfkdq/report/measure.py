@@ -14,13 +14,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    EvalPrediction,
-    FeatureExtractionMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -49,10 +43,10 @@ from .mistakes import ScoredRows, find_mistakes, first_image, score_rows
 logger = logging.get_logger(__name__)
 
 _PROCESSORS = {
-    PreTrainedTokenizerBase: "AutoTokenizer",
+    transformers.PreTrainedTokenizerBase: "AutoTokenizer",
     BaseImageProcessor: "AutoImageProcessor",
-    ProcessorMixin: "AutoProcessor",
-    FeatureExtractionMixin: "AutoFeatureExtractor",
+    transformers.ProcessorMixin: "AutoProcessor",
+    transformers.FeatureExtractionMixin: "AutoFeatureExtractor",
 }
 
 
@@ -113,6 +107,7 @@ def measure(
     if compute_metrics is None:
         compute_metrics = metrics_for(student, processing_class, eval_dataset)
     folders = _onnx_folders(onnx, models)
+    shown = [rows for rows in (raw_rows, eval_dataset) if rows is not None]
     exported = {name: check_measured(folder, student) for name, folder in folders.items()}
     pooling = next((facts["pooling"] for facts in exported.values() if "pooling" in facts), None)
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,7 +124,7 @@ def measure(
             for name, folder in folders.items()
             for each, facts in named_precisions(name, exported[name])
         ]
-        return _measure_rows(rows, student, settings, Path(temporary), _given(raw_rows, eval_dataset))
+        return _measure_rows(rows, student, settings, Path(temporary), shown)
 
 
 def compare(
@@ -145,39 +140,30 @@ def compare(
     """The measured fields of a report on candidates of any kind. `CompressionReport.compare` describes the rest."""
     settings = _Settings(latency_rounds, threads, resamples, examples, batch_size)
     names = [candidate.name for candidate in candidates]
-    wrong = next((name for name in names if not name or not name.isprintable()), None)
-    if wrong is not None:
-        raise ValueError(f"A candidate is called {wrong!r}. A name is a line of text that can be printed.")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if not names or twice is not None:
-        raise ValueError(
-            "There is no candidate to measure."
-            if twice is None
-            else f"Two candidates are called {twice!r}. Give each a name of its own."
-        )
+    if not names:
+        raise ValueError("There is no candidate to measure.")
+    for name in names:
+        if not name or not name.isprintable():
+            raise ValueError(f"A candidate is called {name!r}. A name is a line of text that can be printed.")
+        if names.count(name) > 1:
+            raise ValueError(f"Two candidates are called {name!r}. Give each a name of its own.")
     _check_models({candidate.name: candidate.model for candidate in candidates})
     _check_one_task(candidates)
     first: list[Any] = []  # what metrics without labels are held against
     with tempfile.TemporaryDirectory() as temporary:
         rows = []
-        paths = [None if one.path is None else Path(one.path) for one in candidates]
-        recorded = [
-            {} if path is None else _recorded(path, one.model) for path, one in zip(paths, candidates, strict=True)
-        ]
+        recorded = [{} if one.path is None else _recorded(Path(one.path), one.model) for one in candidates]
         pooling = next((facts["pooling"] for facts in recorded if "pooling" in facts), None)
-        for one, path, facts in zip(candidates, paths, recorded, strict=True):
+        for one, facts in zip(candidates, recorded, strict=True):
+            path = None if one.path is None else Path(one.path)
             metrics = compute_metrics or metrics_for(one.model, one.processing_class, one.eval_dataset)
             evaluation = Evaluation(
                 one.eval_dataset, metrics, one.processing_class, one.data_collator, batch_size, f"{temporary}/trainer",
                 _first_predictions=first,
             )  # fmt: skip
             rows.append(_Row(one.name, one.model, evaluation, path, facts, pooling if path is None else None))
-        shown = _given(raw_rows, candidates[0].eval_dataset)
+        shown = [given for given in (raw_rows, candidates[0].eval_dataset) if given is not None]
         return _measure_rows(rows, rows[-1].model, settings, Path(temporary), shown)
-
-
-def _given(*datasets: Any) -> list[Any]:
-    return [one for one in datasets if one is not None]
 
 
 @dataclass(frozen=True)
@@ -227,14 +213,15 @@ def _measure_rows(
             engine, calls = _describe_torch(row, scores.metrics, temporary / f"torch-{number}")
         else:
             engine, calls = _describe_onnx(row, row.path, scores.metrics, files)
-        task, resamples = row.evaluation.task, settings.resamples_of(row.evaluation)
-        sampled.append(sample(task, prediction, scores.metrics, resamples, not task.concat_batches))
+        metrics, resamples = row.evaluation.task, settings.resamples_of(row.evaluation)
+        sampled.append(sample(metrics, prediction, scores.metrics, resamples, not metrics.concat_batches))
         same_rows = len(row.evaluation.dataset) == len(rows[0].evaluation.dataset)
         changes = change(sampled[0], sampled[-1]) if number and same_rows else {}
         engines.append(replace(engine, intervals=sampled[-1].intervals, changes=changes))
         timed.append(calls)
         # Predictions, which may be large, are not kept.
-        scored += [score_rows(row.name, task, prediction, row.model)] if settings.examples and len(rows) > 1 else []
+        if settings.examples and len(rows) > 1:
+            scored.append(score_rows(row.name, metrics, prediction, row.model))
     if settings.latency_rounds and settings.threads is not None:
         calls = [call for own in timed for call in own]
         times = iter(time_engines(calls, threads=settings.threads, rounds=settings.latency_rounds))
@@ -245,12 +232,13 @@ def _measure_rows(
     timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
     processor = last.processing_class
     loader = next((auto for cls, auto in _PROCESSORS.items() if isinstance(processor, cls)), None)
+    task = task_of(type(student).__name__)
     mistakes = find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,
         "samples": len(last.dataset),
-        "task": _task(student),
+        "task": None if task is None or task.auto is None else task.name,
         "processor": loader,
         "facts": public_facts(read_facts(student)),
         "timing": timing if settings.latency_rounds else {},
@@ -344,20 +332,14 @@ def _describe_onnx(
             "is worse than on one with VNNI. Export with weight_type='uint8' for this one."
         )
     engine = Engine(
-        name=row.name,
-        kind=runtime_of(files.paths[0]),
-        metrics=metrics,
-        size=stored_bytes(files.paths),
-        parity=public_parity(row.facts) if "kind" in row.facts else None,
-        files=row.facts["files"],
+        name=row.name, kind=runtime_of(files.paths[0]), metrics=metrics, size=stored_bytes(files.paths),
+        parity=public_parity(row.facts) if "kind" in row.facts else None, files=row.facts["files"],
         layers=describe_stored(files.paths, row.model),
-    )
+    )  # fmt: skip
     # Of a model that generates it is the prompt that is timed, as in torch; next tokens are in the record of the export.
     calls = [call for call in files.calls(row.evaluation.first_example(row.model)) if call.part != "next token"]
-    labels = [row.name if len(calls) == 1 else f"{row.name}, {call.part}" for call in calls]
-    return engine, [
-        TimedEngine(label, onnx_call, call.path, call.inputs) for label, call in zip(labels, calls, strict=True)
-    ]
+    labels = ((row.name if len(calls) == 1 else f"{row.name}, {call.part}", call) for call in calls)
+    return engine, [TimedEngine(label, onnx_call, call.path, call.inputs) for label, call in labels]
 
 
 def _check_models(models: Mapping[str, Any]) -> None:
@@ -403,12 +385,6 @@ def _onnx_folders(onnx: str | Path | Mapping[str, str | Path], taken: Mapping[st
     if list(named) == [""]:
         return {row_name(read_export(named[""])): named[""]}
     return named
-
-
-def _task(model: PreTrainedModel) -> str | None:
-    """The tag of the pipeline that runs such a model."""
-    task = task_of(type(model).__name__)
-    return task.name if task is not None and task.auto is not None else None
 
 
 def hub_id(model: PreTrainedModel) -> str | None:

@@ -40,16 +40,9 @@ class ScoredRows(NamedTuple):
 def find_mistakes(
     engines: Sequence[ScoredRows], metric: str, model: Any, rows: Sequence[Any], processor: Any, limit: int
 ) -> tuple[Mistake, ...]:
-    """The rows on which the last engine loses most to the first one, by the first metric of each row alone.
-
-    Args:
-        engines (`Sequence[ScoredRows]`): on the same rows; nothing is found where their numbers differ.
-        metric (`str`): the metric.
-        model (`PreTrainedModel`): names the classes.
-        rows (`Sequence` of `datasets.Dataset`): what may be shown, the best first; the first that has as many rows is.
-        processor (tokenizer or processor, *optional*): turns token ids into texts.
-        limit (`int`): how many rows at most.
-    """
+    """The rows, at most `limit`, on which the last engine loses most to the first one, by the first metric of each row
+    alone; none where the numbers of their rows differ. Of `rows`, what may be shown, the best first, the first that has
+    as many rows is. The model names the classes, and the processor turns token ids into texts."""
     if not engines or not engines[0].scores or len({len(engine.scores) for engine in engines}) != 1:
         return ()
     first, last = (np.asarray(engines[place].scores, np.float64) for place in (0, -1))
@@ -68,50 +61,34 @@ def find_mistakes(
             if _is_picture(value) and any(isinstance(boxes, Mapping) for boxes in drawn.values()):
                 shown[name] = _with_boxes(value, list(drawn.values()))
         texts, media = _shown(shown, processor)
-        found.append(
-            Mistake(
-                row=row,
-                scores={engine.name: float(engine.scores[row]) for engine in engines},
-                said=_safe({name: _told(value, classes) for name, value in said.items()}),
-                label=None if label is None else _safe({"": _told(label, classes)})[""],
-                texts=_safe(texts),
-                media=media,
-            )
-        )
+        found.append(Mistake(
+            row=row, scores={engine.name: float(engine.scores[row]) for engine in engines},
+            said=_safe({name: _told(value, classes) for name, value in said.items()}),
+            label=None if label is None else _safe({"": _told(label, classes)})[""], texts=_safe(texts), media=media,
+        ))  # fmt: skip
     return tuple(found)
 
 
 def score_rows(name: str, task: TaskMetrics, prediction: EvalPrediction, model: Any) -> ScoredRows:
-    """The rows of an engine one by one; none where its metrics are those of a function of the user's own, or of all rows together.
-
-    Args:
-        name (`str`): the engine.
-        task (`TaskMetrics`): how it was measured.
-        prediction (`EvalPrediction`): its predictions, and the labels.
-        model (`PreTrainedModel`): names the classes.
-    """
-    return ScoredRows(name, *_scores(task, prediction, model))
-
-
-def _scores(task: TaskMetrics, prediction: EvalPrediction, model: Any) -> tuple[list[float], list[Any], list[Any]]:
+    """The rows of an engine one by one, whose classes the model names; none where its metrics are those of a function of
+    the user's own, or of all rows together."""
     if task.pairs is not None and task.score is not None:
         said, right = (values[:_MOST_ROWS] for values in task.pairs(prediction))
         score = task.score
         alone = [_score(task, lambda: score([ours], [theirs])) for ours, theirs in zip(said, right, strict=True)]  # noqa: B023 - called at once
-        return alone, said, right
+        return ScoredRows(name, alone, said, right)
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     labels = prediction.label_ids
     if not isinstance(logits, np.ndarray) or not isinstance(labels, np.ndarray) or len(logits) != len(labels):
-        return [], [], []
+        return ScoredRows(name, [], [], [])
     if logits.ndim == 2 and labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
         classes, tops = getattr(model.config, "id2label", None) or {}, logits.argmax(-1)
         told = [[str(classes.get(int(number), number)) for number in numbers] for numbers in (tops, labels)]
         hits = np.where(labels == IGNORED, 0.0, tops == labels)
-        return hits.astype(float).tolist(), told[0], told[1]
-    if not task.metric or not task.needs_labels:
-        return [], [], []
-    numbers = range(min(len(labels), _MOST_ROWS))
-    return [_score(task, lambda: task(rows_of(prediction, np.array([row])))) for row in numbers], [], []  # noqa: B023 - called at once
+        return ScoredRows(name, hits.astype(float).tolist(), *told)
+    numbers = range(min(len(labels), _MOST_ROWS) if task.metric and task.needs_labels else 0)
+    alone = [_score(task, lambda: task(rows_of(prediction, np.array([row])))) for row in numbers]  # noqa: B023 - called at once
+    return ScoredRows(name, alone, [], [])
 
 
 def _score(task: TaskMetrics, compute: Callable[[], Mapping[str, float]]) -> float:
@@ -166,9 +143,8 @@ def _with_boxes(image: Any, boxes: Sequence[Any]) -> Any:
     for found, color in zip(boxes, COLORS.values(), strict=True):
         for corners in np.asarray(found["boxes"], np.float64).reshape(-1, 4)[_likely(found)]:
             left, top, right, bottom = (scale * corner for corner in corners)
-            pen.rectangle(
-                [left, top, max(left, right), max(top, bottom)], outline=color, width=max(2, drawn.width // 100)
-            )
+            ends = [left, top, max(left, right), max(top, bottom)]
+            pen.rectangle(ends, outline=color, width=max(2, drawn.width // 100))
     return drawn
 
 

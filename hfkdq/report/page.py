@@ -7,29 +7,21 @@ import json
 from functools import cache
 from typing import Any
 
-import jinja2
+from jinja2 import Template
 from markupsafe import Markup
 
 from ..export.record import MADE_UP
 from ..facts import describe_facts, three_digits
-from .card import parity_cells
-from .charts import Chart, curve_charts, layer_charts, pareto_charts, with_prefix
+from .card import parity_cells, templates
+from .charts import Chart, curve_chart, layer_charts, pareto_charts, with_prefix
 from .data import ReportData
 from .markdown import one_line
 from .table import cells, is_share, metric_names, metric_text, told_doubts
 
 
 @cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hfkdq", "templates"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        finalize=_plain,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
+def _template() -> Template:
+    return templates(autoescape=True, finalize=_plain).get_template("report.html.j2")
 
 
 def _plain(value: Any) -> Any:
@@ -48,7 +40,7 @@ def render_page(report: ReportData) -> str:
         rows=[[_split(cell) for cell in row] for row in rows],
         doubts=told_doubts(report),
         pareto=_marked(pareto_charts(report), "pareto"),
-        curves=_marked(curve_charts(report), "curve"),
+        curves=_marked([curve_chart(*curve) for curve in report.curves.items()], "curve"),
         layers=[
             (engine, _marked(layer_charts(engine), f"layers-{number}"))
             for number, engine in enumerate(report.engines)
@@ -91,8 +83,7 @@ def _split(cell: str) -> tuple[str, str]:
 
 def _marked(charts: list[Chart], prefix: str) -> list[dict[str, Any]]:
     """Charts whose elements, in which matplotlib has escaped all texts, are HTML already."""
-    elements = [with_prefix(one.svg, f"{prefix}-{number}") for number, one in enumerate(charts)]
     return [
-        {"title": one.title, "description": one.description, "svg": Markup(svg)}
-        for one, svg in zip(charts, elements, strict=True)
+        {**one._asdict(), "svg": Markup(with_prefix(one.svg, f"{prefix}-{number}"))}
+        for number, one in enumerate(charts)
     ]

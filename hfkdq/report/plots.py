@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,7 @@ EXTRA = 'pip install "hfkdq[plots]"'
 PLOT = "report.png"
 """The plot of a report, as it lies beside its card."""
 _COLORS = {"torch": "#9aa7b8", "onnx": "#3b7dc4", "openvino": "#2f9e77"}
-_LAST = "#e0793a"
-_INK = "#22262d"
-_FAINT = "#6b7280"
-_RULE = "#e5e7eb"
+_LAST, _INK, _FAINT, _RULE = "#e0793a", "#22262d", "#6b7280", "#e5e7eb"
 
 
 def check_plots() -> None:
@@ -40,11 +36,8 @@ def draw_plot(report: ReportData, path: Path) -> None:
         raise ImportError(f"The plot needs matplotlib: {EXTRA}.") from error
     check_renderable(report)
     timed = all(engine.latency is not None for engine in report.engines)
-    panels: list[Callable[[Any, ReportData], None]] = []
-    panels += [_draw_metric] if metric_names(report) else []
-    panels += [_draw_size]
-    panels += [_draw_latency] if timed else []
-
+    wanted = {_draw_metric: bool(metric_names(report)), _draw_size: True, _draw_latency: timed}
+    panels = [draw for draw, is_wanted in wanted.items() if is_wanted]
     rows = len(report.engines)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = Figure(figsize=(3.0 * len(panels) + 1.4, 0.5 * rows + 1.5), dpi=160, layout=layout)
@@ -54,25 +47,19 @@ def draw_plot(report: ReportData, path: Path) -> None:
         _prepare(axis, rows)
         draw(axis, report)
     axes[0].set_yticks(range(rows), [plain_text(engine.name) for engine in report.engines])
-    figure.suptitle(_title(report), x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
-    if timed:
-        figure.supxlabel(_timing(report), x=0.01, ha="left", fontsize=7.5, color=_FAINT)
-    figure.savefig(path, format="png", facecolor="white")
-
-
-def _title(report: ReportData) -> str:
     where = "" if report.dataset is None else f" on {report.dataset.name}"
-    return plain_text(f"{report.architecture}{where}, {report.samples:,} examples")
+    title = plain_text(f"{report.architecture}{where}, {report.samples:,} examples")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
+    if timed:
+        shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report.timing["inputs"].items())
+        timing = plain_text(f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call.")
+        figure.supxlabel(timing, x=0.01, ha="left", fontsize=7.5, color=_FAINT)
+    figure.savefig(path, format="png", facecolor="white")
 
 
 def plain_text(value: str) -> str:
     """A text as matplotlib draws it letter by letter, without secrets."""
     return one_line(redact(value)).replace("$", r"\$")
-
-
-def _timing(report: ReportData) -> str:
-    shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in report.timing["inputs"].items())
-    return plain_text(f"Latency: {report.timing['threads']} CPU threads, {shapes}. Dark mark: the fastest call.")
 
 
 def _prepare(axis: Any, rows: int) -> None:

@@ -39,25 +39,12 @@ def cells(report: ReportData) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text; columns that no row has a value for are left out."""
     metrics = metric_names(report)
     header = [
-        "Model",
-        *(f"{name} (%)" if is_share(report, name) else name for name in metrics),
-        *("Drop" for _ in metrics[:1]),
-        "Params",
-        "Zeros (%)",
-        "Size (MB)",
-        "Size ratio",
-        "Latency (ms)",
-        "Fastest (ms)",
-        "Speed-up",
-    ]
+        "Model", *(f"{name} (%)" if is_share(report, name) else name for name in metrics), *("Drop" for _ in metrics[:1]),
+        "Params", "Zeros (%)", "Size (MB)", "Size ratio", "Latency (ms)", "Fastest (ms)", "Speed-up",
+    ]  # fmt: skip
     rows = [
-        [
-            engine.name,
-            *_metrics(report, engine, metrics),
-            *_drop(report, engine, metrics[:1]),
-            *_numbers(report, engine),
-        ]
-        for engine in report.engines
+        [one.name, *_metrics(report, one, metrics), *_drop(report, one, metrics[:1]), *_numbers(report, one)]
+        for one in report.engines
     ]
     # Hardly any dense model is without a zero; a column of zeros is for those that were pruned.
     if all((engine.sparsity or 0.0) < 0.01 for engine in report.engines):

@@ -25,29 +25,17 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """The times of one candidate at one size.
-
-    Args:
-        name (`str`): the candidate.
-        threads (`int`): threads that it computed with.
-        batch_size (`int`): examples of a call.
-        length (`int`, *optional*): tokens of each, of models of texts.
-        latency ([`Latency`]): milliseconds of a call.
-        percentiles (`dict[str, float]`): such as `{"p50": 1.9, "p90": 2.0, "p99": 2.4}`, milliseconds of a call.
-        throughput (`float`): examples a second, by the median.
-        speedup (`float`, *optional*): how many times faster than the first candidate; `None` where the machine was too busy to tell.
-        speedup_interval (`tuple[float, float]`, *optional*): the lowest and the highest of paired rounds.
-    """
+    """The times of one candidate at one size."""
 
     name: str
     threads: int
-    batch_size: int
-    length: int | None
-    latency: Latency
-    percentiles: dict[str, float]
-    throughput: float
-    speedup: float | None
-    speedup_interval: tuple[float, float] | None
+    batch_size: int  # examples of a call
+    length: int | None  # tokens of each, of models of texts
+    latency: Latency  # of a call
+    percentiles: dict[str, float]  # such as {"p50": 1.9, "p90": 2.0, "p99": 2.4}, milliseconds of a call
+    throughput: float  # examples a second, by the median
+    speedup: float | None  # times faster than the first candidate; `None` where the machine was too busy to tell
+    speedup_interval: tuple[float, float] | None  # the lowest and the highest of paired rounds
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
@@ -57,35 +45,21 @@ class Timed:
 def time_files(
     candidates: Sequence[tuple[str, Path, Path | None]], *, threads: int, batch_size: int, length: int, rounds: int
 ) -> tuple[list[Timed], ReportData]:
-    """Times candidates in turn, each in a process of its own.
-
-    Args:
-        candidates (`Sequence[tuple]`): name, folder with the configuration, and the exported folder or file, `None` for the
-            checkpoint itself.
-        threads (`int`): threads of each.
-        batch_size (`int`): examples of a call.
-        length (`int`): tokens of a text; images and sounds are as large as the model takes them.
-        rounds (`int`): turns of half a second of each.
-
-    Returns:
-        `tuple[list[Timed], ReportData]`: times of each, and a report that tells ratios and doubts of them.
-
-    Raises:
-        ValueError: a folder has no configuration, there are no made-up inputs for its model, or it does not take such sizes.
-        RuntimeError: a process ended early.
-    """
+    """Times candidates in turn, each in a process of its own: the times of each, and a report that tells ratios and doubts
+    of them. A candidate is a name, a folder with the configuration, and the exported folder or file, `None` for the
+    checkpoint itself. `batch_size` are the examples of a call and `length` the tokens of a text; images and sounds are
+    as large as the model takes them. A round is half a second of each. Raises `ValueError`: a folder has no
+    configuration, there are no made-up inputs for its model, or it does not take such sizes. Raises `RuntimeError`: a
+    process ended early."""
     engines = [_engine(*one, batch_size=batch_size, length=length) for one in candidates]
     turns = time_calls(engines, threads=threads, rounds=rounds)
     rows = [
         Engine(
-            name=name,
-            kind="torch" if path is None else runtime_of(engine.path),
-            metrics={},
-            size=1,
+            name=name, kind="torch" if path is None else runtime_of(engine.path), metrics={}, size=1,
             latency=latency_of(calls),
         )
         for (name, _, path), engine, calls in zip(candidates, engines, turns, strict=True)
-    ]
+    ]  # fmt: skip
     timing = {"device": "cpu", "threads": threads, "rounds": rounds, "inputs": {}}
     report = ReportData(engines=tuple(rows), architecture="Model", samples=0, timing=timing)
     return [

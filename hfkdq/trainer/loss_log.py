@@ -21,16 +21,11 @@ _ADVICE = (
 
 
 class LossLog:
-    """Means of the loss terms between two logs; sums them up on the device without waiting for it.
-
-    Attributes:
-        start (`int`): the optimizer step after which the present sums began.
-        sums (`torch.Tensor` of shape `(terms + 1,)`, *optional*): of the terms, and last of the loss, since the last log.
-    """
+    """Means of the loss terms between two logs; sums them up on the device without waiting for it."""
 
     def __init__(self) -> None:
-        self.start, self._step = 0, 0
-        self.sums: torch.Tensor | None = None
+        self.start, self._step = 0, 0  # `start` is the optimizer step after which the present sums began
+        self.sums: torch.Tensor | None = None  # of the terms, and last of the loss, since the last log: `(terms + 1,)`
         self._finished: torch.Tensor | None = None
         self._resumed: tuple[int, torch.Tensor] | None = None
 
@@ -39,11 +34,8 @@ class LossLog:
         self.sums, self._resumed = None, resumed
 
     def add(self, values: torch.Tensor, step: int) -> tuple[int, torch.Tensor] | None:
-        """Adds the values of a micro batch, `(terms + 1,)`, while `step` optimizer steps are finished.
-
-        Returns:
-            Start and sum of the losses of the checkpoint that this micro batch goes on from, if it is the first to.
-        """
+        """Adds the values of a micro batch, `(terms + 1,)`, while `step` optimizer steps are finished. Gives start and sum
+        of the losses of the checkpoint that this micro batch goes on from, if it is the first to."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None or self.sums is None:
             self.start, self.sums = resumed or (step, torch.zeros_like(values))

@@ -11,11 +11,8 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 
 class NotebookTermsCallback(NotebookProgressCallback):
-    """`NotebookProgressCallback` whose table also shows the terms of the loss as they were last logged.
-
-    Args:
-        names (callable): returns the names under which the terms are logged.
-    """
+    """`NotebookProgressCallback` whose table also shows the terms of the loss as they were last logged; `names` gives
+    the names under which they are."""
 
     def __init__(self, names: Callable[[], list[str]]) -> None:
         super().__init__()

@@ -18,23 +18,10 @@ from .sums import round_sums
 from .unsigned import make_unsigned, multiplies_exactly
 
 __all__ = [
-    "count_fused_linears",
-    "deduplicate",
-    "fix_shapes",
-    "fuse_attention",
-    "fuse_convolutions",
-    "fuse_linears",
-    "improve",
-    "make_unsigned",
-    "merge_decoders",
-    "multiplies_exactly",
-    "noted_shapes",
-    "quantize_dynamically",
-    "save_graph",
-    "stored_bytes",
-    "stored_weights",
-    "to_float16",
-]
+    "count_fused_linears", "deduplicate", "fix_shapes", "fuse_attention", "fuse_convolutions", "fuse_linears", "improve",
+    "make_unsigned", "merge_decoders", "multiplies_exactly", "noted_shapes", "quantize_dynamically", "save_graph",
+    "stored_bytes", "stored_weights", "to_float16",
+]  # fmt: skip
 
 
 def improve(

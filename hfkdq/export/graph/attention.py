@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
+from ..runtime import open_quietly
 from .linears import MICROSOFT
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,7 @@ def _attention(softmax: ir.Node) -> tuple[list[_Projection], ir.Value | None, ir
     if query is None or key is None or value is None or (query.order, value.order) != (HEADS_FIRST, HEADS_FIRST):
         return None
     parts, target = [query, key, value], _constant(last.inputs[1]) if last.op_type == "Reshape" else None
-    alike = {
-        (part.heads, part.width, part.linear.inputs[0], part.linear.inputs[2], part.linear.inputs[4]) for part in parts
-    }
+    alike = {(part.heads, part.width, *(part.linear.inputs[place] for place in (0, 2, 4))) for part in parts}
     dtypes = {part.linear.inputs[1].dtype for part in parts}
     if len(alike) > 1 or len(dtypes) > 1 or key.order != WIDTH_FIRST or value.factor != 1.0 or target is None:
         return None
@@ -217,19 +215,16 @@ def _fill_of_padding(model: ir.Model, mask: ir.Value) -> float | None:
     part.outputs[0].shape = None
     part.outputs[0].dtype = ir.DataType.FLOAT
     proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
     random, fills = np.random.default_rng(0), set()
     try:
-        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_quietly(proto.SerializeToString(), log_severity_level=4)
         types = {entry.name: entry.type for entry in session.get_inputs()}
         for batch, length in SIZES:
             padding = random.integers(0, 2, (batch, length))
             padding[0, :2] = 0, 1
             kinds = random.integers(0, 2, (batch, length))  # which the mask must not go by
-            feed = {
-                name: (padding if name == MASK else kinds).astype(_numpy_type(kind)) for name, kind in types.items()
-            }
+            given = {name: padding if name == MASK else kinds for name in types}
+            feed = {name: array.astype(_numpy_type(types[name])) for name, array in given.items()}
             result = session.run(None, feed)[0]
             fill = float(result.min())
             fills.add(fill)

@@ -36,9 +36,8 @@ def fold_pads(model: ir.Model) -> None:
             continue
         for conv in readers:
             own = conv.attributes["pads"].as_ints() if "pads" in conv.attributes else [0] * ends[:, 2:].size
-            conv.attributes["pads"] = ir.AttrInt64s(
-                "pads", [a + int(b) for a, b in zip(own, ends[:, 2:].flat, strict=True)]
-            )
+            pads = [a + int(b) for a, b in zip(own, ends[:, 2:].flat, strict=True)]
+            conv.attributes["pads"] = ir.AttrInt64s("pads", pads)
         for value in between:
             value.shape = None
         node.outputs[0].replace_all_uses_with(node.inputs[0])
@@ -70,9 +69,8 @@ def _evaluated(value: ir.Value | None, known: dict[ir.Value, Array | None]) -> A
         node, known[value] = value.producer(), None
         given = {} if node is None else {each: _evaluated(each, known) for each in node.inputs if each is not None}
         if node is not None and given and all(array is not None for array in given.values()):
-            results = ReferenceEvaluator(ir.serde.serialize_node(node)).run(
-                None, {each.name: array for each, array in given.items()}
-            )
+            feed = {each.name: array for each, array in given.items()}
+            results = ReferenceEvaluator(ir.serde.serialize_node(node)).run(None, feed)
             known.update(zip(node.outputs, results, strict=True))
     return known[value]
 

@@ -15,6 +15,7 @@ from .saving import load_graph, save_graph
 
 # The names of Optimum and of transformers.js.
 _FLAG = "use_cache_branch"
+Shapes = dict[str | None, tuple[ir.Shape | None, ir.TypeProtocol | None]]
 
 
 def merge_decoders(folder: Path) -> bool:
@@ -36,13 +37,8 @@ def merge_decoders(folder: Path) -> bool:
     shapes = {value.name: (value.shape, value.type) for graph in (start, later) for value in graph.outputs}
     names = [str(value.name) for value in start.outputs]
     branches = [_branch(graph, names, shapes, end) for graph, end in ((start, "first"), (later, "next"))]
-    choice = ir.node(
-        "If",
-        [flag],
-        {"then_branch": branches[1], "else_branch": branches[0]},
-        num_outputs=len(names),
-        name="use_cache",
-    )
+    ways = {"then_branch": branches[1], "else_branch": branches[0]}
+    choice = ir.node("If", [flag], ways, num_outputs=len(names), name="use_cache")
     for value, name in zip(choice.outputs, names, strict=True):
         value.name = name
         value.shape, value.type = shapes[name]
@@ -77,12 +73,7 @@ def _take_out(graph: ir.Graph, inputs: dict[str, ir.Value], weights: dict[bytes,
         del graph.initializers[str(value.name)]
 
 
-def _branch(
-    graph: ir.Graph,
-    names: list[str],
-    shapes: dict[str | None, tuple[ir.Shape | None, ir.TypeProtocol | None]],
-    end: str,
-) -> ir.Graph:
+def _branch(graph: ir.Graph, names: list[str], shapes: Shapes, end: str) -> ir.Graph:
     """The operators of a graph, with the named outputs."""
     given = {str(value.name): value for value in graph.outputs}
     graph.outputs.clear()

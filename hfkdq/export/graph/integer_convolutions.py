@@ -58,10 +58,8 @@ def _folded(codes: Array, scale: Array, zero: Array, bias: Array, norm: ir.Node)
     gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in numbers)
     factor = gamma / np.sqrt(variance + norm.attributes["epsilon"].as_float())
     shape = (-1, *[1] * (codes.ndim - 1))
-    signed = np.asarray(codes, np.int64) - np.asarray(zero, np.int64).reshape(shape if zero.ndim else ())
-    signed = signed * np.sign(factor).astype(np.int64).reshape(shape) + np.asarray(zero, np.int64).reshape(
-        shape if zero.ndim else ()
-    )
+    middle = np.asarray(zero, np.int64).reshape(shape if zero.ndim else ())
+    signed = (np.asarray(codes, np.int64) - middle) * np.sign(factor).astype(np.int64).reshape(shape) + middle
     if not np.iinfo(codes.dtype).min <= signed.min() <= signed.max() <= np.iinfo(codes.dtype).max:
         return None
     # A channel that the norm takes away has zeros for codes, at any scale.
@@ -91,9 +89,8 @@ def _brought_to_quantizer(value: ir.Value) -> bool:
             return False
         scale, zero = (float(np.asarray(constant(each))) for each in grid.inputs[1:3])
         given = [constant(each) for each in node.inputs[1:]] if node.op_type == "Clip" else [np.zeros(())]
-        low, high = (
-            None if bound is None else round(float(bound) / scale) + zero for bound in [*given, None, None][:2]
-        )
+        bounds = [*given, None, None][:2]
+        low, high = (None if bound is None else round(float(bound) / scale) + zero for bound in bounds)
         if (low is not None and low > 0) or (high is not None and high < 255):
             return False
         grid.replace_input_with(0, value)

@@ -9,18 +9,13 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ..runtime import is_of_onnxruntime
+from ..runtime import is_of_onnxruntime, open_quietly
 from ..session import in_plain_words
 
 MICROSOFT = "com.microsoft"
 # Integer kernels that ONNX Runtime runs linear layers and their quantizers in, and how many.
-FUSED_LINEARS = {
-    "MatMulIntegerToFloat": 1,
-    "QLinearMatMul": 1,
-    "QGemm": 1,
-    "DynamicQuantizeMatMul": 1,
-    "QAttention": 3,
-}
+_ONE = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul")
+FUSED_LINEARS = {**dict.fromkeys(_ONE, 1), "QAttention": 3}
 
 
 def fuse_linears(model: ir.Model) -> int:
@@ -90,13 +85,9 @@ def count_fused_linears(path: Path) -> int:
     One that is called twice counts once.
     """
     with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder, "optimized.onnx")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(optimized)
+        optimized, level = Path(folder, "optimized.onnx"), ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         with in_plain_words("ONNX Runtime", path, "Nothing was written. Take another quantization", is_of_onnxruntime):
-            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            open_quietly(str(path), graph_optimization_level=level, optimized_model_filepath=str(optimized))
         nodes = [node for node in ir.load(optimized).graph.all_nodes() if node.op_type in FUSED_LINEARS]
         layers = {node.inputs[1].name if node.inputs[1] is not None else node: node.op_type for node in nodes}
         return sum(FUSED_LINEARS[kind] for kind in layers.values())

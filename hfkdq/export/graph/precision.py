@@ -35,13 +35,9 @@ def quantize_dynamically(path: Path) -> None:
         target = Path(folder, path.name)
         options = {"WeightSymmetric": True, "ActivationSymmetric": False, "EnableSubgraph": False}
         quantize_dynamic(
-            path,
-            target,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=convolutions,
+            path, target, per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=convolutions,
             extra_options=options,
-        )
+        )  # fmt: skip
         model = onnx.load(target, load_external_data=False)
         # ONNX Runtime notes the shape of every value, in more bytes than some weights have.
         kept = [value for value in model.graph.value_info if value.name in noted]

@@ -25,9 +25,8 @@ def load_graph(path: Path) -> ir.Model:
 
 def save_graph(model: ir.Model, path: Path, suffix: str = "_data") -> None:
     """Writes a file; weights that do not fit into one go beside it, under the name of those there before, if any."""
-    size = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     names = [f"{path.name}.data", f"{path.name}_data"]
     beside = next((name for name in names if path.with_name(name).exists()), f"{path.name}{suffix}")
     ir.save(model, path, external_data=beside if size > MAX_BYTES else None)

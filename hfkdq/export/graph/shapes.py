@@ -70,11 +70,8 @@ def _is_plain(node: ir.Node) -> bool:
 def noted_shapes(model: ir.Model) -> dict[str, Shape]:
     """Shapes that an exporter has noted, as far as it has; those of a tracer that reasons about sizes are the surest."""
     values = [value for node in model.graph for value in node.outputs] + list(model.graph.inputs)
-    return {
-        str(value.name): [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-        for value in values
-        if value.shape is not None
-    }
+    known = {str(value.name): value.shape for value in values if value.shape is not None}
+    return {name: [dim if isinstance(dim, int) else dim.value for dim in shape] for name, shape in known.items()}
 
 
 def _constant_target(data: Shape | None, result: Shape | None) -> list[int] | None:
@@ -100,11 +97,8 @@ def _symbolic_shapes(model: ir.Model) -> dict[str, Shape]:
         logger.debug("no symbolic shapes: %s", error)
         return {}
     values = [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]
-    values = [value for value in values if value.type.tensor_type.HasField("shape")]
+    dims = {one.name: one.type.tensor_type.shape.dim for one in values if one.type.tensor_type.HasField("shape")}
     return {
-        value.name: [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
-            for dim in value.type.tensor_type.shape.dim
-        ]
-        for value in values
+        name: [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in own]
+        for name, own in dims.items()
     }

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..defaults import neutral
+from ..runtime import open_quietly
 from .convolutions import Array, constant
 
 
@@ -69,8 +70,6 @@ def _ranges(
     model: ir.Model, path: Path, values: Sequence[ir.Value], batches: Sequence[Mapping[str, Array]]
 ) -> dict[ir.Value, tuple[float, float]]:
     """The smallest and the largest of each value and zero, as ONNX Runtime computes them."""
-    import onnxruntime as ort
-
     if not values:
         return {}
     kept = list(model.graph.outputs)
@@ -79,9 +78,7 @@ def _ranges(
         value.type = ir.TensorType(ir.DataType.FLOAT)
     ir.save(model, path)
     model.graph.outputs[len(kept) :] = []
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_quietly(str(path))
     taken = [each.name for each in session.get_inputs()]
     found = dict.fromkeys(values, (0.0, 0.0))
     for batch in batches:

@@ -7,11 +7,11 @@ from functools import cache
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
+
+from ..runtime import open_quietly
 
 # Operators with the places of their integer weight and its zero point.
 _PLACES = {"MatMulIntegerToFloat": (1, 5), "QAttention": (1, 7), "MatMulInteger": (1, 3), "ConvInteger": (1, 3)}
-_DEQUANTIZE = "DequantizeLinear"
 _PROBE = f"""
 <ir_version: 10, opset_import: ["" : 17]> probe (uint8[rows, 64] a) => (int32[rows, 16] product)
 <int8[64, 16] weight = {{{", ".join(["127"] * 64 * 16)}}}> {{ product = MatMulInteger(a, weight) }}
@@ -25,9 +25,7 @@ def multiplies_exactly() -> bool:
     On x86 without VNNI it adds pairs of products in 16 bits, where 255 * 127 * 2 does not fit.
     """
     model = ir.from_onnx_text(_PROBE)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_quietly(ir.to_proto(model).SerializeToString(), log_severity_level=4)
     products = [session.run(None, {"a": np.full((rows, 64), 255, np.uint8)})[0] for rows in (1, 16)]
     return all((product == 64 * 255 * 127).all() for product in products)
 
@@ -71,13 +69,10 @@ def make_unsigned(model: ir.Model) -> int:
 
 def _is_weight_of_product(node: ir.Node) -> bool:
     """Whether a node dequantizes a weight for products and convolutions alone, which ONNX Runtime computes in integers."""
-    consumers = [use for output in node.outputs for use in output.consumers()]
-    return (
-        node.op_type == _DEQUANTIZE
-        and len(node.inputs) == 3
-        and bool(consumers)
-        and all(use.op_type in ("MatMul", "Gemm", "Conv") and use.inputs[1] is node.outputs[0] for use in consumers)
-    )
+    uses = [use for output in node.outputs for use in output.consumers()]
+    if node.op_type != "DequantizeLinear" or len(node.inputs) != 3 or not uses:
+        return False
+    return all(use.op_type in ("MatMul", "Gemm", "Conv") and use.inputs[1] is node.outputs[0] for use in uses)
 
 
 def _shifted(value: ir.Value | None, name: str) -> ir.Value:

@@ -18,7 +18,6 @@ from ...quantization import (
     QuantizedGRU,
     QuantizedLinear,
     QuantizedLSTM,
-    QuantizedModule,
     quantized_modules,
 )
 from .activations import ActivationQDQ
@@ -98,12 +97,7 @@ def _linear(module: QuantizedLinear | QuantizedConv1D, target: str, table: Any) 
     """The layer in the operators that run it best; `table` is the stored weight of the embedding that it shares."""
     scheme, bits = module.quantization_scheme, module.weight_quantizer.bits
     is_linear = scheme.weight_mapping == "linear" and bits <= 8
-    if is_linear and scheme.group_size is None and _has_bytes(module):
+    if is_linear and scheme.group_size is None and ActivationQDQ(module.activation_quantizer).is_integer:
         return IntegerLinear(module, table)
     # With 8 bits, MatMulNBits takes several times as long as a float layer does (`make bench-kernels`).
     return NBitLinear(module) if is_linear and bits <= 4 and target == "onnxruntime" else FoldedLinear(module, table)
-
-
-def _has_bytes(module: QuantizedModule) -> bool:
-    """Whether the input is uint8."""
-    return ActivationQDQ(module.activation_quantizer).is_integer

@@ -33,8 +33,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int = 1) 
             scale, zero_point = scale.reshape(-1, *ones), zero_point.reshape(-1, *ones)
         return (codes.float() - zero_point.float()) * scale
 
-    result: Tensor = onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=axis)
-    return result
+    return onnx_op("DequantizeLinear", codes, scale, zero_point, compute=compute, opset=OPSET, axis=axis)
 
 
 class ActivationQDQ(nn.Module):

@@ -29,10 +29,8 @@ class Lowered(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
-        own = vars(self)
-        own.update(
-            {name: each for name, each in vars(layer).items() if name not in own and name not in _OF_QUANTIZERS}
-        )
+        known = {*vars(self), *_OF_QUANTIZERS}
+        vars(self).update({name: each for name, each in vars(layer).items() if name not in known})
         self._buffers.update(layer._buffers)
 
 
@@ -83,9 +81,8 @@ class IntegerLinear(_Linear, _Codes):
         if table is not None:  # the file has its codes once, and they are turned when it is loaded
             self.register_buffer("codes", table.packed)
             self.register_buffer("scale", table.scale.reshape(-1))
-            zeros = (
-                torch.full_like(self.scale, table.offset) if table.zero_point is None else table.zero_point.reshape(-1)
-            )
+            middle = table.zero_point
+            zeros = torch.full_like(self.scale, table.offset) if middle is None else middle.reshape(-1)
             self.register_buffer("zero_point", zeros.to(table.packed.dtype))
             return
         codes = linear.integer_weight()
@@ -127,17 +124,11 @@ class NBitLinear(_Linear):
             blocks = (unpack(packed, weight.bits) - zero) * scale.reshape(weight.channels, -1, 1)
             return values @ blocks.flatten(1)[:, : weight.inputs].t()
 
+        # Accuracy level 1 is in float32; faster ones round the input to 8 bits.
         values = onnx_op(
-            "com.microsoft::MatMulNBits",
-            *(self.quantized_input(input), self.packed, self.scale, *zeros),
-            compute=compute,
-            opset=1,
-            K=weight.inputs,
-            N=weight.channels,
-            bits=weight.bits,
-            block_size=self.block_size,
-            accuracy_level=1,  # in float32; faster levels round the input to 8 bits
-        )
+            "com.microsoft::MatMulNBits", *(self.quantized_input(input), self.packed, self.scale, *zeros), compute=compute,
+            opset=1, K=weight.inputs, N=weight.channels, bits=weight.bits, block_size=self.block_size, accuracy_level=1,
+        )  # fmt: skip
         return values if self.bias is None else values + self.bias
 
 
@@ -175,13 +166,8 @@ class IntegerConv1d(_Codes):
     @staticmethod
     def fits(conv: QuantizedConv1d) -> bool:
         """Whether a convolution can be written so, and has enough channels to be faster for it."""
-        return (
-            conv.groups == 1
-            and conv.in_channels >= MIN_CHANNELS
-            and conv.padding_mode == "zeros"
-            and not isinstance(conv.padding, str)
-            and IntegerConv.fits(conv)
-        )
+        is_plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        return is_plain and conv.in_channels >= MIN_CHANNELS and IntegerConv.fits(conv)
 
     def forward(self, input: Tensor) -> Tensor:
         codes = quantize(input, self.input.scale, self.input.zero_point).transpose(1, 2)
@@ -210,8 +196,7 @@ class _Conv(Lowered):
         self.kind = nn.Conv1d if isinstance(conv, nn.Conv1d) else nn.Conv2d
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.kind._conv_forward(self, self.input(input), self.weight, self.bias)  # type: ignore[arg-type]
-        return output
+        return self.kind._conv_forward(self, self.input(input), self.weight, self.bias)  # type: ignore[arg-type]
 
 
 class IntegerConv(_Conv, _Codes):

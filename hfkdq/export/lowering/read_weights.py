@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ...modeling.forwards import hooked
 from ...quantization import QuantizedModule, quantized_modules
 from ...quantization.layers import swap_out_
 from ..verify import run_torch
@@ -34,11 +35,10 @@ def leave_read_weights_(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> 
     handles = [m.register_forward_pre_hook(lambda m, _: called.add(id(m))) for m in modules.values()]
     QuantizedModule.__getattr__ = found  # type: ignore[method-assign]
     try:
-        run_torch(model, [dict(batch)])  # type: ignore[arg-type]
+        with hooked(handles):
+            run_torch(model, [dict(batch)])  # type: ignore[arg-type]
     finally:
         del QuantizedModule.__getattr__
-        for handle in handles:
-            handle.remove()
     left = {name: module for name, module in modules.items() if id(module) in read - called}
     for module in left.values():
         swap_out_(module)

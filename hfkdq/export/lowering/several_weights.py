@@ -77,26 +77,19 @@ class Recurrent(Lowered):
     def _layer(self, index: int, values: Tensor, starts: list[Tensor]) -> tuple[Tensor, ...]:
         """States (time, directions, batch, hidden) of one layer, and the last ones (directions, batch, hidden)."""
         ends = [f"_l{index}", f"_l{index}_reverse"][: 1 + self.bidirectional]
-        weights = [
-            torch.stack([self._values(f"weight_{part}{end}") for end in ends]) for part in ("ih", "hh")
-        ]  # (directions, gates * hidden, inputs)
+        # (directions, gates * hidden, inputs) each
+        weights = [torch.stack([self._values(f"weight_{part}{end}") for end in ends]) for part in ("ih", "hh")]
         rows = weights[0].shape[1]
         biases = [self.biases[f"bias_{part}{end}"] for end in ends for part in ("ih", "hh")] if self.biases else []
         bias = torch.cat(biases).reshape(len(ends), -1) if biases else weights[0].new_zeros(len(ends), 2 * rows)
         # That all texts are as long as the batch; it has to be said where states are given.
         lengths = [torch.ones_like(values[..., 0], dtype=torch.int32).sum(0, dtype=torch.int32)] if starts else []
         attributes: dict[str, Any] = {"linear_before_reset": 1} if self.kind == "GRU" else {}
-        result: tuple[Tensor, ...] = onnx_op(
-            self.kind,
-            *(values, *weights, bias, *lengths, *starts),
-            compute=self._compute,
-            opset=OPSET,
-            outputs=2 + (self.kind == "LSTM"),
-            hidden_size=self.hidden_size,
-            direction="bidirectional" if self.bidirectional else "forward",
-            **attributes,
-        )
-        return result
+        return onnx_op(
+            self.kind, *(values, *weights, bias, *lengths, *starts), compute=self._compute, opset=OPSET,
+            outputs=2 + (self.kind == "LSTM"), hidden_size=self.hidden_size,
+            direction="bidirectional" if self.bidirectional else "forward", **attributes,
+        )  # fmt: skip
 
     def _values(self, key: str) -> Tensor:
         values: Tensor = self.stored[key].values()  # type: ignore[operator]

@@ -41,10 +41,8 @@ class StoredWeight(nn.Module):
         self.bits = next(bits for bits in (2, 4, 8) if bits >= quantizer.bits)
         self.offset = 2 ** (self.bits - 1) if self.grid.low < 0 and (self.bits < 8 or unsigned) else 0
         shifted = codes.short() + self.offset
-        self.register_buffer(
-            "packed",
-            pack(shifted, self.bits) if self.bits < 8 else shifted.to(codes.dtype if not self.offset else torch.uint8),
-        )
+        whole = shifted.to(codes.dtype if not self.offset else torch.uint8)
+        self.register_buffer("packed", pack(shifted, self.bits) if self.bits < 8 else whole)
         scale, zero_point = quantizer.qparams(weight)
         self.register_buffer("scale", scale.squeeze(-1).clone())
         self.register_buffer("zero_point", None if zero_point is None else zero_point.squeeze(-1))
