@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import is_bare, tasks_of
 from . import runner
+from .choices import WITHOUT_FILE
 from .dummies import dummy_batches as random_batches
 from .embeddings import NAME as SENTENCE_EMBEDDING
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
@@ -77,7 +78,7 @@ def _supported_tasks(model: PreTrainedModel) -> list[str]:
         nearest = difflib.get_close_matches(model_type, sorted(known), n=3, cutoff=0.0)
         raise UnknownArchitecture(
             f"Optimum has no ONNX export for the architecture {model_type!r}. The nearest names it has are "
-            f"{', '.join(nearest)}."
+            f"{', '.join(nearest)}. Export it with Transformers 5, whose exporter has more of them. {WITHOUT_FILE}"
         ) from error
     # Without a head there is nothing to generate, and no ORTModelFor... class reads the several files.
     return [task for task in tasks if task != "feature-extraction" + PAST]

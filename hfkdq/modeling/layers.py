@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..schema import brief
 from .numbering import PerLayer
+from .own_modules import config_name
 from .probing import Shapes, build_shapes, config_with, nested_configs
 from .units import NoStructure
 
@@ -151,7 +152,7 @@ def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
     if not stacks:
         reason = f": no other number could be tried, {'; '.join(reasons)}," if reasons else ""
         raise NoStructure(
-            f"{type(model).__name__} has no stack of layers that {type(model.config).__name__} counts (as one of "
+            f"{type(model).__name__} has no stack of layers that {config_name(model.config)} counts (as one of "
             f"{', '.join(DEPTH_FIELDS)}){reason} so whole layers cannot be removed."
         )
     order = list(dict(model.named_modules()))

@@ -155,6 +155,19 @@ def test_the_layer_whose_output_is_the_image_of_a_text_keeps_its_meaning(layer):
     assert_same(probe.outputs(model.double())[0], probe.outputs(probe.twin)[0])
 
 
+def test_layers_that_change_their_class_as_they_run_get_new_numbers():
+    """BigBird puts full attention in place of the sparse one when a text is short."""
+    model = ENTRIES["bigbird"].make()
+    with torch.no_grad():
+        model(IDS)
+        for parameter in model.bert.encoder.layer[0].parameters():
+            parameter *= 0.1  # so that it goes
+    prune(model, PruningSpec(sparsity=0.5, structure="layer"))
+    (layer,) = model.bert.encoder.layer
+    assert type(layer.attention.self).__name__ == "BigBirdSelfAttention"
+    assert (layer.attention.self.layer_idx, layer.attention.seed) == (0, 0)
+
+
 HEADS = {
     "norms over all heads": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**{**_CAUSAL, "num_hidden_layers": 2})),
     "sinks": lambda: tf.GptOssForCausalLM(
