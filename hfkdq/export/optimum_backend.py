@@ -292,14 +292,18 @@ def _take_empty_cache(path: Path, config: PretrainedConfig) -> None:
     """Leaves heads and width of a decoder's past open where `ORTModelForCausalLM` begins with others than the model has.
 
     It takes them from the width of the model and the heads of its queries for most architectures. Those of a cache without
-    tokens do not matter: ONNX Runtime joins the first keys and values to nothing.
+    tokens do not matter: ONNX Runtime joins the first keys and values to nothing. The outputs say what the inputs leave open.
     """
     model = onnx.load(path, load_external_data=False)
     pasts = [value for value in model.graph.input if value.name.startswith("past_key_values")]
+    grown = {value.name: value.type.tensor_type.shape.dim for value in model.graph.output}
     begun = _begun_cache(config)
     for value in pasts:
         dims = value.type.tensor_type.shape.dim
         if len(dims) == 4 and None not in begun and (dims[1].dim_value, dims[3].dim_value) != begun:
+            for axis, dim in enumerate(grown.get(value.name.replace("past_key_values", "present"), ())):
+                if dims[axis].dim_value:
+                    dim.dim_value = dims[axis].dim_value
             dims[1].dim_param, dims[3].dim_param = "key_value_heads", "head_width"
     onnx.save(model, path)
 
