@@ -194,7 +194,7 @@ def read_facts(model_or_config: PreTrainedModel | PretrainedConfig) -> dict[str,
         check(facts, Facts, "hfkdq")
     except ValueError as error:
         raise ValueError(
-            f"What the configuration ({type(config).__name__}) records of compression is damaged: {error}. Save the model "
+            f"What the configuration of the model records of compression is damaged: {error}. Save the model "
             "anew where it was made; without the section hfkdq in config.json its weights load as they are."
         ) from error
     return facts

@@ -172,13 +172,15 @@ def _prove(
         expected, found = probe.outputs(probe.twin), probe.outputs(copied)
         wrong = None if any(stack.beside for stack in stacks) else differing(found, expected)
         wrong = wrong or differing(probe.reloaded(copied, type(copied).from_pretrained if plain else by_shapes), found)
-    except Exception as error:
-        wrong = f"{type(error).__name__}: {brief(error)}"
+        wrong = wrong and f"compute what these layers of the teacher do ({wrong})"
+    except Exception as error:  # whatever a class raises that cannot run so
+        wrong = f"run ({type(error).__name__}: {brief(error)})"
     if wrong is not None:
         raise ValueError(
-            f"A {name} of layers {', '.join(map(str, kept))} would not compute what these layers of the teacher do ({wrong}): "
-            "what a layer computes follows from its number. Choose layers that keep their order in the pattern of the "
-            "configuration, such as a whole period."
+            f"A {name} of layers {', '.join(map(str, kept))} would not {wrong}: what a layer computes follows from its number, or the "
+            "model does more than hand its output on to the next. Choose layers that keep their order in the pattern of the "
+            "configuration, such as a whole period, or build a smaller model of the class yourself: any two with the same "
+            "outputs are teacher and student."
         )
     writes = copied.can_generate() and student.config.is_encoder_decoder
     if writes and not probe.writes(copied, use_cache=True) and probe.writes(copied, use_cache=False):

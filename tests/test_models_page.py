@@ -82,6 +82,7 @@ def test_what_dies_or_never_ends_fails():
 
 def test_a_refusal_is_an_error_that_hfkdq_raises():
     from hfkdq import PruningSpec
+    from hfkdq.pruning.masks import units_kept
 
     def raised(work):
         try:
@@ -91,3 +92,4 @@ def test_a_refusal_is_an_error_that_hfkdq_raises():
 
     assert is_refusal(raised(lambda: PruningSpec(sparsity=2.0)))
     assert not is_refusal(raised(lambda: int("a")))
+    assert not is_refusal(raised(lambda: units_kept("a", 0.5)))  # a line of hfkdq that raises nothing itself

@@ -44,11 +44,13 @@ def same_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether a line of hfkdq raised an error, of a kind that says what is wrong with what came."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, (ValueError, TypeError, NotImplementedError, RuntimeError)) and raised_in.startswith(
-        PACKAGE
-    )
+    """Whether a line of hfkdq raised an error, of a kind that says what is wrong with what came.
+
+    What a library written in C++ raises comes out of the line that called it, which raises nothing itself.
+    """
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    is_kind = isinstance(error, (ValueError, TypeError, NotImplementedError, RuntimeError))
+    return is_kind and where.filename.startswith(PACKAGE) and str(where.line).startswith("raise ")
 
 
 def run_cell(entry: Entry, cell: str) -> Result:

@@ -19,7 +19,7 @@ from ..modeling.placement import refuse_sharded
 from ..modeling.tasks import tasks_of
 from ..quantization import activation_quantizers, activation_ranges, means_the_same, quantized_spec
 from ..specs import QuantizationSpec
-from .choices import FLAT, OPENVINO, TARGETS
+from .choices import FLAT, OPENVINO, TARGETS, WITHOUT_FILE
 from .exporters_tasks import keeps_tokens, own_task
 from .inputs import generates, is_own
 from .openvino_runtime import require_openvino
@@ -173,6 +173,5 @@ def _check_any_length(model: PreTrainedModel) -> None:
         return
     raise ValueError(
         f"{type(model).__name__} computes a text in a loop over its tokens or the experts that they go to, of which an ONNX file "
-        f"would have as many turns as one text takes: {told}. Distill, prune and quantize it without a file: quantize, "
-        "save_pretrained and load_quantized need none."
+        f"would have as many turns as one text takes: {told}. {WITHOUT_FILE}"
     )

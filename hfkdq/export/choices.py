@@ -7,6 +7,8 @@ ONNXRUNTIME, STANDARD, OPENVINO = "onnxruntime", "standard", "openvino"
 TARGETS = (ONNXRUNTIME, STANDARD, OPENVINO)
 FLAT, HUB = "flat", "hub"
 LAYOUTS = (FLAT, HUB)
+WITHOUT_FILE = "Distill, prune and quantize it without a file: quantize, save_pretrained and load_quantized need none."
+"""What to do with a model that cannot be exported."""
 NO_POOLING = "none"
 # The names of sentence-transformers, and what its files call them, in the order in which it joins several.
 POOLINGS = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.exporters import OnnxConfig, OnnxExporter
 
+from .choices import WITHOUT_FILE
 from .exporters_generation import Part
 from .graph import fix_shapes, noted_shapes, save_graph
 from .silence import silent_and_seeded
@@ -194,8 +195,9 @@ def _check_axes(graph: ir.Graph, axes: Callable[[str], Mapping[int, str]]) -> No
             value.shape = ir.Shape([fixed.get(axis, size) for axis, size in enumerate(value.shape)])
         elif fixed:
             raise RuntimeError(
-                f"The tracer fixed the axes {', '.join(fixed.values())} of the input {value.name!r}: {value.shape}. "
-                "The model treats some of its sizes as constants; it cannot be exported with axes that vary."
+                f"The tracer fixed the axes {', '.join(fixed.values())} of the input {value.name!r}, as the code of the model takes "
+                f"sizes for constants: a file would take no other than {', '.join(str(value.shape[axis]) for axis in fixed)}. "
+                f"{WITHOUT_FILE}"
             )
 
 

@@ -31,7 +31,7 @@ from ..specs import QuantizationSpec
 from ..specs.quantization import expert_weights
 from ..version import __version__
 from .checks import require_ranges
-from .choices import OPENVINO
+from .choices import OPENVINO, WITHOUT_FILE
 from .embeddings import Pooling
 from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
@@ -60,6 +60,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _to_trace(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that returns its outputs by name, whatever its configuration says."""
     traced = copy.deepcopy(model)
+    traced.requires_grad_(False)  # the tracer takes what is no parameter of the module for a constant, which has none
     for config in {id(c): c for c in (getattr(m, "config", None) for m in traced.modules()) if c is not None}.values():
         config.return_dict, config.torchscript = True, False
     return traced
@@ -256,7 +257,7 @@ class ExportJob:
                 raise
             raise RuntimeError(
                 f"PyTorch's exporter cannot write {type(model).__name__} ({type(error).__name__}: {brief(error)}). Nothing was "
-                "written; this is so of the float model too, in other tools as well."
+                f"written; this is so of the float model too, in other tools as well. {WITHOUT_FILE}"
             ) from error
 
     def _reference(self, precision: Precision) -> PreTrainedModel:

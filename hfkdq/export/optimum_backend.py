@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import is_bare, tasks_of
 from . import runner
+from .choices import WITHOUT_FILE
 from .dummies import dummy_batches as random_batches
 from .embeddings import NAME as SENTENCE_EMBEDDING
 from .inputs import axes_of, beside_tokens, file_outputs, is_own, takes_any_size, to_trace
@@ -78,7 +79,7 @@ def _supported_tasks(model: PreTrainedModel) -> list[str]:
         nearest = difflib.get_close_matches(model_type, sorted(known), n=3, cutoff=0.0)
         raise UnknownArchitecture(
             f"Optimum has no ONNX export for the architecture {model_type!r}. The nearest names it has are "
-            f"{', '.join(nearest)}."
+            f"{', '.join(nearest)}. Export it with Transformers 5, whose exporter has more of them. {WITHOUT_FILE}"
         ) from error
     # Without a head there is nothing to generate, and no ORTModelFor... class reads the several files.
     return [task for task in tasks if task != "feature-extraction" + PAST]
@@ -268,14 +269,18 @@ def _take_empty_cache(path: Path, config: PretrainedConfig) -> None:
     """Leaves heads and width of a decoder's past open where `ORTModelForCausalLM` begins with others than the model has.
 
     It takes them from the width of the model and the heads of its queries for most architectures. Those of a cache without
-    tokens do not matter: ONNX Runtime joins the first keys and values to nothing.
+    tokens do not matter: ONNX Runtime joins the first keys and values to nothing. The outputs say what the inputs leave open.
     """
     model = onnx.load(path, load_external_data=False)
     pasts = [value for value in model.graph.input if value.name.startswith("past_key_values")]
+    grown = {value.name: value.type.tensor_type.shape.dim for value in model.graph.output}
     begun = _begun_cache(config)
     for value in pasts:
         dims = value.type.tensor_type.shape.dim
         if len(dims) == 4 and None not in begun and (dims[1].dim_value, dims[3].dim_value) != begun:
+            for axis, dim in enumerate(grown.get(value.name.replace("past_key_values", "present"), ())):
+                if dims[axis].dim_value:
+                    dim.dim_value = dims[axis].dim_value
             dims[1].dim_param, dims[3].dim_param = "key_value_heads", "head_width"
     onnx.save(model, path)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,12 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .choices import WITHOUT_FILE
 from .defaults import Array, neutral
 
 _NOT_RUN = (
     "If it was exported just now, this architecture cannot be exported for all sizes of its inputs: the tracer took some of them "
-    "for constants"
+    f"for constants. {WITHOUT_FILE.rstrip('.')}"
 )
+
+_NOISE = re.compile(
+    r"\[ONNXRuntimeError\] : \d+ : \w+ : |Non-zero status code returned while running |/onnxruntime_src/.*? was false\. "
+)
+"""Of what ONNX Runtime says: numbers, and lines of its own source."""
 
 
 class Port(NamedTuple):
@@ -37,7 +44,7 @@ def in_plain_words(runtime: str, path: str | Path, advice: str, is_own: Callable
     except Exception as error:
         if not is_own(error):
             raise
-        told = " ".join(str(error).split())[:300].rstrip(".")
+        told = _NOISE.sub("", " ".join(str(error).split()))[:300].rstrip(".")
         raise RuntimeError(f"{runtime} cannot run {Path(path).name}: {told}. {advice}.") from error
 
 

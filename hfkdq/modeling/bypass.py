@@ -22,7 +22,8 @@ def bypass_(layer: nn.Module, on: bool) -> None:
     """
     handle = layer.__dict__.get(_HOOK)
     if on and handle is None:
-        layer.__dict__[_HOOK] = layer.register_forward_hook(_hand_on, with_kwargs=True)
+        # Before those by which Transformers collects hidden states, which may be there already.
+        layer.__dict__[_HOOK] = layer.register_forward_hook(_hand_on, with_kwargs=True, prepend=True)
     elif not on and handle is not None:
         handle.remove()
         del layer.__dict__[_HOOK]

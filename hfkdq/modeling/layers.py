@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..schema import brief
 from .numbering import PerLayer
+from .own_modules import config_name
 from .probing import Shapes, build_shapes, config_with, nested_configs
 from .units import NoStructure
 
@@ -32,6 +33,9 @@ _LAYER_NUMBERS = (
 
 _FIRST_LAYERS = ("first_k_dense_replace",)
 """How many layers at the beginning are of another kind."""
+
+_FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+"""Beside the configuration of images: number, or numbers, of the hidden states that a text reads, negative from the end."""
 
 _SAME_AS_ENCODER = "num_hidden_layers"
 """Which Transformers 4 keeps beside the number of the encoder's layers, and LED reads."""
@@ -148,7 +152,7 @@ def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
     if not stacks:
         reason = f": no other number could be tried, {'; '.join(reasons)}," if reasons else ""
         raise NoStructure(
-            f"{type(model).__name__} has no stack of layers that {type(model.config).__name__} counts (as one of "
+            f"{type(model).__name__} has no stack of layers that {config_name(model.config)} counts (as one of "
             f"{', '.join(DEPTH_FIELDS)}){reason} so whole layers cannot be removed."
         )
     order = list(dict(model.named_modules()))
@@ -240,9 +244,19 @@ def _fields_of(
         names = [stages[0], *(f"stage{i}" for i in range(1, len(kept) + 1))]
         chosen = list(dict.fromkeys(after))
         fields |= {"stage_names": names, "_out_indices": chosen, "_out_features": [names[i] for i in chosen]}
+    above: dict[str, Any] = {}
+    if prefix.endswith("vision_config."):
+        outer, beside = _owner(config, prefix[:-1])
+        for key in _FEATURE_LAYERS:
+            read = vars(beside).get(key)
+            if read is not None:
+                indices = [read] if isinstance(read, int) else read
+                after = [sum(layer < index % (count + 1) for layer in kept) for index in indices]
+                new = [n - (len(kept) + 1 if index < 0 else 0) for n, index in zip(after, indices, strict=True)]
+                above[outer + key] = new[0] if isinstance(read, int) else new
     if name == f"{prefix}encoder_layers" and held.get(_SAME_AS_ENCODER) == count:
         fields[_SAME_AS_ENCODER] = len(kept)
-    return {name: len(kept), **{prefix + key: value for key, value in fields.items()}}
+    return {name: len(kept), **{prefix + key: value for key, value in fields.items()}, **above}
 
 
 def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str]) -> CountedStack | None:

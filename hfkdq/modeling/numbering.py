@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .heads import ATTENTION_INPUTS
 
-NUMBERS = ("layer_idx", "layer_id")
+NUMBERS = ("layer_idx", "layer_id", "seed")
 """Under which names modules keep the number of their layer."""
 
 
@@ -44,9 +44,14 @@ def refit_(layer: nn.Module, old: nn.Module, new: nn.Module) -> None:
             _scale_queries_(module, before["scaling"] / after["scaling"])
         if before.get("lambda_init") != after.get("lambda_init"):
             _shift_lambda_(module, before["lambda_init"], after["lambda_init"])
+        own = vars(built)
+        number = [
+            own[key] for key in NUMBERS if key in own
+        ]  # under another name where BigBird changed the class as it ran
+        own = dict.fromkeys(NUMBERS, *number[:1]) | own
         for key in ("scaling", "lambda_init", *NUMBERS):
-            if key in vars(module):
-                setattr(module, key, vars(built)[key])
+            if key in vars(module) and key in own:
+                setattr(module, key, own[key])
 
 
 def _numbers_of(module: nn.Module) -> dict[str, Any]:

@@ -84,6 +84,11 @@ class OwnModule(PreTrainedModel):
         return _blank, (self.template, type(self.config)), vars(self)
 
 
+def config_name(config: PretrainedConfig) -> str:
+    """What messages call a configuration: nobody wrote the one that was made for a plain module."""
+    return "its configuration" if isinstance(config, OwnModuleConfig) else type(config).__name__
+
+
 def as_pretrained_(model: Any) -> Any:
     """Makes a plain module a `PreTrainedModel`, in place; anything else is left as it is.
 

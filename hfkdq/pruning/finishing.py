@@ -30,6 +30,13 @@ from .removal import described_config, remove_layers_, remove_units_
 from .sharing import restore_sharing_
 from .targets import WEIGHTED, PruningTarget, WeightTarget, find_targets, is_zero
 
+_NOT_RUN = {
+    "masked": "does not run, as its units lie elsewhere than in models of its kind",
+    "removed": "does not run, as its code counts on their former number",
+    "loaded again": "does not run, as its code makes them anew in their former number",
+}
+"""What it means that a copy fails, by what was last done to it."""
+
 
 def mask_without_data(model: PreTrainedModel, spec: PruningSpec) -> Masks:
     """The masks of `spec`; where its criterion looks at data, a generator chooses."""
@@ -62,12 +69,14 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec) -> None:
             by_shapes = partial(load_checkpoint, model_class=type(twin))
             load = by_shapes if has_recorded_shapes(twin.config) else type(twin).from_pretrained
             wrong = differing(probe.reloaded(twin, load), removed)
+        wrong = wrong and f"does not compute what it should ({wrong})"
     except Exception as error:  # whatever a class raises that cannot run so
-        wrong = f"{type(error).__name__}: {brief(error)}"
+        wrong = f"{_NOT_RUN[step]} ({type(error).__name__}: {brief(error)})"
     if wrong is not None:
+        mask = "" if step == "masked" else "cut='mask', or "
         raise ValueError(
-            f"structure={spec.structure!r} does not fit {type(model).__name__}: tried on a copy, with units {step} it does not "
-            f"compute what it should ({wrong}). Nothing is changed. Use cut='mask', or another structure: 'weight' fits any model."
+            f"structure={spec.structure!r} does not fit {type(model).__name__}: tried on a copy, with units {step} it {wrong}. "
+            f"Nothing is changed. Use {mask}another structure: 'weight' fits any model."
         )
 
 

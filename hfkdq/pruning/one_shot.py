@@ -12,6 +12,7 @@ from ..facts import read_facts
 from ..modeling import NoStructure
 from ..modeling.batches import Batches, first_batch, make_batches
 from ..modeling.examples import tried_on
+from ..modeling.own_modules import config_name
 from ..modeling.placement import refuse_sharded
 from ..specs import PruningSpec
 from .criteria import ImportanceStatistics, check_criterion
@@ -154,7 +155,7 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
         return
     if spec.ranking == "global":
         raise ValueError(
-            f"ranking='global' leaves layers with different numbers of units, which {type(model.config).__name__} cannot say. "
+            f"ranking='global' leaves layers with different numbers of units, which {config_name(model.config)} cannot say. "
             "Use ranking='local', or plain_checkpoint=False and load the result with hfkdq.load_pruned."
         )
     _, problem = described_config(model, spec, targets, [units_kept(t.units, spec.sparsity) for t in targets])

@@ -15,6 +15,7 @@ from ..modeling.bypass import bypass_
 from ..modeling.hidden_width import hidden_field
 from ..modeling.neurons import width_fields
 from ..modeling.numbering import refit_
+from ..modeling.own_modules import config_name
 from ..modeling.probing import (
     Numbers,
     Shapes,
@@ -130,7 +131,7 @@ def _size_of_heads(targets: Sequence[PruningTarget]) -> int | None:
 
 
 def _reason(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget], kept: Sequence[int]) -> str:
-    name = type(model.config).__name__
+    name = config_name(model.config)
     if has_recorded_shapes(model.config):
         why = f"{name} does not describe the model even now, which has been pruned with plain_checkpoint=False before"
     elif len({count / target.units for target, count in zip(targets, kept, strict=True)}) > 1:

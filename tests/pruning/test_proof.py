@@ -2,15 +2,17 @@
 """What pruning and `make_student` leave is what they say, for layers, heads and neurons of models that are unlike most."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
 import torch
 import transformers as tf
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq import PruningSpec, load_pruned, make_student, prune
 from hfkdq.facts import read_facts
-from hfkdq.modeling import bypass_, find_layer_stack, find_layer_stacks
+from hfkdq.modeling import Probe, bypass_, find_layer_stack, find_layer_stacks
 from tests.families import FAMILIES
 
 ON_V5 = int(tf.__version__.split(".")[0]) >= 5
@@ -133,6 +135,37 @@ def test_stacks_of_configurations_within_the_configuration_are_found():
     assert (student.config.text_config.num_hidden_layers, student.config.vision_config.num_hidden_layers) == (3, 2)
     prune(model, HALF)
     assert (model.config.text_config.intermediate_size, model.config.vision_config.intermediate_size) == (24, 24)
+
+
+@pytest.mark.parametrize("layer", [-2, 1, [-3, -1]])
+def test_the_layer_whose_output_is_the_image_of_a_text_keeps_its_meaning(layer):
+    """LLaVA says by number which layers of its images the text reads."""
+    settings = copy.deepcopy(ENTRIES["llava"].settings) | {"vision_feature_layer": layer}
+    settings["vision_config"]["num_hidden_layers"] = settings["text_config"]["num_hidden_layers"] = 4
+    model = dataclasses.replace(ENTRIES["llava"], settings=settings).make()
+    whole = copy.deepcopy(model)
+    prune(model, PruningSpec(sparsity=0.5, structure="layer", criterion="random"))
+    ours, theirs = find_layer_stacks(model), find_layer_stacks(whole)
+    for left, stack in zip(ours, theirs, strict=True):
+        assert len(left) == 2
+        kept = [next(iter(layer.state_dict().values())).tolist() for layer in left.layers]
+        for layer in stack.layers:
+            bypass_(layer, next(iter(layer.state_dict().values())).tolist() not in kept)
+    probe = Probe(whole)
+    assert_same(probe.outputs(model.double())[0], probe.outputs(probe.twin)[0])
+
+
+def test_layers_that_change_their_class_as_they_run_get_new_numbers():
+    """BigBird puts full attention in place of the sparse one when a text is short."""
+    model = ENTRIES["bigbird"].make()
+    with torch.no_grad():
+        model(IDS)
+        for parameter in model.bert.encoder.layer[0].parameters():
+            parameter *= 0.1  # so that it goes
+    prune(model, PruningSpec(sparsity=0.5, structure="layer"))
+    (layer,) = model.bert.encoder.layer
+    assert type(layer.attention.self).__name__ == "BigBirdSelfAttention"
+    assert (layer.attention.self.layer_idx, layer.attention.seed) == (0, 0)
 
 
 HEADS = {

@@ -227,6 +227,14 @@ def test_a_layer_that_is_passed_by_hands_on_its_input_and_has_gradients_of_zero(
     assert all(p.grad.any() for n, p in model.bert.encoder.layer[0].named_parameters() if "weight" in n)
 
 
+def test_a_layer_that_is_passed_by_hands_on_its_input_to_what_collects_hidden_states_already():
+    model, batch = tiny.bert(layers=2), tiny.batch(tiny.bert())
+    model(**batch, output_hidden_states=True)  # Transformers 5 collects by hooks from the first time on
+    bypass_(model.bert.encoder.layer[0], True)
+    states = model(**batch, output_hidden_states=True).hidden_states
+    assert torch.equal(states[0], states[1])
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 

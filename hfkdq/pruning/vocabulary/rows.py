@@ -148,8 +148,9 @@ def _table_rows(model: PreTrainedModel) -> int:
         )
     if not isinstance(table, nn.Embedding):
         raise ValueError(
-            f"{type(model).__name__} has no embedding table for tokens (get_input_embeddings gives "
-            f"{type(table).__name__}), so there is no vocabulary to prune."
+            f"{type(model).__name__} has no embedding table for tokens, as its get_input_embeddings() gives "
+            f"{'none' if table is None else type(table).__name__}, so there is no vocabulary to prune. Prune another structure; "
+            "where a part of the model reads texts, prune the vocabulary of that part by itself."
         )
     return table.weight.shape[0]
 
