@@ -223,7 +223,7 @@ def test_a_file_in_the_layout_of_the_hub_has_its_configuration_above_it(others, 
             assert "onnx/model.onnx, onnx/model_quantized.onnx. Name the one to measure, such as" in told
             assert told.endswith(f"{others / 'onnx' / 'model.onnx'}.")
         if command == "inspect":
-            assert main([command, str(file)]) == 0
+            assert main([command, str(file)]) == main([command, str(others)]) == 0
         if command == "bench":
             assert main([command, str(file), "--rounds", "1", "--length", "8"]) == 0
     assert "model_quantized" in capsys.readouterr().out

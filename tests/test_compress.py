@@ -38,6 +38,8 @@ from hfkdq.files import sha256_of
 from hfkdq.recipes import load, override, read
 from hfkdq.recipes.defaults import default_sections, layer_counts
 from hfkdq.recipes.goals import Goals
+from hfkdq.recipes.parts import parts_of, training_arguments
+from hfkdq.recipes.trying import try_training
 
 from . import tiny
 from .conftest import THREADS
@@ -280,6 +282,47 @@ def test_what_is_wrong_is_told_in_one_line(given, tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.every_case
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ("{lr_scheduler_kwargs: {nothing: 1}}", "training.lr_scheduler_type linear takes none, and lr_scheduler_kwargs is {'nothing': 1}"),
+        ("{lr_scheduler_type: constant, lr_scheduler_kwargs: {power: 2}}", "constant takes none, and lr_scheduler_kwargs is"),
+        ("{lr_scheduler_type: cosine_with_min_lr}", "takes num_cycles, min_lr, min_lr_rate, and lr_scheduler_kwargs is {}: One of min_lr"),
+        ("{lr_scheduler_type: cosine, lr_scheduler_kwargs: {num_cycles: x}}", "cosine takes num_cycles, and lr_scheduler_kwargs is"),
+        ("{lr_scheduler_type: reduce_lr_on_plateau, eval_strategy: epoch, lr_scheduler_kwargs: {factor: 2}}", "Factor should be < 1.0"),
+        ("{optim: adamw_torch, optim_args: beta}", "training.optim adamw_torch with optim_args 'beta' (which are name=value,name=value)"),
+        ("{optim: adafactor, optim_args: beta3=0.9}", "adafactor with optim_args 'beta3=0.9' (which are name=value,name=value): this optimizer takes no beta3"),
+        ("{optim: rmsprop_bnb, optim_args: alhpa=0.9}", "training.optim rmsprop_bnb with optim_args"),
+        ("{neftune_noise_alpha: -1}", "training.neftune_noise_alpha must be 0 or more, got -1"),
+        ("{report_to: no_such}", "training: no_such is not supported"),
+    ],
+)  # fmt: skip
+def test_arguments_of_the_training_are_tried_before_a_model_is_loaded(
+    given, tmp_path, monkeypatch, capsys, training, told
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["compress", "org/name", "--data", str(given / "rows.csv"), f"training={training}"]
+    assert main([*words, "--output-dir", "out"]) == 1
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        "{lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6}, warmup_steps: 5}",
+        "{lr_scheduler_type: reduce_lr_on_plateau, eval_strategy: epoch, lr_scheduler_kwargs: {factor: 0.5}}",
+        "{lr_scheduler_type: warmup_stable_decay, lr_scheduler_kwargs: {num_decay_steps: 2000}}",
+        "{optim: adafactor, neftune_noise_alpha: 5, gradient_checkpointing: true, dataloader_num_workers: 2}",
+        "{save_strategy: epoch, eval_strategy: epoch, load_best_model_at_end: true, metric_for_best_model: f1}",
+    ],
+)
+def test_what_a_training_can_be_told_passes_the_trial(tmp_path, training):
+    recipe = read(override({"model": "org/name", "data": {"train": "rows.csv"}}, [f"training={training}"]))
+    try_training(training_arguments(parts_of(recipe), str(tmp_path), generates=True, use_cpu=True))
+
+
+@pytest.mark.every_case
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
 @pytest.mark.parametrize(
     ("changes", "told"),
@@ -317,7 +360,12 @@ def test_what_the_end_of_a_run_would_lack_is_told_before(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["objectives=[{HiddenStateKD: {layers: {9: 1}}}]", "training.lr_scheduler_kwargs={nothing: 1}"]
+    "change",
+    [
+        "objectives=[{HiddenStateKD: {layers: {9: 1}}}]",
+        "training={gradient_checkpointing: true, gradient_checkpointing_kwargs: {nothing: 1}}",
+        "training.lr_scheduler_kwargs={nothing: 1}",
+    ],
 )
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_in_the_way(given, tmp_path, capsys, change):
     folder = tmp_path / "out"

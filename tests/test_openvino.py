@@ -12,7 +12,9 @@ import pytest
 
 from hfkdq import CompressionReport, QuantizationSpec, export_onnx, push_to_hub, quantize
 from hfkdq.cli import main
+from hfkdq.cli.candidates import find_place
 from hfkdq.measuring import latency
+from hfkdq.modeling.checkpoints import _PICKLES, _RUN, _refuse_others
 from hfkdq.report.layers import describe_stored
 
 from . import tiny
@@ -128,14 +130,35 @@ def test_commands_write_time_and_measure_a_folder(tmp_path, capsys):
     assert all(row["latency"]["median_ms"] > 0 for row in rows)
     assert main(["inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["export"]["unchanged"] is True
+    # Without a checkpoint beside it: it is measured, and what needs one says so.
+    (out / "model.safetensors").unlink()
+    facts = json.loads((out / "export_facts.json").read_text())
+    del facts["files"]["model.safetensors"]
+    (out / "export_facts.json").write_text(json.dumps(facts))
+    report = ["--eval-data", str(tmp_path / "rows.parquet"), "--output-dir", str(tmp_path / "report")]
+    assert main(["report", str(out), *report, "--latency-rounds", "0"]) == 0
+    assert CompressionReport.load(tmp_path / "report" / "report.json").engines[0].kind == "openvino"
+    capsys.readouterr()
+    for given in (["export", str(out)], ["compress", str(out), "--data", str(tmp_path / "rows.parquet")]):
+        assert main([*given, *(["--output-dir", str(tmp_path / "no")] if given[0] == "compress" else [])]) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert f"{out} has its weights in openvino_model.xml alone, a file that is run" in told
+        assert "Name the checkpoint that it was made of" in told
 
 
-def test_it_is_pushed_and_its_weights_are_no_pickles(hub_server, folder, onnx):
+def test_it_is_pushed_and_its_weights_are_no_pickles(hub_server, folder, onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     report = replace(CompressionReport.from_export(folder), license="apache-2.0")
     push_to_hub(folder, "me/tiny", report=report)
     files = hub_server.repositories["me/tiny"].files()
     assert {"openvino_model.xml", "openvino_model.bin", "README.md"} <= set(files)
     assert files["openvino_model.bin"] == (folder / "openvino_model.bin").read_bytes()
+    place = find_place("tiny", "me/tiny")  # downloaded whole, and taken for what it is
+    assert place.path == place.folder
+    assert (place.folder / "openvino_model.bin").read_bytes() == files["openvino_model.bin"]
+    files.pop("model.safetensors")
+    with pytest.raises(OSError, match=r"^me/tiny has its weights in openvino_model\.xml alone, a file that is run"):
+        _refuse_others("me/tiny", _PICKLES, _RUN)
     (onnx / "pytorch_model.bin").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"pickles by their names: pytorch_model\.bin"):
         push_to_hub(onnx, "me/other")

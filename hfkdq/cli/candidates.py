@@ -13,7 +13,7 @@ from ..provenance import ONNX_FOLDER, RUN, weight_files
 from ..schema import brief, read_file
 
 # What a repository of a model holds; pickles are not among it.
-_WANTED = ["*.json", "*.safetensors", "*.onnx", "*.onnx_data*", "*.onnx.data", "*.txt", "*.model", "*.jinja"]
+_WANTED = ["*.json", "*.safetensors", "*.onnx*", "openvino_*", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,17 @@ def split_names(given: list[str]) -> list[tuple[str, str]]:
     return [(name, where) for name, (_, where) in zip(names, pairs, strict=True)]
 
 
+def here(where: str) -> Path:
+    """The file or folder of this machine; a repository of the Hub is downloaded, without pickles. Raises `OSError`: the
+    Hub has no such repository, or cannot be reached."""
+    return Path(where).expanduser() if looks_local(where) else _downloaded(where)
+
+
 def find_place(name: str, where: str) -> Place:
     """What lies at a place; a repository of the Hub is downloaded, without pickles. Raises `ValueError`: there is
     nothing to measure, or there are several files. Raises `OSError`: the Hub has no such repository, or cannot be
     reached."""
-    path = Path(where).expanduser() if looks_local(where) else _downloaded(where)
+    path = here(where)
     if path.is_file():
         if path.suffix not in RUN:
             raise ValueError(
@@ -106,10 +112,10 @@ def is_export(folder: Path) -> bool:
 
 def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
     """Every place with its model and its tokenizer or processor; a file without weights for PyTorch beside it takes the
-    model of the first place, and one without a tokenizer or processor that of the first that has one. Raises
-    `ValueError`: a checkpoint is damaged, or a file has no configuration and there is no model to take its inputs
-    from."""
-    from ..modeling import load_checkpoint
+    model of the first place, the first one a model without weights, and one without a tokenizer or processor that of
+    the first that has one. Raises `ValueError`: a checkpoint is damaged, or a file has no configuration and there is no
+    model to take its inputs from."""
+    from ..modeling import build_recorded, load_checkpoint
     from .checkpoint import load_model, load_processor
 
     found: list[tuple[Place, Any, Any]] = []
@@ -120,6 +126,8 @@ def load_candidates(places: list[Place]) -> list[tuple[Place, Any, Any]]:
             model = load_checkpoint(str(place.folder))
         elif found:
             model = found[0][1]
+        elif place.is_configured:
+            model = build_recorded(str(place.folder)).to_empty(device="cpu")
         else:
             raise ValueError(
                 f"{place.folder} has no checkpoint beside its ONNX file, which would say what it is for. Name one before it, as "

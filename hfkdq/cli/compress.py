@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -132,6 +133,7 @@ def run(options: argparse.Namespace) -> None:
         check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..recipes.parts import parts_of, training_arguments
+    from ..recipes.trying import try_training
     from .compress_run import RECIPE, carry_out, check_folder
     from .compress_search import SEARCH, search
     from .compress_setup import check_means, set_up
@@ -140,7 +142,10 @@ def run(options: argparse.Namespace) -> None:
     is_first = os.environ.get("RANK", "0") == "0"  # of several processes it alone tells
     check_folder(folder, RECIPE if goals is None else SEARCH)
     with quietly():
-        training_arguments(parts_of(recipe, source), str(folder), generates=True)  # those of both classes
+        with tempfile.TemporaryDirectory() as scratch:
+            try_training(
+                training_arguments(parts_of(recipe, source), scratch, generates=True)
+            )  # those of both classes
         check_means(recipe)
         if goals is not None and not options.dry_run:
             found = search(recipe, changes, goals, folder, options.trials or _TRIALS, options.storage, source)

@@ -26,10 +26,11 @@ def run(options: argparse.Namespace) -> None:
     """Prints what is found."""
     from ..report.environment import hide_secrets
     from ..report.inspection import inspect_folder
-    from .candidates import find_place, split_names
+    from .candidates import find_place, here, split_names
 
     ((name, where),) = split_names([options.path])
-    found = hide_secrets(inspect_folder(find_place(name, where).folder))
+    path = here(where)
+    found = hide_secrets(inspect_folder(find_place(name, where).folder if path.is_file() else path))
     sys.stdout.write(f"{json.dumps(found, indent=2, allow_nan=False)}\n" if options.json else _told(found))
 
 

@@ -31,7 +31,7 @@ from .probing import (
     shapes_of,
 )
 from .proof import Probe, differing
-from .recorded_shapes import has_recorded_shapes, load_checkpoint, record_shapes
+from .recorded_shapes import build_recorded, has_recorded_shapes, load_checkpoint, record_shapes
 from .units import NoStructure, Slice, UnitGroup, resize_
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "UnitGroup",
     "build_empty",
     "build_model",
+    "build_recorded",
     "build_shapes",
     "bypass_",
     "check_json",

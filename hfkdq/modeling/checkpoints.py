@@ -5,21 +5,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import list_repo_files
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..files import refuse_missing
+from ..files import looks_local, refuse_missing
 from ..schema import brief, check_depth
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = (
+    ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt"),
+    "a pickle, which may hold code. If you trust it, load it with from_pretrained of Transformers and write it with "
+    "save_pretrained, which makes safetensors",
+)
+_RUN = (
+    ("*.onnx", "openvino_*.xml"),
+    "a file that is run and has no weights for PyTorch. Name the checkpoint that it was made of; to measure the file there are "
+    "hfkdq report and hfkdq bench",
+)
+_FOLDERS = ("", "onnx/", "openvino/")
 INDEX = "model.safetensors.index.json"
 _PLAIN: ContextVar[bool] = ContextVar("plain_weights", default=False)
 
@@ -86,7 +98,10 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
     try:
         with completed_by(model_class), plain_weights():
             model, told = model_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, ImportError, NotImplementedError):
+    except OSError:
+        _refuse_others(path, _PICKLES, _RUN, **hub_arguments(kwargs))
+        raise
+    except (ValueError, ImportError, NotImplementedError):
         raise
     except Exception as error:
         raise _damaged(f"{path}, loaded as {model_class.__name__},", error) from error
@@ -176,12 +191,24 @@ def _check_weights(folder: Path) -> None:
         missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing[:4])}, which its index names. Download it again.")
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if not files and pickles:
-        raise OSError(
-            f"{folder} has its weights in {pickles[0]} alone, a pickle, which may hold code. If you trust it, load it with "
-            "from_pretrained of Transformers and write it with save_pretrained, which makes safetensors."
-        )
+    _refuse_others(str(folder), _PICKLES)
+
+
+def _refuse_others(path: str, *kinds: tuple[tuple[str, ...], str], **where: Any) -> None:
+    """Refuses a folder, or a repository of the Hub, that has its weights in files of these kinds alone."""
+    folder, names = Path(path), list[str]()
+    if folder.is_dir():
+        names = [file.relative_to(folder).as_posix() for part in _FOLDERS for file in folder.glob(f"{part}*")]
+    elif not looks_local(path):
+        with suppress(Exception):  # requests and httpx share no error class
+            names = list_repo_files(path, revision=where.get("revision"), token=where.get("token"))
+    near = sorted(name for name in names if name[: name.rfind("/") + 1] in _FOLDERS)
+    if any(name.endswith(".safetensors") for name in near):
+        return
+    for patterns, advice in kinds:
+        for name in near:
+            if any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns):
+                raise OSError(f"{path} has its weights in {name} alone, {advice}.")
 
 
 @contextmanager

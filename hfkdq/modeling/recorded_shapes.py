@@ -13,7 +13,7 @@ from ..facts import read_facts, record_fact
 from ..schema import brief
 from .checkpoints import checkpoint_class, load_config, load_weights
 from .layers import read_periods_
-from .probing import COUNTED, Numbers, build_shapes, config_with, shapes_of
+from .probing import COUNTED, Numbers, build_empty, build_shapes, config_with, shapes_of
 from .units import resize_
 
 
@@ -65,19 +65,36 @@ def load_checkpoint(
         kwargs["config"] = config
     if model_class is None:
         model_class = checkpoint_class(config)
+    model = load_weights(_shaped(model_class, config), path, **kwargs)
+    model.__class__ = model_class
+    return model
+
+
+def build_recorded(path: str) -> PreTrainedModel:
+    """The model of a folder with a configuration, without weights, which need not be there: they take no memory.
+
+    Raises:
+        ValueError: as of [`load_checkpoint`].
+    """
+    config = load_config(path)
+    read_periods_(config)
+    model_class = checkpoint_class(config)
+    model = build_empty(_shaped(model_class, config), config)
+    model.__class__ = model_class
+    return model
+
+
+def _shaped(model_class: type[PreTrainedModel], config: PretrainedConfig) -> type[PreTrainedModel]:
+    """A class of the same name with the shapes that are recorded, so that from_pretrained finds the sizes of the file."""
     record = read_facts(config).get("shapes")
     if record is None:
-        return load_weights(model_class, path, **kwargs)
+        return model_class
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         reshape_(self, record)
 
-    # Built by a class of the same name, so that from_pretrained finds the sizes of the file.
-    shaped = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
-    model = load_weights(shaped, path, **kwargs)
-    model.__class__ = model_class
-    return model
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
 
 @torch.no_grad()

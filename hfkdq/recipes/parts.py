@@ -63,7 +63,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1)),
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "dataloader_num_workers", "logging_steps", "save_steps",
-         "eval_steps", "eval_delay", "save_total_limit"), (0, math.inf),
+         "eval_steps", "eval_delay", "save_total_limit", "neftune_noise_alpha"), (0, math.inf),
     ),
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
@@ -106,13 +106,13 @@ def parts_of(recipe: Recipe, source: str = "the recipe") -> Parts:
         check_depth(vars(recipe)["objectives"] or [])
         made = [_made(entry, OBJECTIVES, f"objectives[{number}]") for number, entry in enumerate(entries)]
         for number, objective in enumerate(made):
-            _refusing(objective.check_settings, f"objectives[{number}]")
+            refusing(objective.check_settings, f"objectives[{number}]")
         pruning = quantization = None
         if recipe.pruning is not None:
             pruning = _spec_and_rest(recipe.pruning, PruningSpec, PruningCallback, "pruning")
         if recipe.quantization is not None:
             quantization = _spec_and_rest(recipe.quantization, QuantizationSpec, QATCallback, "quantization")
-            _refusing(lambda: QATCallback(quantization[0], **quantization[1]), "quantization")
+            refusing(lambda: QATCallback(quantization[0], **quantization[1]), "quantization")
         _check_training(recipe.training)
     except ValueError as error:
         raise ValueError(f"{source}: {brief(error).rstrip('.')}.") from None
@@ -137,7 +137,7 @@ def training_arguments(parts: Parts, output_dir: str, generates: bool = False, *
             )
     if generates:
         settings["predict_with_generate"] = True
-    return _refusing(lambda: cls(output_dir=output_dir, **settings), "training")
+    return refusing(lambda: cls(output_dir=output_dir, **settings), "training")
 
 
 @cache
@@ -232,7 +232,7 @@ def _made(entry: Any, known: Mapping[str, type], where: str) -> Any:
     arguments = arguments_of(known[name])
     refuse_unknown(given, arguments, where)
     values = {key: _value(value, arguments[key][0], f"{where}.{key}") for key, value in given.items()}
-    return _refusing(lambda: known[name](**values), where)
+    return refusing(lambda: known[name](**values), where)
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
@@ -261,7 +261,7 @@ def _spec_and_rest(given: dict[str, Any], spec: type, callback: type, where: str
     refuse_unknown(given, [*own, *others], where)
     for name, value in given.items():
         check(value, data_hint((own.get(name) or others[name])[0]), f"{where}.{name}")
-    made = _refusing(lambda: spec(**{name: value for name, value in given.items() if name in own}), where)
+    made = refusing(lambda: spec(**{name: value for name, value in given.items() if name in own}), where)
     return made, {name: value for name, value in given.items() if name not in own}
 
 
@@ -288,7 +288,7 @@ def _check_training(given: dict[str, Any]) -> None:
         raise ValueError(f"training.num_train_epochs must be larger than 0, got {given['num_train_epochs']!r}")
 
 
-def _refusing(make: Callable[[], Any], where: str) -> Any:
+def refusing(make: Callable[[], Any], where: str) -> Any:
     """What `make` returns; whatever it raises as a `ValueError` of one line."""
     try:
         return make()
