@@ -177,7 +177,7 @@ bench-equality: .venv/.bench ## TEXT=folder of rotten_tomatoes: how equal an int
 	$(O)/python benchmarks/equality.py --text "$(TEXT)"
 
 bench-kernels: .venv/.dev ## which operators run an int8 encoder fastest
-	$(O)/python benchmarks/kernels.py
+	$(O)/python benchmarks/int8_kernels.py
 
 bench-openvino: .venv/.dev ## the same integers in ONNX Runtime and in OpenVINO: latency
 	$(O)/python -m benchmarks.runtimes
