@@ -55,10 +55,41 @@ def _register(auto: Any) -> None:
         auto.register_quantizer(QUANT_METHOD)(quantizer)
 
 
+def _quantize_as_recorded_(model: Any) -> None:
+    """Makes the model that `load_quantized` gives of one whose float weights were loaded."""
+    from transformers import PreTrainedModel
+    from transformers.utils import logging
+
+    from .facts import drop_fact, mark_quantized, unmark_quantized
+    from .modeling.checkpoints import wants_plain_weights
+    from .quantization.post_training import restore_recorded_
+    from .quantization.records import recorded_quantization
+
+    # Both stand for weights that are integers; the latter cannot be saved once the mark is gone.
+    vars(model).pop("hf_quantizer", None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_pre_quantization_dtype", None)
+    mark_quantized(model.config)  # what Transformers has made an object of
+    if wants_plain_weights():
+        return
+    recorded = recorded_quantization(model)
+    if recorded is None:
+        return
+    if type(model).__name__ in (model.config.architectures or ()):
+        restore_recorded_(model, *recorded)
+    else:
+        drop_fact(model, "quantization")  # which a checkpoint of this model would not have
+        unmark_quantized(model.config)
+        logging.get_logger(__name__).warning(
+            f"The quantization that the configuration records is that of {', '.join(model.config.architectures or ['no class'])}; "
+            f"{type(model).__name__} has its float weights. Load that class to have it quantized."
+        )
+
+
 def _classes() -> tuple[type, type]:
     """Made when Transformers is there to inherit from."""
     from transformers.quantizers.base import HfQuantizer
-    from transformers.utils import logging
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from .protocols import QUANT_METHOD
@@ -84,33 +115,7 @@ def _classes() -> tuple[type, type]:
 
         def postprocess_model(self, model: Any, **kwargs: Any) -> None:
             """Leaves the model that `load_quantized` gives, which Transformers may move, cast and train as any other."""
-            from transformers import PreTrainedModel
-
-            from .facts import drop_fact, mark_quantized, unmark_quantized
-            from .modeling.checkpoints import wants_plain_weights
-            from .quantization.post_training import restore_recorded_
-            from .quantization.records import recorded_quantization
-
-            # Both stand for weights that are integers; the latter cannot be saved once the mark is gone.
-            vars(model).pop("hf_quantizer", None)
-            for module in model.modules():
-                if isinstance(module, PreTrainedModel):
-                    vars(module.config).pop("_pre_quantization_dtype", None)
-            mark_quantized(model.config)  # what Transformers has made an object of
-            if wants_plain_weights():
-                return
-            recorded = recorded_quantization(model)
-            if recorded is None:
-                return
-            if type(model).__name__ in (model.config.architectures or ()):
-                restore_recorded_(model, *recorded)
-            else:
-                drop_fact(model, "quantization")  # which a checkpoint of this model would not have
-                unmark_quantized(model.config)
-                logging.get_logger(__name__).warning(
-                    f"The quantization that the configuration records is that of {', '.join(model.config.architectures or ['no class'])}; "
-                    f"{type(model).__name__} has its float weights. Load that class to have it quantized."
-                )
+            _quantize_as_recorded_(model)
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None: ...
 

@@ -259,46 +259,56 @@ def _fields_of(
     return {name: len(kept), **{prefix + key: value for key, value in fields.items()}, **above}
 
 
-def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str]) -> CountedStack | None:
-    """The list that grows by one layer when the field `name` does."""
-    held = vars(_owner(model.config, name)[1])
+def _one_more(model: PreTrainedModel, name: str, count: int) -> tuple[Shapes, Shapes, list[str]]:
+    """The shapes of a model, those with one layer more, and the lists of the configuration that grow along. Raises
+    `NoStructure`: the class cannot be made from such a configuration."""
+    prefix, owner = _owner(model.config, name)
+    held = vars(owner)
     lists = [key for key, value in held.items() if isinstance(value, (list, tuple)) and len(value) == count]
     lists = [key for key in lists if key not in _LAYER_NUMBERS]
-    problems: dict[str, str] = {}
 
-    def longer(keys: list[str]) -> Shapes | None:
-        fields = _fields_of(model.config, name, count, [*range(count), count - 1], keys)
+    def made(number: int, **fields: Any) -> Shapes:
         try:
             return build_shapes(model, config_with(model.config, **fields))
         except Exception as error:  # whatever a class raises for a configuration that it cannot be made from
-            problems[name] = f"{name}={count + 1}: {brief(error)}"
-            return None
+            raise NoStructure(f"{name}={number}: {brief(error)}") from error
 
-    after = longer(lists)
-    if after is None and lists:  # those of the encoder may be as long as the decoder by chance (LED)
-        lists, after = [], longer([])
-    try:
-        before = build_shapes(model, config_with(model.config, **{name: count}))
-    except Exception as error:
-        problems[name] = f"{name}={count}: {brief(error)}"
-        after = None
+    def longer(keys: list[str]) -> Shapes:
+        return made(count + 1, **_fields_of(model.config, name, count, [*range(count), count - 1], keys))
 
     def grows_alone(key: str) -> bool:
         """Whether the list counts layers of its own, and is as long as this stack by chance."""
-        prefix, _ = _owner(model.config, name)
         try:
-            longer_list = type(held[key])([*held[key], held[key][-1]])
-            return build_shapes(model, config_with(model.config, **{prefix + key: longer_list})) != before
-        except Exception:  # it has to be as long as the field says
+            return made(count, **{prefix + key: type(held[key])([*held[key], held[key][-1]])}) != before
+        except NoStructure:  # it has to be as long as the field says
             return False
 
-    chance = [key for key in lists if key not in PER_LAYER_FIELDS and grows_alone(key)] if after is not None else []
+    def is_needed(key: str) -> bool:
+        try:
+            return longer([other for other in lists if other != key]) != after
+        except NoStructure:
+            return True
+
+    try:
+        after = longer(lists)
+    except NoStructure:  # lists of the encoder may be as long as the decoder by chance (LED)
+        if not lists:
+            raise
+        lists, after = [], longer([])
+    before = made(count, **{name: count})
+    chance = [key for key in lists if key not in PER_LAYER_FIELDS and grows_alone(key)]
     if chance:
         lists = [key for key in lists if key not in chance]
         after = longer(lists)
-    lists = [key for key in lists if key in PER_LAYER_FIELDS or longer([k for k in lists if k != key]) != after]
-    if after is None:
-        reasons.append(problems[name])
+    return before, after, [key for key in lists if key in PER_LAYER_FIELDS or is_needed(key)]
+
+
+def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str]) -> CountedStack | None:
+    """The list that grows by one layer when the field `name` does."""
+    try:
+        before, after, lists = _one_more(model, name, count)
+    except NoStructure as error:
+        reasons.append(str(error))
         return None
     marker = f".{count}."
     prefixes = {key.partition(marker)[0] for key in after.keys() - before.keys() if marker in key}
