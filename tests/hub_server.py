@@ -266,7 +266,9 @@ class HubServer:
             else:
                 raise Refused(400, f"cannot commit {line['key']} {value['path']}")
         repository.messages.append(lines[0]["value"]["summary"])
-        sha = hashlib.sha1(f"{repo} {len(repository.messages)}".encode()).hexdigest()
+        # Other files have another commit, as caches take a commit for its files, whatever server it is of.
+        content = [(path, object_id(path, data)) for path, data in sorted(files.items())]
+        sha = hashlib.sha1(f"{repo} {len(repository.messages)} {content}".encode()).hexdigest()
         repository.trees[sha] = files
         answer = {"commitUrl": f"{self.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True}
         if query.get("create_pr") != "1":
@@ -409,7 +411,7 @@ def _forget_connections() -> None:
 
 
 @pytest.fixture(name="hub_server")
-def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def loopback_hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """A fresh server that this process takes for the Hub, logged in with its token; the only network that tests use.
 
     For `from_pretrained` start a process with `hub_server.environment(...)`: transformers reads HF_HUB_OFFLINE once.
@@ -420,6 +422,7 @@ def loopback_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # of functions such as create_repo
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache of the Hub")))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", server.token)
