@@ -103,13 +103,10 @@ def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
 
 def record_pruning(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int, **more: Any) -> None:
     """Records what was done, with what was recorded of prunings before."""
-    fact: dict[str, Any] = {
-        "spec": spec.to_dict(),
-        "achieved_sparsity": achieved,
-        "parameters_before": before,
-        "parameters_after": count_parameters(model),
-        **more,
-    }
+    fact = {
+        "spec": spec.to_dict(), "achieved_sparsity": achieved, "parameters_before": before,
+        "parameters_after": count_parameters(model), **more,
+    }  # fmt: skip
     former = read_facts(model).get("pruning")
     if former is not None:
         fact["earlier"] = [*former.pop("earlier", []), former]
