@@ -78,14 +78,14 @@ class Masks:
         before = [mask.clone() for mask in self.pruned] if self.spec.cut == "mean" else []
         if self.spec.ranking == "global":
             self._grow_globally(sparsity)
+        elif self.spec.kept_of is not None:
+            for i in range(len(self.targets)):
+                self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
         else:
             for i, target in enumerate(self.targets):
-                if self.spec.kept_of is not None:
-                    self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
-                else:
-                    count = target.units - units_kept(target.units, sparsity)
-                    if count > int(self.pruned[i].sum()):
-                        self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
+                count = target.units - units_kept(target.units, sparsity)
+                if count > int(self.pruned[i].sum()):
+                    self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
         for i, old in enumerate(before):
             self._fold_means(i, self.pruned[i] & ~old)
 
