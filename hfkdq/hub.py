@@ -119,33 +119,12 @@ def push_to_hub(
         ```
     """
     folder = Path(folder)
-    validate_repo_id(repo_id)
-    if not repo_id.isprintable():
-        raise ValueError(f"repo_id is {repo_id!r}; a Repo id has no line breaks.")
-    # What the HTTP libraries would refuse later, with the token in their message.
-    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ValueError(
-            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
-            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
-        )
-    if not commit_message.strip():
-        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
-    if not (folder / "config.json").is_file():
-        found = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{folder} {found}. push_to_hub publishes what export_onnx or save_pretrained wrote.")
+    _check_arguments(folder, repo_id, token, commit_message)
     contents = collect(folder, ignore_patterns)
     if report is not None:
         contents.update(_report_files(report, repo_id))
     check_secrets(folder, contents, [("commit_message", commit_message), ("repo_id", repo_id)])
     _check_files(folder, contents, report)
-    if (card := contents.get("README.md")) is not None:
-        try:
-            ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
-                "push a report, which brings its own."
-            ) from error
     own = _record_to_add(folder) if add else {}
     try:
         api = HfApi(token=token, library_name="hfkdq")
@@ -195,13 +174,39 @@ def check_login() -> None:
         raise ValueError(f"A push is asked for, and the token can only read. {_ADVICE[401]}")
 
 
+def _check_arguments(folder: Path, repo_id: str, token: str | bool | None, commit_message: str) -> None:
+    validate_repo_id(repo_id)
+    if not repo_id.isprintable():
+        raise ValueError(f"repo_id is {repo_id!r}; a Repo id has no line breaks.")
+    # What the HTTP libraries would refuse later, with the token in their message.
+    if isinstance(token, str) and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(
+            "token is empty or has blanks, line breaks or other characters that no access token has. Copy it again "
+            "from https://huggingface.co/settings/tokens, or leave it out after `hf auth login`."
+        )
+    if not commit_message.strip():
+        raise ValueError(f"commit_message is {commit_message!r}; the Hub needs one. Leave it out for the default.")
+    if not (folder / "config.json").is_file():
+        found = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {found}. push_to_hub publishes what export_onnx or save_pretrained wrote.")
+
+
 def _check_files(folder: Path, contents: Contents, report: CompressionReport | None) -> None:
-    """Refuses ONNX files that neither the folder's own report nor `report` is about."""
+    """Refuses ONNX files that neither the folder's own report nor `report` is about, and a card that the Hub would not
+    read."""
     for place in {(folder / name).parent for name in contents if Path(name).name in (EXPORT_FACTS, FORMER_NAME)}:
         if weight_files(place):
             check_export(place)
     if isinstance(report, CompressionReport):
         check_engine(report, folder)
+    if (card := contents.get("README.md")) is not None:
+        try:
+            ModelCard((card if isinstance(card, bytes) else card.read_bytes()).decode())
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"The metadata on top of README.md is not what the Hub reads: {error} Correct the card in {folder}, or "
+                "push a report, which brings its own."
+            ) from error
 
 
 def _stale_files(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> Iterator[str]:

@@ -48,12 +48,19 @@ class CachedOutput:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The columns of a teacher's outputs, and what they depend on."""
+    """The columns of a teacher's outputs, and what they depend on.
+
+    Attributes:
+        outputs (tuple of [`CachedOutput`]): the cached outputs.
+        inputs (tuple of `str`): the columns of a batch that the teacher read, which the check of a row is over.
+        teacher (`dict`): class, configuration and output shapes of the teacher, and its fingerprint in checkpoints.
+        key (`dict`): what the outputs depend on: fingerprints of teacher, processor and dataset, collator, settings.
+    """
 
     outputs: tuple[CachedOutput, ...]
-    inputs: tuple[str, ...]  # the columns of a batch that the teacher read, which the check of a row is over
-    teacher: Mapping[str, Any]  # class, configuration and output shapes, and its fingerprint in checkpoints
-    key: Mapping[str, Any]  # what the outputs depend on: fingerprints of teacher, processor, data; collator, settings
+    inputs: tuple[str, ...]
+    teacher: Mapping[str, Any]
+    key: Mapping[str, Any]
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -86,16 +85,16 @@ def write_shards(
     total = sum(stop - start for _, start, stop in own)
     hidden = not accelerator.is_local_main_process
     with progress_bar(total=total, initial=done, unit=" rows", desc="Teacher outputs", disable=hidden) as bar:
+
+        def batches(start: int, stop: int) -> Iterator[list[dict[str, Any]]]:
+            for first in range(start, stop, batch_size):
+                last = min(first + batch_size, stop)
+                yield cells_of(first, last)
+                bar.update(last - first)
+
         try:
-            for path, start, stop in own:
-                if path.exists():
-                    continue
-                # Another run of the same key may be done first, and clean up.
-                with replacing(path, may_be_lost=True) as written, _written_to(written, _schema(info)) as write:
-                    for first in range(start, stop, batch_size):
-                        last = min(first + batch_size, stop)
-                        write(cells_of(first, last))
-                        bar.update(last - first)
+            for path, start, stop in (shard for shard in own if not shard[0].exists()):
+                _write_shard(path, _schema(info), batches(start, stop))
         except KeyboardInterrupt:
             kept = sum(path.exists() for path, _, _ in own)
             told = f"Interrupted: {kept} of {len(own)} shards are kept in {place}"
@@ -104,15 +103,16 @@ def write_shards(
     accelerator.wait_for_everyone()
 
 
-@contextlib.contextmanager
-def _written_to(path: Path, schema: pa.Schema) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-
-        def write(cells: list[dict[str, Any]]) -> None:
+def _write_shard(path: Path, schema: pa.Schema, batches: Iterator[list[dict[str, Any]]]) -> None:
+    # Another run of the same key may be done first, and clean up.
+    with (
+        replacing(path, may_be_lost=True) as written,
+        pa.OSFile(str(written), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for cells in batches:
             arrays = [pa.array([cell[field.name] for cell in cells], type=field.type) for field in schema]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-        yield write
 
 
 def _schema(info: CacheInfo) -> pa.Schema:

@@ -114,14 +114,20 @@ def _wanted(name: str, needs: frozenset[str], indices: Indices) -> bool:
 
 
 class CachedCollator:
-    """Collates rows with the collator it wraps, and adds the teacher's outputs, as `info` says, as tensors of the batch.
+    """Collates rows with the collator it wraps, and adds the teacher's outputs as tensors of the batch.
 
     Outputs go to the positions that are no padding, left or right: where `attention_mask` is 1, where the labels of an
     encoder-decoder are, or to the first frames of audio. Elsewhere they are 0, or of likeliest classes uniform, which
     masks leave out. A row whose inputs are not those that the teacher read is refused. Rows without cached outputs,
-    such as those of an evaluation set, are left to the wrapped collator alone. Raises `ValueError` when called: rows
-    with cached outputs among rows without, rows that were changed since, or a collator that does not return one row for
-    each.
+    such as those of an evaluation set, are left to the wrapped collator alone.
+
+    Args:
+        collator (callable): the collator of the training, from a list of rows to a batch.
+        info (`CacheInfo`): what was cached, from `cache_info(dataset)`.
+
+    Raises:
+        ValueError: when called: rows with cached outputs among rows without, rows that were changed since, or a
+            collator that does not return one row for each.
     """
 
     def __init__(self, collator: Callable[[Any], Any], info: CacheInfo) -> None:

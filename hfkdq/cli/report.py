@@ -73,16 +73,13 @@ def run(options: argparse.Namespace) -> None:
     check_plots()
     with quietly():
         loaded = load_candidates([one for name, where in named for one in each_file(find_place(name, where))])
-        readers = [
-            Reader(model, processor, options.text_columns, options.max_length) for _, model, processor in loaded
-        ]
-        candidates = [
-            Candidate(
-                name=place.name, model=model, path=place.path, processing_class=processor,
-                **_read(place.name, reader, options),
-            )
-            for (place, model, processor), reader in zip(loaded, readers, strict=True)
-        ]  # fmt: skip
+        candidates: list[Candidate] = []
+        readers: list[Reader] = []
+        for place, model, processor in loaded:
+            readers.append(Reader(model, processor, options.text_columns, options.max_length))
+            read = _read(place.name, readers[-1], options)
+            one = Candidate(name=place.name, model=model, path=place.path, processing_class=processor, **read)
+            candidates.append(one)
         with staged(folder) as staging:
             report = CompressionReport.compare(
                 candidates, batch_size=options.batch_size, latency_rounds=options.latency_rounds, threads=options.threads,

@@ -176,12 +176,8 @@ def export_onnx(
     check_arguments(model, tolerance, target, weight_type, layout)
     trained = quantized_spec(model)
     precisions = [] if is_auto else _precisions(quantization, FLOAT if trained is None else trained, layout)
-    floats = [p.name for p in precisions if not p.needs_calibration and (p.has_integers or len(precisions) == 1)]
-    if integer_convolutions and floats:
-        raise ValueError(
-            f"integer_convolutions=True needs 8-bit inputs of convolutions; {floats[0]} has floats. Pass "
-            "quantization=QuantizationSpec(), or leave integer_convolutions out."
-        )
+    if integer_convolutions:
+        _check_inputs_have_integers(precisions)
     check_new(folder)
     for wanted in [trained] if is_auto else [precision.spec for precision in precisions]:
         if wanted is not None:
@@ -206,10 +202,9 @@ def export_onnx(
         backend = load_backend()
         if base_of(model) is not model:
             model = merge_adapters(model)
-            if trained is not None:
-                # Merging names the layers that bitsandbytes had quantized in the spec.
-                merged = precision_of(quantized_spec(model) or trained)
-                precisions = [merged if precision.has_integers else precision for precision in precisions]
+            # Merging names the layers that bitsandbytes had quantized in the spec.
+            merged = None if trained is None else precision_of(quantized_spec(model) or trained)
+            precisions = [merged if merged is not None and one.has_integers else one for one in precisions]
         task = resolve_task(backend, model, task)
         if target == OPENVINO:
             check_openvino(model, task)
@@ -230,11 +225,19 @@ def export_onnx(
     return staging.folder
 
 
+def _check_inputs_have_integers(precisions: Sequence[Precision]) -> None:
+    floats = [p.name for p in precisions if not p.needs_calibration and (p.has_integers or len(precisions) == 1)]
+    if floats:
+        raise ValueError(
+            f"integer_convolutions=True needs 8-bit inputs of convolutions; {floats[0]} has floats. Pass "
+            "quantization=QuantizationSpec(), or leave integer_convolutions out."
+        )
+
+
 def _check_metric_arguments(
     eval_dataset: Any, compute_metrics: Any, metric: str | None, max_drop: float | None, allow_drop: bool,
     is_auto: bool,
 ) -> None:  # fmt: skip
-    """Refuses arguments that lack another."""
     if eval_dataset is None and compute_metrics is not None:
         raise ValueError(
             "compute_metrics= was given without eval_dataset=; a metric needs both. Pass what the Trainer has."

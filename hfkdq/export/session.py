@@ -86,11 +86,21 @@ class Session(ABC):
         self.output_shapes = {port.name: port.shape for port in outputs}
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the file once: from an array per input to one per output. What the file does not take is ignored. As a
-        Transformers model does, a missing `attention_mask` or `pixel_mask` counts as ones, missing `token_type_ids` as
-        zeros, and missing `position_ids` as the numbers from 0. Raises `ValueError`: another input of the file is
-        missing. Raises `RuntimeError`: the runtime stops, as where the file works for some lengths alone. Raises
-        `TypeError`: an array cannot become what the file takes without loss of kind, as floats for integers."""
+        """Runs the file once.
+
+        Args:
+            inputs (`Mapping[str, np.ndarray]`): an array per input; what the file does not take is ignored. As a
+                Transformers model does, a missing `attention_mask` or `pixel_mask` counts as ones, missing
+                `token_type_ids` as zeros, and missing `position_ids` as the numbers from 0.
+
+        Returns:
+            `dict[str, np.ndarray]`: an array per output.
+
+        Raises:
+            ValueError: another input of the file is missing.
+            RuntimeError: the runtime stops, as where the file works for some lengths alone.
+            TypeError: an array cannot become what the file takes without loss of kind, as floats for integers.
+        """
         feed = {name: self._fill(name, inputs) for name in self.input_names}
         with in_plain_words(self.runtime, self._path, _NOT_RUN, self._is_own):
             return dict(zip(self.output_names, self._run(feed), strict=True))

@@ -105,13 +105,8 @@ def activation_map_distance(student: torch.Tensor, teacher: torch.Tensor, power:
     `|q_student / |q_student| - q_teacher / |q_teacher||^2` with `q = vec(sum over channels c of |F_c|^p)`. Zagoruyko and
     Komodakis, "Paying More Attention to Attention" (2017), equation 2. The larger map is pooled to the size of the other.
 
-    Args:
-        student (`torch.Tensor` of shape `(batch, channels, height, width)`): feature maps of the student.
-        teacher (`torch.Tensor` of shape `(batch, teacher_channels, teacher_height, teacher_width)`): of the teacher.
-        power (`float`, defaults to 2.0): `p`, at least 1.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`, float32.
+    Maps are of shape `(batch, channels, height, width)`, of other channels, heights and widths in the teacher; `power` is
+    `p`, at least 1. The result is float32 of shape `(batch,)`.
     """
     maps = [features.float().abs().pow(power).sum(1) for features in (student, teacher)]  # (batch, height, width)
     size = tuple(min(sides) for sides in zip(*(m.shape[-2:] for m in maps), strict=True))

@@ -145,23 +145,13 @@ def time_engines(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -
 
 
 def time_calls(engines: Sequence[TimedEngine], *, threads: int, rounds: int) -> list[list[list[float]]]:
-    """Latency of each engine, timed in turn (A B C A B C ...), each in a process of its own.
+    """Milliseconds of every call of every turn of each engine, timed in turn (A B C A B C ...), each in a process of its
+    own with as many threads.
 
-    The spinning threads of an idle ONNX Runtime session slow other engines in the same process, and machines drift;
-    so engines share no process, and none has a stretch of time to itself.
-
-    Args:
-        engines (`Sequence[TimedEngine]`): what to time.
-        threads (`int`): threads of each engine.
-        rounds (`int`): how often each engine has its turn. A turn is about half a second, 10 to 2,000 calls, after 3
-            that do not count.
-
-    Returns:
-        `list[list[list[float]]]`: milliseconds of every call of every turn of each engine, in the order of `engines`.
-
-    Raises:
-        RuntimeError: a process ended early; the message holds the last line of what it wrote to its standard error, and its cause
-            the lines before.
+    The spinning threads of an idle ONNX Runtime session slow other engines in the same process, and machines drift; so
+    engines share no process, and none has a stretch of time to itself. A turn is about half a second, 10 to 2,000
+    calls, after 3 that do not count; each engine has `rounds` of them. Raises `RuntimeError`: a process ended early; the
+    message holds the last line of what it wrote to its standard error, and its cause the lines before.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -150,7 +150,9 @@ class PruningCallback(TrainerCallback, ExportableState):
             rehearse(model, self.spec)
             tell_left_unpruned(model, self.spec, targets)
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if (by := sharding()) is not None:
             raise NotImplementedError(
                 f"{by} spreads every parameter over the processes, and units leave whole parameters alone. Prune before this "
@@ -169,8 +171,8 @@ class PruningCallback(TrainerCallback, ExportableState):
             )
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
-        train_dataloader: Any = None, **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         if self._waits:
             data, collate = (getattr(train_dataloader, name, None) for name in ("dataset", "collate_fn"))
@@ -195,22 +197,27 @@ class PruningCallback(TrainerCallback, ExportableState):
                 f"end={self.spec.end} of a training of {state.max_steps} steps. Train longer, or use fewer rounds."
             )
         self._progress = Progress(model, targets, self.spec, count_parameters(model))
+        saved: Any = state.stateful_callbacks  # by name, whatever type Transformers says
         if state.global_step > 0:
-            self._check_resumed(state)
+            self._check_resumed(saved)
             self._progress.resume(optimizer, self.spec.sparsity_at(state.global_step / state.max_steps))
         # The Trainer updates this entry when it saves, and fails where a checkpoint without pruning did not have it.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        saved.setdefault(type(self).__name__, self.state())
         self._progress.begin(optimizer)
         if self._bounded and self._evaluates_first is None:
             # Whether there is anything to evaluate, and such a metric, is found out now, not after the first round.
             self._evaluates_first, args.eval_on_start = args.eval_on_start, True
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         progress = self._progress
         if progress is not None and self.spec.criterion in FROM_GRADIENTS and self.spec.criterion != "teacher":
             progress.observe_gradients()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         progress = self._progress
         if progress is None:
             return
@@ -229,7 +236,9 @@ class PruningCallback(TrainerCallback, ExportableState):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         progress.apply((self.spec.end - self.spec.begin) * state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         progress = self._progress
         if progress is None or not self._bounded or progress.settled or not progress.masks.sparsity:
             return
@@ -237,7 +246,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         if last or self.spec.sparsity_at((state.global_step + 1) / state.max_steps) > progress.masks.sparsity:
             self._judging = control.should_evaluate = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
         progress = self._progress
         is_first = self._evaluates_first is not None
         if not (self._judging or is_first) or progress is None:
@@ -271,11 +282,15 @@ class PruningCallback(TrainerCallback, ExportableState):
                 told = f"{name} is {value:.4f}. Nothing is pruned."
                 logger.warning(f"Not even the first round of pruning keeps the bound: {told}")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
         if self._progress is not None and logs is not None and state.log_history:
             state.log_history[-1]["sparsity"] = logs["sparsity"] = round(self._progress.masks.sparsity, 4)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         progress, self._progress = self._progress, None
         if progress is None:
             return
@@ -296,8 +311,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         drop_fact(model, UNFINISHED)
         finish_(model, progress.masks, progress.parameters_before)
 
-    def _check_resumed(self, state: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
+    def _check_resumed(self, callbacks: Any) -> None:
+        saved = callbacks.get(type(self).__name__)
         if saved is None:
             logger.warning("The checkpoint was saved without PruningCallback: only what is zero already is pruned.")
             return

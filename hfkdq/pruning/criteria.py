@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..specs import PruningSpec
-from .targets import GroupTarget, LayerTarget, Part, PruningTarget, WeightTarget
+from .targets import GroupTarget, LayerTarget, Part, PruningTarget
 
 FROM_GRADIENTS = ("taylor", "fisher", "movement", "teacher")
 """Criteria that read gradients."""
@@ -241,12 +241,8 @@ def check_criterion(targets: Sequence[PruningTarget], spec: PruningSpec) -> None
                 f"{target.name} holds all experts in one tensor, so that what their neurons give is not seen. Use "
                 "criterion='magnitude', 'taylor' or 'fisher' and another cut than 'mean' for this model."
             )
-    if spec.cut != "mean":
-        return
-    for target in targets:
-        if isinstance(target, WeightTarget) or not isinstance(target, GroupTarget):
-            continue
-        for entry in target.group.of_role("input"):
+    for target in targets if spec.cut == "mean" else ():
+        for entry in target.group.of_role("input") if isinstance(target, GroupTarget) else ():
             if getattr(entry.module, "bias", None) is None or not isinstance(entry.module, (nn.Linear, Conv1D)):
                 raise ValueError(
                     f"{entry.name} is no linear layer with a bias that could take the mean of what is cut. Use cut='remove' for this model."

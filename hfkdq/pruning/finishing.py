@@ -93,32 +93,34 @@ def finish_(model: PreTrainedModel, masks: Masks, before: int) -> None:
         gone = sum(int(is_zero(target).sum()) for target in targets)
     masks.lift_()
     if spec.removes and gone:
-        if spec.structure == "layer":
-            remove_layers_(model, targets, masks.pruned)
-        else:
-            kept = [t.units - c for t, c in zip(targets, masks.counts(), strict=True)]
-            config, _ = described_config(model, spec, targets, kept)
-            counts = remove_units_(model, targets, masks.pruned)
-            facts = read_facts(model)
-            for name, value in vars(config).items():
-                if vars(model.config).get(name) != value and name != "hfkdq":
-                    setattr(model.config, name, value)
-            if facts:
-                model.config.hfkdq = facts
-            record_shapes(model, counts)
+        _remove_(model, masks)
         refresh_facts(model)
     record_pruning(model, spec, gone / units * reached, before, **told)
 
 
+def _remove_(model: PreTrainedModel, masks: Masks) -> None:
+    """Takes the units out of the shapes of the model, which its configuration then says."""
+    if masks.spec.structure == "layer":
+        remove_layers_(model, masks.targets, masks.pruned)
+        return
+    kept = [target.units - count for target, count in zip(masks.targets, masks.counts(), strict=True)]
+    config, _ = described_config(model, masks.spec, masks.targets, kept)
+    counts = remove_units_(model, masks.targets, masks.pruned)
+    facts = read_facts(model)
+    for name, value in vars(config).items():
+        if vars(model.config).get(name) != value and name != "hfkdq":
+            setattr(model.config, name, value)
+    if facts:
+        model.config.hfkdq = facts
+    record_shapes(model, counts)
+
+
 def record_pruning(model: PreTrainedModel, spec: PruningSpec, achieved: float, before: int, **more: Any) -> None:
     """Records what was done, with what was recorded of prunings before."""
-    fact: dict[str, Any] = {
-        "spec": spec.to_dict(),
-        "achieved_sparsity": achieved,
-        "parameters_before": before,
-        "parameters_after": count_parameters(model),
-        **more,
-    }
+    fact = {
+        "spec": spec.to_dict(), "achieved_sparsity": achieved, "parameters_before": before,
+        "parameters_after": count_parameters(model), **more,
+    }  # fmt: skip
     former = read_facts(model).get("pruning")
     if former is not None:
         fact["earlier"] = [*former.pop("earlier", []), former]

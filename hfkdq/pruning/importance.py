@@ -33,7 +33,6 @@ def collect_importance_(
     with labels; the teacher of `"teacher"` is by default the model itself. Raises `ValueError`: no batch, one that is
     not finite, no loss where one is needed, modules that no batch reaches or that are finite for none, or a teacher
     whose predictions do not fit or are not finite."""
-    samples_labels = importance.spec.criterion == "teacher"
     generator = torch.Generator().manual_seed(importance.spec.seed)
     teacher = model if teacher is None else teacher
     parameters = {id(part.values): part.values for target in importance.targets for part in target.parts}
@@ -45,17 +44,11 @@ def collect_importance_(
         # A DataLoader draws a seed even where it does not shuffle.
         with evaluating(model, teacher), importance.watching(), torch.random.fork_rng(devices=[]):
             for batch in on_device(model, batches, "Measuring what matters"):
-                if not importance.needs_gradients:
-                    with torch.no_grad():
-                        model(**batch)
-                    continue
-                with torch.enable_grad():
-                    if samples_labels:
-                        loss = _sampled_label_loss(model, teacher, batch, generator)
-                    else:
-                        loss = _loss(model, importance, batch)
+                with torch.set_grad_enabled(importance.needs_gradients):
+                    loss = _loss(model, teacher, importance, batch, generator)
+                if loss is not None:
                     found = _gradients(loss, list(trained.values()))
-                importance.observe_gradients(dict(zip(trained, found, strict=True)))
+                    importance.observe_gradients(dict(zip(trained, found, strict=True)))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -67,8 +60,16 @@ def _gradients(loss: Tensor, parameters: list[Tensor]) -> Sequence[Tensor | None
     return torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None] * len(parameters)
 
 
-def _loss(model: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any]) -> Tensor:
+def _loss(
+    model: PreTrainedModel, teacher: PreTrainedModel, importance: ImportanceStatistics, batch: dict[str, Any],
+    generator: torch.Generator,
+) -> Tensor | None:  # fmt: skip
+    """Runs the model on a batch; the loss, if its gradient is needed."""
+    if importance.spec.criterion == "teacher":
+        return _sampled_label_loss(model, teacher, batch, generator)
     loss = getattr(model(**batch), "loss", None)
+    if not importance.needs_gradients:
+        return None
     if loss is None:
         raise ValueError(
             f"criterion={importance.spec.criterion!r} needs the gradient of a loss, and {type(model).__name__} gives none for "

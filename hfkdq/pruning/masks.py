@@ -38,20 +38,22 @@ def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
                 f"No {kept} layers of {target.name} are in a pattern that the configuration can say. Choose another sparsity, or "
                 "plain_checkpoint=False and load the result with hfkdq.load_pruned."
             )
-        n_m = spec.kept_of
-        if n_m is not None and isinstance(target, WeightTarget) and target.shape[1] % n_m[1]:
+        if (n_m := spec.kept_of) is not None and isinstance(target, WeightTarget) and target.shape[1] % n_m[1]:
             raise ValueError(
                 f"{target.name} has {target.shape[1]} inputs, which groups of {n_m[1]} do not divide. Leave it out with "
                 "exclude_modules, or choose another pattern."
             )
         if isinstance(target, GroupTarget) and spec.removes and spec.ranking == "local":
-            for entry in target.group.of_role("input"):
-                try:
-                    if isinstance(entry.module, FollowsPruning):
-                        gone = (target.units - kept) * entry.positions.shape[1]
-                        entry.module.check_inputs(entry.values.shape[entry.dim] - gone)
-                except ValueError as error:
-                    raise ValueError(f"{entry.name}: {error}") from error
+            _check_readers(target, target.units - kept)
+
+
+def _check_readers(target: GroupTarget, gone: int) -> None:
+    for entry in target.group.of_role("input"):
+        try:
+            if isinstance(entry.module, FollowsPruning):
+                entry.module.check_inputs(entry.values.shape[entry.dim] - gone * entry.positions.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{entry.name}: {error}") from error
 
 
 class Masks:
@@ -76,14 +78,14 @@ class Masks:
         before = [mask.clone() for mask in self.pruned] if self.spec.cut == "mean" else []
         if self.spec.ranking == "global":
             self._grow_globally(sparsity)
+        elif self.spec.kept_of is not None:
+            for i in range(len(self.targets)):
+                self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
         else:
             for i, target in enumerate(self.targets):
-                if self.spec.kept_of is not None:
-                    self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
-                else:
-                    count = target.units - units_kept(target.units, sparsity)
-                    if count > int(self.pruned[i].sum()):
-                        self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
+                count = target.units - units_kept(target.units, sparsity)
+                if count > int(self.pruned[i].sum()):
+                    self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
         for i, old in enumerate(before):
             self._fold_means(i, self.pruned[i] & ~old)
 

@@ -80,10 +80,9 @@ class Progress:
         """Restores the state that the optimizer has loaded; without one of this spec, zeros count as pruned."""
         stored = None if optimizer is None else optimizer.state.get(self._key)  # type: ignore[call-overload]
         if stored is None:
-            if sparsity > 0.0:
-                for mask, target in zip(self.masks.pruned, self.masks.targets, strict=True):
-                    if not isinstance(target, LayerTarget):
-                        mask.copy_(is_zero(target))
+            for mask, target in zip(self.masks.pruned, self.masks.targets, strict=True) if sparsity > 0.0 else ():
+                if not isinstance(target, LayerTarget):
+                    mask.copy_(is_zero(target))
             return
         for i, mask in enumerate(self.masks.pruned):
             mask.copy_(stored[f"mask.{i}"])

@@ -21,8 +21,14 @@ class ActivationQuantizer(Stateless):
 
     Until a training batch or `set_range` has given it a range it passes its input through. It writes nothing to a
     state dict and expects nothing from one, so that a checkpoint of the model around it is an ordinary one. With
-    `activation_mapping="power_law"` it is \\(sign(x)|x|^p\\) that is quantized so, and expanded again. It is
-    `initialized` where there is a range, and `frozen` where that stays as it is in training.
+    `activation_mapping="power_law"` it is \\(sign(x)|x|^p\\) that is quantized so, and expanded again.
+
+    Args:
+        scheme (`QuantizationScheme`): how.
+
+    Attributes:
+        initialized (`bool`): whether there is a range.
+        frozen (`bool`): whether the range stays as it is in training.
     """
 
     state_names: tuple[str, ...] = ()

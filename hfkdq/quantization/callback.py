@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import CONFIG_NAME, logging
 
@@ -106,7 +106,9 @@ class QATCallback(TrainerCallback, ExportableState):
         attributes = self._present() if self._states is None else self._states
         return {"args": {"spec": self.spec.to_dict(), **schedule, **more}, "attributes": attributes}
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if model is None:
             return
         if self.fold_batch_norm and records.quantized_spec(as_pretrained_(model)) is None:
@@ -119,7 +121,9 @@ class QATCallback(TrainerCallback, ExportableState):
             )
         self.schedule.at(0.0).apply_(model)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         late = records.quantized_spec(as_pretrained_(model)) is None
         prepare_qat_(model, self.spec)
         if late and learned_parameters(model):
@@ -130,17 +134,22 @@ class QATCallback(TrainerCallback, ExportableState):
                 "model_init, let it return prepare_qat_(model, spec)."
             )
         self.schedule.at(state.global_step / state.max_steps).apply_(model)
+        saved: Any = state.stateful_callbacks  # by name, whatever type Transformers says
         if state.global_step > 0:
-            self._resume(state, model)
+            self._resume(self._saved_in(saved), model)
         # The Trainer updates this entry when it saves, and fails where a checkpoint without QAT did not have it.
         self._model = model
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        saved.setdefault(type(self).__name__, self.state())
         self._share(model, args)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         self.scaling.before_step(model, self.schedule.at(state.global_step / state.max_steps).frozen)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         self.scaling.after_step_()
         # The step being taken is not counted in global_step yet.
         before, now = state.global_step / state.max_steps, (state.global_step + 1) / state.max_steps
@@ -151,7 +160,15 @@ class QATCallback(TrainerCallback, ExportableState):
         # Not at the end of the step, where a callback that runs before this one may save the model.
         self._share(model, args)
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if logs is None or "loss" not in logs or not state.log_history:
             return
         told: dict[str, float] = {}
@@ -164,7 +181,9 @@ class QATCallback(TrainerCallback, ExportableState):
         logs.update(told)
         state.log_history[-1].update(told)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if state.global_step < self.schedule.schedule_end * state.max_steps:
             logger.warning(
                 f"Training stopped at step {state.global_step} of {state.max_steps}, before its weights had the bits "
@@ -187,22 +206,21 @@ class QATCallback(TrainerCallback, ExportableState):
         self._states = None
         records.record_ranges(model)
 
-    def _saved_in(self, state: Any) -> dict[str, Any] | None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
+    def _saved_in(self, callbacks: Any) -> dict[str, Any] | None:
+        saved = callbacks.get(type(self).__name__)
         return saved[0] if isinstance(saved, list) else saved
 
     def _load_state_of(self, path: Path, model: PreTrainedModel) -> bool:
         """Takes over the quantizers from the Trainer's state in a checkpoint; whether there were any."""
         file = path / "trainer_state.json"
-        saved = self._saved_in(TrainerState.load_from_json(str(file))) if file.is_file() else None
+        saved = self._saved_in(TrainerState.load_from_json(str(file)).stateful_callbacks) if file.is_file() else None
         if saved is None:
             return False
         records.load_quantizer_states_(model, saved["attributes"]["ranges"])
         records.load_weight_states_(model, saved["attributes"].get("weights", {}))
         return True
 
-    def _resume(self, state: Any, model: PreTrainedModel) -> None:
-        saved = self._saved_in(state)
+    def _resume(self, saved: dict[str, Any] | None, model: PreTrainedModel) -> None:
         if saved is None:
             logger.warning("The checkpoint was saved without QATCallback: activation ranges start anew.")
             return
@@ -221,7 +239,7 @@ class QATCallback(TrainerCallback, ExportableState):
             return {"ranges": {}, "weights": {}}
         return {"ranges": records.quantizer_states(self._model), "weights": records.weight_states(self._model)}
 
-    def _share(self, model: PreTrainedModel, args: Any) -> None:
+    def _share(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         """Makes the ranges of all processes equal, and the record of the model follow it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             shared = [records.quantizer_states(model)]

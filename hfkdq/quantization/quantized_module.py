@@ -14,15 +14,24 @@ from .weights import WeightQuantizer
 
 
 class QuantizedModule(nn.Module):
-    """Base class of all fake-quantized layers."""
+    """Base class of all fake-quantized layers.
 
-    quantization_spec: QuantizationSpec  # of the whole model
-    quantization_scheme: QuantizationScheme  # of this module
-    weight_quantizer: WeightQuantizer  # simulates `weight`; a `SeveralWeights` has `weight_quantizers` by name
-    activation_quantizer: ActivationQuantizer | None  # simulates the input
-    fake_quantize_enabled = True  # `False` computes in floating point
+    Attributes:
+        quantization_spec (`QuantizationSpec`): the spec of the whole model.
+        quantization_scheme (`QuantizationScheme`): how this module is quantized.
+        weight_quantizer (`WeightQuantizer`): simulates `weight`; a [`SeveralWeights`] has `weight_quantizers` by name.
+        activation_quantizer (`ActivationQuantizer`, *optional*): simulates the input.
+        fake_quantize_enabled (`bool`): `False` computes in floating point.
+        plain_class (`type`): the class of the layer without its fake quantizers.
+    """
+
+    quantization_spec: QuantizationSpec
+    quantization_scheme: QuantizationScheme
+    weight_quantizer: WeightQuantizer
+    activation_quantizer: ActivationQuantizer | None
+    fake_quantize_enabled = True
     weight: Tensor
-    plain_class: ClassVar[type[nn.Module]]  # of the layer without its fake quantizers
+    plain_class: ClassVar[type[nn.Module]]
 
     def weight_scale(self) -> Tensor:
         """Scales of the weights, float32: of shape `(channels,)`, `()` for one, `(channels, groups)` for groups."""

@@ -45,12 +45,22 @@ class WeightQuantizer(Stateless):
     Quantization", 2020): nothing outside of the range, and for the scale \\(q - w/s\\) inside and q outside, times
     \\(1/\sqrt{N Q}\\) with the N weights that share it.
 
-    `weight` gives the shape and a start; `transposed` where output channels are the last axis rather than the first.
-    `gates` are the channels where they are not the rows: the gates of a recurrent layer, blocks of rows; the outputs of
-    all experts of a layer, whose weight has three axes. `bits` are the present ones, and `share` that of the output
-    channels that a training pass quantizes, drawn at random (Fan et al., "Training with Quantization Noise for Extreme
-    Model Compression", 2021); `frozen` where a codebook stays as it is in training. Raises `ValueError`: `group_size`
-    does not divide the inputs of a channel, or a scale does not fit into `storage_dtype`.
+    Args:
+        scheme (`QuantizationScheme`): how.
+        weight (`torch.Tensor`): the weights, for their shape and as a start.
+        transposed (`bool`, defaults to `False`): whether output channels are the last axis rather than the first.
+        gates (`int`, *optional*): channels, where they are not the rows: the gates of a recurrent layer, blocks of rows;
+            the outputs of all experts of a layer, whose weight has three axes.
+        name (`str`, defaults to `"the module"`): of the module, for errors.
+
+    Attributes:
+        bits (`int`): the present bits; `scheme.weight_bits` unless `set_bits` changed it.
+        share (`float`): share of the output channels that a training pass quantizes, drawn at random (Fan et al.,
+            "Training with Quantization Noise for Extreme Model Compression", 2021). 1.0 by default.
+        frozen (`bool`): whether a codebook stays as it is in training.
+
+    Raises:
+        ValueError: `group_size` does not divide the inputs of a channel, or a scale does not fit into `storage_dtype`.
     """
 
     scale: nn.Parameter

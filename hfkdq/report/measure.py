@@ -223,17 +223,13 @@ def _measure_rows(
         if settings.examples and len(rows) > 1:
             scored.append(score_rows(row.name, metrics, prediction, row.model))
     if settings.latency_rounds and settings.threads is not None:
-        calls = [call for own in timed for call in own]
-        times = iter(time_engines(calls, threads=settings.threads, rounds=settings.latency_rounds))
-        latencies = [total_latency([(next(times), 1) for _ in own]) if own else None for own in timed]
-        engines = [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
+        engines = _with_latencies(engines, timed, settings.threads, settings.latency_rounds)
     last = rows[-1].evaluation
     inputs = {name: list(array.shape) for name, array in last.first_example(student).items()}
     timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
     processor = last.processing_class
     loader = next((auto for cls, auto in _PROCESSORS.items() if isinstance(processor, cls)), None)
     task = task_of(type(student).__name__)
-    mistakes = find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,
@@ -243,9 +239,15 @@ def _measure_rows(
         "facts": public_facts(read_facts(student)),
         "timing": timing if settings.latency_rounds else {},
         "environment": describe_environment(),
-        "mistakes": mistakes,
+        "mistakes": find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples),
         "sample": _sample(rows[-1], loader, shown),
     }
+
+
+def _with_latencies(engines: list[Engine], timed: list[list[TimedEngine]], threads: int, rounds: int) -> list[Engine]:
+    times = iter(time_engines([call for own in timed for call in own], threads=threads, rounds=rounds))
+    latencies = [total_latency([(next(times), 1) for _ in own]) if own else None for own in timed]
+    return [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
 
 
 def _sample(row: _Row, loader: str | None, shown: Sequence[Any]) -> Sample | None:

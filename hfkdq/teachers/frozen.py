@@ -28,9 +28,12 @@ from .base import Indices, Teacher, TeacherSource, fingerprint, refuse_shared_pa
 
 
 def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """Loads a teacher from the Hub or a folder, as the class that its configuration names, from safetensors. Raises
-    `ValueError`: the configuration names no class that Transformers has, or `trust_remote_code` is set. Raises
-    `OSError`: nothing there to load."""
+    """Loads a teacher from the Hub or a folder, as the class that its configuration names, from safetensors.
+
+    Raises:
+        ValueError: the configuration names no class that Transformers has, or `trust_remote_code` is set.
+        OSError: nothing there to load.
+    """
     arguments = dict(init_kwargs or {})
     if arguments.get("trust_remote_code"):
         raise ValueError(
@@ -88,10 +91,17 @@ def as_source(given: Any) -> TeacherSource:
 
 
 class FrozenTeacher(Teacher):
-    """A teacher in eval mode, frozen in place, on the device and under the autocast of the training, which is not fed the
-    columns `label_names`. A model that was loaded with a `device_map` or by bitsandbytes stays where it is; its outputs
-    are moved. `adapters_of` is the student, if the teacher is the student without its adapters: nothing is frozen then,
-    and no second copy is kept."""
+    """A teacher in eval mode, without gradients, on the device and under the autocast of the training.
+
+    A model that was loaded with a `device_map` or by bitsandbytes stays where it is; its outputs are moved.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the teacher; frozen in place.
+        accelerator (`Accelerator`): that of the trainer.
+        label_names (list of `str`): columns that are not fed to it.
+        adapters_of (`PeftModel`, *optional*): the student, if the teacher is the student without its adapters. Nothing
+            is frozen then, and no second copy is kept.
+    """
 
     def __init__(self, model: Any, accelerator: Accelerator, label_names: list[str], adapters_of: Any = None) -> None:
         self.model = model

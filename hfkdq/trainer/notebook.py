@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils.notebook import NotebookProgressCallback
 
 
@@ -26,7 +27,9 @@ class NotebookTermsCallback(NotebookProgressCallback):
         write_line = tracker.write_line
         tracker.write_line = lambda values: write_line({**values, **self._terms})
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
         """Remembers the terms, and writes a line where there is no evaluation to write one."""
         self._terms |= {name: logs[name] for name in self._names() if name in (logs or {})}
         super().on_log(args, state, control, logs=logs, **kwargs)

@@ -177,13 +177,11 @@ def _count(vocabulary: TokenizerVocabulary, corpus: Iterable[Any], column: str |
             texts = [row for row in batch if isinstance(row, str)]
             lists = [row for row in batch if not isinstance(row, str) and len(row)]
             words = [row for row in lists if isinstance(row[0], str)]
-            for encoding in backend.encode_batch(texts, add_special_tokens=False):
+            encoded = backend.encode_batch(texts, add_special_tokens=False)
+            encoded += backend.encode_batch(words, is_pretokenized=True, add_special_tokens=False)
+            for encoding in encoded:
                 counts.update(encoding.ids)
-            for encoding in backend.encode_batch(words, is_pretokenized=True, add_special_tokens=False):
-                counts.update(encoding.ids)
-            for row in lists:
-                if not isinstance(row[0], str):
-                    counts.update(map(int, row))
+            counts.update(int(id_) for row in lists if not isinstance(row[0], str) for id_ in row)
             bar.update(len(batch))
     unknown = sorted(counts.keys() - vocabulary.tokens.keys())
     if unknown or not counts:
