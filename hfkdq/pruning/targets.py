@@ -99,6 +99,7 @@ def weights_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     Empty for modules that multiply with none."""
     if isinstance(module, WEIGHTED):
         return {"weight": (1,) if isinstance(module, Conv1D) else (0,)}
+    experts: dict[str, tuple[int, ...]]
     experts = {name: (0, 2) if outputs_last(module, name) else (0, 1) for name in expert_weights(module)}
     return experts or _OF_PARAMETERS.get(type(module).__name__, {})
 
