@@ -311,7 +311,7 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
         return None
     modules = dict(model.named_modules(remove_duplicate=False))
     for where in grown:
-        if not isinstance(modules.get(where), nn.ModuleList) or len(modules[where]) != count:  # type: ignore[arg-type]
+        if not isinstance(modules.get(where), nn.ModuleList) or len(modules[where]) != count:
             return None
         # A stage of another width than any before is no layer among its like; the first layer may hold what serves all (T5).
         like = _tensors_of(after, f"{where}{marker}").items()
@@ -322,4 +322,4 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
     if not where or any(size == most for _, size in heads):
         return None
     beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
-    return CountedStack(where, modules[where], name, beside, tuple(lists), tuple(head for head, _ in heads), model)  # type: ignore[arg-type]
+    return CountedStack(where, modules[where], name, beside, tuple(lists), tuple(head for head, _ in heads), model)

@@ -247,7 +247,14 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
             "unshare_layers_(model) before."
         )
     if spec.structure == "layer":
-        targets = [LayerTarget(s, tuple(s.bound_to()), spec.plain_checkpoint) for s in find_layer_stacks(model)]
+        stacks = find_layer_stacks(model, with_heads=True)
+        alone = [stack for stack in stacks if not stack.heads]
+        if len(alone) < len(stacks) and all(len(stack) == 1 for stack in alone):
+            raise ValueError(
+                f"Heads of {type(model).__name__} predict after each layer of {stacks[-1].name}, so no layer can be bypassed. "
+                "make_student(teacher, num_decoder_layers=...) copies some of the layers with their heads."
+            )
+        targets = [LayerTarget(stack, tuple(stack.bound_to()), spec.plain_checkpoint) for stack in alone]
     elif spec.structure == "hidden":
         group = find_hidden(model)
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
