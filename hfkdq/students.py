@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -45,8 +46,9 @@ def make_student(
     rounded up: evenly spaced, the last one always among them; where a layer has no other place (the first of ModernBERT) or no
     configuration says so, the nearest that can be. Starting from copied layers is the way of Sanh et al.,
     "DistilBERT, a distilled version of BERT" (2019). Of an encoder-decoder, encoder and decoder are cut apart, and what is
-    not said stays whole: Gandhi et al., "Distil-Whisper" (2023), keep the encoder and two layers of the decoder. To choose
-    layers by what they matter, or to cut width, use [`prune`].
+    not said stays whole: Gandhi et al., "Distil-Whisper" (2023), keep the encoder and two layers of the decoder. Layers after
+    each of which heads of their own predict, as in RT-DETR's decoder, keep these. To choose layers by what they matter, or to
+    cut width, use [`prune`].
 
     Args:
         teacher (`PreTrainedModel`): an encoder, a decoder or an encoder-decoder.
@@ -84,7 +86,7 @@ def make_student(
             "Unwrap the model first; merge adapters with merge_and_unload(). A student of a module of your own is a smaller "
             "one that you build: any two models with the same outputs are teacher and student."
         )
-    stacks = find_layer_stacks(teacher)
+    stacks = find_layer_stacks(teacher, with_heads=True)
     first, second = (num_layers, layers), (num_decoder_layers, decoder_layers)
     if len(stacks) == 1 and second != (None, None):
         raise ValueError(
@@ -104,16 +106,15 @@ def make_student(
             kept[-1] = _nearest(stack, kept[-1])
         even.append(chosen is None)
     kept += [list(range(1, len(stack) + 1)) for stack in stacks[2:]]
-    try:
-        student = _copied(teacher, stacks, kept)
-    except _OtherTensors:
-        if not any(even):
-            raise
-        for i, free in enumerate(even):
-            kept[i] = _nearest(stacks[i], kept[i]) if free else kept[i]
-        student = _copied(teacher, stacks, kept)
     with tried_on(example_inputs, teacher):
-        _prove(teacher, student, stacks, kept)
+        try:
+            student = _proved(teacher, stacks, kept)
+        except _Unfit:
+            nearest = [_nearest(s, own) if free else own for s, own, free in zip(stacks, kept, even, strict=False)]
+            if nearest == kept[: len(even)]:
+                raise
+            kept[: len(even)] = nearest
+            student = _proved(teacher, stacks, kept)
     fact: dict[str, Any] = {"teacher_layers": len(stacks[0]), "layers": kept[0]}
     if len(stacks) > 1:
         fact |= {"teacher_decoder_layers": len(stacks[1]), "decoder_layers": kept[1]}
@@ -121,18 +122,30 @@ def make_student(
     return student.eval()
 
 
-class _OtherTensors(ValueError):
-    """Layers hold other tensors than their places in the student have."""
+class _Unfit(ValueError):
+    """Layers hold other tensors than their places in the student have, or compute something else there."""
+
+
+def _proved(teacher: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]) -> PreTrainedModel:
+    """A model of the layers `kept` of each stack, with the weights of the teacher, that computes what these do."""
+    student = _copied(teacher, stacks, kept)
+    _prove(teacher, student, stacks, kept)
+    return student
 
 
 def _copied(teacher: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]) -> PreTrainedModel:
-    """A model of the layers `kept` of each stack, with the weights of the teacher."""
     fields: dict[str, Any] = {}
     for stack, numbers in zip(stacks, kept, strict=True):
         fields |= stack.fields([number - 1 for number in numbers])
     # Built on the CPU, so that its generator is the only one to put back.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        student = type(teacher)._from_config(config_with(teacher.config, **fields), dtype=teacher.dtype)
+        try:
+            student = type(teacher)._from_config(config_with(teacher.config, **fields), dtype=teacher.dtype)
+        except Exception as error:  # whatever a class raises for a number of layers that it does not take
+            raise ValueError(
+                f"Transformers makes no {type(teacher).__name__} of {' and '.join(str(len(own)) for own in kept)} layers "
+                f"({type(error).__name__}: {brief(error)}). Choose another number."
+            ) from error
     student.to(teacher.device)
     _copy_weights(teacher, student, stacks, kept)
     for stack, numbers in zip(stacks, kept, strict=True):
@@ -159,24 +172,34 @@ def _nearest(stack: CountedStack, numbers: list[int]) -> list[int]:
 def _prove(
     teacher: PreTrainedModel, student: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequence[list[int]]
 ) -> None:
-    """Compares a student, as it is and as it is loaded again, with the teacher whose other layers hand on their input.
-    Raises `ValueError`: they compute different things."""
+    """Compares a student, as it is and as it is loaded again, with the teacher whose other layers hand on their input, or,
+    where each has heads of its own, are not there. Raises `ValueError`: they compute different things."""
     name = type(teacher).__name__
     probe = Probe(teacher)
     for stack, numbers in zip(stacks, kept, strict=True):
+        if stack.heads:
+            _cut_(probe.twin, stack, numbers, student)
+            continue
         for place, layer in enumerate(stack.in_model(probe.twin)):
             bypass_(layer, place + 1 not in numbers)
     by_shapes = partial(load_checkpoint, model_class=type(student))
     copied, plain = probe.twin_of(student), not has_recorded_shapes(student.config)
     try:
         expected, found = probe.outputs(probe.twin), probe.outputs(copied)
+        if [value.shape for value in found] != [
+            value.shape for value in expected
+        ]:  # some are of all layers side by side
+            for stack, numbers in zip(stacks, kept, strict=True):
+                if not stack.heads:
+                    _cut_(probe.twin, stack, numbers, student)
+            expected = probe.outputs(probe.twin)
         wrong = None if any(stack.beside for stack in stacks) else differing(found, expected)
         wrong = wrong or differing(probe.reloaded(copied, type(copied).from_pretrained if plain else by_shapes), found)
         wrong = wrong and f"compute what these layers of the teacher do ({wrong})"
     except Exception as error:  # whatever a class raises that cannot run so
         wrong = f"run ({type(error).__name__}: {brief(error)})"
     if wrong is not None:
-        raise ValueError(
+        raise _Unfit(
             f"A {name} of layers {', '.join(map(str, kept))} would not {wrong}: what a layer computes follows from its number, or the "
             "model does more than hand its output on to the next. Choose layers that keep their order in the pattern of the "
             "configuration, such as a whole period, or build a smaller model of the class yourself: any two with the same "
@@ -194,6 +217,17 @@ def _prove(
             f"No configuration of {name} describes layers {', '.join(map(str, kept))}: from_pretrained will refuse what is "
             "saved of the student, and hfkdq.load_pruned loads it."
         )
+
+
+def _cut_(teacher: PreTrainedModel, stack: CountedStack, numbers: list[int], student: PreTrainedModel) -> None:
+    """Takes the layers out of a teacher that are not among `numbers`, with their heads."""
+    for name in (stack.name, *stack.heads):
+        owner, _, last = name.rpartition(".")
+        layers = teacher.get_submodule(name)
+        setattr(teacher.get_submodule(owner), last, nn.ModuleList([layers[i - 1] for i in numbers]))  # type: ignore[index]
+        # Which layer is the last is kept beside them (D-FINE).
+        counts = vars(student.get_submodule(owner)).items()
+        vars(teacher.get_submodule(owner)).update({key: value for key, value in counts if type(value) is int})
 
 
 def _evenly_spaced(count: int | None, total: int) -> list[int]:
@@ -225,11 +259,12 @@ def _copy_weights(
 ) -> None:
     """Copies the teacher's tensors, those of layer `kept[stack][i]` to layer `i` of each stack."""
     places = {
-        f"{stack.name}.{number - 1}.": f"{stack.name}.{place}."
+        f"{name}.{number - 1}.": f"{name}.{place}."
         for stack, numbers in zip(stacks, kept, strict=True)
+        for name in (stack.name, *stack.heads)
         for place, number in enumerate(numbers)
     }
-    prefixes = tuple(f"{stack.name}." for stack in stacks)
+    prefixes = tuple(f"{name}." for stack in stacks for name in (stack.name, *stack.heads))
     beside = {name for stack in stacks for name in stack.beside}
     source = teacher.state_dict()
     weights = {}
@@ -255,7 +290,7 @@ def _copy_weights(
     bound = {stack.name: stack.bound_to() for stack in stacks} if wrong else {}
     told = "; ".join(f"{', '.join(str(i + 1) for i in places)} of {name}" for name, places in bound.items() if places)
     if told:
-        raise _OtherTensors(
+        raise _Unfit(
             f"{wrong[0]} is not where the student has its layer: some layers of {type(teacher).__name__} hold tensors that no "
             f"other place has. Choose layers among which are {told}."
         )

@@ -14,6 +14,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq.facts import read_facts, record_fact
 from hfkdq.modeling import bypass_, find_layer_stack, find_layer_stacks
 from hfkdq.students import make_student
@@ -234,6 +235,41 @@ def test_what_is_not_said_of_an_encoder_decoder_stays_whole():
         make_student(teacher)
     with pytest.raises(ValueError, match="one stack of layers"):
         make_student(tiny.bert(), num_decoder_layers=1)
+
+
+@pytest.mark.parametrize("family", ["rt-detr", "d-fine"])
+def test_layers_that_have_heads_of_their_own_take_them_along(family, tmp_path):
+    """After each layer of RT-DETR's decoder its own heads predict classes and move the boxes on."""
+    entry = ENTRIES[family]
+    teacher, batch = entry.make(), {"pixel_values": entry.batch()["pixel_values"]}
+    student = make_student(teacher, decoder_layers=[1, 3])
+    facts = student.config.hfkdq["student"]
+    assert (facts["teacher_decoder_layers"], facts["decoder_layers"], facts["layers"]) == (4, [1, 3], [1])
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path)
+    decoder = teacher.model.decoder
+    for name, lists in list(decoder.named_children()):
+        if isinstance(lists, nn.ModuleList) and len(lists) == 4:
+            setattr(decoder, name, nn.ModuleList([lists[0], lists[2]]))
+    if family == "d-fine":
+        decoder.eval_idx = 1
+    with torch.no_grad():
+        expected, found, again = teacher(**batch), student(**batch), loaded(**batch)
+    for key in ("logits", "pred_boxes"):
+        torch.testing.assert_close(found[key], expected[key])
+        torch.testing.assert_close(again[key], found[key])
+
+
+def test_a_layer_that_can_stand_first_alone_stays_where_layers_are_spaced_evenly():
+    """Conditional DETR's first decoder layer projects the positions of its queries, which no other does."""
+    student = make_student(ENTRIES["conditional-detr"].make(), num_decoder_layers=1)
+    assert student.config.hfkdq["student"]["decoder_layers"] == [1]
+
+
+@pytest.mark.skipif(not ENTRIES["rf-detr"].exists, reason="RF-DETR is of Transformers 5")
+def test_outputs_of_all_layers_side_by_side_are_those_of_the_layers_that_are_left():
+    student = make_student(ENTRIES["rf-detr"].make(), num_decoder_layers=1)
+    assert student.config.hfkdq["student"]["decoder_layers"] == [2]
 
 
 def test_only_transformers_models_are_copied():

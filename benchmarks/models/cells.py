@@ -98,7 +98,7 @@ def _objectives(entry: Entry) -> list[Any]:
 
 def student(entry: Entry, model: PreTrainedModel, folder: Path) -> str | None:
     """A student of half of the layers, one step of distillation, saved and loaded."""
-    sizes = [len(stack) // 2 for stack in find_layer_stacks(model)]
+    sizes = [max(1, len(stack) // 2) for stack in find_layer_stacks(model, with_heads=True)]
     made = make_student(model, *sizes[:1], **({"num_decoder_layers": sizes[1]} if len(sizes) > 1 else {}))
     _expect(made.num_parameters() < model.num_parameters(), "the student is not smaller")
     trainer = _train(entry, made, folder, teacher_model=model, objectives=_objectives(entry))

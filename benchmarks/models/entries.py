@@ -37,7 +37,7 @@ DETR = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_he
             use_pretrained_backbone=False, backbone=None, backbone_config=RESNET)  # fmt: skip
 RT = dict(encoder_hidden_dim=32, encoder_in_channels=[16, 16, 16], encoder_layers=1, encoder_ffn_dim=48,
           encoder_attention_heads=4, d_model=32, num_queries=6, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=40,
-          num_feature_levels=3, decoder_n_points=2, decoder_layers=2, decoder_attention_heads=4, num_denoising=4,
+          num_feature_levels=3, decoder_n_points=2, decoder_layers=4, decoder_attention_heads=4, num_denoising=4,
           num_labels=3, anchor_image_size=None)  # fmt: skip
 
 
@@ -263,7 +263,7 @@ ENTRIES: dict[str, Entry] = {
     "detr": _detector("DETR", "Detr", DETR, nested=("backbone_config",)),
     "conditional-detr": _detector("Conditional DETR", "ConditionalDetr", DETR, nested=("backbone_config",)),
     "deformable-detr": _detector("Deformable DETR", "DeformableDetr", {
-        **DETR, "num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2}, nested=("backbone_config",)),
+        **DETR, "decoder_layers": 4, "num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2}, nested=("backbone_config",)),
     "rt-detr": _detector("RT-DETR", "RTDetr", {**RT, "backbone_config": dict(
         PYRAMID, model_type="rt_detr_resnet", depths=[1, 1, 1, 1])}, nested=("backbone_config",)),
     "d-fine": _detector("D-FINE", "DFine", {**RT, "eval_idx": -1, "max_num_bins": 8, "lqe_hidden_dim": 8, "backbone_config": dict(

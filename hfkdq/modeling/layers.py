@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import field as data_field
@@ -48,7 +49,8 @@ class CountedStack:
     """A stack of layers: its dotted name, its modules, and the configuration field that holds their number.
 
     `beside` names tensors outside of the stack whose shape depends on that number, and `lists` the fields with an entry per
-    layer. The name of a field in a configuration within another has dots: `"text_config.num_hidden_layers"`.
+    layer. `heads` names lists of modules beside the stack with an entry per layer, as detectors have that predict after each of
+    them. The name of a field in a configuration within another has dots: `"text_config.num_hidden_layers"`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class CountedStack:
     field: str
     beside: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     model: PreTrainedModel = data_field(repr=False, default=None)  # type: ignore[assignment]
 
     def __len__(self) -> int:
@@ -75,7 +78,7 @@ class CountedStack:
         kept = [other for other in range(len(self)) if other != place]
         whole = build_shapes(self.model, config_with(self.model.config))
         built = build_shapes(self.model, config_with(self.model.config, **self.fields(kept)))
-        return renumbered(whole, {self.name: kept}).keys() == built.keys()
+        return renumbered(whole, dict.fromkeys((self.name, *self.heads), kept)).keys() == built.keys()
 
     def in_model(self, model: nn.Module) -> Any:
         """The same stack of another model of the class."""
@@ -134,11 +137,12 @@ def _tensors_of(shapes: Shapes, prefix: str) -> Shapes:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
+def find_layer_stacks(model: PreTrainedModel, with_heads: bool = False) -> list[CountedStack]:
     """The stacks of layers whose number the configuration holds: one, or an encoder and a decoder.
 
     The tensors that a model with one layer more has are those of that layer, and tell where the stack is. Configurations
     within the configuration count as well, in the order of the modules: texts and images of CLIP, images and texts of LLaVA.
+    Stacks whose layers have heads of their own, so that none can be bypassed, count `with_heads` alone (RT-DETR's decoder).
 
     Raises:
         ValueError: there is none.
@@ -147,7 +151,7 @@ def find_layer_stacks(model: PreTrainedModel) -> list[CountedStack]:
     reasons: list[str] = []
     for name, count in _counts(model.config):
         stack = _stack_of(model, name, count, reasons)
-        if stack is not None:
+        if stack is not None and (with_heads or not stack.heads):
             stacks.setdefault(stack.name, stack)
     if not stacks:
         reason = f": no other number could be tried, {'; '.join(reasons)}," if reasons else ""
@@ -310,19 +314,22 @@ def _stack_of(model: PreTrainedModel, name: str, count: int, reasons: list[str])
     except NoStructure as error:
         reasons.append(str(error))
         return None
-    marker = f".{count}."
-    prefixes = {key.partition(marker)[0] for key in after.keys() - before.keys() if marker in key}
-    where = prefixes.pop() if len(prefixes) == 1 else ""
     added = after.keys() - before.keys()  # of that layer alone: one more stage changes others too
-    if not all(key.startswith(f"{where}{marker}") for key in added) or before.keys() - after.keys():
+    marker = f".{count}."
+    grown = Counter(key.partition(marker)[0] for key in added if marker in key)
+    if sum(grown.values()) != len(added) or before.keys() - after.keys():
         return None
-    layers = dict(model.named_modules()).get(where)
-    if not isinstance(layers, nn.ModuleList):
-        return None
-    # A stage of another width than any before is no layer among its like; the first layer may hold what serves all (T5).
-    like = _tensors_of(after, f"{where}{marker}").items()
-    others = [_tensors_of(before, f"{where}.{place}.").items() for place in range(count)]
-    if not any(like <= other or other <= like for other in others):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for where in grown:
+        if not isinstance(modules.get(where), nn.ModuleList) or len(modules[where]) != count:
+            return None
+        # A stage of another width than any before is no layer among its like; the first layer may hold what serves all (T5).
+        like = _tensors_of(after, f"{where}{marker}").items()
+        others = [_tensors_of(before, f"{where}.{place}.").items() for place in range(count)]
+        if not any(like <= other or other <= like for other in others):
+            return None
+    (where, most), *heads = grown.most_common() or [("", 0)]
+    if not where or any(size == most for _, size in heads):
         return None
     beside = tuple(tensor for tensor, shape in before.items() if after[tensor] != shape)
-    return CountedStack(where, layers, name, beside, tuple(lists), model)
+    return CountedStack(where, modules[where], name, beside, tuple(lists), tuple(head for head, _ in heads), model)

@@ -28,7 +28,7 @@ from .masks import Masks
 from .progress import UNFINISHED
 from .removal import described_config, remove_layers_, remove_units_
 from .sharing import restore_sharing_
-from .targets import WEIGHTED, PruningTarget, WeightTarget, find_targets, is_zero
+from .targets import WEIGHTED, PruningTarget, WeightTarget, find_targets, is_zero, weights_of
 
 _NOT_RUN = {
     "masked": "does not run, as its units lie elsewhere than in models of its kind",
@@ -139,7 +139,7 @@ logger = logging.get_logger(__name__)
 def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[PruningTarget]) -> dict[str, int]:
     """How many weights, parameters with more than one axis, by the name of their module, where they are a notable
     part. They lie in the layers of a stack. Of neurons and heads they are those of neither; of single weights those of
-    modules that are no linear layer and no convolution, such as experts in one tensor. Other structures reach all that
+    modules that are no linear layer, no convolution and no experts. Other structures reach all that
     they are for, and so does a spec that names its targets."""
     if spec.structure in ("channel", "layer", "hidden", "vocab") or spec.target_modules is not None:
         return {}
@@ -151,7 +151,8 @@ def left_unpruned(model: PreTrainedModel, spec: PruningSpec, targets: Sequence[P
     known = {id(part.values) for target in targets for part in target.parts}
     known |= {id(entry.values) for group in units for entry in group.slices}
     if not units:  # what is excluded is meant to stay
-        known |= {id(module.weight) for module in model.modules() if isinstance(module, WEIGHTED)}
+        reached = (m for m in model.modules() if spec.criterion != "activation" or isinstance(m, WEIGHTED))
+        known |= {id(getattr(module, tensor)) for module in reached for tensor in weights_of(module)}
     found: dict[str, int] = {}
     for name, values in model.state_dict(keep_vars=True).items():
         is_weight = isinstance(values, torch.nn.Parameter) and values.dim() > 1 and values.is_floating_point()

@@ -23,6 +23,7 @@ from ..modeling.neurons import find_neurons
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.units import CONVOLUTIONS, UnitGroup
 from ..specs import PruningSpec, module_matches, unmatched
+from ..specs.quantization import expert_weights, outputs_last
 from .masked_norms import mask_norm_
 
 WEIGHTED = (nn.Linear, Conv1D, *CONVOLUTIONS)
@@ -30,6 +31,8 @@ VOCABULARY_NEEDS_NO_TRAINING = (
     "structure='vocab' needs a tokenizer and a corpus and no training: prune(model, spec, corpus, "
     "processing_class=tokenizer), before the trainer is made."
 )
+_OF_PARAMETERS = {"XLNetRelativeAttention": {"q": (1, 2), "k": (1, 2), "v": (1, 2), "r": (1, 2), "o": (0,)}}
+"""By class, the parameters of modules that multiply with them themselves, and which of their axes are outputs."""
 _OF_WEIGHTS = ("weight", "n:m", "block")
 
 
@@ -91,18 +94,34 @@ class GroupTarget:
             mask_norm_(norm, pruned)
 
 
+def weights_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The weights of a module by name, and which of their axes are outputs; those of all experts have one for the expert.
+    Empty for modules that multiply with none."""
+    if isinstance(module, WEIGHTED):
+        return {"weight": (1,) if isinstance(module, Conv1D) else (0,)}
+    experts: dict[str, tuple[int, ...]]
+    experts = {name: (0, 2) if outputs_last(module, name) else (0, 1) for name in expert_weights(module)}
+    return experts or _OF_PARAMETERS.get(type(module).__name__, {})
+
+
 @dataclass(frozen=True)
 class WeightTarget:
-    """The weights of one module, single or in blocks of rows and columns."""
+    """The weights of one tensor of a module, single or in blocks of rows and columns."""
 
     name: str
     module: nn.Module
     block: tuple[int, int] = (1, 1)
+    tensor: str = "weight"
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The axes of the tensor that are outputs."""
+        return weights_of(self.module)[self.tensor]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of blocks: outputs by inputs, with the window of a convolution among the inputs."""
-        rows, columns = self._matrix(self.module.weight).shape  # type: ignore[arg-type]
+        rows, columns = self._matrix(self.parts[0].values).shape
         return -(-rows // self.block[0]), -(-columns // self.block[1])
 
     @property
@@ -111,10 +130,14 @@ class WeightTarget:
 
     @property
     def parts(self) -> list[Part]:
-        return [Part(self.name, self.module, "weight", "input")]
+        return [Part(self.name, self.module, self.tensor, "input" if isinstance(self.module, WEIGHTED) else "other")]
+
+    def _order(self, values: Tensor) -> list[int]:
+        """The axes of the tensor, outputs first."""
+        return sorted(range(values.dim()), key=lambda dim: dim not in self.outputs)
 
     def _matrix(self, values: Tensor) -> Tensor:
-        return values.t() if isinstance(self.module, Conv1D) else values.flatten(1)
+        return values.permute(self._order(values)).flatten(len(self.outputs)).flatten(0, -2)
 
     def reduce(self, measure: Measure) -> Tensor:
         values = measure(self.parts[0])
@@ -133,8 +156,9 @@ class WeightTarget:
         if self.block != (1, 1):
             mask = mask.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
             mask = mask[: matrix.shape[0], : matrix.shape[1]]
-        mask = mask.t() if isinstance(self.module, Conv1D) else mask.reshape(weight.shape)
-        yield self.parts[0], mask
+        order = self._order(weight)
+        mask = mask.reshape([weight.shape[dim] for dim in order])
+        yield self.parts[0], mask.permute([order.index(dim) for dim in range(weight.dim())])
 
     def apply_(self, pruned: Tensor) -> None:
         zero_(self, pruned)
@@ -223,7 +247,14 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
             "unshare_layers_(model) before."
         )
     if spec.structure == "layer":
-        targets = [LayerTarget(s, tuple(s.bound_to()), spec.plain_checkpoint) for s in find_layer_stacks(model)]
+        stacks = find_layer_stacks(model, with_heads=True)
+        alone = [stack for stack in stacks if not stack.heads]
+        if len(alone) < len(stacks) and all(len(stack) == 1 for stack in alone):
+            raise ValueError(
+                f"Heads of {type(model).__name__} predict after each layer of {stacks[-1].name}, so no layer can be bypassed. "
+                "make_student(teacher, num_decoder_layers=...) copies some of the layers with their heads."
+            )
+        targets = [LayerTarget(stack, tuple(stack.bound_to()), spec.plain_checkpoint) for stack in alone]
     elif spec.structure == "hidden":
         group = find_hidden(model)
         targets = [GroupTarget(group, tuple(module for _, module in norms_of(group)))]
@@ -239,9 +270,13 @@ def find_targets(model: PreTrainedModel, spec: PruningSpec) -> list[PruningTarge
         }
         targets = [GroupTarget(group) for group in _matching(model, spec, finders[spec.structure](model))]
     else:
-        modules = _matching_modules(model, spec)
-        first = {id(module.weight): name for name, module in reversed(modules)}  # of those that share a weight
-        targets = [WeightTarget(n, module, spec.block) for n, module in modules if first[id(module.weight)] == n]
+        found = [
+            WeightTarget(name, module, spec.block, tensor)
+            for name, module in _matching_modules(model, spec)
+            for tensor in weights_of(module)
+        ]
+        first = {id(target.parts[0].values): target for target in reversed(found)}  # of those that share a weight
+        targets = [target for target in found if first[id(target.parts[0].values)] is target]
     for target in targets:
         for part in target.parts:
             _check_prunable(part)
@@ -263,7 +298,7 @@ def _matching(model: PreTrainedModel, spec: PruningSpec, groups: list[UnitGroup]
 
 
 def _matching_modules(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[str, nn.Module]]:
-    modules: list[tuple[str, nn.Module]] = [(n, m) for n, m in model.named_modules() if isinstance(m, WEIGHTED)]
+    modules = [(name, module) for name, module in model.named_modules() if weights_of(module)]
     if spec.target_modules is None:
         try:
             prefixes = tuple(f"{stack.name}." for stack in find_layer_stacks(model))
@@ -275,6 +310,13 @@ def _matching_modules(model: PreTrainedModel, spec: PruningSpec) -> list[tuple[s
         chosen = [(name, module) for name, module in modules if module_matches(name, spec.target_modules)]
     _check_excluded(model, spec, [name for name, _ in modules])
     matching = [(name, module) for name, module in chosen if not module_matches(name, spec.exclude_modules)]
+    unseen = [name for name, module in matching if spec.criterion == "activation" and not isinstance(module, WEIGHTED)]
+    if unseen and spec.target_modules is not None:
+        raise ValueError(
+            f"{unseen[0]} has its weights in parameters of its own, so that what comes to them is not seen. Leave it out with "
+            "exclude_modules, or use criterion='magnitude', 'taylor' or 'fisher'."
+        )
+    matching = [(name, module) for name, module in matching if name not in unseen]
     if not matching:
         raise _nothing_matches(model, spec, [name for name, _ in (chosen or modules)])
     return matching

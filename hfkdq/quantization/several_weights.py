@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..specs import QuantizationScheme
-from ..specs.quantization import expert_weights
+from ..specs.quantization import expert_weights, outputs_last
 from .quantized_module import QuantizedModule
 from .weights import WeightQuantizer
 
@@ -87,20 +87,10 @@ class QuantizedExperts(SeveralWeights):
     def attach_quantizers(self, scheme: QuantizationScheme, name: str) -> None:
         self.weight_quantizers = nn.ModuleDict()
         for key, weight in expert_weights(self).items():
-            is_transposed = self._is_transposed(key, weight)
+            is_transposed = outputs_last(self, key)
             outputs = weight.shape[0] * weight.shape[2 if is_transposed else 1]
             how: dict[str, Any] = {"transposed": is_transposed, "gates": outputs, "name": f"{name}.{key}"}
             self.weight_quantizers[key] = WeightQuantizer(scheme, weight, **how)
-
-    def _is_transposed(self, key: str, weight: Tensor) -> bool:
-        """Whether outputs are the last axis: as long as a bias, or by what the layer says of itself."""
-        bias = self._parameters.get(f"{key}_bias")
-        if bias is not None and weight.shape[1] != weight.shape[2]:
-            return bias.shape[-1] == weight.shape[2]
-        known = getattr(self, "is_transposed", None)
-        if known is None and isinstance(width := getattr(self, "hidden_size", None), int):
-            return (weight.shape[1] == width) != ("down" in key)
-        return bool(known)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         values = self._values()

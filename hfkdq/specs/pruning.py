@@ -72,7 +72,7 @@ class PruningSpec(Serializable):
         end (`float`, defaults to 0.7): progress at which the full sparsity is reached; the rest is recovery.
         pattern (`str`, *optional*): for `"n:m"`, `"2:4"` by default; for `"block"` rows x columns, `"4x4"` by default.
         target_modules (`str` or list of `str`, *optional*): which modules, in the grammar of PEFT. By default all linear
-            layers and convolutions of the layer stacks, all feed-forward layers, all attentions; convolutions beside a
+            layers, convolutions and experts of the layer stacks, all feed-forward layers, all attentions; convolutions beside a
             stack of layers lose channels only where they are named.
         exclude_modules (`str` or list of `str`, *optional*): which of those to leave alone.
         plain_checkpoint (`bool`, defaults to `True`): refuse what the model's configuration cannot describe, so that

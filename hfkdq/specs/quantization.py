@@ -29,6 +29,17 @@ def expert_weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
 
 
+def outputs_last(module: nn.Module, name: str) -> bool:
+    """Whether outputs are the last axis of such a parameter: as long as a bias, or by what the layer says of itself."""
+    weight, bias = expert_weights(module)[name], module._parameters.get(f"{name}_bias")
+    if bias is not None and weight.shape[1] != weight.shape[2]:
+        return bias.shape[-1] == weight.shape[2]
+    known = getattr(module, "is_transposed", None)
+    if known is None and isinstance(width := getattr(module, "hidden_size", None), int):
+        return (weight.shape[1] == width) != ("down" in name)
+    return bool(known)
+
+
 def is_quantizable(module: nn.Module) -> bool:
     """Whether a module is of a type that can be quantized."""
     return isinstance(module, QUANTIZABLE) or bool(expert_weights(module))

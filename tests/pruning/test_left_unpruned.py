@@ -73,11 +73,12 @@ def test_a_spec_that_names_its_targets_leaves_the_rest_knowingly(monkeypatch):
     assert fact["achieved_sparsity"] == 0.5
 
 
-def test_single_weights_of_experts_in_one_tensor_are_left():
+def test_single_weights_of_experts_in_one_tensor_are_left_where_what_they_read_decides():
     torch.manual_seed(0)
     config = tf.GptOssConfig(**_TEXT, num_local_experts=4, num_experts_per_tok=2, rope_scaling=None)
     model = tf.GptOssForCausalLM(config).eval()
-    said = told(lambda: prune(model, PruningSpec(sparsity=0.5)))
+    spec, ids = PruningSpec(sparsity=0.5, criterion="activation"), torch.arange(3, 27).view(2, 12)
+    said = told(lambda: prune(model, spec, [{"input_ids": ids}]))
     fact = read_facts(model)["pruning"]
     assert "model.layers.0.mlp.experts (GptOssExperts" in said
     layers = {name: p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1}

@@ -168,6 +168,13 @@ def test_layers_that_change_their_class_as_they_run_get_new_numbers():
     assert (layer.attention.self.layer_idx, layer.attention.seed) == (0, 0)
 
 
+def test_layers_with_heads_of_their_own_are_for_make_student():
+    with pytest.raises(
+        ValueError, match=r"each layer of model\.decoder\.layers.*make_student\(teacher, num_decoder_layers"
+    ):
+        prune(ENTRIES["rt-detr"].make(), PruningSpec(sparsity=0.5, structure="layer"))
+
+
 HEADS = {
     "norms over all heads": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**{**_CAUSAL, "num_hidden_layers": 2})),
     "sinks": lambda: tf.GptOssForCausalLM(
