@@ -15,7 +15,7 @@ from ..facts import Facts
 from ..measuring.latency import Latency
 from ..provenance import describe_model, find_difference, weight_files
 from ..schema import build, check, read_file
-from .data import Engine, ReportData, kind_of, named_precisions, row_name
+from .data import Engine, ReportData, Sample, kind_of, named_precisions, row_name
 from .environment import publishable
 
 logger = logging.get_logger(__name__)
@@ -126,6 +126,8 @@ def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
         "files",
         "model",
         "precisions",
+        "processor",
+        "sample",
     )
     return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
@@ -168,6 +170,8 @@ def fields_of_export(folder: Path) -> dict[str, Any]:
         if _is_timed(latency)
         else {},
         "environment": dict(facts.get("versions", {})),
+        "processor": facts.get("processor"),
+        "sample": Sample(**facts["sample"]) if "sample" in facts else None,
     }
 
 
