@@ -13,13 +13,14 @@ import torch
 import transformers
 from datasets import Dataset
 
-from hfkdq import QuantizationSpec, __version__, quantize
+from hfkdq import CompressionReport, QuantizationSpec, __version__, quantize
 from hfkdq.cli import main
 from hfkdq.cli.checkpoint import load_model
 from hfkdq.cli.export import default_folder
 from hfkdq.cli.messages import as_options
 from hfkdq.cli.summary import print_summary, summary_lines
 from hfkdq.quantization import quantized_spec
+from hfkdq.report.markdown import one_line
 
 from . import tiny
 
@@ -113,6 +114,23 @@ def test_a_trained_checkpoint_is_exported_with_its_integers_beside_it(checkpoint
     assert (beside / "tokenizer.json").is_file()
     assert export(checkpoint, beside) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_card_of_an_export_shows_what_its_call_prints(checkpoint, tmp_path, capsys):
+    Dataset.from_dict({"text": sentences(4)}).to_parquet(tmp_path / "rows.parquet")
+    config = checkpoint / "tokenizer_config.json"  # Transformers 5 has no default for an input that the call lacks
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **names}))
+    assert export(checkpoint, tmp_path / "out", "--calibration-data", tmp_path / "rows.parquet") == 0
+    recorded = CompressionReport.from_export(tmp_path / "out")
+    assert recorded.processor == "AutoTokenizer"
+    assert any(name in recorded.sample.printed for name in (*NAMES, "logits"))
+    assert not {"sample", "processor"} & recorded.engines[-1].parity.keys()
+    capsys.readouterr()
+    assert main(["card", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "When the file was measured, this printed" in told
+    assert one_line(recorded.sample.printed) in told
 
 
 def test_fake_quantizers_are_loaded_for_the_kinds_that_need_them(checkpoint, model):

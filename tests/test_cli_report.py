@@ -345,6 +345,15 @@ def test_a_model_of_the_hub_is_downloaded_without_pickles(small, monkeypatch, tm
         find_place("model", "me/model")
 
 
+def test_a_tokenizer_of_openvino_is_no_model(tmp_path):
+    for name in ("config.json", "openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml"):
+        (tmp_path / name).touch()
+    assert find_place("model", str(tmp_path)).path == tmp_path / "openvino_model.xml"
+    (tmp_path / "openvino_other.xml").touch()
+    with pytest.raises(ValueError, match="Name the one to measure"):
+        find_place("model", str(tmp_path))
+
+
 def test_candidates_need_names(small):
     model = classifier(1)
     for names, words in ((["a", "a"], "Two candidates"), (["a\nb"], "can be printed"), ([], "no candidate")):

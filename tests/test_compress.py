@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,7 @@ import yaml
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -29,7 +31,16 @@ from transformers import (
 from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
 from hfkdq.cli.compress_run import _begun, _digest, _text, send
-from hfkdq.cli.compress_search import Watch, _check_same, outcome_of, outcomes_of, pruner
+from hfkdq.cli.compress_search import (
+    Watch,
+    _check_same,
+    _choose,
+    _runtimes,
+    _structures,
+    outcome_of,
+    outcomes_of,
+    pruner,
+)
 from hfkdq.cli.compress_setup import Setup, check_means, set_up
 from hfkdq.cli.data import load_split
 from hfkdq.cli.interruption import Interruption
@@ -634,6 +645,56 @@ def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_p
     assert load(out / "recipe.yaml")["student"]["num_layers"] == study.trials[best].params["num_layers"]
     assert outcome_of(CompressionReport.load(out / "report.json"), "accuracy") == found[best]
     assert not list(out.glob("search/*/checkpoints"))
+
+
+def test_a_search_tries_vocabularies_and_runtimes_where_there_are_some(given, monkeypatch):
+    recipe = read({"model": str(given / "model"), "data": {"train": str(given / "rows.csv")}, "export": {}})
+    setup = set_up(recipe, ["training.use_cpu=true"], "r")
+    monkeypatch.setattr("hfkdq.cli.compress_search.prune", lambda *_: None)  # any width can go
+    widths = ["neuron", "head", "hidden"]
+    assert _structures(setup) == [*widths, "vocab"]
+    assert _structures(replace(setup, processor=None)) == widths
+    assert (
+        _structures(replace(setup, original=tiny.llama(layers=1))) == widths
+    )  # of fewer tokens the right one is likelier
+    monkeypatch.setattr("hfkdq.cli.compress_search.find_spec", lambda name: object())
+    assert _runtimes(setup, ["training.use_cpu=true"]) == ["onnxruntime", "openvino"]
+    assert _runtimes(setup, ["export.target=standard"]) == []
+    assert _runtimes(replace(setup, student=tiny.llama(layers=1)), []) == []  # which has a cache
+    monkeypatch.setattr("hfkdq.cli.compress_search.find_spec", lambda name: None)
+    assert _runtimes(setup, []) == []
+    trial = optuna.trial.FixedTrial({"num_layers": 2, "pruning": "vocab", "bits": "8 bits", "runtime": "openvino"})
+    chosen = _choose(trial, {"num_layers": 3}, ["vocab"], ["onnxruntime", "openvino"])
+    assert chosen[1:] == [
+        "pruning={structure: vocab}", "quantization={weight_bits: 8, activation_bits: 8}", "export.target=openvino",
+    ]  # fmt: skip
+    assert len(_choose(trial, {"num_layers": 3}, ["vocab"], [])) == 3
+
+
+def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_path):
+    """In the end, with a tokenizer and rows of its own; the teacher keeps its own."""
+    texts = [" ".join(f"w{(i * j) % 30}" for j in range(1, 9)) for i in range(40)]
+    rows = Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(40)]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    command = ["compress", str(given / "model"), "--data", str(tmp_path / "rows.parquet"), *SHORT, UNTIMED]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([*command, "--output-dir", str(whole)]) == 0
+    assert main([*command, "--output-dir", str(out), "pruning={structure: vocab}"]) == 0
+    for place in ("student", "onnx"):
+        tokenizer = AutoTokenizer.from_pretrained(out / place)
+        assert {f"w{i}" for i in range(30)} <= tokenizer.get_vocab().keys()
+        assert len(tokenizer) == 35  # of 95
+        config = json.loads((out / place / "config.json").read_text())
+        assert (config["vocab_size"], config["hfkdq"]["vocabulary"]["tokens_after"]) == (35, 35)
+    before, after = (CompressionReport.load(folder / "report.json") for folder in (whole, out))
+    assert [engine.name for engine in after.engines] == ["teacher", "student", "ONNX int8"]
+    # Every text is cut as before, so that nothing else changes.
+    assert [engine.metrics for engine in after.engines] == [engine.metrics for engine in before.engines]
+    assert after.engines[0].size == before.engines[0].size
+    assert after.engines[1].parameters == before.engines[1].parameters - 60 * 32
+    assert after.engines[2].size < before.engines[2].size
+    assert (after.training, after.curves) == (before.training, before.curves)
+    assert "of the vocabulary" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def find_place(name: str, where: str) -> Place:
         return Place(name, beside, beside if is_main and is_export(beside) else path)
     if is_export(path):
         return Place(name, path, path)
-    files = [file for file in weight_files(path) if file.suffix in RUN]
+    # OpenVINO's tokenizers are files of the same kind, beside the model.
+    files = [file for file in weight_files(path) if file.suffix in RUN and not file.stem.endswith("tokenizer")]
     if files and not any(path.glob("*.safetensors")):
         if len(files) > 1:
             told = ", ".join(file.relative_to(path).as_posix() for file in files[:6])

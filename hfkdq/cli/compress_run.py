@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -21,9 +21,12 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from .. import CompressionReport, export_onnx, push_to_hub
+from ..export.record import read_export
 from ..files import COMPRESSED, replacing, workspace
 from ..recipes import Recipe, dump, load, read
-from ..report import DatasetInfo
+from ..report import Candidate, DatasetInfo
+from ..report.curves import settings_of
+from ..report.data import row_name
 from ..trainer.checkpoints import newest_complete
 from ..version import __version__
 from .checkpoint import load_model
@@ -181,32 +184,55 @@ def _write(setup: Setup, new: Path, text: str, trainer: Any) -> CompressionRepor
     (new / "student" / RECIPE).write_text(text, encoding="utf-8")
     (new / "student" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here reads
     student, quantization = load_model(str(new / "student"), None, calibrated=True)
-    onnx = None
+    onnx, own = None, setup
+    if setup.loses_tokens:
+        own = setup.without_tokens(student)
+        for part in (student, own.processor):
+            part.save_pretrained(new / "student")
     if recipe.export is not None:
         settings = {**asdict(recipe.export)}
         precision = settings.pop("quantization")
         data = recipe.data.calibration or recipe.data.train
-        calibration = setup.reader.batches(data, CALIBRATION, recipe.data.calibration_samples)
+        calibration = own.reader.batches(data, CALIBRATION, recipe.data.calibration_samples)
         evaluated = settings["max_drop"] is not None or settings["metric"] is not None or precision == "auto"
-        labelled = {"eval_dataset": setup.evaluation, "data_collator": setup.collate} if evaluated else {}
+        labelled = {"eval_dataset": own.evaluation, "data_collator": own.collate} if evaluated else {}
         onnx = export_onnx(
-            student, new / "onnx", quantization=precision or quantization, processing_class=setup.processor,
+            student, new / "onnx", quantization=precision or quantization, processing_class=own.processor,
             calibration=calibration, **labelled, **settings,
         )  # fmt: skip
-    return _measured(setup, student, onnx, new, trainer)
+    return _measured(setup, own, student, onnx, new, trainer)
 
 
-def _measured(setup: Setup, student: Any, onnx: Path | None, new: Path, trainer: Any) -> CompressionReport | None:
+def _measured(
+    setup: Setup, own: Setup, student: Any, onnx: Path | None, new: Path, trainer: Any
+) -> CompressionReport | None:
+    """The report, whose student has the examples of `own`."""
     section = setup.recipe.report
     if section is None or onnx is None:
         return None
     told = asdict(section)
-    named = told.pop("dataset")
-    report = CompressionReport.measure(
-        student=student, teacher=setup.teacher or setup.original, onnx=onnx, eval_dataset=setup.evaluation,
-        data_collator=setup.collate, processing_class=setup.processor, dataset=_dataset(setup.recipe, named),
-        log_history=trainer.state.log_history, training_args=trainer.args, **told,
-    )  # fmt: skip
+    told |= {"dataset": _dataset(setup.recipe, told["dataset"]), "log_history": trainer.state.log_history}
+    teacher = setup.teacher or setup.original
+    if own is setup:
+        report = CompressionReport.measure(
+            student=student, teacher=teacher, onnx=onnx, eval_dataset=setup.evaluation, data_collator=setup.collate,
+            processing_class=setup.processor, training_args=trainer.args, **told,
+        )  # fmt: skip
+    else:
+        facts = {name: told.pop(name) for name in ("license", "language", "base_model")}
+        rows: list[tuple[str, Any, Setup, Path | None]]
+        rows = [("teacher", teacher, setup, None), ("student", student, own, None)]
+        rows.append((row_name(read_export(onnx)), student, own, onnx))
+        report = CompressionReport.compare(
+            [
+                Candidate(
+                    name=name, model=model, path=path, eval_dataset=of.evaluation, data_collator=of.collate,
+                    processing_class=of.processor,
+                ) for name, model, of, path in rows
+            ], **told,
+        )  # fmt: skip
+        facts |= {"base_model": facts["base_model"] or report.base_model}
+        report = replace(report, training=settings_of(trainer.args, trainer.state.log_history), **facts)
     report.save_all(new, None if setup.recipe.push is None else setup.recipe.push.repo_id)
     return report
 

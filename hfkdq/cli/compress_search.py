@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches layers, widths and bits for a model that meets goals, with Optuna: every trial is a recipe that is carried out."""
+"""Searches layers, widths, vocabulary, bits and runtime for a model that meets goals, with Optuna: every trial is a recipe that is carried out."""
 
 from __future__ import annotations
 
 import copy
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from .. import CompressionReport, PruningSpec, prune
+from ..export.backends import load_backend
+from ..export.checks import check_openvino, resolve_task
+from ..export.choices import ONNXRUNTIME, OPENVINO
 from ..files import COMPRESSED, replacing, workspace
 from ..metrics.tasks import LOWER_IS_BETTER
 from ..recipes import Recipe
@@ -55,7 +59,8 @@ def search(
     """
     optuna = _optuna()
     first = set_up(recipe, changes, source)  # what no trial could do is refused before there is a study
-    structures, layers = _structures(first.original), layer_counts(first.original)
+    structures, layers = _structures(first), layer_counts(first.original)
+    runtimes = [] if goals.max_latency is None else _runtimes(first, changes)
     if storage is None:
         (folder / SEARCH).mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -65,7 +70,7 @@ def search(
     _check_same(study, {**of, "--max-latency": goals.max_latency is not None}, storage)
 
     def attempt(trial: Any) -> float:
-        chosen = _choose(trial, layers, structures)
+        chosen = _choose(trial, layers, structures, runtimes)
         try:
             return _carried_out(
                 optuna, trial, recipe, [*_WATCHED, *changes, *chosen, "push=null"], goals, folder, source
@@ -132,23 +137,47 @@ class Watch(TrainerCallback):
             raise self._pruned
 
 
-def _choose(trial: Any, layers: dict[str, int], structures: list[str]) -> list[str]:
-    """The changes of a trial: layers, structure and share of what is pruned, and bits."""
+def _choose(trial: Any, layers: dict[str, int], structures: list[str], runtimes: list[str]) -> list[str]:
+    """The changes of a trial: layers, structure and share of what is pruned, bits, and the runtime where there are several."""
     changes = [f"student.{name}={trial.suggest_int(name, 1, most)}" for name, most in layers.items()]
     structure = trial.suggest_categorical("pruning", ["none", *structures])
-    if structure != "none":
+    if structure == "vocab":
+        changes.append("pruning={structure: vocab}")
+    elif structure != "none":
         share = trial.suggest_categorical("sparsity", _SPARSITIES)
         changes.append(f"pruning={{structure: {structure}, sparsity: {share}}}")
     weights, activations = _BITS[trial.suggest_categorical("bits", [*_BITS])]
-    return [*changes, f"quantization={{weight_bits: {weights}, activation_bits: {activations}}}"]
+    changes.append(f"quantization={{weight_bits: {weights}, activation_bits: {activations}}}")
+    if runtimes:
+        changes.append(f"export.target={trial.suggest_categorical('runtime', runtimes)}")
+    return changes
 
 
-def _structures(model: PreTrainedModel) -> list[str]:
-    """The widths that the model can lose: those that a copy lost."""
+def _runtimes(setup: Setup, changes: list[str]) -> list[str]:
+    """The runtimes to choose from: none where one is given, or OpenVINO is not installed or does not run such models."""
+    if find_spec("openvino") is None or any(text.startswith(("export.target=", "export=")) for text in changes):
+        return []
+    try:
+        check_openvino(
+            setup.student, resolve_task(load_backend(), setup.student, getattr(setup.recipe.export, "task", None))
+        )
+    except ValueError:
+        return []
+    return [ONNXRUNTIME, OPENVINO]
+
+
+def _structures(setup: Setup) -> list[str]:
+    """The widths that the model can lose, and tokens: what a copy lost."""
     found = []
-    for structure in ("neuron", "head", "hidden"):
+    for structure in ("neuron", "head", "hidden", "vocab"):
+        model = copy.deepcopy(setup.original)
         try:
-            prune(copy.deepcopy(model), PruningSpec(structure=structure, sparsity=_SPARSITIES[-1]))
+            if structure == "vocab":
+                if not setup.metrics.generates and model.get_output_embeddings() is not None:
+                    continue  # of fewer tokens the right one is likelier, which says nothing
+                setup.prune_tokens_(model)
+            else:
+                prune(model, PruningSpec(structure=structure, sparsity=_SPARSITIES[-1]))
             found.append(structure)
         except (ValueError, TypeError, RuntimeError):
             continue
@@ -193,7 +222,11 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
     """Ends a trial whose weights alone are larger than the bound, before anything is trained."""
     bits = setup.parts.quantization[0].weight_bits if setup.parts.quantization else 32
     share = 1.0 if setup.parts.pruning is None else 1.0 - (setup.parts.pruning[0].sparsity or 0.0)
-    least = sum(p.numel() for p in setup.student.parameters()) * bits / 8 * share**2  # of hidden width both axes go
+    numbers = sum(p.numel() for p in setup.student.parameters())
+    if setup.loses_tokens:
+        table: Any = setup.student.get_input_embeddings()
+        numbers -= table.weight.numel()
+    least = numbers * bits / 8 * share**2  # of hidden width both axes go
     if goals.max_size is not None and least > goals.max_size:
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 

@@ -7,12 +7,13 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from .. import make_student
+from .. import PruningSpec, make_student, prune
 from ..bars import bars_are_seen
 from ..export.backends import load_backend
 from ..export.checks import resolve_task
@@ -97,9 +98,46 @@ class Setup:
             objectives=[objective.copy() for objective in self.parts.objectives] or None,
         )  # fmt: skip
 
+    @property
+    def loses_tokens(self) -> bool:
+        """Whether the student loses tokens, which it does once it is trained."""
+        return self.parts.pruning is not None and self.parts.pruning[0].structure == "vocab"
+
+    def without_tokens(self, student: PreTrainedModel) -> Setup:
+        """Takes the tokens out of a student that [`prune_tokens_`] does; a setup with a tokenizer and examples of its own."""
+        processor, data = self.prune_tokens_(student), self.recipe.data
+        reader = Reader(student, processor, data.text_columns, data.max_length)
+        train, evaluation, collate, _ = _examples(reader, self.recipe)
+        return replace(
+            self,
+            student=student,
+            processor=processor,
+            reader=reader,
+            train=train,
+            evaluation=evaluation,
+            collate=collate,
+        )
+
+    def prune_tokens_(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+        """Takes the tokens out of a model that the examples of training do not use; its tokenizer is a copy.
+
+        Raises:
+            ValueError: the model does not read texts alone, or its tokenizer is of no known type.
+        """
+        if not isinstance(self.processor, PreTrainedTokenizerBase) or "input_ids" not in self.train[0]:
+            raise ValueError(
+                f"pruning.structure vocab is for models that read texts alone, and {type(model).__name__} does not."
+            )
+        written = self.train if self.metrics.generates else ()
+        answers = ([id_ for id_ in row.get("labels", ()) if id_ != IGNORED] for row in written)
+        used = chain((row["input_ids"] for row in self.train), answers)
+        spec = PruningSpec(structure="vocab") if self.parts.pruning is None else self.parts.pruning[0]
+        prune(model, spec, used, processing_class=(processor := copy.deepcopy(self.processor)))
+        return processor
+
     def _callbacks(self) -> list[TrainerCallback]:
         found: list[TrainerCallback] = []
-        if self.parts.pruning is not None:
+        if self.parts.pruning is not None and not self.loses_tokens:
             spec, rest = self.parts.pruning
             if spec.criterion == "teacher":
                 rows = self.train.select(range(min(len(self.train), self.recipe.data.calibration_samples)))
@@ -163,6 +201,8 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
         metrics, described,
     )  # fmt: skip
     _check_names_of_metrics(setup, source)
+    if setup.loses_tokens:
+        setup.prune_tokens_(copy.deepcopy(student))
     if recipe.export is not None:
         try:
             _check_export(setup, recipe.export)

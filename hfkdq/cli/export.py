@@ -114,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
             check_data(where)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from ..export import export_onnx
+    from ..report.sample import record_sample
     from .checkpoint import load_for, load_processor
     from .data import CALIBRATION, EVALUATION
     from .inputs import Reader
@@ -136,6 +137,7 @@ def run(options: argparse.Namespace) -> None:
             latency_rounds=options.latency_rounds, threads=options.threads, layout=options.layout, pooling=options.pooling,
             normalize=options.normalize, **given,
         )  # fmt: skip
+        record_sample(folder, model, processor, [] if reader.rows is None else [reader.rows])
     print_summary(folder, sys.stdout)
 
 

@@ -88,6 +88,13 @@ class PoolingFacts(TypedDict):
     normalize: bool
 
 
+class SampleFacts(TypedDict):
+    """What the call of the card printed."""
+
+    runner: FreeText
+    printed: FreeText
+
+
 class Export(TypedDict, total=False):
     """The fields of `export_facts.json` that are read."""
 
@@ -115,6 +122,8 @@ class Export(TypedDict, total=False):
     model: ModelFacts
     metrics: ExportMetrics
     latency: ExportLatency
+    processor: FreeText
+    sample: SampleFacts
     versions: dict[FreeText, FreeText]
 
 

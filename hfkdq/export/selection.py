@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..bars import progress_bar
+from ..modeling import is_convolutional
 from ..quantization import quantized_spec
 from .job import ExportJob
 from .precisions import PRECISIONS, TRAINED, Precision, precision_of
@@ -19,13 +21,16 @@ from .validation import NOISE, Quality, Timed, Timing
 
 logger = logging.get_logger(__name__)
 MAX_DROP = 0.01
+CONVOLUTIONS = "_convolutions"
+"""The end of the names of candidates with `integer_convolutions=True`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A row of the table that a choice is made from; sizes in bytes, `drop` in the unit of the metric.
 
-    `name` is `"trained"`, or what `quantization=` of [`export_onnx`] would be; `error` says why there is no file, or why it
+    `name` is `"trained"`, or what `quantization=` of [`export_onnx`] would be, and [`CONVOLUTIONS`] where convolutions compute
+    with integers; `error` says why there is no file, or why it
     is not accepted.
     """
 
@@ -99,22 +104,23 @@ def choose(rows: Sequence[Candidate], metric: str, max_drop: float) -> tuple[Can
 
 def render(table: Sequence[Candidate]) -> str:
     """The candidates as a table for the terminal."""
-    lines = [f"{'candidate':<14}{'MB':>9}{'drop':>10}{'median ms':>11}{'min ms':>9}  verdict"]
+    lines = [f"{'candidate':<21}{'MB':>9}{'drop':>10}{'median ms':>11}{'min ms':>9}  verdict"]
     for row in table:
         size = "-" if row.bytes is None else f"{row.bytes / 1e6:.2f}"
         numbers = ["-" if value is None else f"{value:.4g}" for value in (row.drop, row.median_ms, row.min_ms)]
         verdict = "accepted" if row.accepted else (row.error or "").splitlines()[0]
-        lines.append(f"{row.name:<14}{size:>9}{numbers[0]:>10}{numbers[1]:>11}{numbers[2]:>9}  {verdict}")
+        lines.append(f"{row.name:<21}{size:>9}{numbers[0]:>10}{numbers[1]:>11}{numbers[2]:>9}  {verdict}")
     return "\n".join(lines)
 
 
 def _candidates(job: ExportJob, calibrated: bool) -> tuple[dict[str, Precision], list[Candidate]]:
     """The precisions to write, by name, and rows for those that are left out."""
     trained = quantized_spec(job.model)
-    if trained is not None:
-        return {TRAINED: precision_of(trained), **_named(calibrated=False)}, []
-    missing = [] if calibrated else sorted(PRECISIONS.keys() - _named(calibrated).keys())
-    return _named(calibrated), [Candidate(name=name, error="left out: it needs calibration=") for name in missing]
+    found = _named(calibrated) if trained is None else {TRAINED: precision_of(trained), **_named(calibrated=False)}
+    if is_convolutional(job.model) and not job.integer_convolutions:
+        found = {f"{n}{CONVOLUTIONS}": entry for n, entry in found.items() if entry.needs_calibration} | found
+    missing = [] if calibrated or trained is not None else sorted(PRECISIONS.keys() - found.keys())
+    return found, [Candidate(name=name, error="left out: it needs calibration=") for name in missing]
 
 
 def _named(calibrated: bool) -> dict[str, Precision]:
@@ -127,13 +133,15 @@ def _write_all(
     """Facts of those that could be written, each below `folder`, and a row for every one."""
     facts: dict[str, dict[str, Any]] = {}
     rows = []
+    integer = copy.copy(job)
+    integer.integer_convolutions = True
     bar = progress_bar(precisions, desc="Candidates")
     for name in bar:
         bar.set_postfix_str(name)
         own = folder / name
         own.mkdir()
         try:
-            facts[name] = job.write(precisions[name], own)
+            facts[name] = (integer if name.endswith(CONVOLUTIONS) else job).write(precisions[name], own)
         except OSError:
             raise  # a disk that is full is so for all
         except Exception as error:  # exporters and runtimes raise their own, and another precision may do

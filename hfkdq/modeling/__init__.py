@@ -5,7 +5,7 @@ Read from configurations and structure where these tell it, from small tables of
 """
 
 from .bypass import bypass_
-from .channels import find_channels
+from .channels import find_channels, is_convolutional
 from .checkpoints import check_json, checkpoint_class, hub_arguments, load_config
 from .heads import ATTENTION_INPUTS, find_heads
 from .hidden_width import HIDDEN_FAMILIES, find_hidden, hidden_field, norms_of
@@ -66,6 +66,7 @@ __all__ = [
     "has_recorded_shapes",
     "hidden_field",
     "hub_arguments",
+    "is_convolutional",
     "load_checkpoint",
     "load_config",
     "norms_of",

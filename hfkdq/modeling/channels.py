@@ -15,6 +15,14 @@ from .units import NoStructure, Slice, UnitGroup, each
 _BOTTLENECKS = (("pwconv1", "pwconv2"),)
 
 
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether convolutions over images do the work, which no file of integers is faster for where they compute in floats."""
+    kinds = list(model.modules())
+    return any(isinstance(module, nn.Conv2d) for module in kinds) and not any(
+        "Attention" in type(module).__name__ for module in kinds
+    )
+
+
 def find_channels(model: PreTrainedModel, everywhere: bool = False) -> list[UnitGroup]:
     """The inner channels of every block of a known shape, or all channels that a batch shows can go.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling import NoStructure, find_layer_stacks
+from ..modeling import NoStructure, find_layer_stacks, is_convolutional
 from ..modeling.examples import tried_on
 from ..modeling.masks import Batch
 from ..objectives.base import Objective
@@ -30,17 +29,9 @@ def default_sections(model: PreTrainedModel) -> dict[str, Any]:
         ),
         "training": dict(TRAINING),
         "quantization": {"weight_bits": 8, "activation_bits": 8},
-        "export": {"integer_convolutions": True} if _is_convolutional(model) else {},
+        "export": {"integer_convolutions": True} if is_convolutional(model) else {},
         "report": {},
     }
-
-
-def _is_convolutional(model: PreTrainedModel) -> bool:
-    """Whether convolutions do the work, which no file of integers is faster for where they compute in floats."""
-    kinds = list(model.modules())
-    return any(isinstance(module, nn.Conv2d) for module in kinds) and not any(
-        "Attention" in type(module).__name__ for module in kinds
-    )
 
 
 def default_objectives(

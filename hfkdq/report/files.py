@@ -15,7 +15,7 @@ from ..facts import Facts
 from ..measuring.latency import Latency
 from ..provenance import describe_model, find_difference, weight_files
 from ..schema import build, check, read_file
-from .data import Engine, ReportData, kind_of, named_precisions, row_name
+from .data import Engine, ReportData, Sample, kind_of, named_precisions, row_name
 from .environment import publishable
 
 logger = logging.get_logger(__name__)
@@ -112,6 +112,7 @@ def public_parity(facts: Mapping[str, Any]) -> dict[str, Any]:
     others = (
         "metrics", "latency", "choice", "batches", "by_output", "incremental_decode", "step_by_step", "files", "model",
         "precisions",
+        "processor", "sample",
     )  # fmt: skip
     return dict(publishable({name: value for name, value in facts.items() if name not in others}))
 
@@ -152,6 +153,8 @@ def fields_of_export(folder: Path) -> dict[str, Any]:
         "facts": public_facts(recorded),
         "timing": {key: latency[key] for key in ("device", "threads", "rounds", "inputs") if _is_timed(latency)},
         "environment": dict(facts.get("versions", {})),
+        "processor": facts.get("processor"),
+        "sample": Sample(**facts["sample"]) if "sample" in facts else None,
     }
 
 

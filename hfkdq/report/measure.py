@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..bars import progress_bar
@@ -24,7 +23,6 @@ from ..export.graph import multiplies_exactly, stored_bytes
 from ..export.record import export_file, read_export, runtime_of
 from ..export.runner import GeneratingFiles, SingleFile, open_recorded
 from ..export.runtime import onnx_call
-from ..export.sample import run_sample
 from ..facts import read_facts
 from ..measuring.evaluation import Evaluation
 from ..measuring.intervals import RESAMPLES, Sampled, change, leaves_of, sample
@@ -34,20 +32,14 @@ from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
 from ..modeling.tasks import CLASSIFICATION, is_listed, task_of
 from ..provenance import RUN, describe_files, weight_files
-from .data import Engine, Sample, named_precisions, row_name
+from .data import Engine, named_precisions, row_name
 from .environment import describe_environment
 from .files import check_measured, public_facts, public_parity
 from .layers import describe_layers, describe_stored
-from .mistakes import ScoredRows, find_mistakes, first_image, score_rows
+from .mistakes import ScoredRows, find_mistakes, score_rows
+from .sample import loader_of, sample_of
 
 logger = logging.get_logger(__name__)
-
-_PROCESSORS = {
-    transformers.PreTrainedTokenizerBase: "AutoTokenizer",
-    BaseImageProcessor: "AutoImageProcessor",
-    transformers.ProcessorMixin: "AutoProcessor",
-    transformers.FeatureExtractionMixin: "AutoFeatureExtractor",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,20 +219,18 @@ def _measure_rows(
     last = rows[-1].evaluation
     inputs = {name: list(array.shape) for name, array in last.first_example(student).items()}
     timing = {"device": "cpu", "threads": settings.threads, "rounds": settings.latency_rounds, "inputs": inputs}
-    processor = last.processing_class
-    loader = next((auto for cls, auto in _PROCESSORS.items() if isinstance(processor, cls)), None)
-    task = task_of(type(student).__name__)
+    processor, task = last.processing_class, task_of(type(student).__name__)
     return {
         "engines": tuple(engines),
         "architecture": type(student).__name__,
         "samples": len(last.dataset),
         "task": None if task is None or task.auto is None else task.name,
-        "processor": loader,
+        "processor": loader_of(processor),
         "facts": public_facts(read_facts(student)),
         "timing": timing if settings.latency_rounds else {},
         "environment": describe_environment(),
         "mistakes": find_mistakes(scored, last.task.metric, student, shown, processor, settings.examples),
-        "sample": _sample(rows[-1], loader, shown),
+        "sample": sample_of(rows[-1].path, rows[-1].facts, rows[-1].model, processor, shown),
     }
 
 
@@ -248,14 +238,6 @@ def _with_latencies(engines: list[Engine], timed: list[list[TimedEngine]], threa
     times = iter(time_engines([call for own in timed for call in own], threads=threads, rounds=rounds))
     latencies = [total_latency([(next(times), 1) for _ in own]) if own else None for own in timed]
     return [replace(engine, latency=value) for engine, value in zip(engines, latencies, strict=True)]
-
-
-def _sample(row: _Row, loader: str | None, shown: Sequence[Any]) -> Sample | None:
-    """What the call of the card prints on an exported folder; an image is the first of the data."""
-    if row.path is None or loader is None or "kind" not in row.facts:
-        return None
-    found = run_sample(row.path, row.facts, type(row.model).__name__, loader, first_image(shown))
-    return None if found is None else Sample(**found)
 
 
 def _check_opens(row: _Row) -> None:

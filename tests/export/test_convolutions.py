@@ -12,9 +12,12 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers as tf
+from datasets import Dataset
 from torch import nn
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
+from hfkdq.export import selection
+from hfkdq.export.precisions import PRECISIONS
 from tests.families import FAMILIES
 
 
@@ -127,6 +130,21 @@ def test_a_whole_network_runs_in_integer_kernels(make, tmp_path):
     assert run["QLinearConv"] == facts["integer_convolutions"] > 0
     assert not {"Conv", "FusedConv", "Pad", "BatchNormalization"} & run.keys()
     assert facts["rounded_sums"] > 0
+
+
+def test_auto_tries_integer_convolutions(tmp_path, monkeypatch):
+    images = {"pixel_values": torch.randn(8, 3, 32, 32).numpy(), "labels": [0, 1] * 4}
+    monkeypatch.setattr(selection, "PRECISIONS", {"int8": PRECISIONS["int8"]})
+    monkeypatch.setattr(selection, "choose", lambda rows, *rest: (rows[0], "It is the first."))
+    folder = export_onnx(
+        _mobilenet(), tmp_path / "onnx", quantization="auto", calibration=[{"pixel_values": torch.randn(4, 3, 32, 32)}] * 2,
+        eval_dataset=Dataset.from_dict(images), max_drop=1.0, latency_rounds=0,
+    )  # fmt: skip
+    facts = json.loads((folder / "export_facts.json").read_text())
+    assert [row["name"] for row in facts["choice"]["candidates"]] == ["int8_convolutions", "int8"]
+    assert all(row["accepted"] for row in facts["choice"]["candidates"])
+    assert operators(folder / "model.onnx", tmp_path)["QLinearConv"] == facts["integer_convolutions"] > 0
+    assert facts["kind"] == "int8"
 
 
 class Residual(TwoConvolutions):
