@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 
 from .defaults import Array
@@ -68,6 +70,24 @@ def open_quietly(file: str | bytes, **settings: Any) -> ort.InferenceSession:
     for name, value in {"log_severity_level": 3, **settings}.items():
         setattr(options, name, value)
     return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def multiplies_blocks(bits: int) -> bool:
+    """Whether ONNX Runtime has products with blocks of weights of so many bits, which is tried; 1.23 has them for 4 and 8."""
+    codes = ", ".join(["0"] * (4 * bits))
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]> probe (float[1, 32] a) => (float[1, 1] product)
+        <uint8[1, 1, {4 * bits}] codes = {{{codes}}}, float[1] scale = {{1.0}}>
+        {{ product = com.microsoft.MatMulNBits <K = 32, N = 1, bits = {bits}, block_size = 32> (a, codes, scale) }}"""
+    )
+    try:
+        open_quietly(ir.to_proto(model).SerializeToString(), log_severity_level=4)
+    except Exception as error:
+        if not is_of_onnxruntime(error):
+            raise
+        return False
+    return True
 
 
 def is_of_onnxruntime(error: Exception) -> bool:

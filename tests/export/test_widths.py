@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hfkdq import QuantizationSpec, export_onnx
+from hfkdq.export.runtime import multiplies_blocks
 from tests import tiny
 
 WIDTHS = {
@@ -53,7 +54,8 @@ def test_integer_weights_stay_integers_in_blocks(tmp_path, name):
     facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["quantized_linears"] == LINEARS
     # The head has 8 bits and no groups: an integer kernel if its input is quantized, else a float one.
-    assert operators(folder)["com.microsoft", "MatMulNBits"] == LINEARS - 1
+    runs = name not in ("1", "2") or multiplies_blocks(2)  # ONNX Runtime 1.23 has no product for them: floats at load
+    assert operators(folder)["com.microsoft", "MatMulNBits"] == (LINEARS - 1 if runs else 0)
     head = 1 if name == "4, inputs of 8" else 0
     assert operators(folder)["com.microsoft", "MatMulIntegerToFloat"] == facts["fused_linears"] == head
     bound = 2e-2 if WIDTHS[name].get("activation_bits", 8) else 1e-5
