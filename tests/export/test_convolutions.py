@@ -137,7 +137,7 @@ def test_auto_tries_integer_convolutions(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "PRECISIONS", {"int8": PRECISIONS["int8"]})
     monkeypatch.setattr(selection, "choose", lambda rows, *rest: (rows[0], "It is the first."))
     folder = export_onnx(
-        _mobilenet(), tmp_path / "onnx", quantization="auto", calibration=[{"pixel_values": torch.randn(4, 3, 32, 32)}] * 2,
+        FAMILIES["resnet"].make(), tmp_path / "onnx", quantization="auto", calibration=[{"pixel_values": torch.randn(4, 3, 32, 32)}] * 2,
         eval_dataset=Dataset.from_dict(images), max_drop=1.0, latency_rounds=0,
     )  # fmt: skip
     facts = json.loads((folder / "export_facts.json").read_text())
