@@ -225,9 +225,7 @@ def _cut_(teacher: PreTrainedModel, stack: CountedStack, numbers: list[int], stu
         owner, _, last = name.rpartition(".")
         layers = teacher.get_submodule(name)
         setattr(teacher.get_submodule(owner), last, nn.ModuleList([layers[i - 1] for i in numbers]))  # type: ignore[index]
-        # Which layer is the last is kept beside them (D-FINE).
-        counts = vars(student.get_submodule(owner)).items()
-        vars(teacher.get_submodule(owner)).update({key: value for key, value in counts if type(value) is int})
+    stack.renumber_(teacher, student)
 
 
 def _evenly_spaced(count: int | None, total: int) -> list[int]:

@@ -2,10 +2,14 @@
 """What is removed is tried on a copy; for that a batch is made up for every kind of input."""
 
 import pytest
+import torch
+import transformers as tf
 
 from benchmarks.models.entries import ENTRIES
 from hfkdq import PruningSpec, make_student, prune
-from hfkdq.modeling import Probe
+from hfkdq.modeling import Probe, find_layer_stacks
+
+from .families import randomise_
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,48 @@ def test_a_text_with_an_image_runs_both_models():
     before = probe.outputs(probe.twin)
     probe.batch["pixel_values"] = -probe.batch["pixel_values"]
     assert not probe.outputs(probe.twin)[0].equal(before[0])
+
+
+def qwen(kind, **vision):
+    """A tiny Qwen2.5-VL or Qwen3-VL with four layers of images and of texts."""
+    sizes = dict(depth=4, hidden_size=32, intermediate_size=48, out_hidden_size=32, num_heads=4, patch_size=4)
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2]}
+    text = dict(
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        max_position_embeddings=512, head_dim=8, rope_scaling=rope, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    tokens = dict(image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6)
+    config = getattr(tf, f"{kind}Config")(text_config=text, vision_config={**sizes, **vision}, **tokens)
+    torch.manual_seed(0)
+    return randomise_(getattr(tf, f"{kind}ForConditionalGeneration")(config), 0).eval()
+
+
+WINDOWS = dict(window_size=16, fullatt_block_indexes=[1, 3])
+
+
+def test_the_patches_of_all_images_as_one_matrix_are_made_up_too():
+    probe = Probe(qwen("Qwen2_5_VL", **WINDOWS))
+    before = probe.outputs(probe.twin)
+    probe.batch["pixel_values"] = -probe.batch["pixel_values"]
+    assert not probe.outputs(probe.twin)[0].equal(before[0])
+
+
+def test_layers_of_images_that_attend_to_all_are_still_those():
+    student = make_student(qwen("Qwen2_5_VL", **WINDOWS), layers=[1, 2, 3])
+    assert student.config.vision_config.fullatt_block_indexes == [1]
+    pruned = qwen("Qwen2_5_VL", **WINDOWS)
+    for place, layer in enumerate(find_layer_stacks(pruned)[0].layers):
+        for parameter in layer.parameters():
+            parameter.data *= 0.1 if place in (0, 2) else 1.0  # so that these go
+    prune(pruned, PruningSpec(sparsity=0.5, structure="layer"))
+    assert pruned.config.vision_config.fullatt_block_indexes == [0, 1]
+
+
+def test_what_a_text_reads_after_layers_of_images_is_read_after_those_that_are_left():
+    student = make_student(qwen("Qwen3VL", deepstack_visual_indexes=[1, 2]), layers=[2, 3, 4])
+    assert student.config.vision_config.deepstack_visual_indexes == [0, 1]
+    with pytest.raises(ValueError, match="would not compute"):
+        make_student(qwen("Qwen3VL", deepstack_visual_indexes=[1, 2]), layers=[3, 4])
 
 
 def test_heads_that_cannot_go_are_refused():

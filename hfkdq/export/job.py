@@ -33,6 +33,7 @@ from ..version import __version__
 from .checks import require_ranges
 from .choices import OPENVINO, WITHOUT_FILE
 from .embeddings import Pooling
+from .images import images_together
 from .inputs import Tensors, generates, model_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
@@ -250,14 +251,15 @@ class ExportJob:
 
     def _trace(self, model: PreTrainedModel, folder: Path, fold_constants: bool) -> list[Path]:
         try:
-            with rope_by_length(model):
+            with rope_by_length(model), images_together(model):
                 return self.backend.trace(model, folder, self.task, self.batches, fold_constants=fold_constants)
         except Exception as error:
             if not type(error).__module__.startswith("torch."):  # as those of the exporter, and of the tracer below it
                 raise
             raise RuntimeError(
                 f"PyTorch's exporter cannot write {type(model).__name__} ({type(error).__name__}: {brief(error)}). Nothing was "
-                f"written; this is so of the float model too, in other tools as well. {WITHOUT_FILE}"
+                f"written; this is so of the float model too. The exporter that goes with Transformers 4 or 5, whichever this is not, "
+                f"may write it. {WITHOUT_FILE}"
             ) from error
 
     def _reference(self, precision: Precision) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from .own_modules import config_name
 from .probing import Shapes, build_shapes, config_with, nested_configs
 from .units import NoStructure
 
-DEPTH_FIELDS = ("num_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers")
+DEPTH_FIELDS = ("num_layers", "encoder_layers", "num_decoder_layers", "decoder_layers", "num_hidden_layers", "depth")
 """Configuration fields that hold a number of layers; an alias of another one comes last."""
 
 PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "attention_window")
@@ -28,12 +28,15 @@ PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attenti
 
 _LAYER_NUMBERS = (
     "mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices",
-    "window_block_indices", "residual_block_indices", "global_attn_indexes", "hybrid_layer_ids",
+    "window_block_indices", "residual_block_indices", "global_attn_indexes", "hybrid_layer_ids", "fullatt_block_indexes",
 )  # fmt: skip
 """Lists of numbers of layers, from 0."""
 
 _FIRST_LAYERS = ("first_k_dense_replace",)
 """How many layers at the beginning are of another kind."""
+
+_READ_AFTER = ("deepstack_visual_indexes",)
+"""Lists of numbers of layers, from 0, whose outputs are read."""
 
 _FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
 """Beside the configuration of images: number, or numbers, of the hidden states that a text reads, negative from the end."""
@@ -83,6 +86,13 @@ class CountedStack:
     def in_model(self, model: nn.Module) -> Any:
         """The same stack of another model of the class."""
         return model.get_submodule(self.name)
+
+    def renumber_(self, model: nn.Module, built: nn.Module) -> None:
+        """Gives the owner of the layers the numbers that one has that was built with as many: which is the last (D-FINE),
+        which attend to all (Qwen2.5-VL)."""
+        owner = self.name.rpartition(".")[0]
+        own = vars(built.get_submodule(owner))
+        vars(model.get_submodule(owner)).update({k: v for k, v in own.items() if type(v) in (int, list)})
 
     def is_sayable(self, kept: Sequence[int]) -> bool:
         """Whether plain `from_pretrained` could build the layers `kept`."""
@@ -229,6 +239,9 @@ def _fields_of(
     for key in _LAYER_NUMBERS:
         if isinstance(held.get(key), (list, tuple)):
             fields[key] = [place for place, layer in enumerate(kept) if layer in held[key]]
+    for key in _READ_AFTER:
+        if isinstance(held.get(key), (list, tuple)):
+            fields[key] = [sum(layer <= read for layer in kept) - 1 for read in held[key]]
     step = held.get("decoder_sparse_step", 1)
     if type(step) is int and step > 1 and "mlp_only_layers" in fields:
         sparse = [layer not in held["mlp_only_layers"] and (layer + 1) % step == 0 for layer in kept]
@@ -269,7 +282,7 @@ def _one_more(model: PreTrainedModel, name: str, count: int) -> tuple[Shapes, Sh
     prefix, owner = _owner(model.config, name)
     held = vars(owner)
     lists = [key for key, value in held.items() if isinstance(value, (list, tuple)) and len(value) == count]
-    lists = [key for key in lists if key not in _LAYER_NUMBERS]
+    lists = [key for key in lists if key not in (*_LAYER_NUMBERS, *_READ_AFTER)]
 
     def made(number: int, **fields: Any) -> Shapes:
         try:

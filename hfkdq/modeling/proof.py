@@ -216,7 +216,9 @@ def _made_batches(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
             if "attention_mask" in takes and "input_ids" in made:
                 made["attention_mask"] = torch.ones_like(made["input_ids"])
                 made["attention_mask"][-1, 2 * length // 3 :] = 0
-            if "pixel_values" in found and "input_ids" in made:
+            if "image_grid_thw" in takes and "input_ids" in made:
+                yield from ({**text, **patches} for text, patches in _with_patches(configs, made, takes, generator))
+            elif "pixel_values" in found and "input_ids" in made:
                 yield from ({**found, **text} for text in _with_image(configs, made))
             yield {**found, **made}
             if found and main == "input_ids":
@@ -253,11 +255,35 @@ def _shapes(main: str, takes: Collection[str], configs: Sequence[PretrainedConfi
 def _with_image(configs: Sequence[PretrainedConfig], text: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """A text that begins with the tokens that stand for the patches of an image, where a text has such."""
     token = _first(configs, "image_token_id", "image_token_index")
-    size, patch = _first(configs, "image_size"), _first(configs, "patch_size")
+    sizes = _first(configs, "image_size"), _first(configs, "patch_size")
+    size, patch = (value[0] if isinstance(value, (list, tuple)) else value for value in sizes)
     if type(token) is int and type(size) is int and type(patch) is int:
-        for count in ((size // patch) ** 2, (size // patch) ** 2 + 1):
+        whole = (size // patch) ** 2
+        named = [_first(configs, name) for name in ("mm_tokens_per_image", "image_seq_length", "num_query_tokens")]
+        for count in dict.fromkeys([whole, whole + 1, *(n for n in named if type(n) is int), max(1, whole // 4)]):
             fronts = {name: torch.full((2, count), token if name == "input_ids" else 1) for name in text}
             yield {name: torch.cat([fronts[name], value], dim=1) for name, value in text.items()}
+
+
+def _with_patches(
+    configs: Sequence[PretrainedConfig], text: dict[str, Tensor], takes: Collection[str], generator: torch.Generator
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """A text behind a square image, for models that take the patches of all images as one matrix (Qwen2-VL)."""
+    token, start = _first(configs, "image_token_id"), _first(configs, "vision_start_token_id")
+    patch, merged = _first(configs, "patch_size"), _first(configs, "spatial_merge_size")
+    if not all(type(number) is int for number in (token, start, patch, merged)):
+        return
+    side = 2 + int(_first(configs, "window_size") or 0) // (patch * merged)  # more than one window
+    width = int(_first(configs, "in_channels", "in_chans") or 3) * int(_first(configs, "temporal_patch_size") or 1)
+    image = {
+        "pixel_values": torch.randn(2 * (side * merged) ** 2, width * patch**2, generator=generator),
+        "image_grid_thw": torch.tensor([[1, side * merged, side * merged]] * 2),
+    }
+    ids = torch.tensor([[start, *[token] * side**2]] * 2)
+    if "mm_token_type_ids" in takes:
+        text = {**text, "mm_token_type_ids": torch.zeros_like(text["input_ids"])}
+    fronts = {"input_ids": ids, "mm_token_type_ids": (ids == token).long()}
+    yield {k: torch.cat([fronts.get(k, torch.ones_like(ids)), v], dim=1) for k, v in text.items()}, image
 
 
 def _first(configs: Sequence[PretrainedConfig], *names: str) -> Any:

@@ -212,6 +212,7 @@ def remove_layers_(model: PreTrainedModel, targets: Sequence[PruningTarget], pru
             refit_(layer, layer, new)
         owner, _, name = stack.name.rpartition(".")
         setattr(model.get_submodule(owner), name, layers)
+        stack.renumber_(model, built)
     shapes = read_facts(model).get("shapes")
     if shapes is not None:  # by names of layers, which have other numbers now
         counts = {_renumbered(name, kept_of): numbers for name, numbers in shapes["counts"].items()}

@@ -11,9 +11,11 @@ import torch
 import transformers as tf
 from torch import nn
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq import CompressionReport, QuantizationSpec, export_onnx, load_quantized, quantize
 from hfkdq.export.inputs import completed, made_up, model_inputs
 from hfkdq.export.job import _check_parity
+from hfkdq.export.precisions import FLOAT_TOLERANCE
 from hfkdq.export.rope import rope_by_length
 from hfkdq.export.verify import Parity, in_same_order
 
@@ -319,3 +321,15 @@ def test_a_decoder_reads_the_labels_of_a_batch_behind_its_start(family):
     given = {**batch, "decoder_input_ids": labels.clamp(min=0)}
     assert model_inputs(model, given)["decoder_input_ids"].tolist() == labels.clamp(min=0).tolist()
     assert "labels" not in model_inputs(model, batch)
+
+
+def test_a_file_takes_as_many_images_as_come(tmp_path):
+    """LLaVA takes images apart one by one, and puts them together again."""
+    entry = ENTRIES["llava"]
+    model, batch = entry.make(), {name: value for name, value in entry.batch().items() if name != "labels"}
+    folder, _ = written(model, tmp_path, calibration=[batch])
+    with torch.no_grad():
+        largest = float(model(**batch).logits.abs().max())
+    for count in (1, len(batch["input_ids"])):
+        less = {name: value[:count] for name, value in batch.items()}
+        assert difference(folder, model, less) <= FLOAT_TOLERANCE * largest
