@@ -188,7 +188,12 @@ def _write(setup: Setup, new: Path, text: str, trainer: Any) -> CompressionRepor
     if setup.loses_tokens:
         own = setup.without_tokens(student)
         for part in (student, own.processor):
-            part.save_pretrained(new / "student")
+            part.save_pretrained(new / "smaller")
+        for file in (new / "student").glob("*.safetensors*"):  # which the student may still be read from
+            file.unlink()
+        for file in (new / "smaller").iterdir():
+            file.replace(new / "student" / file.name)
+        (new / "smaller").rmdir()
     if recipe.export is not None:
         settings = {**asdict(recipe.export)}
         precision = settings.pop("quantization")
