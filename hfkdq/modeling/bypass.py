@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..protocols import Bypassable
 
-_HOOK = "_bypass_hook"
+_FORWARD = "_forward_when_active"
 
 
 def bypass_(layer: nn.Module, on: bool) -> None:
@@ -20,17 +21,22 @@ def bypass_(layer: nn.Module, on: bool) -> None:
     While it is trained its output still counts, times zero, so that its parameters have gradients of zero and every
     process of a data-parallel run has one for each.
     """
-    handle = layer.__dict__.get(_HOOK)
-    if on and handle is None:
-        # Before those by which Transformers collects hidden states, which may be there already.
-        layer.__dict__[_HOOK] = layer.register_forward_hook(_hand_on, with_kwargs=True, prepend=True)
-    elif not on and handle is not None:
-        handle.remove()
-        del layer.__dict__[_HOOK]
+    own = layer.__dict__
+    if on and _FORWARD not in own:
+        # No hook: Transformers 4 collects hidden states before those run, as the result of `forward`.
+        own[_FORWARD], own["forward"] = own.get("forward"), MethodType(_hand_on, layer)
+    elif not on and _FORWARD in own:
+        before = own.pop(_FORWARD)
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
     cast(Bypassable, layer).bypassed = on
 
 
-def _hand_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _hand_on(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    before = layer.__dict__[_FORWARD]
+    output = type(layer).forward(layer, *args, **kwargs) if before is None else before(*args, **kwargs)
     came = args[0] if args else kwargs[list(inspect.signature(type(layer).forward).parameters)[1]]
     made = output if isinstance(output, Tensor) else output[0]
     passed = came + 0.0 * made.nan_to_num(0.0, 0.0, 0.0) if torch.is_grad_enabled() and made.requires_grad else came
