@@ -421,6 +421,8 @@ def test_an_nf4_base_keeps_its_integers_and_becomes_floating_point_when_merged(t
 def test_weights_that_bitsandbytes_has_packed_for_its_kernel_are_merged_too(nested):
     """Its forward pass on CPUs with AVX512 changes the layout of the weights, in eval mode, and rounds their scales."""
     functional = pytest.importorskip("bitsandbytes").functional
+    if not hasattr(functional, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this release of bitsandbytes leaves the layout alone")
     weight = torch.randn(64, 128)
     codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
     expected = functional.dequantize_4bit(codes, state)

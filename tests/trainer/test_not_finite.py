@@ -109,7 +109,7 @@ def test_a_gradient_that_is_no_number_ends_it_at_the_next_log(training_arguments
 
 def test_the_last_step_is_looked_at_too(training_arguments):
     trainer = trainer_of(
-        training_arguments(max_steps=2, max_grad_norm=0.0, logging_steps=100, learning_rate=1e38), [TaskLoss()]
+        training_arguments(max_steps=2, max_grad_norm=0.0, logging_steps=100, learning_rate=1e30), [TaskLoss()]
     )
     with pytest.raises(RuntimeError, match=r"not finite|so there is nothing to learn"):
         trainer.train()

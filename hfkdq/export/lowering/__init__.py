@@ -20,7 +20,6 @@ from ...quantization import (
     QuantizedLSTM,
     quantized_modules,
 )
-from ..runtime import multiplies_blocks
 from .activations import ActivationQDQ
 from .layers import FoldedConv, FoldedLinear, IntegerConv, IntegerConv1d, IntegerLinear, NBitLinear, StoredEmbedding
 from .read_weights import leave_read_weights_
@@ -101,5 +100,7 @@ def _linear(module: QuantizedLinear | QuantizedConv1D, target: str, table: Any) 
     if is_linear and scheme.group_size is None and ActivationQDQ(module.activation_quantizer).is_integer:
         return IntegerLinear(module, table)
     # With 8 bits, MatMulNBits takes several times as long as a float layer does (`make bench-kernels`).
+    from ..runtime import multiplies_blocks  # loads ONNX Runtime, which nothing else here needs
+
     in_blocks = is_linear and bits <= 4 and target == "onnxruntime" and multiplies_blocks(2 if bits <= 2 else 4)
     return NBitLinear(module) if in_blocks else FoldedLinear(module, table)
