@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..modeling.forwards import hooked
+
 _TAKEN_APART = {"LlavaModel": "multi_modal_projector"}
 """By class, the module whose output, (images, tokens, channels), becomes a list and then (images * tokens, channels)."""
 
@@ -19,11 +21,8 @@ def images_together(model: nn.Module) -> Iterator[None]:
     """Leaves the images in one tensor while it lasts."""
     names = [(module, _TAKEN_APART.get(type(module).__name__)) for module in model.modules()]
     handles = [getattr(module, name).register_forward_hook(_as_one) for module, name in names if name]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

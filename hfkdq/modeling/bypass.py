@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ def bypass_(layer: nn.Module, on: bool) -> None:
     own = layer.__dict__
     if on and _FORWARD not in own:
         # No hook: Transformers 4 collects hidden states before those run, as the result of `forward`.
-        own[_FORWARD], own["forward"] = own.get("forward"), MethodType(_hand_on, layer)
+        own[_FORWARD], own["forward"] = own.get("forward"), partial(_hand_on, layer)
     elif not on and _FORWARD in own:
         before = own.pop(_FORWARD)
         if before is None:

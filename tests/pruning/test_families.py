@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import math
+import pickle
 import warnings
 
 import pytest
@@ -375,6 +376,28 @@ def test_hidden_states_of_a_layer_that_is_passed_by_are_those_before_it(name):
         same = [torch.equal(after, before) for before, after in itertools.pairwise(states[:-1])]
         assert same == [place == passed_by for place in range(len(same))]
         bypass_(layers[passed_by], False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_with_a_bypassed_layer_hands_on_what_came_to_its_own(duplicate):
+    model = FAMILIES["bert"].make()
+    layers = find_layer_stacks(model)[0].layers
+    bypass_(layers[0], True)
+    other = duplicate(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+        first, second = (
+            m(**FAMILIES["bert"].batch(), output_hidden_states=True).hidden_states for m in (model, other)
+        )
+    for states in (first, second):
+        assert torch.equal(states[1], states[0])
+    assert not torch.equal(first[0], second[0])
+    bypass_(find_layer_stacks(other)[0].layers[0], False)
+    assert layers[0].bypassed
+    with torch.no_grad():
+        again = other(**FAMILIES["bert"].batch(), output_hidden_states=True).hidden_states
+    assert not torch.equal(again[1], again[0])
 
 
 GENERATING = [
