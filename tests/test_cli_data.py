@@ -219,6 +219,13 @@ def test_a_damaged_image_or_sound_is_named_with_its_row(tmp_path, feature, conte
         load_rows(str(tmp_path / "rows.parquet"), CALIBRATION, None)
 
 
+def test_images_that_were_saved_undecoded_are_decoded(tmp_path):
+    rows = Dataset.from_dict({"image": [{"bytes": noise("gif"), "path": None}] * 2, "label": NAMES[:2]})
+    rows.cast_column("image", Image(decode=False)).to_parquet(tmp_path / "rows.parquet")
+    (batch,) = batches(reader(tiny.vit(channels=3), processor=ViTImageProcessor()), tmp_path / "rows.parquet")
+    assert batch["pixel_values"].shape[0] == 2
+
+
 def test_an_image_that_is_missing_is_refused_where_it_is_read_alone(tmp_path):
     rows = Dataset.from_dict({"image": [Picture.new("L", (8, 8)), None], "label": NAMES[:2], "text": TEXTS[:2]})
     rows.to_parquet(tmp_path / "rows.parquet")

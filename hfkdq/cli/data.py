@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
@@ -38,6 +38,9 @@ def _drawn(rows: Dataset, name: str, path: str, samples: int | None, is_whole: b
         rows = rows.shuffle(seed=0).select(range(samples))
     description = f"{len(rows):,} rows of {path if is_whole else f'{path} ({name})'}"
     refuse_damaged(rows, description)
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image) and not feature.decode:  # as some were saved
+            rows = rows.cast_column(column, Image(mode=feature.mode))
     return rows, description
 
 
