@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -111,14 +112,17 @@ def main() -> None:
         times = {"hand": by_hand, "hfkdq": by_hfkdq, "textbrewer": by_textbrewer}[options.loop](options)
         print("\nTIMES", json.dumps([1000 * (b - a) for a, b in itertools.pairwise(times)][WARM_UP:]))
         return
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     found: dict[str, list[list[float]]] = {loop: [] for loop in LOOPS}
     for number in range(options.rounds):
         for loop in LOOPS:
             python = options.peer_python if loop == "textbrewer" else sys.executable
             command = [python, __file__, "--loop", loop, "--steps", str(options.steps)]
             sizes = ["--batch_size", str(options.batch_size), "--tokens", str(options.tokens)]
-            told = subprocess.run([*command, *sizes], check=True, capture_output=True, text=True).stdout
-            found[loop].append(json.loads(told.rpartition("TIMES")[2]))
+            process = subprocess.run(
+                [*command, *sizes], check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+            )
+            found[loop].append(json.loads(process.stdout.rpartition("TIMES")[2]))
             print(f"round {number + 1}: {loop:<12}{statistics.median(found[loop][-1]):8.1f} ms", flush=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "results.json").write_text(json.dumps(found, indent=2))

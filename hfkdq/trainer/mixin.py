@@ -22,7 +22,7 @@ from ..teachers import PeerParameters, check_vocabulary
 from . import arguments, checkpoints
 from .distillation import TOO_LATE, Distillation
 from .loss_log import LossLog, check_finite, check_gradient, check_weights
-from .step import MicroBatch, RunningStep, Window, open_window
+from .step import KeptGraph, MicroBatch, RunningStep, Window, open_window
 from .terms import SINGLE
 
 logger = logging.get_logger(__name__)
@@ -81,6 +81,7 @@ class DistillationMixin(_TrainerBase):
         self._loss_log = LossLog()
         self._window: Window | None = None  # of the gradient accumulation that runs
         self._running_step: RunningStep | None = None
+        self._kept: KeptGraph | None = None
         self._is_resumed = False
         with tried_on(example_inputs, kwargs.get("model", args[0] if args else None)):  # callbacks try the model too
             super().__init__(*args, **kwargs)
@@ -163,7 +164,7 @@ class DistillationMixin(_TrainerBase):
             logger.warning(f"{done} {checkpoints.how_to_go_on(str(self.args.output_dir))}")
             raise
         finally:
-            self._window = None
+            self._window = self._kept = None
             self._loss_log.clear()
             self._distillation.remove(self.model)
         self._distillation.record(self.model, self.state.global_step)
@@ -192,18 +193,22 @@ class DistillationMixin(_TrainerBase):
         if alone:
             self._distillation.install(self.model)
         self._update_teachers()
+        if self._kept is not None and not self._kept.fits:
+            self._kept = None
         step = self._running_step = RunningStep(takes_items=self.model_accepts_loss_kwargs)
         # Trainer reads it: it then divides by the accumulation steps on every version, also what a subclass adds.
         self.model_accepts_loss_kwargs = False
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
-            self._loss_log.sums = None  # auto_find_batch_size begins again
+            self._loss_log.sums = self._kept = None  # auto_find_batch_size begins again
             raise
         finally:
             self.model_accepts_loss_kwargs, self._running_step = step.takes_items, None
             if alone:
                 self._distillation.remove(self.model)
+        alone = alone or self.accelerator.num_processes > 1 or bool(self._distillation.peers)
+        self._kept = None if alone else KeptGraph.of(step, self.model)
         # A `compute_loss` of the user's need not call this one.
         return loss if step.terms is None else self._add_to_log(self._distillation, step.terms, loss)
 
@@ -223,17 +228,18 @@ class DistillationMixin(_TrainerBase):
             )
         # Whether the loss is scaled for gradient accumulation already, so that `Trainer` does not divide it: so says 5.x.
         scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
-        loss, self._running_step.terms, output = MicroBatch(
+        step = self._running_step
+        step.loss, step.terms, output = MicroBatch(
             distillation=self._distillation, student=self.model, wrapped=model, batch=dict(inputs),
             inputs=student_inputs, step=self.state.global_step,
             progress=self.state.global_step / max(self.state.max_steps, 1), accelerator=self.accelerator,
             task_loss=super().compute_loss,
             loss_is_scaled=self.compute_loss_func is not None if scaled is None else scaled,
-            takes_items=self._running_step.takes_items, items=num_items_in_batch,
+            takes_items=step.takes_items, items=num_items_in_batch,
             skips_logits=bool(self.args.use_liger_kernel),
             accumulated=getattr(self, "current_gradient_accumulation_steps", 1), window=self._window,
         ).loss(return_outputs)  # fmt: skip
-        return (loss, output) if return_outputs else loss
+        return (step.loss, output) if return_outputs else step.loss
 
     def _student_inputs(self, inputs: Any) -> Any:
         return inputs if self._distillation is None else self._distillation.student_inputs(self.model, inputs)

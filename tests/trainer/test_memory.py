@@ -72,3 +72,26 @@ def test_a_thousand_steps_leave_no_more_tensors_than_a_hundred(training_argument
     (before, _), (after, size) = living[100], living[1000]
     assert after <= before
     assert size > 0
+
+
+def test_a_callback_may_narrow_the_model_between_steps(training_arguments):
+    """The graph of the last step, which is kept beside the next, would expect gradients of the old shape."""
+
+    class Narrow(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            kept.append(trainer._kept is not None)
+            if state.global_step == 2:
+                layer = model.bert.encoder.layer[0]
+                for parameter, axis in (
+                    (layer.intermediate.dense.weight, 0), (layer.intermediate.dense.bias, 0), (layer.output.dense.weight, 1)
+                ):  # fmt: skip
+                    parameter.data = parameter.data.narrow(axis, 0, 8).clone()
+                    optimizer.state.pop(parameter)
+
+    kept: list[bool] = []
+    trainer = make_trainer(training_arguments(max_steps=4), MAPPED, callbacks=[Narrow()])
+    trainer.train()
+    assert trainer.model.bert.encoder.layer[0].intermediate.dense.bias.shape == (8,)
+    assert trainer.state.global_step == 4
+    assert kept == [True] * 4
+    assert trainer._kept is None
