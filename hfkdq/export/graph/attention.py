@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..runtime import open_quietly
+from .convolutions import Array, constant, only_consumer
 from .linears import MICROSOFT
 
 logger = logging.getLogger(__name__)
-Array = np.ndarray[Any, Any]
 MASK = "attention_mask"
 # Where a mask is tried: batch and length. More than what makes a mask of the other is no mask.
 SIZES, LARGEST = ((2, 5), (3, 7), (1, 4)), 200
@@ -87,11 +87,8 @@ def fuse_attention(model: ir.Model) -> int:
             domain=MICROSOFT,
             name=node.name,
         )
-        result, old = new.outputs[0], last.outputs[0]
-        result.name, result.type, result.shape = old.name, old.type, old.shape
-        graph.insert_before(last, new)
-        old.replace_all_uses_with(result, replace_graph_outputs=True)
-        graph.remove([last, *between, *(n for part in parts for n in (*part.between, part.linear))], safe=True)
+        gone = [last, *between, *(n for part in parts for n in (*part.between, part.linear))]
+        ir.convenience.replace_nodes_and_values(graph, last, gone, [new], last.outputs, new.outputs)
         fused += 1
     if fused:
         ir.passes.common.RemoveUnusedNodesPass()(model)
@@ -117,21 +114,21 @@ def _attention(softmax: ir.Node) -> tuple[list[_Projection], ir.Value | None, ir
         between.append(product)
         product = _own(scores)
     # Forwards to the heads side by side again.
-    mixed = _only_consumer(softmax.outputs[0])
+    mixed = only_consumer(softmax.outputs[0])
     if product is None or product.op_type != "MatMul" or mixed is None or mixed.op_type != "MatMul":
         return None
     between += [product, mixed]
     if mixed.inputs[0] is not softmax.outputs[0]:
         return None
-    turned = _only_consumer(mixed.outputs[0])
-    last = _only_consumer(turned.outputs[0]) if turned is not None and turned.op_type == "Transpose" else None
+    turned = only_consumer(mixed.outputs[0])
+    last = only_consumer(turned.outputs[0]) if turned is not None and turned.op_type == "Transpose" else None
     if turned is None or last is None or tuple(turned.attributes["perm"].as_ints()) != HEADS_FIRST:
         return None
     between.append(turned)
     query, key, value = (_projection(each) for each in (*product.inputs, mixed.inputs[1]))
     if query is None or key is None or value is None or (query.order, value.order) != (HEADS_FIRST, HEADS_FIRST):
         return None
-    parts, target = [query, key, value], _constant(last.inputs[1]) if last.op_type == "Reshape" else None
+    parts, target = [query, key, value], constant(last.inputs[1]) if last.op_type == "Reshape" else None
     alike = {(part.heads, part.width, *(part.linear.inputs[place] for place in (0, 2, 4))) for part in parts}
     dtypes = {part.linear.inputs[1].dtype for part in parts}
     if len(alike) > 1 or len(dtypes) > 1 or key.order != WIDTH_FIRST or value.factor != 1.0 or target is None:
@@ -152,7 +149,7 @@ def _projection(value: ir.Value | None) -> _Projection | None:
         if node.op_type == "Transpose" and heads is None:
             orders.append(tuple(node.attributes["perm"].as_ints()))
             rest = node.inputs[0]
-        elif node.op_type == "Reshape" and heads is None and (target := _constant(node.inputs[1])) is not None:
+        elif node.op_type == "Reshape" and heads is None and (target := constant(node.inputs[1])) is not None:
             if len(target) != 4 or list(target[:2]) != [0, 0] or target[2] <= 0:
                 return None
             heads, rest = int(target[2]), node.inputs[0]
@@ -178,23 +175,14 @@ def _own(value: ir.Value | None) -> ir.Node | None:
     return value.producer() if value is not None and single else None
 
 
-def _only_consumer(value: ir.Value) -> ir.Node | None:
-    return next(iter(value.consumers())) if len(value.uses()) == 1 and not value.is_graph_output() else None
-
-
-def _constant(value: ir.Value | None) -> Array | None:
-    tensor = value.const_value if value is not None and value.is_initializer() else None
-    return None if tensor is None else tensor.numpy()
-
-
 def _number(node: ir.Node) -> tuple[float | None, ir.Value | None]:
     """The constant number among two inputs, and the other; a division has it second."""
     if len(node.inputs) != 2:
         return None, None
     for index in (1, 0) if node.op_type == "Mul" else (1,):
-        constant = _constant(node.inputs[index])
-        if constant is not None and constant.size == 1:
-            return float(constant.item()), node.inputs[1 - index]
+        number = constant(node.inputs[index])
+        if number is not None and number.size == 1:
+            return float(number.item()), node.inputs[1 - index]
     return None, None
 
 

@@ -17,6 +17,11 @@ def constant(value: ir.Value | None) -> Array | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The node that reads a value, where that is its only use."""
+    return next(iter(value.consumers())) if len(value.uses()) == 1 and not value.is_graph_output() else None
+
+
 def fold_pads(model: ir.Model) -> None:
     """Gives zeros around a picture to the convolution after them, which has an attribute for such, in place.
 

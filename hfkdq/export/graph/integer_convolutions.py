@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .convolutions import Array, constant
+from .convolutions import Array, constant, only_consumer
 
 
 def fuse_convolutions(model: ir.Model) -> int:
@@ -24,7 +24,7 @@ def fuse_convolutions(model: ir.Model) -> int:
             continue
         codes, scale, zero = (array for array in stored if array is not None)
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(len(codes), np.float32)
-        norm = _only_consumer(node.outputs[0])
+        norm = only_consumer(node.outputs[0])
         last = node
         if bias is not None and norm is not None and norm.op_type == "BatchNormalization":
             folded = _folded(codes, scale, zero, bias, norm)
@@ -43,11 +43,6 @@ def fuse_convolutions(model: ir.Model) -> int:
         _replace(graph, node, last, [node.inputs[0], *new])
     ir.passes.common.RemoveUnusedNodesPass()(model)
     return fused
-
-
-def _only_consumer(value: ir.Value) -> ir.Node | None:
-    found = list(value.consumers())
-    return found[0] if len(found) == 1 and not value.is_graph_output() else None
 
 
 def _folded(codes: Array, scale: Array, zero: Array, bias: Array, norm: ir.Node) -> tuple[Array, Array, Array] | None:
@@ -82,9 +77,9 @@ def _quantized(bias: Array, step: Array) -> tuple[Array, Array] | None:
 
 def _brought_to_quantizer(value: ir.Value) -> bool:
     """Takes away an activation that the ends of the grid after it imply; whether a value then is quantized and nothing else."""
-    node = _only_consumer(value)
+    node = only_consumer(value)
     if node is not None and node.op_type in ("Relu", "Clip"):
-        grid = _only_consumer(node.outputs[0])
+        grid = only_consumer(node.outputs[0])
         if grid is None or grid.op_type != "QuantizeLinear":
             return False
         scale, zero = (float(np.asarray(constant(each))) for each in grid.inputs[1:3])
@@ -132,8 +127,4 @@ def _placed(graph: ir.Graph, before: ir.Node, node: ir.Node, name: str) -> ir.Va
 def _replace(graph: ir.Graph, node: ir.Node, last: ir.Node, inputs: list[ir.Value | None]) -> None:
     """A convolution with these inputs in the place of all from `node` to `last`."""
     new = ir.Node("", "Conv", inputs, list(node.attributes.values()), name=node.name)
-    result, old = new.outputs[0], last.outputs[0]
-    result.name, result.type, result.shape = old.name, old.type, old.shape
-    graph.insert_before(last, new)
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove([last, node] if last is not node else [node], safe=True)
+    ir.convenience.replace_nodes_and_values(graph, last, list({last, node}), [new], last.outputs, new.outputs)

@@ -39,11 +39,7 @@ def fuse_linears(model: ir.Model) -> int:
             domain=MICROSOFT,
             name=node.name,
         )
-        result, old = new.outputs[0], last.outputs[0]
-        result.name, result.type, result.shape = old.name, old.type, old.shape
-        graph.insert_before(last, new)
-        old.replace_all_uses_with(result, replace_graph_outputs=True)
-        graph.remove([last, node] if last is not node else [node], safe=True)
+        ir.convenience.replace_nodes_and_values(graph, last, list({last, node}), [new], last.outputs, new.outputs)
         fused += 1
     if fused:
         graph.opset_imports.setdefault(MICROSOFT, 1)
