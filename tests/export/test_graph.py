@@ -108,6 +108,24 @@ def test_a_shape_that_names_a_size_it_keeps_keeps_the_axis():
     assert next(iter(model.graph)).inputs[1].const_value.numpy().tolist() == [0, 0, 3, 4]
 
 
+def test_an_operator_without_inputs_stays_beside_a_shape_that_is_fixed():
+    model = graph(
+        """
+        <ir_version: 10, opset_import: ["" : 18]>
+        split (float[batch, 5, 12] x) => (float[a, b, c, d] y)
+        <int64[4] target = {-1, 5, 3, 4}> {
+            half = Constant <value = float {0.5}> ()
+            scaled = Mul(x, half)
+            y = Reshape(scaled, target)
+        }
+        """
+    )
+    x = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
+    before = run(model, x=x)
+    assert fix_shapes(model) == 1
+    np.testing.assert_array_equal(run(model, x=x), before)
+
+
 @pytest.mark.parametrize(
     ("start", "end", "step", "is_dropped"),
     [(0, 99, 1, True), (0, 5, 1, True), (-1, -(2**63) + 1, -1, False), (1, 5, 1, False)],

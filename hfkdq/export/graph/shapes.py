@@ -27,8 +27,10 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, Shape] | None = None) -> in
     vary strings, the same for the same size; by default what ONNX Runtime can tell.
     """
     shapes, fixed = _symbolic_shapes(model) if shapes is None else shapes, 0
-    for node in list(model.graph):
-        data, result = (shapes.get(value.name or "") for value in (*node.inputs[:1], *node.outputs[:1]) if value)
+    for node in [node for node in model.graph if node.op_type in ("Reshape", "Slice")]:
+        data, result = (
+            shapes.get(value.name or "") for value in (node.inputs[0], node.outputs[0]) if value is not None
+        )
         if node.op_type == "Reshape":
             fixed += _fix_reshape(model.graph, node, _constant_target(data, result))
         elif node.op_type == "Slice" and data is not None and None not in data and data == result and _is_plain(node):
