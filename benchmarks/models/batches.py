@@ -112,6 +112,19 @@ def image_and_text(size: int = 32) -> Batch:
     return {**text(), **pixels(size), "return_loss": True}
 
 
+def searched(size: int = 32) -> Batch:
+    """Two texts for every image, which are looked for in it."""
+    words = text()
+    pairs = {name: torch.stack([value, value.flip(0)], dim=1).flatten(0, 1) for name, value in words.items()}
+    return {**pairs, **pixels(size)}
+
+
+def asked(size: int = 32) -> Batch:
+    """A question about an image, and which answers are right."""
+    right = torch.nn.functional.one_hot(_classes(), LABELS).float()
+    return {**text(), **pixels(size), "labels": right}
+
+
 def waves(samples: int = 4000) -> Batch:
     """Spoken words: sound, and the letters that are said."""
     sound = torch.randn(SIZE, samples, generator=_generator())
@@ -147,6 +160,19 @@ def series(length: int = 32, channels: int = 2) -> Batch:
     """What was, and what comes after."""
     whole = torch.randn(SIZE, length + 4, channels, generator=_generator())
     return {"past_values": whole[:, :length], "future_values": whole[:, length:]}
+
+
+def forecasts(past: int = 18, future: int = 4) -> Batch:
+    """What was and what comes after, with the time of each."""
+    whole = torch.randn(SIZE, past + future, generator=_generator())
+    times = torch.linspace(0, 1, past + future).repeat(SIZE, 1)[..., None]
+    return {
+        "past_values": whole[:, :past],
+        "past_time_features": times[:, :past],
+        "past_observed_mask": torch.ones(SIZE, past),
+        "future_values": whole[:, past:],
+        "future_time_features": times[:, past:],
+    }
 
 
 def collate(rows: list[Batch]) -> Batch:

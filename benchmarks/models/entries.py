@@ -182,6 +182,14 @@ ENTRIES: dict[str, Entry] = {
         pad_token_id=0)),
     "layoutlm": _text("LayoutLM", "LayoutLM", {**T, "max_2d_position_embeddings": 64}, batch=b.pages),
     "convbert": _text("ConvBERT", "ConvBert", {**T, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3}),
+    "squeezebert": _text("SqueezeBERT", "SqueezeBert", {**T, "embedding_size": 32}),
+    "mobilebert": _text("MobileBERT", "MobileBert", {
+        **T, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16, "num_feedforward_networks": 2}),
+    "roformer": _text("RoFormer", "RoFormer", {**T, "embedding_size": 32}),
+    "perceiver": _text("Perceiver", "Perceiver", dict(
+        vocab_size=VOCABULARY, num_latents=8, d_latents=32, d_model=16, num_blocks=1, num_self_attends_per_block=2,
+        num_self_attention_heads=4, num_cross_attention_heads=4, max_position_embeddings=64, num_labels=3,
+        initializer_range=0.2)),
     "gpt2": _decoder("GPT-2", "GPT2", _gpt2(n_inner=48), "GPT2LMHeadModel"),
     "gpt-neo": _decoder("GPT-Neo", "GPTNeo", dict(
         vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, window_size=8,
@@ -214,6 +222,20 @@ ENTRIES: dict[str, Entry] = {
     "mamba": _decoder("Mamba", "Mamba", dict(
         vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, time_step_rank=4, pad_token_id=0,
         bos_token_id=1, eos_token_id=2)),
+    "mamba2": _decoder("Mamba-2", "Mamba2", dict(
+        vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=2,
+        chunk_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "gptj": _decoder("GPT-J", "GPTJ", _gpt2(n_inner=48, rotary_dim=4)),
+    "mpt": _decoder("MPT", "Mpt", dict(
+        vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=64, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "gemma2": _decoder("Gemma 2", "Gemma2", {
+        **KV, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "deepseek-v3": _decoder("DeepSeek-V3", "DeepseekV3", {
+        **T, "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4,
+        "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+        "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}),
     "t5": _both("T5", "T5ForConditionalGeneration", "T5Config", {**_of("t5"), "num_decoder_layers": 2}),
     "t5gemma": _both("T5Gemma", "T5GemmaForConditionalGeneration", "T5GemmaConfig", dict(
         vocab_size=VOCABULARY, decoder_start_token_id=1, **{part: dict(
@@ -233,6 +255,7 @@ ENTRIES: dict[str, Entry] = {
     "dinov3": _image("DINOv3", "DINOv3ViT", V, model="DINOv3ViTModel", batch=partial(b.pixels, 32), labelled=False,
                      does="image features", objective=HiddenStateKD),
     "swin": _image("Swin", "Swin", _of("swin"), 64),
+    "swinv2": _image("Swin v2", "Swinv2", _of("swin"), 64),
     "convnextv2": _image("ConvNeXt V2", "ConvNextV2", {**_of("convnext"), "hidden_sizes": [8, 16]}, 64),
     "mobilenet-v1": _image("MobileNetV1", "MobileNetV1", {**_CONV, "depth_multiplier": 0.125, "min_depth": 8}, 64),
     "mobilenet-v2": _image("MobileNetV2", "MobileNetV2", {**_CONV, "depth_multiplier": 0.125, "min_depth": 8}, 64),
@@ -250,6 +273,21 @@ ENTRIES: dict[str, Entry] = {
     "pvt-v2": _image("PVT v2", "PvtV2", dict(
         image_size=64, num_channels=3, num_encoder_blocks=2, depths=[2, 2], sr_ratios=[2, 1], hidden_sizes=[16, 32],
         patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], num_labels=3), 64),
+    "poolformer": _image("PoolFormer", "PoolFormer", dict(
+        num_channels=3, hidden_sizes=[8, 16], depths=[2, 2], patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1],
+        num_encoder_blocks=2, mlp_ratio=2.0, layer_scale_init_value=0.5, num_labels=3, initializer_range=0.2), 64),
+    "cvt": _image("CvT", "Cvt", dict(
+        num_channels=3, patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1], embed_dim=[16, 32], num_heads=[1, 2],
+        depth=[1, 2], mlp_ratio=[2.0, 2.0], attention_drop_rate=[0.0, 0.0], drop_rate=[0.0, 0.0], drop_path_rate=[0.0, 0.0],
+        qkv_bias=[True, True], cls_token=[False, True], qkv_projection_method=["dw_bn", "dw_bn"], kernel_qkv=[3, 3],
+        padding_kv=[1, 1], stride_kv=[2, 2], padding_q=[1, 1], stride_q=[1, 1], num_labels=3, initializer_range=0.2), 64),
+    "bit": _image("BiT", "Bit", dict(_STAGES, num_channels=3, embedding_size=8, hidden_sizes=[16, 32], num_groups=4), 64),
+    "depth-anything": _image("Depth Anything", "DepthAnything", dict(
+        backbone_config=dict(V, model_type="dinov2", mlp_ratio=2, out_features=["stage1", "stage2"], reshape_hidden_states=False),
+        reassemble_hidden_size=32, patch_size=8, reassemble_factors=[2, 1], neck_hidden_sizes=[8, 16], fusion_hidden_size=8,
+        head_hidden_size=8, initializer_range=0.2),
+        model="DepthAnythingForDepthEstimation", batch=partial(b.pixels, 32), labelled=False, does="depth-estimation",
+        objective=HiddenStateKD, nested=("backbone_config",)),
     "segformer": _image("SegFormer", "Segformer", dict(
         num_encoder_blocks=2, depths=[2, 2], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[7, 3], strides=[4, 2],
         num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=3), 64,
@@ -278,6 +316,10 @@ ENTRIES: dict[str, Entry] = {
         decoder_ffn_dim=40, decoder_layers=2, decoder_self_attention_heads=4, decoder_cross_attention_heads=4,
         num_queries=5, group_detr=2, d_model=32, num_labels=3, decoder_n_points=2), nested=("backbone_config",)),
     "yolos": _detector("YOLOS", "Yolos", {**V, "image_size": [32, 32], "num_detection_tokens": 6}, 32),
+    "table-transformer": _detector("Table Transformer", "TableTransformer", DETR, nested=("backbone_config",)),
+    "owlvit": Entry("OWL-ViT", "OwlViTForObjectDetection", "OwlViTConfig", dict(
+        text_config=TEXT_PART, vision_config=V, projection_dim=32), partial(b.searched, 32), "Detectors", labelled=False,
+        does="zero-shot-object-detection"),
     "whisper": _speech("Whisper", "WhisperForConditionalGeneration", "WhisperConfig", {
         **_of("whisper"), "decoder_layers": 2}, b.features),
     "moonshine": _speech("Moonshine", "MoonshineForConditionalGeneration", "MoonshineConfig", dict(
@@ -297,6 +339,14 @@ ENTRIES: dict[str, Entry] = {
     "unispeech": _speech("UniSpeech", "UniSpeechForCTC", "UniSpeechConfig", {**S, "num_ctc_classes": 12}),
     "sew": _speech("SEW", "SEWForCTC", "SEWConfig", {
         **{k: v for k, v in S.items() if k != "do_stable_layer_norm"}, "squeeze_factor": 2}),
+    "data2vec-audio": _speech("Data2Vec audio", "Data2VecAudioForCTC", "Data2VecAudioConfig", {
+        **{k: v for k, v in S.items() if k not in ("do_stable_layer_norm", "feat_extract_norm")}, "conv_pos_kernel_size": 5,
+        "num_conv_pos_embeddings": 2}),
+    "speecht5": _speech("SpeechT5", "SpeechT5ForSpeechToText", "SpeechT5Config", {
+        **S, "vocab_size": VOCABULARY, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_text_positions": 64,
+        "encoder_max_relative_position": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 2}, b.said),
     "ast": _speech("AST", "ASTForAudioClassification", "ASTConfig", {
         **{k: v for k, v in V.items() if k != "image_size"}, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
         "max_length": 32, "num_mel_bins": 16}, b.patches),
@@ -311,6 +361,8 @@ ENTRIES: dict[str, Entry] = {
         text_config=dict(TEXT_PART, encoder_hidden_size=32, sep_token_id=2), vision_config=V, projection_dim=16,
         image_text_hidden_size=16),
         lambda: {**b.next_tokens(), **b.pixels()}, "Several kinds of input", counts=False),
+    "vilt": Entry("ViLT", "ViltForQuestionAnswering", "ViltConfig", dict(T, image_size=32, patch_size=8, num_channels=3),
+                  b.asked, "Several kinds of input"),
     "trocr": Entry("TrOCR", "VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", dict(
         encoder=dict(V, model_type="vit"), decoder=dict(
             ED, model_type="trocr", is_decoder=True, add_cross_attention=True, cross_attention_hidden_size=32),
@@ -326,6 +378,10 @@ ENTRIES: dict[str, Entry] = {
         num_input_channels=2, context_length=32, patch_length=8, patch_stride=8, num_hidden_layers=2, d_model=32,
         num_attention_heads=4, ffn_dim=48, prediction_length=4, init_std=0.2, loss="mse"), b.series,
         "Several kinds of input"),
+    "informer": Entry("Informer", "InformerForPrediction", "InformerConfig", dict(
+        prediction_length=4, context_length=16, input_size=1, lags_sequence=[1, 2], num_time_features=1, d_model=32,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=40, init_std=0.2, distil=False, attention_type="full"), b.forecasts, "Several kinds of input"),
     "own-cnn": Entry("a CNN of one's own", "OwnCNN", "OwnConfig", dict(num_labels=3), b.images, "Classes of one's own"),
     "own-gru": Entry("a GRU of one's own", "OwnGRU", "OwnConfig", dict(num_labels=3), b.classified_text,
                      "Classes of one's own"),

@@ -17,6 +17,7 @@ from ..bars import progress_bar
 from ..files import check_new, staged
 from ..measuring.evaluation import Evaluation
 from ..metrics.tasks import metrics_for
+from ..modeling import is_convolutional
 from ..modeling.batches import make_batches
 from ..modeling.forwards import base_of
 from ..modeling.masks import Batch
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..specs import QuantizationSpec
+
+_IN_INTEGERS = " Its convolutions compute in floats; integer_convolutions=True writes them in integers."
 
 
 def export_onnx(
@@ -347,5 +350,6 @@ def _write_one(job: ExportJob, precision: Precision, timing: Timing, folder: Pat
             beside.mkdir()
             job.write_files(precision_of(FLOAT), beside)
         found = timing.time({precision.name: folder, FLOAT: beside}, job.task, inputs)
-        latency = timing.facts(precision.name, found, inputs)
+        in_floats = precision.needs_calibration and not job.integer_convolutions and is_convolutional(job.model)
+        latency = timing.facts(precision.name, found, inputs, _IN_INTEGERS if in_floats else "")
     return {**facts, "latency": latency, "accepted": reason is None, "reason": reason}

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .inputs import beside_tokens
 from .protocol import PAST
-from .runner import DECODER, DECODER_WITH_PAST, ENCODER, SINGLE
+from .runner import DECODER, DECODER_WITH_PAST, ENCODER, ENCODER_MASK, SINGLE
 
 # Of the traced inputs: several tokens after several others, so that neither number is taken for a constant.
 _PAST_LENGTH, _LENGTH = 5, 3
@@ -43,12 +43,19 @@ def generation_parts(model: PreTrainedModel, batch: Mapping[str, Tensor], task: 
     accepted = inspect.signature(encoder.forward).parameters
     given = {name: value for name, value in given.items() if name in accepted}
     encode = encoder.forward
-    states = encode(**given).last_hidden_state
-    shared = {} if "attention_mask" not in given else {"encoder_attention_mask": given["attention_mask"]}
+
+    def encoded(**inputs: Tensor) -> Entry:
+        output = encode(**inputs)
+        own = {} if output.get("attention_mask") is None else {ENCODER_MASK: output.attention_mask}
+        return {"last_hidden_state": output.last_hidden_state, **own}
+
+    states = encoded(**given)
+    mask = states.get(ENCODER_MASK, given.get("attention_mask"))
+    shared = {} if mask is None else {ENCODER_MASK: mask}
     ids = batch["decoder_input_ids"]
-    first = {"input_ids": ids, **shared, "encoder_hidden_states": states}
+    first = {"input_ids": ids, **shared, "encoder_hidden_states": states["last_hidden_state"]}
     parts = [
-        Part(ENCODER, encoder, lambda **inputs: {"last_hidden_state": encode(**inputs).last_hidden_state}, given),
+        Part(ENCODER, encoder, encoded, given),
         Part(DECODER, model, _starting(model, caches=task.endswith(PAST)), first),
     ]
     if task.endswith(PAST):
@@ -86,9 +93,8 @@ def _starting(model: PreTrainedModel, caches: bool) -> Callable[..., Any]:
     def forward(
         input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor | None = None
     ) -> dict[str, Any]:
-        mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
-        encoded = BaseModelOutput(last_hidden_state=encoder_hidden_states)  # type: ignore[arg-type]
-        outputs = call(decoder_input_ids=input_ids, encoder_outputs=encoded, use_cache=caches, **mask)
+        given = _encoded(encoder_hidden_states, encoder_attention_mask)
+        outputs = call(decoder_input_ids=input_ids, use_cache=caches, **given)
         logits = {"logits": outputs.logits}
         return {**logits, "present": _pairs(outputs.past_key_values)} if caches else logits
 
@@ -104,17 +110,22 @@ def _continuing(model: PreTrainedModel) -> Callable[..., Any]:
     ) -> dict[str, Any]:
         own = _filled([entry["decoder"] for entry in past_key_values])
         crossed = _filled([entry["encoder"] for entry in past_key_values])
-        mask = {} if encoder_attention_mask is None else {"attention_mask": encoder_attention_mask}
         keys = past_key_values[0]["encoder"]["key"]
         # Only their number is looked at: their keys and values are in the cache.
-        encoded = BaseModelOutput(last_hidden_state=keys.new_zeros(keys.shape[0], keys.shape[2], width))  # type: ignore[arg-type]
+        given = _encoded(keys.new_zeros(keys.shape[0], keys.shape[2], width), encoder_attention_mask)
         cache = EncoderDecoderCache(own, crossed)
-        given = {"decoder_input_ids": input_ids, "encoder_outputs": encoded, "past_key_values": cache}
-        outputs = call(**given, use_cache=True, **mask)
+        outputs = call(decoder_input_ids=input_ids, past_key_values=cache, use_cache=True, **given)
         present = [{"decoder": entry["decoder"]} for entry in _pairs(outputs.past_key_values)]
         return {"logits": outputs.logits, "present": present}
 
     return forward
+
+
+def _encoded(states: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    """What a decoder is given of its encoder; some models look for the mask in the one place, some in the other."""
+    encoded = BaseModelOutput(last_hidden_state=states)  # type: ignore[arg-type]
+    encoded.attention_mask = mask  # type: ignore[attr-defined]
+    return {"encoder_outputs": encoded, **({} if mask is None else {"attention_mask": mask})}
 
 
 def _filled(entries: list[Entry]) -> DynamicCache:

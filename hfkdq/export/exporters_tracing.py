@@ -35,8 +35,14 @@ def trace_file(part: Part, path: Path, *, axes: Callable[[str], Mapping[int, str
     `axes` gives, for the name of an input or output, the names of its axes that vary. `fold_constants`: compute now what
     depends on weights alone. `RuntimeError` if such an axis came out fixed.
     """
-    inputs = part.inputs
-    with silent_and_seeded(), _plain_masks(), _lengths(), _folding(fold_constants), _calling(part.model, part.forward):
+    inputs, whole = part.inputs, _takes_whole_masks(part)
+    with (
+        silent_and_seeded(),
+        _plain_masks(whole),
+        _lengths(),
+        _folding(fold_constants),
+        _calling(part.model, part.forward),
+    ):
         config = OnnxConfig(dynamic_shapes=_dynamic_shapes(inputs, axes), opset_version=OPSET, optimize=True)
         exported = OnnxExporter().export(part.model, dict(inputs), config)
     program: ir.Model = exported.program
@@ -73,9 +79,23 @@ def _calling(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del model.forward
 
 
+@torch.no_grad()
+def _takes_whole_masks(part: Part) -> bool:
+    """Whether attentions hold the shape of their mask against those of queries and keys (TrOCR, Informer)."""
+    try:
+        with silent_and_seeded(), _plain_masks():
+            part.forward(**part.inputs)
+    except ValueError:
+        return True
+    return False
+
+
 @contextmanager
-def _plain_masks() -> Iterator[None]:
-    """Builds attention masks by broadcasting, where Transformers gathers them element by element."""
+def _plain_masks(whole: bool = False) -> Iterator[None]:
+    """Builds attention masks by broadcasting, where Transformers gathers them element by element.
+
+    `whole`: with all rows of the batch and all queries, even where they are equal.
+    """
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     original = masks["eager"]
 
@@ -86,6 +106,8 @@ def _plain_masks() -> Iterator[None]:
         visible = _visible(**arguments)
         if visible is None:
             return original(**arguments)
+        if whole:
+            visible = visible.expand(arguments["batch_size"], -1, arguments["q_length"], arguments["kv_length"])
         dtype = arguments.get("dtype", torch.float32)
         return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 

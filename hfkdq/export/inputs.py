@@ -75,7 +75,8 @@ def _shifted(model: Any, labels: Tensor) -> Tensor:
 
 def is_label(name: str) -> bool:
     """Whether an argument of a forward pass is what a loss is computed with."""
-    return name.endswith(("label", "labels", "label_ids")) or name in ("start_positions", "end_positions")
+    targets = ("start_positions", "end_positions", "future_values")
+    return name.endswith(("label", "labels", "label_ids")) or name in targets
 
 
 def is_own(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ..facts import read_facts
 from ..modeling.masks import Batch
 from ..provenance import describe_files, describe_model
-from ..quantization import layer_class, means_the_same, quantize, quantized_spec, strip_quantizers_
+from ..quantization import means_the_same, quantize, quantized_spec, strip_quantizers_
 from ..quantization.records import warn_of_other_weights
 from ..schema import brief
 from ..specs import QuantizationSpec
@@ -286,7 +286,7 @@ def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
     for name, module in model.named_modules():
         if not spec.selects(name, module):
             continue
-        if layer_class(module) in (nn.Conv1d, nn.Conv2d):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             overrides[name] = {"weight_bits": 8, "group_size": None}
         elif isinstance(module, (nn.Linear, Conv1D)):
             inputs = len(module.weight) if isinstance(module, Conv1D) else module.in_features

@@ -22,6 +22,8 @@ from .runtime import open_session
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # A decoder without and with a cache in one file, and a model that is one file.
 MERGED, SINGLE = "decoder_model_merged", "model"
+# The mask of what an encoder returns, which the encoder's file has where it is shorter than that of what goes in.
+ENCODER_MASK = "encoder_attention_mask"
 _OWN = ("input_ids", "attention_mask", "position_ids", "use_cache_branch")
 # A model that generates is timed for so many tokens.
 TOKENS = 32
@@ -102,9 +104,7 @@ class GeneratingFiles:
         def compute(*_: Any, decoder_input_ids: Tensor, encoder_outputs: Any, **inputs: Any) -> Seq2SeqLMOutput:
             given = {"input_ids": decoder_input_ids, "encoder_hidden_states": encoder_outputs[0]}
             seen = inputs.get("attention_mask")
-            given["encoder_attention_mask"] = (
-                torch.ones(given["encoder_hidden_states"].shape[:2]).long() if seen is None else seen
-            )
+            given[ENCODER_MASK] = torch.ones(given["encoder_hidden_states"].shape[:2]).long() if seen is None else seen
             arrays = {name: value.cpu().numpy() for name, value in given.items()}
             empty = {**self._empty(name, len(decoder_input_ids)), "use_cache_branch": np.array([False])}
             logits: Any = torch.from_numpy(self._sessions[name]({**arrays, **empty})["logits"]).to(model.device)
@@ -173,9 +173,10 @@ class GeneratingFiles:
 
     def _encoded(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs of the decoder that come from the encoder."""
-        states = self._sessions[ENCODER](arrays)["last_hidden_state"]
-        mask = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        found = self._sessions[ENCODER](arrays)
+        states = found["last_hidden_state"]
+        given = arrays.get("attention_mask", np.ones(states.shape[:2], np.int64))
+        return {"encoder_hidden_states": states, ENCODER_MASK: found.get(ENCODER_MASK, given)}
 
     def _empty(self, name: str, size: int) -> dict[str, Array]:
         """A cache of no tokens; a merged decoder, which does not look at it then, wants one."""

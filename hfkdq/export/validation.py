@@ -162,9 +162,10 @@ class Timing:
         return {name: Timed({call.part: (next(times), call.times) for call in parts}) for name, parts in calls.items()}
 
     def facts(
-        self, name: str, found: Mapping[str, Timed], inputs: Mapping[str, np.ndarray[Any, Any]]
+        self, name: str, found: Mapping[str, Timed], inputs: Mapping[str, np.ndarray[Any, Any]], advice: str = ""
     ) -> dict[str, Any]:
-        """The facts about the latency of the files `name`, which were timed beside the float32 files."""
+        """The facts about the latency of the files `name`, which were timed beside the float32 files; `advice` is what to do
+        where those are faster."""
         ours, theirs = found[name].whole, found[FLOAT].whole if FLOAT in found else None
         shapes = {key: list(array.shape) for key, array in inputs.items()}
         facts = {
@@ -185,7 +186,7 @@ class Timing:
         if ours.median_ms > (1 + NOISE) * theirs.median_ms:
             logger.warning(
                 f"The {name} file takes {ours.median_ms:.3g} ms, that of float32 {theirs.median_ms:.3g} ms: on "
-                "this machine it is smaller, but not faster."
+                f"this machine it is smaller, but not faster.{advice}"
             )
         ratio, bounds = speedup(theirs, ours), speedup_interval(theirs, ours)
         facts[FLOAT] = asdict(theirs)

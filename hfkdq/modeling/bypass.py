@@ -38,6 +38,9 @@ def _hand_on(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     before = layer.__dict__[_FORWARD]
     output = type(layer).forward(layer, *args, **kwargs) if before is None else before(*args, **kwargs)
     came = args[0] if args else kwargs[list(inspect.signature(type(layer).forward).parameters)[1]]
-    made = output if isinstance(output, Tensor) else output[0]
+    first: Any = next(iter(output)) if isinstance(output, dict) else 0
+    made = output if isinstance(output, Tensor) else output[first]
     passed = came + 0.0 * made.nan_to_num(0.0, 0.0, 0.0) if torch.is_grad_enabled() and made.requires_grad else came
+    if isinstance(output, dict):
+        return type(output)({**output, first: passed})
     return passed if isinstance(output, Tensor) else (passed, *output[1:])

@@ -21,13 +21,15 @@ from onnxscript import optimizer
 from transformers import masking_utils
 from transformers.exporters import ExportedModel
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq import export_onnx
 from hfkdq.export import exporters_backend as backend
 from hfkdq.export import exporters_tracing as tracing
 from hfkdq.export.exporters_generation import Part
 from hfkdq.export.graph import saving
+from hfkdq.export.inputs import model_inputs
 from hfkdq.export.operators import onnx_op
-from hfkdq.export.runner import open_files
+from hfkdq.export.runner import SingleFile, open_files
 
 from ..families import FAMILIES, VARIANTS
 from .tasks import EXPORTED, make
@@ -355,3 +357,29 @@ def test_models_that_no_table_has_a_task_for_are_traced_from_a_batch(tmp_path):
     for model, given, outputs in ((whole, {}, "logits_per_image"), (alone, {"inputs": batch}, "image_embeds")):
         folder = export_onnx(model.eval(), tmp_path / outputs, latency_rounds=0, **given)
         assert outputs in {value.name for value in onnx.load(folder / "model.onnx").graph.output}
+
+
+@pytest.mark.parametrize("family", ["trocr", "patchtst"])
+def test_masks_of_all_rows_and_values_to_come(family, tmp_path):
+    """TrOCR wants masks of the whole batch; what is forecast is a label, which nobody has who runs a file."""
+    model, batch = ENTRIES[family].make(), ENTRIES[family].batch()
+    export_onnx(model, tmp_path / "onnx", calibration=[batch], latency_rounds=0)
+    runner = SingleFile(tmp_path / "onnx" / "model.onnx")
+    assert not {"labels", "future_values"} & {*runner.input_names}
+    given = model_inputs(model, batch)
+    assert share(model, runner, {name: value[:1] for name, value in given.items()}) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_mask_of_a_sound_that_its_encoder_shortens(tmp_path):
+    model, batch = ENTRIES["moonshine"].make(), ENTRIES["moonshine"].batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_values"]).long()
+    batch["attention_mask"][1, 2000:] = 0
+    export_onnx(model, tmp_path / "onnx", calibration=[batch], latency_rounds=0)
+    runner = open_files(tmp_path / "onnx", "automatic-speech-recognition-with-past")
+    given = model_inputs(model, batch)
+    found, whole = (
+        runner(inputs)["logits"] for inputs in (given, {**given, "attention_mask": given["attention_mask"] * 0 + 1})
+    )
+    assert torch.equal(found[0], whole[0])
+    assert not torch.allclose(found[1], whole[1], atol=1e-3)

@@ -22,6 +22,7 @@ from hfkdq.modeling.batches import make_batches
 from hfkdq.quantization import strip_quantizers_
 
 from .. import tiny
+from ..families import FAMILIES
 
 INT8 = QuantizationSpec()
 ROWS = 20
@@ -328,6 +329,23 @@ def test_a_file_that_is_slower_is_told_of(monkeypatch):
     assert "int8 file takes 2 ms, that of float32 1 ms" in said.pop()
     assert Timing(1, 1).facts("int8", {"int8": fast, "float32": slow}, inputs)["speedup"] == 2.0
     assert not said
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_convolutions_that_stay_floats_are_told_of_where_their_file_is_slower(integers, tmp_path, monkeypatch):
+    from hfkdq.export import validation
+    from hfkdq.measuring.latency import Latency
+
+    said = []
+    monkeypatch.setattr(validation.logger, "warning", said.append)
+    slow, fast = (Timed({"model": (Latency(median_ms=ms, min_ms=ms, calls=10), 1)}) for ms in (2.0, 1.0))
+    monkeypatch.setattr(Timing, "time", lambda *_: {"int8": slow, "float32": fast})
+    batch = {"pixel_values": torch.randn(4, 3, 64, 64)}
+    model = FAMILIES["resnet"].make()
+    settings = {"calibration": [batch], "latency_rounds": 1, "integer_convolutions": integers}
+    export_onnx(model, tmp_path / "onnx", quantization="int8", **settings)
+    assert len(said) == 1
+    assert ("integer_convolutions=True" in said[0]) is not integers
 
 
 def test_no_ratio_is_recorded_where_the_machine_was_too_busy():

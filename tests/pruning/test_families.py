@@ -19,6 +19,7 @@ import transformers as tf
 from packaging.version import Version
 from torch import nn
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq import PruningSpec, export_onnx, load_pruned, prune
 from hfkdq.facts import read_facts
 from hfkdq.modeling import find_layer_stacks
@@ -618,3 +619,19 @@ def onnx_parameters(path) -> int:
     import onnx
 
     return sum(math.prod(t.dims) for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+
+
+@torch.no_grad()
+def test_a_layer_that_returns_a_dictionary_is_passed_by():
+    """As those of SqueezeBERT do."""
+    entry = ENTRIES["squeezebert"]
+    model, shorter, batch = entry.make(), entry.make(), entry.batch()
+    del shorter.transformer.encoder.layers[0]
+    expected = shorter(**batch, output_hidden_states=True)
+    bypass_(model.transformer.encoder.layers[0], True)
+    found = model(**batch, output_hidden_states=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.hidden_states[1], found.hidden_states[0])
+    pruned = entry.make()
+    prune(pruned, PruningSpec(structure="layer", sparsity=0.5))
+    assert pruned.config.num_hidden_layers == 1
