@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -46,6 +47,7 @@ from hfkdq.cli.data import load_split
 from hfkdq.cli.interruption import Interruption
 from hfkdq.cli.messages import as_keys
 from hfkdq.files import sha256_of
+from hfkdq.measuring.latency import Latency
 from hfkdq.recipes import load, override, read
 from hfkdq.recipes.defaults import default_sections, layer_counts
 from hfkdq.recipes.goals import Goals
@@ -669,6 +671,10 @@ def test_a_search_tries_vocabularies_and_runtimes_where_there_are_some(given, mo
         "pruning={structure: vocab}", "quantization={weight_bits: 8, activation_bits: 8}", "export.target=openvino",
     ]  # fmt: skip
     assert len(_choose(trial, {"num_layers": 3}, ["vocab"], [])) == 3
+    trial = optuna.trial.FixedTrial({"pruning": "head and vocab", "sparsity": 0.25})
+    assert _choose(trial, {}, ["head", "vocab"], [], []) == [
+        "pruning=[{structure: head, sparsity: 0.25}, {structure: vocab}]"
+    ]
 
 
 def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_path):
@@ -695,6 +701,69 @@ def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_pa
     assert after.engines[2].size < before.engines[2].size
     assert (after.training, after.curves) == (before.training, before.curves)
     assert "of the vocabulary" in (out / "README.md").read_text()
+
+
+def test_a_vocabulary_and_widths_go_from_one_student(given, tmp_path):
+    texts = [" ".join(f"w{(i * j) % 30}" for j in range(1, 9)) for i in range(40)]
+    Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(40)]}).to_parquet(tmp_path / "rows.parquet")
+    command = ["compress", str(given / "model"), "--data", str(tmp_path / "rows.parquet"), *SHORT, UNTIMED]
+    widths = "{structure: neuron, sparsity: 0.5}, {structure: hidden, sparsity: 0.25}"
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([*command, "--output-dir", str(whole), f"pruning=[{widths}]"]) == 0
+    assert main([*command, "--output-dir", str(out), f"pruning=[{widths}, {{structure: vocab}}]"]) == 0
+    config = json.loads((out / "student" / "config.json").read_text())
+    assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (35, 24, 32)
+    assert {spec["structure"] for spec in ([config["hfkdq"]["pruning"]["spec"], *(earlier["spec"] for earlier in config["hfkdq"]["pruning"]["earlier"])])} == {"neuron", "hidden"}  # fmt: skip
+    before, after = (CompressionReport.load(folder / "report.json") for folder in (whole, out))
+    assert [engine.metrics for engine in after.engines] == [engine.metrics for engine in before.engines]
+    assert after.engines[1].metrics == after.engines[2].metrics
+    assert after.engines[1].parameters == before.engines[1].parameters - 60 * 24
+    card = (out / "README.md").read_text()
+    assert all(words in card for words in ("feed-forward neurons", "hidden width", "of the vocabulary"))
+
+
+def test_what_is_said_of_a_recipe_holds_in_every_trial(given, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def carry_out(setup, *_):
+        tried.append(setup.recipe)
+        raise ValueError("that was it")
+
+    monkeypatch.setattr("hfkdq.cli.compress_search.carry_out", carry_out)
+    monkeypatch.setattr("hfkdq.cli.compress_search._structures", lambda setup: ["neuron", "vocab"])
+    said = ["student.layers=[1, 4]", "pruning={structure: neuron, sparsity: 0.1}", "quantization.weight_bits=2"]
+    goals = ("--use_cpu", "--trials", "6", "--keep", "0.5")
+    assert main([*searching(given, tmp_path / "all", *goals, *said)]) == 1
+    assert [(r.student.layers, r.pruning["sparsity"], r.quantization["weight_bits"]) for r in tried] == [([1, 4], 0.1, 2)] * 6  # fmt: skip
+    tried.clear()
+    assert (
+        main([*searching(given, tmp_path / "none", *goals, "student=null", "quantization.exclude_modules=classifier")])
+        == 1
+    )
+    assert [(r.student, r.quantization["exclude_modules"]) for r in tried] == [(None, "classifier")] * 6
+    assert len({json.dumps([r.pruning, r.quantization]) for r in tried}) > 1
+    assert "6 failed, the last with: that was it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_the_runtime_that_meets_a_time_is_chosen(given, tmp_path, monkeypatch):
+    """The times are made up: which of two runtimes is faster depends on the machine."""
+
+    def time_engines(engines, **_):
+        return [
+            Latency(median_ms=1.0 if "openvino" in engine.path.name else 9.0, min_ms=0.9, calls=10)
+            for engine in engines
+        ]
+
+    monkeypatch.setattr("hfkdq.report.measure.time_engines", time_engines)
+    said = ("--max_steps", "1", "--use_cpu", "student.num_layers=1", "pruning=null", "quantization.weight_bits=8")
+    out = tmp_path / "out"
+    assert main([*searching(given, out, "--trials", "4", "--max-latency", "2ms", *said)]) == 0
+    study = optuna.load_study(study_name="hfkdq compress", storage=f"sqlite:///{out / 'search' / 'study.db'}")
+    assert {trial.params["runtime"] for trial in study.trials} == {"onnxruntime", "openvino"}
+    assert load(out / "recipe.yaml")["export"]["target"] == "openvino"
+    assert (out / "onnx" / "openvino_model.xml").is_file()
+    assert CompressionReport.load(out / "report.json").engines[-1].latency.median_ms == 1.0
 
 
 @pytest.mark.parametrize(

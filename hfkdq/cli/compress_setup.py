@@ -101,7 +101,7 @@ class Setup:
     @property
     def loses_tokens(self) -> bool:
         """Whether the student loses tokens, which it does once it is trained."""
-        return self.parts.pruning is not None and self.parts.pruning[0].structure == "vocab"
+        return any(spec.structure == "vocab" for spec, _ in self.parts.pruning)
 
     def without_tokens(self, student: PreTrainedModel) -> Setup:
         """Takes the tokens out of a student that [`prune_tokens_`] does; a setup with a tokenizer and examples of its own."""
@@ -131,14 +131,16 @@ class Setup:
         written = self.train if self.metrics.generates else ()
         answers = ([id_ for id_ in row.get("labels", ()) if id_ != IGNORED] for row in written)
         used = chain((row["input_ids"] for row in self.train), answers)
-        spec = PruningSpec(structure="vocab") if self.parts.pruning is None else self.parts.pruning[0]
+        specs = [spec for spec, _ in self.parts.pruning if spec.structure == "vocab"]
+        spec = specs[0] if specs else PruningSpec(structure="vocab")
         prune(model, spec, used, processing_class=(processor := copy.deepcopy(self.processor)))
         return processor
 
     def _callbacks(self) -> list[TrainerCallback]:
         found: list[TrainerCallback] = []
-        if self.parts.pruning is not None and not self.loses_tokens:
-            spec, rest = self.parts.pruning
+        for spec, rest in self.parts.pruning:
+            if spec.structure == "vocab":  # which goes once the student is trained
+                continue
             if spec.criterion == "teacher":
                 rows = self.train.select(range(min(len(self.train), self.recipe.data.calibration_samples)))
                 rest = {**rest, "calibration": rows, "data_collator": self.collate, "teacher_model": self.teacher}
