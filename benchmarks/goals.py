@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from transformers import (
 )
 
 from hfkdq import CompressionReport
-from hfkdq.cli.compress_search import outcomes_of
+from hfkdq.cli.compress_search import frontier, outcomes_of
+from hfkdq.recipes.goals import Goals, parse_size
 from hfkdq.report.table import megabytes
 
 FOUND, FIXED = "found", "fixed"
@@ -90,10 +92,10 @@ def write_digits(folder: Path) -> None:
 
 TASKS = {
     "digits": Task(
-        base=images, teaching=steps(500, 1e-3), training=steps(200, 1e-3), goals=("--keep=0.98", "--max-size=200kB"), trials=12,
+        base=images, teaching=steps(500, 1e-3), training=steps(200, 1e-3), goals=("--keep=0.98", "--max-size=200kB"), trials=8,
     ),
     "rotten_tomatoes": Task(
-        base=texts, teaching=steps(600, 5e-4), training=steps(200, 5e-4), goals=("--keep=0.97", "--max-size=1.5MB"), trials=12,
+        base=texts, teaching=steps(400, 5e-4), training=steps(100, 5e-4), goals=("--keep=0.97", "--max-size=1.5MB"), trials=8,
         rows=("data.max_length=64",),
     ),
 }  # fmt: skip
@@ -103,6 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of rotten_tomatoes, with three splits")
     parser.add_argument("--output_dir", type=Path, default=Path("out/bench-goals"))
+    parser.add_argument(
+        "--picture", type=Path, help="an SVG to draw: the terminal at the end of the last task's search"
+    )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     options = parser.parse_args()
     for name in options.tasks:
@@ -111,6 +116,8 @@ def main() -> None:
             write_digits(data)
         run(TASKS[name], data, folder)
         show(name, TASKS[name], folder)
+    if options.picture is not None:
+        draw(TASKS[name], folder, options.picture)
 
 
 def run(task: Task, data: Path, folder: Path) -> None:
@@ -172,7 +179,7 @@ def show(name: str, task: Task, folder: Path) -> None:
     trials = Table(
         "trial", "settings", "steps", "kept (%)", "MB", title=f"{name}: {' '.join(task.goals)}, on validation"
     )
-    for trial in study.trials:
+    for trial in filter(lambda trial: trial.state.is_finished(), study.trials):
         outcome = found.get(trial.number)
         beaten = outcome is None or any(outcome.is_beaten_by(other) for other in found.values())
         told = ("", "") if outcome is None else (f"{100 * outcome.kept:.2f}", megabytes(int(outcome.size)))
@@ -180,6 +187,18 @@ def show(name: str, task: Task, folder: Path) -> None:
         trials.add_row(f"{trial.number}{'' if beaten else ' *'}", settings, str(steps_of(trial, task)), *told)
     console.print(trials, "* none is better in quality and size both")
     console.print(CompressionReport.load(folder / "report" / "report.json").table())
+
+
+def draw(task: Task, folder: Path, picture: Path) -> None:
+    """What `hfkdq compress` has on the terminal when the search is over."""
+    study, console = study_of(folder), Console(record=True, width=110, file=StringIO(), force_terminal=True)
+    keep, size = (goal.partition("=")[2] for goal in task.goals)
+    console.print(
+        f"[bold]$ hfkdq compress model --data data {' '.join(task.goals)} --trials {task.trials}", highlight=False
+    )
+    console.print(frontier(outcomes_of(study), study, Goals(keep=float(keep), max_size=parse_size(size))))
+    console.print(CompressionReport.load(folder / FOUND / "report.json").table())
+    console.save_svg(str(picture), title="hfkdq compress")
 
 
 if __name__ == "__main__":

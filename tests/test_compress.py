@@ -346,6 +346,7 @@ def test_what_a_training_can_be_told_passes_the_trial(tmp_path, training):
         (("export.integer_convolutions=true", "quantization=null"), "export.integer_convolutions needs 8-bit inputs"),
         (("data.calibration={numbers}",), "data.calibration: BertForSequenceClassification reads one or two columns"),
         (("push.repo_id=me/it",), "HF_HUB_OFFLINE=1 forbids it"),
+        (("export={target: openvino, weight_type: uint8}",), 'weight_type="uint8" is for products of ONNX Runtime'),
     ],
 )  # fmt: skip
 def test_what_would_fail_after_the_training_is_told_before(
@@ -357,6 +358,16 @@ def test_what_would_fail_after_the_training_is_told_before(
     assert run(given, tmp_path / "out", *changes, *options) == 1
     assert told in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_openvino_for_a_model_that_generates_is_refused_before_the_training(tmp_path):
+    tiny.t5().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"source": WORDS, "target": WORDS}).to_parquet(tmp_path / "rows.parquet")
+    recipe = {"model": str(tmp_path / "model"), "data": {"train": str(tmp_path / "rows.parquet")}}
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration generates .*target=\"onnxruntime\""):
+        set_up(read({**recipe, "export": {"target": "openvino"}}), None, "r")
 
 
 def test_what_the_end_of_a_run_would_lack_is_told_before(monkeypatch):
@@ -703,23 +714,26 @@ def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_pa
     assert "of the vocabulary" in (out / "README.md").read_text()
 
 
-def test_a_vocabulary_and_widths_go_from_one_student(given, tmp_path):
+def test_a_vocabulary_goes_beside_what_else_is_pruned(given, tmp_path):
     texts = [" ".join(f"w{(i * j) % 30}" for j in range(1, 9)) for i in range(40)]
     Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(40)]}).to_parquet(tmp_path / "rows.parquet")
     command = ["compress", str(given / "model"), "--data", str(tmp_path / "rows.parquet"), *SHORT, UNTIMED]
-    widths = "{structure: neuron, sparsity: 0.5}, {structure: hidden, sparsity: 0.25}"
+    others = "{structure: neuron, sparsity: 0.5}, {structure: weight, sparsity: 0.25}"
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main([*command, "--output-dir", str(whole), f"pruning=[{widths}]"]) == 0
-    assert main([*command, "--output-dir", str(out), f"pruning=[{widths}, {{structure: vocab}}]"]) == 0
+    assert main([*command, "--output-dir", str(whole), f"pruning=[{others}]"]) == 0
+    assert main([*command, "--output-dir", str(out), f"pruning=[{others}, {{structure: vocab}}]"]) == 0
     config = json.loads((out / "student" / "config.json").read_text())
-    assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (35, 24, 32)
-    assert {spec["structure"] for spec in ([config["hfkdq"]["pruning"]["spec"], *(earlier["spec"] for earlier in config["hfkdq"]["pruning"]["earlier"])])} == {"neuron", "hidden"}  # fmt: skip
+    assert (config["vocab_size"], config["intermediate_size"]) == (35, 32)
+    pruning = config["hfkdq"]["pruning"]
+    assert [fact["spec"]["structure"] for fact in (*pruning["earlier"], pruning)] == ["neuron", "weight", "vocab"]
     before, after = (CompressionReport.load(folder / "report.json") for folder in (whole, out))
     assert [engine.metrics for engine in after.engines] == [engine.metrics for engine in before.engines]
     assert after.engines[1].metrics == after.engines[2].metrics
-    assert after.engines[1].parameters == before.engines[1].parameters - 60 * 24
+    assert after.engines[1].parameters == before.engines[1].parameters - 60 * 32
     card = (out / "README.md").read_text()
-    assert all(words in card for words in ("feed-forward neurons", "hidden width", "of the vocabulary"))
+    assert all(
+        words in card for words in ("feed-forward neurons", "of the weights", "of the vocabulary", "zeroed weights")
+    )
 
 
 def test_what_is_said_of_a_recipe_holds_in_every_trial(given, tmp_path, monkeypatch, capsys):

@@ -15,8 +15,8 @@ from hfkdq.cli import main
 
 from .hub_server import loopback_hub  # noqa: F401
 
-pytestmark = pytest.mark.skipif(
-    transformers.__version__.startswith("5"), reason="the demo exports through Optimum, which needs the optimum line"
+through_optimum = pytest.mark.skipif(
+    transformers.__version__.startswith("5"), reason="Optimum's pipelines need the optimum line"
 )
 
 
@@ -48,6 +48,7 @@ def test_it_writes_what_it_names(demo):
     assert report.training["rows in a step"] == 64
 
 
+@through_optimum
 def test_the_card_shows_what_its_program_prints_of_the_first_image(demo):
     from optimum.onnxruntime import ORTModelForImageClassification
     from sklearn.datasets import load_digits
@@ -64,6 +65,7 @@ def test_the_card_shows_what_its_program_prints_of_the_first_image(demo):
     assert f"of the first image of the data:\n\n```text\n{answers}\n```" in (folder / "README.md").read_text()
 
 
+@through_optimum
 def test_the_result_classifies_images_in_a_pipeline(demo):
     from optimum.onnxruntime import ORTModelForImageClassification
     from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline

@@ -89,7 +89,7 @@ def search(
 
     def show(study: Any, trial: Any) -> None:
         if found := outcomes_of(study):
-            Console().print(_frontier(found, study, goals))
+            Console().print(frontier(found, study, goals))
 
     enough = optuna.study.MaxTrialsCallback(
         trials, states=[getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL")]
@@ -251,7 +251,7 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 
 
-def _frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
+def frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
     """The trials that none beats in all of quality, size and time."""
     table = Table(title=f"{len(study.trials)} trials, the best of them", box=None)
     for name in ("trial", "settings", "kept", "MB", "ms", "bounds"):

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from .. import PruningSpec, make_student, prune
 from ..bars import bars_are_seen
 from ..export.backends import load_backend
-from ..export.checks import resolve_task
+from ..export.checks import check_arguments, check_openvino, resolve_task
+from ..export.choices import FLAT, OPENVINO
 from ..export.precisions import AUTO, precision_of
 from ..export.protocol import PAST
 from ..hub import check_login
@@ -233,9 +234,13 @@ def _check_export(setup: Setup, section: ExportSection) -> None:
     """Refuses what `export_onnx` would refuse of the trained student for its settings, and calibration data that cannot be read."""
     model, trained = setup.student, setup.parts.quantization
     backend = load_backend()
+    check_arguments(model, section.tolerance, section.target, section.weight_type, FLAT)
     try:
         usual = resolve_task(backend, model, None).removesuffix(PAST)
-        task = resolve_task(backend, model, section.task).removesuffix(PAST)
+        task = resolve_task(backend, model, section.task)
+        if section.target == OPENVINO:
+            check_openvino(model, task)
+        task = task.removesuffix(PAST)
     except ValueError as error:
         raise ValueError(f"export.task: {error}" if section.task is not None else f"export: {error}") from error
     fitting = {usual, *(known.name for known in tasks_of(model))}
