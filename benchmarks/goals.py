@@ -92,7 +92,7 @@ def write_digits(folder: Path) -> None:
 
 TASKS = {
     "digits": Task(
-        base=images, teaching=steps(500, 1e-3), training=steps(200, 1e-3), goals=("--keep=0.98", "--max-size=200kB"), trials=8,
+        base=images, teaching=steps(500, 1e-3), training=steps(200, 1e-3), goals=("--keep=0.98", "--max-size=250kB"), trials=8,
     ),
     "rotten_tomatoes": Task(
         base=texts, teaching=steps(400, 5e-4), training=steps(100, 5e-4), goals=("--keep=0.97", "--max-size=1.5MB"), trials=8,
