@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino docs-models constraints clean bench-teacher bench-tasks bench-order
+.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino bench-goals docs-models constraints clean bench-teacher bench-tasks bench-order
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -133,6 +133,10 @@ bench-tasks: .venv/.bench ## DATA=folder of data sets: every task from a teacher
 bench-order: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashion_mnist: the order of distilling, pruning and quantizing, over three seeds
 	@test -d "$(TEXT)" && test -d "$(IMAGES)" || { echo "Name the data: make bench-order TEXT=path/to/banking77 IMAGES=path/to/fashion_mnist (parquet)"; exit 1; }
 	$(O)/python benchmarks/order.py --text "$(TEXT)" --images "$(IMAGES)"
+
+bench-goals: .venv/.bench ## TEXT=folder of rotten_tomatoes: what a search for goals finds on digits and reviews, beside one long training
+	@test -d "$(TEXT)" || { echo "Name the data: make bench-goals TEXT=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }
+	$(O)/python benchmarks/goals.py --text "$(TEXT)"
 
 bench-caching: .venv/.bench ## DATA=folder of banking77: an epoch with the teacher and one with its cached outputs
 	@test -d "$(DATA)" || { echo "Name the data: make bench-caching DATA=path/to/banking77 (train and test parquet)"; exit 1; }

@@ -87,7 +87,7 @@ def load_digits(processor: ViTImageProcessor, rows: int | None = None) -> tuple[
     try:
         from sklearn.datasets import load_digits as bundled
     except ImportError as error:
-        raise ImportError('The demo needs scikit-learn for its images: pip install "hfkdq[demo]".') from error
+        raise ImportError("The demo needs scikit-learn for its images: pip install scikit-learn pillow.") from error
     digits = bundled()
     images = (digits.images[:rows] * 255 / 16).astype(np.uint8)  # (images, 8, 8)
     labels = digits.target[:rows]

@@ -20,7 +20,7 @@ from .modeling.layers import CountedStack, evenly_spaced_layers, find_layer_stac
 from .modeling.masks import Batch
 from .modeling.numbering import refit_
 from .modeling.probing import config_with
-from .modeling.proof import Probe, differing
+from .modeling.proof import NotWritten, Probe, differing
 from .modeling.recorded_shapes import has_recorded_shapes, load_checkpoint
 from .schema import brief
 
@@ -196,6 +196,8 @@ def _prove(
         wrong = None if any(stack.beside for stack in stacks) else differing(found, expected)
         wrong = wrong or differing(probe.reloaded(copied, type(copied).from_pretrained if plain else by_shapes), found)
         wrong = wrong and f"compute what these layers of the teacher do ({wrong})"
+    except NotWritten:
+        raise
     except Exception as error:  # whatever a class raises that cannot run so
         wrong = f"run ({type(error).__name__}: {brief(error)})"
     if wrong is not None:

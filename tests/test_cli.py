@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands end to end: what they write, print and refuse."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from safetensors import SafetensorError
 
 from hfkdq import CompressionReport, QuantizationSpec, __version__, quantize
 from hfkdq.cli import main
 from hfkdq.cli.checkpoint import load_model
 from hfkdq.cli.export import default_folder
+from hfkdq.cli.main import run_command
 from hfkdq.cli.messages import as_options
 from hfkdq.cli.summary import print_summary, summary_lines
 from hfkdq.quantization import quantized_spec
@@ -283,6 +286,23 @@ def test_arguments_become_options_in_messages():
     assert as_options(message) == (
         "Pass a larger --max-drop, or --allow-drop, or --quantization dynamic; max_dropped= stays."
     )
+    assert as_options("metric='bleu' is none of them") == "--metric bleu is none of them"
+
+
+def test_errors_of_libraries_are_told_in_one_line_and_bugs_with_their_place(monkeypatch, capsys):
+    def fails(options):
+        raise options.error
+
+    monkeypatch.setattr("hfkdq.cli.inspect.run", fails)
+    for error, told in (
+        (SafetensorError("I/O error: No space left on device\n(os error 28)"), "SafetensorError: I/O error: No space left on device (os error 28)"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (MemoryError(), "MemoryError"),
+    ):  # fmt: skip
+        assert run_command("inspect", argparse.Namespace(error=error)) == 1
+        assert capsys.readouterr().err == f"hfkdq inspect: {told}\n"
+    with pytest.raises(KeyError):
+        run_command("inspect", argparse.Namespace(error=KeyError("a bug")))
 
 
 def test_a_checkpoint_of_the_hub_is_written_to_the_current_folder(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hfkdq.cli.audio import samples_of
-from hfkdq.cli.data import CALIBRATION, EVALUATION, load_rows
+from hfkdq.cli.data import CALIBRATION, EVALUATION, load_rows, load_split
 from hfkdq.cli.inputs import Reader
 from hfkdq.cli.labels import label_reader
 
@@ -264,7 +264,7 @@ def labels(rows, names=NAMES, feature=None):
 
 def test_names_of_labels_are_those_of_the_model(capsys):
     assert labels(["blue", "red"]) == [2, 0]
-    assert labels([0, 2]) == [0, 2]
+    assert labels([0, 2]) == labels([0.0, 2.0]) == [0, 2]
     assert labels([0, 1], feature=ClassLabel(names=["blue", "red"])) == [2, 0]
     assert not capsys.readouterr().err
     assert labels([0, 1], feature=ClassLabel(names=["rouge", "vert", "bleu"])) == [0, 1]
@@ -278,8 +278,45 @@ def test_labels_that_the_model_does_not_know_are_refused():
         labels([-1, 0])
     with pytest.raises(ValueError, match=r"label 0\.5"):
         labels([0.5, 1.0])
+    with pytest.raises(ValueError, match=r"label 7; the model has the classes 0 to 2 \(red, green, blue\)\.$"):
+        labels([7, 0])
+    with pytest.raises(ValueError, match=r"lack a value of label in row 1 \(1 of 3 rows\)"):
+        labels(["blue", None, "red"])
+    with pytest.raises(ValueError, match=r"labels of several kinds or parts in label: label \(List\)"):
+        labels([[0], [1]])
     with pytest.raises(ValueError, match="no column label or labels; their columns are text"):
         label_reader(Dataset.from_dict({"text": TEXTS}), tiny.bert_config(), "the rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.CSV", b"text\nw1\n", r"rows.CSV has an ending that says nothing of what it is. Files of data are .parquet"),
+        ("rows", b"text\nw1\n", r"rows has an ending that says nothing"),
+        ("a folder/rows.xlsx", b"PK", r"rows.xlsx has an ending that says nothing"),
+        ("rows.csv", "text\né\n".encode("latin-1"), r"rows.csv could not be read as data \(UnicodeDecodeError: .*\. Save it in UTF-8"),
+        ("rows.csv", b"text,text,label\nw1,w2,0\n", r"two columns text, of which the second is read as text.1"),
+        ("rows.csv", b"text,label,label\nw1,0,1\n", r"two columns label, of which the second is read as label.1"),
+        ("rows.jsonl", b'{"text": "w1", "label": 0}\n{"text": "w2", "label": "a"}\n', r"labels of several kinds or parts in label"),
+    ],
+)  # fmt: skip
+def test_tables_that_cannot_be_what_they_seem_are_refused(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        reader().evaluation(str(path), (*EVALUATION, "train"), None)
+
+
+def test_a_row_is_told_by_its_number_in_the_file(tmp_path):
+    path = saved({"text": [*TEXTS * 9, None], "label": [0] * 28}, tmp_path / "rows.parquet")
+    for rows, _ in load_split(str(path), None, None):
+        if None in rows["text"]:
+            with pytest.raises(ValueError, match=r"lack a value of text in row 27 \(1 of "):
+                reader().encoder(rows)
+            break
+    else:
+        pytest.fail("no split has the row")
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -503,6 +503,8 @@ def test_bench_times_files_and_checkpoints_at_every_size(small, exported, capsys
     told = capsys.readouterr().out
     assert "Examples/s" in told
     assert "1.00x" in told
+    assert main(["bench", f"torch={small}", "--rounds", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["length"] == 64  # it takes no more
 
 
 def test_bench_tells_what_cannot_be_timed_in_one_line(small, tmp_path, capsys):

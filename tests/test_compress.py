@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -46,6 +47,7 @@ from hfkdq.cli.data import load_split
 from hfkdq.cli.interruption import Interruption
 from hfkdq.cli.messages import as_keys
 from hfkdq.files import sha256_of
+from hfkdq.measuring.latency import Latency
 from hfkdq.recipes import load, override, read
 from hfkdq.recipes.defaults import default_sections, layer_counts
 from hfkdq.recipes.goals import Goals
@@ -344,6 +346,7 @@ def test_what_a_training_can_be_told_passes_the_trial(tmp_path, training):
         (("export.integer_convolutions=true", "quantization=null"), "export.integer_convolutions needs 8-bit inputs"),
         (("data.calibration={numbers}",), "data.calibration: BertForSequenceClassification reads one or two columns"),
         (("push.repo_id=me/it",), "HF_HUB_OFFLINE=1 forbids it"),
+        (("export={target: openvino, weight_type: uint8}",), 'weight_type="uint8" is for products of ONNX Runtime'),
     ],
 )  # fmt: skip
 def test_what_would_fail_after_the_training_is_told_before(
@@ -355,6 +358,16 @@ def test_what_would_fail_after_the_training_is_told_before(
     assert run(given, tmp_path / "out", *changes, *options) == 1
     assert told in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_openvino_for_a_model_that_generates_is_refused_before_the_training(tmp_path):
+    tiny.t5().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"source": WORDS, "target": WORDS}).to_parquet(tmp_path / "rows.parquet")
+    recipe = {"model": str(tmp_path / "model"), "data": {"train": str(tmp_path / "rows.parquet")}}
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration generates .*target=\"onnxruntime\""):
+        set_up(read({**recipe, "export": {"target": "openvino"}}), None, "r")
 
 
 def test_what_the_end_of_a_run_would_lack_is_told_before(monkeypatch):
@@ -669,6 +682,10 @@ def test_a_search_tries_vocabularies_and_runtimes_where_there_are_some(given, mo
         "pruning={structure: vocab}", "quantization={weight_bits: 8, activation_bits: 8}", "export.target=openvino",
     ]  # fmt: skip
     assert len(_choose(trial, {"num_layers": 3}, ["vocab"], [])) == 3
+    trial = optuna.trial.FixedTrial({"pruning": "head and vocab", "sparsity": 0.25})
+    assert _choose(trial, {}, ["head", "vocab"], [], []) == [
+        "pruning=[{structure: head, sparsity: 0.25}, {structure: vocab}]"
+    ]
 
 
 def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_path):
@@ -695,6 +712,72 @@ def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_pa
     assert after.engines[2].size < before.engines[2].size
     assert (after.training, after.curves) == (before.training, before.curves)
     assert "of the vocabulary" in (out / "README.md").read_text()
+
+
+def test_a_vocabulary_goes_beside_what_else_is_pruned(given, tmp_path):
+    texts = [" ".join(f"w{(i * j) % 30}" for j in range(1, 9)) for i in range(40)]
+    Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(40)]}).to_parquet(tmp_path / "rows.parquet")
+    command = ["compress", str(given / "model"), "--data", str(tmp_path / "rows.parquet"), *SHORT, UNTIMED]
+    others = "{structure: neuron, sparsity: 0.5}, {structure: weight, sparsity: 0.25}"
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main([*command, "--output-dir", str(whole), f"pruning=[{others}]"]) == 0
+    assert main([*command, "--output-dir", str(out), f"pruning=[{others}, {{structure: vocab}}]"]) == 0
+    config = json.loads((out / "student" / "config.json").read_text())
+    assert (config["vocab_size"], config["intermediate_size"]) == (35, 32)
+    pruning = config["hfkdq"]["pruning"]
+    assert [fact["spec"]["structure"] for fact in (*pruning["earlier"], pruning)] == ["neuron", "weight", "vocab"]
+    before, after = (CompressionReport.load(folder / "report.json") for folder in (whole, out))
+    assert [engine.metrics for engine in after.engines] == [engine.metrics for engine in before.engines]
+    assert after.engines[1].metrics == after.engines[2].metrics
+    assert after.engines[1].parameters == before.engines[1].parameters - 60 * 32
+    card = (out / "README.md").read_text()
+    assert all(
+        words in card for words in ("feed-forward neurons", "of the weights", "of the vocabulary", "zeroed weights")
+    )
+
+
+def test_what_is_said_of_a_recipe_holds_in_every_trial(given, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def carry_out(setup, *_):
+        tried.append(setup.recipe)
+        raise ValueError("that was it")
+
+    monkeypatch.setattr("hfkdq.cli.compress_search.carry_out", carry_out)
+    monkeypatch.setattr("hfkdq.cli.compress_search._structures", lambda setup: ["neuron", "vocab"])
+    said = ["student.layers=[1, 4]", "pruning={structure: neuron, sparsity: 0.1}", "quantization.weight_bits=2"]
+    goals = ("--use_cpu", "--trials", "6", "--keep", "0.5")
+    assert main([*searching(given, tmp_path / "all", *goals, *said)]) == 1
+    assert [(r.student.layers, r.pruning["sparsity"], r.quantization["weight_bits"]) for r in tried] == [([1, 4], 0.1, 2)] * 6  # fmt: skip
+    tried.clear()
+    assert (
+        main([*searching(given, tmp_path / "none", *goals, "student=null", "quantization.exclude_modules=classifier")])
+        == 1
+    )
+    assert [(r.student, r.quantization["exclude_modules"]) for r in tried] == [(None, "classifier")] * 6
+    assert len({json.dumps([r.pruning, r.quantization]) for r in tried}) > 1
+    assert "6 failed, the last with: that was it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_the_runtime_that_meets_a_time_is_chosen(given, tmp_path, monkeypatch):
+    """The times are made up: which of two runtimes is faster depends on the machine."""
+
+    def time_engines(engines, **_):
+        return [
+            Latency(median_ms=1.0 if "openvino" in engine.path.name else 9.0, min_ms=0.9, calls=10)
+            for engine in engines
+        ]
+
+    monkeypatch.setattr("hfkdq.report.measure.time_engines", time_engines)
+    said = ("--max_steps", "1", "--use_cpu", "student.num_layers=1", "pruning=null", "quantization.weight_bits=8")
+    out = tmp_path / "out"
+    assert main([*searching(given, out, "--trials", "4", "--max-latency", "2ms", *said)]) == 0
+    study = optuna.load_study(study_name="hfkdq compress", storage=f"sqlite:///{out / 'search' / 'study.db'}")
+    assert {trial.params["runtime"] for trial in study.trials} == {"onnxruntime", "openvino"}
+    assert load(out / "recipe.yaml")["export"]["target"] == "openvino"
+    assert (out / "onnx" / "openvino_model.xml").is_file()
+    assert CompressionReport.load(out / "report.json").engines[-1].latency.median_ms == 1.0
 
 
 @pytest.mark.parametrize(

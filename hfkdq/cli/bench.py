@@ -18,13 +18,15 @@ DESCRIPTION = (
 )
 LEFT = "Nothing was written."
 
+_USUAL = 128
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to `parser`."""
     parser.add_argument("candidates", metavar="FILE", nargs="+", help="checkpoint, exported folder, ONNX file or Hub id; NAME=PLACE names it")  # fmt: skip
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="threads (default: 1)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="examples of a call (default: 1)")  # fmt: skip
-    parser.add_argument("--length", type=int, nargs="+", default=[128], metavar="N", help="tokens of a text (default: 128); images and sounds are as large as the model takes them")  # fmt: skip
+    parser.add_argument("--length", type=int, nargs="+", metavar="N", help=f"tokens of a text (default: {_USUAL}, or fewer where a model takes no more); images and sounds are as large as the model takes them")  # fmt: skip
     parser.add_argument(
         "--rounds", type=int, default=6, metavar="N", help="turns of half a second of each (default: 6)"
     )
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Times, and prints a row for each file and size."""
     check_least(options, threads=1, batch_size=1, length=2, rounds=1)
+    from ..modeling.checkpoints import load_config
     from ..report.table import told_doubts
     from ..report.timing import Timed, time_files
     from .candidates import find_place, split_names
@@ -46,8 +49,10 @@ def run(options: argparse.Namespace) -> None:
         places = [find_place(name, where) for name, where in named]
         # A file without a configuration beside it has the inputs of the first one, as in a report.
         folders = [place.folder if place.path is None or place.is_configured else places[0].folder for place in places]
+        limits = [getattr(load_config(str(folder)), "max_position_embeddings", None) for folder in folders]
+        lengths = options.length or [min([_USUAL, *(limit for limit in limits if isinstance(limit, int))])]
         candidates = [(place.name, folder, place.path) for place, folder in zip(places, folders, strict=True)]
-        for threads, size, length in itertools.product(options.threads, options.batch_size, options.length):
+        for threads, size, length in itertools.product(options.threads, options.batch_size, lengths):
             sizes = {"threads": threads, "batch_size": size, "length": length}
             rows, report = time_files(candidates, **sizes, rounds=options.rounds)
             found += rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, LargeList, List, Value
 
-from .labels import LABELS
+from .names import LABELS
 
 _NUMBERS = re.compile(r"(^|_)(id|idx|ids|index|guid|uid|uuid)$", re.IGNORECASE)
 MASKS = re.compile("mask|label|annotation|segment", re.IGNORECASE)
@@ -36,7 +36,23 @@ def refuse_gaps(rows: Dataset, columns: Iterable[str], description: str) -> None
         gaps = rows.with_format("arrow")[:].column(name).is_null().to_pylist()
         if any(gaps):
             raise ValueError(
-                f"{description} lack a value of {name} in row {gaps.index(True)} ({sum(gaps)} of {len(gaps)} rows). Leave such rows out."
+                f"{description} lack a value of {name} in row {row_of(rows, gaps.index(True))} ({sum(gaps)} of {len(gaps)} rows). Leave "
+                "such rows out."
+            )
+
+
+def row_of(rows: Dataset, number: int) -> int:
+    """The number in its file of a row, which may have been drawn at random."""
+    drawn = rows._indices
+    return number if drawn is None else int(drawn.column(0)[number].as_py())
+
+
+def refuse_twins(rows: Dataset, names: Iterable[str]) -> None:
+    """Raises `ValueError`: a table has several columns of one of the names, of which pandas calls the second `NAME.1`."""
+    for name in names:
+        if f"{name}.1" in rows.column_names:
+            raise ValueError(
+                f"There are two columns {name}, of which the second is read as {name}.1. Leave one, or rename it."
             )
 
 

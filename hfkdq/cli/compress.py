@@ -205,7 +205,8 @@ def _data_of(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.data is not None:
         if is_recipe:
             raise ValueError(
-                f"--data goes with a model, and {source} is a recipe. Write {quote(f'data.train={options.data}')} instead."
+                f"--data goes with the folder of a model, and {source} is a file, as is a recipe. Write "
+                f"{quote(f'data.train={options.data}')} instead beside a recipe."
             )
         # The sections that a recipe is chosen with without looking at the model.
         return {

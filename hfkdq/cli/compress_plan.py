@@ -62,11 +62,10 @@ def plan_lines(setup: Setup, folder: Path) -> list[tuple[str, str]]:
     if parts.objectives:
         described = [(one := objective.describe()).pop("name") + _arguments(one) for objective in parts.objectives]
         lines.append(("objectives", " + ".join(described)))
-    if parts.pruning is not None:
-        lines.append(("pruning", PruningSpec.describe(parts.pruning[0].to_dict())))
+    lines.extend(("pruning", PruningSpec.describe(spec.to_dict())) for spec, _ in parts.pruning)
     if parts.quantization is not None:
         size = f"{megabytes(weight_bytes(setup.student))} MB of weights"
-        size += " before anything is pruned" if parts.pruning is not None else ""
+        size += " before anything is pruned" if parts.pruning else ""
         lines.append(("quantization", f"{QuantizationSpec.describe(parts.quantization[0].to_dict())}: {size}"))
     lines.append(("training", f"{steps:,} steps of {batch} rows"))
     took = f"{seconds:.2g} s a step here"
@@ -91,9 +90,9 @@ def _tried(setup: Setup) -> tuple[float, int, int]:
     """Seconds of a step, the number of steps, and the rows of each."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as scratch:
-        if setup.parts.pruning is not None:
+        if setup.parts.pruning:
             replace(setup, student=copy.deepcopy(setup.student)).trainer(scratch)  # refuses what cannot be pruned
-        unpruned = replace(setup, parts=replace(setup.parts, pruning=None))  # its rounds do not fit into a few steps
+        unpruned = replace(setup, parts=replace(setup.parts, pruning=[]))  # its rounds do not fit into a few steps
         given = setup.parts.training
         changes = {"max_steps": _STEPS, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
         tried = replace(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ SEARCH = "search"
 _STUDY = "hfkdq compress"
 _BITS = {"8 bits": (8, 8), "4-bit weights": (4, 8)}
 _SPARSITIES = (0.25, 0.5, 0.75)
+_VOCAB = "vocab"
 # Four looks at every training: the pruner ends those that are behind at one of them.
 _WATCHED = ("training.eval_strategy=steps", "training.eval_steps=0.25", "training.save_strategy=no")
 
@@ -59,7 +62,12 @@ def search(
     """
     optuna = _optuna()
     first = set_up(recipe, changes, source)  # what no trial could do is refused before there is a study
-    structures, layers = _structures(first), layer_counts(first.original)
+    layers = {
+        name: most for name, most in layer_counts(first.original).items()
+        if not _is_said(changes, f"student.{name}", f"student.{name.removeprefix('num_')}")
+    }  # fmt: skip
+    structures = [] if _is_said(changes, "pruning") else _structures(first)
+    bits = [] if _is_said(changes, "quantization.weight_bits", "quantization.activation_bits") else [*_BITS]
     runtimes = [] if goals.max_latency is None else _runtimes(first, changes)
     if storage is None:
         (folder / SEARCH).mkdir(parents=True, exist_ok=True)
@@ -70,10 +78,10 @@ def search(
     _check_same(study, {**of, "--max-latency": goals.max_latency is not None}, storage)
 
     def attempt(trial: Any) -> float:
-        chosen = _choose(trial, layers, structures, runtimes)
+        chosen = _choose(trial, layers, structures, runtimes, bits)
         try:
             return _carried_out(
-                optuna, trial, recipe, [*_WATCHED, *changes, *chosen, "push=null"], goals, folder, source
+                optuna, trial, recipe, [*_WATCHED, *chosen, *changes, "push=null"], goals, folder, source
             )
         except (ValueError, RuntimeError) as error:
             trial.set_user_attr("error", brief(error))
@@ -81,7 +89,7 @@ def search(
 
     def show(study: Any, trial: Any) -> None:
         if found := outcomes_of(study):
-            Console().print(_frontier(found, study, goals))
+            Console().print(frontier(found, study, goals))
 
     enough = optuna.study.MaxTrialsCallback(
         trials, states=[getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL")]
@@ -137,17 +145,29 @@ class Watch(TrainerCallback):
             raise self._pruned
 
 
-def _choose(trial: Any, layers: dict[str, int], structures: list[str], runtimes: list[str]) -> list[str]:
-    """The changes of a trial: layers, structure and share of what is pruned, bits, and the runtime where there are several."""
+def _is_said(changes: list[str], *keys: str) -> bool:
+    """Whether changes give one of the keys a value, or a key above or below it."""
+    names = [f"{text.partition('=')[0]}." for text in changes]
+    return any(name.startswith(f"{key}.") or f"{key}.".startswith(name) for name in names for key in keys)
+
+
+def _choose(
+    trial: Any, layers: dict[str, int], structures: list[str], runtimes: list[str], bits: Sequence[str] = tuple(_BITS)
+) -> list[str]:
+    """The changes of a trial: layers, what is pruned and the share of it, bits, and the runtime; of each where there are several."""
     changes = [f"student.{name}={trial.suggest_int(name, 1, most)}" for name, most in layers.items()]
-    structure = trial.suggest_categorical("pruning", ["none", *structures])
-    if structure == "vocab":
-        changes.append("pruning={structure: vocab}")
-    elif structure != "none":
-        share = trial.suggest_categorical("sparsity", _SPARSITIES)
-        changes.append(f"pruning={{structure: {structure}, sparsity: {share}}}")
-    weights, activations = _BITS[trial.suggest_categorical("bits", [*_BITS])]
-    changes.append(f"quantization={{weight_bits: {weights}, activation_bits: {activations}}}")
+    if structures:
+        beside = [f"{name} and {_VOCAB}" for name in structures if name != _VOCAB and _VOCAB in structures]
+        width, _, tokens = trial.suggest_categorical("pruning", ["none", *structures, *beside]).partition(" and ")
+        pruned = [f"{{structure: {_VOCAB}}}"] if _VOCAB in (width, tokens) else []
+        if width not in ("none", _VOCAB):
+            share = trial.suggest_categorical("sparsity", _SPARSITIES)
+            pruned.insert(0, f"{{structure: {width}, sparsity: {share}}}")
+        if pruned:
+            changes.append(f"pruning={pruned[0] if len(pruned) == 1 else '[' + ', '.join(pruned) + ']'}")
+    if bits:
+        weights, activations = _BITS[trial.suggest_categorical("bits", bits)]
+        changes.append(f"quantization={{weight_bits: {weights}, activation_bits: {activations}}}")
     if runtimes:
         changes.append(f"export.target={trial.suggest_categorical('runtime', runtimes)}")
     return changes
@@ -155,7 +175,7 @@ def _choose(trial: Any, layers: dict[str, int], structures: list[str], runtimes:
 
 def _runtimes(setup: Setup, changes: list[str]) -> list[str]:
     """The runtimes to choose from: none where one is given, or OpenVINO is not installed or does not run such models."""
-    if find_spec("openvino") is None or any(text.startswith(("export.target=", "export=")) for text in changes):
+    if find_spec("openvino") is None or _is_said(changes, "export.target"):
         return []
     try:
         check_openvino(
@@ -169,10 +189,10 @@ def _runtimes(setup: Setup, changes: list[str]) -> list[str]:
 def _structures(setup: Setup) -> list[str]:
     """The widths that the model can lose, and tokens: what a copy lost."""
     found = []
-    for structure in ("neuron", "head", "hidden", "vocab"):
+    for structure in ("neuron", "head", "hidden", _VOCAB):
         model = copy.deepcopy(setup.original)
         try:
-            if structure == "vocab":
+            if structure == _VOCAB:
                 if not setup.metrics.generates and model.get_output_embeddings() is not None:
                     continue  # of fewer tokens the right one is likelier, which says nothing
                 setup.prune_tokens_(model)
@@ -221,7 +241,7 @@ def outcome_of(report: CompressionReport, metric: str) -> Outcome:
 def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> None:
     """Ends a trial whose weights alone are larger than the bound, before anything is trained."""
     bits = setup.parts.quantization[0].weight_bits if setup.parts.quantization else 32
-    share = 1.0 if setup.parts.pruning is None else 1.0 - (setup.parts.pruning[0].sparsity or 0.0)
+    share = math.prod(1.0 - (spec.sparsity or 0.0) for spec, _ in setup.parts.pruning if spec.structure != _VOCAB)
     numbers = sum(p.numel() for p in setup.student.parameters())
     if setup.loses_tokens:
         table: Any = setup.student.get_input_embeddings()
@@ -231,7 +251,7 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 
 
-def _frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
+def frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
     """The trials that none beats in all of quality, size and time."""
     table = Table(title=f"{len(study.trials)} trials, the best of them", box=None)
     for name in ("trial", "settings", "kept", "MB", "ms", "bounds"):

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from .. import PruningSpec, make_student, prune
 from ..bars import bars_are_seen
 from ..export.backends import load_backend
-from ..export.checks import resolve_task
+from ..export.checks import check_arguments, check_openvino, resolve_task
+from ..export.choices import FLAT, OPENVINO
 from ..export.precisions import AUTO, precision_of
 from ..export.protocol import PAST
 from ..hub import check_login
@@ -101,7 +102,7 @@ class Setup:
     @property
     def loses_tokens(self) -> bool:
         """Whether the student loses tokens, which it does once it is trained."""
-        return self.parts.pruning is not None and self.parts.pruning[0].structure == "vocab"
+        return any(spec.structure == "vocab" for spec, _ in self.parts.pruning)
 
     def without_tokens(self, student: PreTrainedModel) -> Setup:
         """Takes the tokens out of a student that [`prune_tokens_`] does; a setup with a tokenizer and examples of its own."""
@@ -131,14 +132,16 @@ class Setup:
         written = self.train if self.metrics.generates else ()
         answers = ([id_ for id_ in row.get("labels", ()) if id_ != IGNORED] for row in written)
         used = chain((row["input_ids"] for row in self.train), answers)
-        spec = PruningSpec(structure="vocab") if self.parts.pruning is None else self.parts.pruning[0]
+        specs = [spec for spec, _ in self.parts.pruning if spec.structure == "vocab"]
+        spec = specs[0] if specs else PruningSpec(structure="vocab")
         prune(model, spec, used, processing_class=(processor := copy.deepcopy(self.processor)))
         return processor
 
     def _callbacks(self) -> list[TrainerCallback]:
         found: list[TrainerCallback] = []
-        if self.parts.pruning is not None and not self.loses_tokens:
-            spec, rest = self.parts.pruning
+        for spec, rest in self.parts.pruning:
+            if spec.structure == "vocab":  # which goes once the student is trained
+                continue
             if spec.criterion == "teacher":
                 rows = self.train.select(range(min(len(self.train), self.recipe.data.calibration_samples)))
                 rest = {**rest, "calibration": rows, "data_collator": self.collate, "teacher_model": self.teacher}
@@ -231,9 +234,13 @@ def _check_export(setup: Setup, section: ExportSection) -> None:
     """Refuses what `export_onnx` would refuse of the trained student for its settings, and calibration data that cannot be read."""
     model, trained = setup.student, setup.parts.quantization
     backend = load_backend()
+    check_arguments(model, section.tolerance, section.target, section.weight_type, FLAT)
     try:
         usual = resolve_task(backend, model, None).removesuffix(PAST)
-        task = resolve_task(backend, model, section.task).removesuffix(PAST)
+        task = resolve_task(backend, model, section.task)
+        if section.target == OPENVINO:
+            check_openvino(model, task)
+        task = task.removesuffix(PAST)
     except ValueError as error:
         raise ValueError(f"export.task: {error}" if section.task is not None else f"export: {error}") from error
     fitting = {usual, *(known.name for known in tasks_of(model))}

@@ -15,7 +15,7 @@ from pyarrow import ArrowException
 
 from ..schema import brief
 from .media import refuse_damaged
-from .names import check_data, split_name
+from .names import SUFFIXES, check_data, split_name
 
 CALIBRATION = ("train", "validation", "test")
 EVALUATION = ("validation", "test")
@@ -57,13 +57,20 @@ def _load(path: str, config: str | None) -> DatasetDict:
         if plain.is_file():
             return load_dataset(str(plain.parent), data_files=plain.name)
         return load_dataset(str(plain), config)
+    except FileNotFoundError as error:
+        if local is None or "supported" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} has an ending that says nothing of what it is. Files of data are {', '.join(SUFFIXES)}, in small letters."
+        ) from None
     except (DatasetsError, ArrowException, ValueError, KeyError, TypeError, UnicodeError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        advice = "Look at the file, or name another one; it may have no rows."
+        advice = "Save it in UTF-8." if isinstance(cause, UnicodeError) else advice
         raise ValueError(
-            f"{path} could not be read as data ({type(cause).__name__}: {brief(cause)}). Look at the "
-            "file, or name another one; it may have no rows."
+            f"{path} could not be read as data ({type(cause).__name__}: {brief(cause)}). {advice}"
         ) from error
 
 

@@ -18,10 +18,10 @@ from ..export.verify import COMPARE_BATCH_SIZE
 from ..measuring.evaluation import with_decoder_inputs
 from ..modeling.forwards import forward_columns
 from .audio import decodable, samples_of
-from .columns import is_string, names_of, only, refuse_gaps, strings_of
+from .columns import is_string, names_of, only, refuse_gaps, refuse_twins, strings_of
 from .data import load_rows
 from .labelled import labelled, reads_whole_rows
-from .labels import LABELS
+from .names import LABELS
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Any]]
 _AUDIO_INPUTS = ("input_values", "input_features")
@@ -122,6 +122,7 @@ class Reader:
                 f"{type(self.model).__name__} reads one or two columns of strings; there are {len(found)} of them in "
                 f"{names_of(rows)}. Name those to use with --text-columns."
             )
+        refuse_twins(rows, found)
         return found
 
     def _images(self, rows: Dataset, accepted: set[str]) -> tuple[Dataset, Encode, Callable[[list[Any]], Any], str]:

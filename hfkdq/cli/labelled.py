@@ -21,8 +21,9 @@ from ..metrics import answer_features
 from ..metrics.base import IGNORED
 from ..modeling.forwards import forward_columns
 from ..modeling.tasks import CLASSIFICATION, class_names, is_bare, is_listed
-from .columns import MASKS, is_string, lists_of, names_of, only, refuse_gaps, strings_of
-from .labels import LABELS, column_of, label_reader, label_table
+from .columns import MASKS, is_string, lists_of, names_of, only, refuse_gaps, row_of, strings_of
+from .labels import column_of, label_reader, label_table
+from .names import LABELS
 
 _BLOCK = 512  # tokens of a text that a language model is measured on, where it takes more
 _MASKED = 0.15  # share of tokens that a masked language model is asked for, as in BERT's training
@@ -151,7 +152,7 @@ def _tokens(reader: Any, rows: Dataset, description: str) -> Labelled:
     wrong = next((row for row, (said, tags) in enumerate(sizes) if said != tags), None)
     if wrong is not None:
         raise ValueError(
-            f"{description} have {sizes[wrong][0]} words in {words[0]} and {sizes[wrong][1]} labels in {column} of row {wrong}; every word "
+            f"{description} have {sizes[wrong][0]} words in {words[0]} and {sizes[wrong][1]} labels in {column} of row {row_of(rows, wrong)}; every word "
             "needs one."
         )
     found = {label for row in rows[column] for label in row}
@@ -291,7 +292,7 @@ def _boxes(reader: Any, rows: Dataset, description: str) -> Labelled:
         sizes = [len(row["bbox"]), len(row[category])]
         if sizes[0] != sizes[1] or not all(len(box) == 4 and min(box[2:]) > 0 for box in row["bbox"]):
             raise ValueError(
-                f"{description} have {sizes[0]} boxes and {sizes[1]} of {category} in row {number}: {str(row['bbox'])[:99]}. Every object needs "
+                f"{description} have {sizes[0]} boxes and {sizes[1]} of {category} in row {row_of(rows, number)}: {str(row['bbox'])[:99]}. Every object needs "
                 "both, and a box is x, y, width and height in pixels, the last two positive."
             )
     names = {label for row in objects for label in row[category]}

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import PretrainedConfig
 
-LABELS = ("label", "labels")
+from .columns import names_of, refuse_gaps, refuse_twins
+from .names import LABELS
 
 
 def label_reader(
@@ -20,6 +21,12 @@ def label_reader(
     are looked up in `label2id`. Numbers, and the numbers of a `ClassLabel` whose names the model does not know, are
     taken as they are. Raises `ValueError`: there are none, or the model does not know them."""
     column = column_of(rows, LABELS, description)
+    refuse_gaps(rows, [column], description)
+    refuse_twins(rows, [column])
+    if not isinstance(rows.features[column], (ClassLabel, Value)):
+        raise ValueError(
+            f"{description} have labels of several kinds or parts in {column}: {names_of(rows)}. A label is a name or a number."
+        )
     table = label_table(rows.unique(column), rows.features[column], config, description)
     return lambda batch: [table[label] for label in batch[column]]
 
@@ -45,12 +52,14 @@ def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, 
                 f"{_few(list(known))}."
             )
         return {label: known[label] for label in found}
-    numbers = {label: int(label) for label in found if isinstance(label, (int, bool))}
+    # A table with numbers and gaps is often saved with 1.0 in the place of 1.
+    numbers = {label: int(label) for label in found if isinstance(label, (int, float)) and label % 1 == 0}
     wrong = [label for label in found if label not in numbers or not 0 <= numbers[label] < config.num_labels]
     if wrong:
+        advice = " A split without labels often has -1: name another one, as in DATA:validation." * (wrong[0] == -1)
         raise ValueError(
             f"{description} have the label {wrong[0]!r}; the model has the classes 0 to {config.num_labels - 1}"
-            f" ({_few(list(known))}). A split without labels often has -1: name another one, as in DATA:validation."
+            f" ({_few(list(known))}).{advice}"
         )
     if not isinstance(feature, ClassLabel):
         return numbers

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..schema import brief
 from ..version import __version__
 from . import bench, card, compress, demo, export, inspect, push, report
 from .messages import as_keys, as_options
@@ -18,6 +19,8 @@ COMMANDS: dict[str, Any] = {
     "compress": compress, "export": export, "report": report, "bench": bench, "inspect": inspect, "card": card,
     "push": push, "demo": demo,
 }  # fmt: skip
+_BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError)
+"""Errors that no user can do something about: their traceback is told."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +50,13 @@ def run_command(name: str, options: argparse.Namespace) -> int:
         if isinstance(error.code, int) and error.code > 128:
             sys.stderr.write(f"\nhfkdq {name}: ended by a signal. {COMMANDS[name].LEFT}\n")
         raise
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        told = as_keys(str(error)) if name == "compress" else as_options(str(error))
-        sys.stderr.write(f"hfkdq {name}: {told}\n")
+    except _BUGS:
+        raise
+    except Exception as error:
+        said = str(error)
+        if not said or not isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError)):
+            said = f"{type(error).__name__}: {brief(error)}".removesuffix(": ")  # a library's own
+        sys.stderr.write(f"hfkdq {name}: {as_keys(said) if name == 'compress' else as_options(said)}\n")
         return 1
     return 0
 

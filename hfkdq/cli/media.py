@@ -12,6 +12,7 @@ from PIL import Image as Pictures
 
 from ..bars import progress_bar
 from ..schema import brief
+from .columns import row_of
 
 _DECODED = 10_000  # rows; of more only the headers are looked at
 _LOWEST_RATE = 1_000  # samples a second: below it nobody understands speech
@@ -35,7 +36,7 @@ def refuse_damaged(rows: Dataset, description: str) -> None:
             except (OSError, SyntaxError, ValueError, EOFError, Pictures.DecompressionBombError) as error:
                 where = f" ({file['path']})" if file["path"] else ""
                 raise ValueError(
-                    f"The {name} in row {number} of {description}{where} cannot be read ({type(error).__name__}: {brief(error)}). "
+                    f"The {name} in row {row_of(rows, number)} of {description}{where} cannot be read ({type(error).__name__}: {brief(error)}). "
                     "Mend it or leave the row out."
                 ) from error
 

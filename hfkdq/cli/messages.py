@@ -31,4 +31,4 @@ def as_options(message: str) -> str:
         name = f"--{_RENAMED.get(found[1], found[1]).replace('_', '-')}"
         return name if found[2] in (None, "True") else f"{name} {found[2]}"
 
-    return re.sub(rf'\b({_NAMES})=(?:"?(\w+)"?)?', option, message)
+    return re.sub(rf'\b({_NAMES})=(?:["\']?(\w+)["\']?)?', option, message)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..files import looks_local
 
+LABELS = ("label", "labels")
 SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".txt", ".arrow")
 
 

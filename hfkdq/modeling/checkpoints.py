@@ -147,7 +147,7 @@ def checkpoint_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     model_class = registered.get(str(name), model_class)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ValueError(
-            f"The configuration names {names!r:.200} as its architecture, which transformers {transformers.__version__} does "
+            f"The configuration names {repr(names)[:200] if names else 'nothing'} as its architecture, which transformers {transformers.__version__} does "
             "not have. Load the model yourself, with the code it was made with; a class of your own that is registered with "
             "an Auto class (AutoModelFor....register) is found, and load_pruned and load_quantized take one as model=."
         )

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..schema import brief
 from .checkpoints import completed_by, plain_weights
 from .examples import NoExample, given_to
 from .forwards import as_output, forward_columns, full_precision, return_dict_kwargs
@@ -29,6 +31,10 @@ _SHARES = {torch.float64: 2e-6, torch.float32: 1e-3}
 
 _LONGEST = 520
 """Tokens of the batch at most: windows of up to 256 tokens are seen."""
+
+
+class NotWritten(OSError):
+    """There is no room for a copy of a model, which says nothing of the model."""
 
 
 class _Doubled(TorchFunctionMode):
@@ -158,7 +164,13 @@ class Probe:
         if getattr(model, "generation_config", None) is not None:
             model.generation_config = GenerationConfig()
         with tempfile.TemporaryDirectory() as folder, _silent():
-            model.save_pretrained(folder)
+            try:
+                model.save_pretrained(folder)
+            except (OSError, SafetensorError) as error:
+                raise NotWritten(
+                    f"A copy of the model, which is tried, cannot be written to {folder} ({brief(error)}). Make room there, or name "
+                    "another folder for temporary files in the variable TMPDIR."
+                ) from error
             eager = getattr(model.config, "_attn_implementation", None) == "eager"  # others are not for every backbone
             with completed_by(type(model)), plain_weights():
                 loaded = load(folder, dtype=model.dtype, **({"attn_implementation": "eager"} if eager else {}))

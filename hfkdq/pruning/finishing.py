@@ -19,7 +19,7 @@ from ..modeling.heads import find_heads
 from ..modeling.layers import find_layer_stacks
 from ..modeling.neurons import find_neurons
 from ..modeling.own_modules import own_class
-from ..modeling.proof import Probe, differing
+from ..modeling.proof import NotWritten, Probe, differing
 from ..modeling.recorded_shapes import has_recorded_shapes, load_checkpoint, record_shapes
 from ..schema import brief
 from ..specs import PruningSpec
@@ -70,6 +70,8 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec) -> None:
             load = by_shapes if has_recorded_shapes(twin.config) else type(twin).from_pretrained
             wrong = differing(probe.reloaded(twin, load), removed)
         wrong = wrong and f"does not compute what it should ({wrong})"
+    except NotWritten:
+        raise
     except Exception as error:  # whatever a class raises that cannot run so
         wrong = f"{_NOT_RUN[step]} ({type(error).__name__}: {brief(error)})"
     if wrong is not None:

@@ -44,7 +44,8 @@ def json_schema() -> dict[str, Any]:
     ):  # fmt: skip
         arguments = {**arguments_of(spec), **callback_arguments(callback)}
         section = _object(arguments, {**_described(callback), **_described(spec)})
-        properties[name] = {**properties[name], "anyOf": [section, {"type": "null"}]}
+        several = [{"type": "array", "items": section, "minItems": 1}] if name == "pruning" else []
+        properties[name] = {**properties[name], "anyOf": [section, *several, {"type": "null"}]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hfkdq recipe", **schema,
         "$defs": {name: _object(arguments_of(cls), _described(cls)) for name, cls in known.items()},

@@ -79,13 +79,13 @@ class Parts:
     Args:
         objectives (list of [`Objective`]): empty for the task loss alone.
         training (`dict`): arguments of `TrainingArguments`.
-        pruning (`tuple`, *optional*): a [`PruningSpec`] and the other arguments of [`PruningCallback`].
+        pruning (list of `tuple`): a [`PruningSpec`] and the other arguments of [`PruningCallback`], for each structure.
         quantization (`tuple`, *optional*): a [`QuantizationSpec`] and the other arguments of [`QATCallback`].
     """
 
     objectives: list[Objective]
     training: dict[str, Any]
-    pruning: tuple[PruningSpec, dict[str, Any]] | None
+    pruning: list[tuple[PruningSpec, dict[str, Any]]]
     quantization: tuple[QuantizationSpec, dict[str, Any]] | None
 
     @property
@@ -107,9 +107,7 @@ def parts_of(recipe: Recipe, source: str = "the recipe") -> Parts:
         made = [_made(entry, OBJECTIVES, f"objectives[{number}]") for number, entry in enumerate(entries)]
         for number, objective in enumerate(made):
             refusing(objective.check_settings, f"objectives[{number}]")
-        pruning = quantization = None
-        if recipe.pruning is not None:
-            pruning = _spec_and_rest(recipe.pruning, PruningSpec, PruningCallback, "pruning")
+        pruning, quantization = _pruning(recipe.pruning), None
         if recipe.quantization is not None:
             quantization = _spec_and_rest(recipe.quantization, QuantizationSpec, QATCallback, "quantization")
             refusing(lambda: QATCallback(quantization[0], **quantization[1]), "quantization")
@@ -263,6 +261,20 @@ def _spec_and_rest(given: dict[str, Any], spec: type, callback: type, where: str
         check(value, data_hint((own.get(name) or others[name])[0]), f"{where}.{name}")
     made = refusing(lambda: spec(**{name: value for name, value in given.items() if name in own}), where)
     return made, {name: value for name, value in given.items() if name not in own}
+
+
+def _pruning(given: dict[str, Any] | list[dict[str, Any]] | None) -> list[tuple[PruningSpec, dict[str, Any]]]:
+    """The specs of a section, which has one or a list of them, with the arguments of their callbacks."""
+    if not isinstance(given, list):
+        return [] if given is None else [_spec_and_rest(given, PruningSpec, PruningCallback, "pruning")]
+    found = [_spec_and_rest(one, PruningSpec, PruningCallback, f"pruning[{i}]") for i, one in enumerate(given)]
+    specs = [spec for spec, _ in found]
+    vocabularies = sum(spec.structure == "vocab" for spec in specs)
+    if not found or vocabularies > 1 or any(spec in specs[:i] for i, spec in enumerate(specs)):
+        raise ValueError(
+            "pruning is a list that is empty or says the same twice. Give every structure once, or leave it out"
+        )
+    return found
 
 
 def _check_training(given: dict[str, Any]) -> None:

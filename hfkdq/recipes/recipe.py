@@ -205,7 +205,8 @@ class Recipe:
         objectives (list, *optional*): what is learned, as `LogitKD` or `LogitKD: {temperature: 2.0}`: names of classes and their
             arguments. Schedules are written alike: `weight: {Linear: {start: 1, end: 0}}`. The task loss by default.
         training (`dict`): the fields of `transformers.TrainingArguments` that are not as by default.
-        pruning (`dict`, *optional*): the arguments of [`PruningSpec`] and [`PruningCallback`].
+        pruning (`dict` or list of `dict`, *optional*): the arguments of [`PruningSpec`] and [`PruningCallback`]; of several structures a
+            list.
         quantization (`dict`, *optional*): the arguments of [`QuantizationSpec`] and [`QATCallback`].
         export (`dict`, *optional*): how the ONNX file is made; `{}` is as by default.
         report (`dict`, *optional*): what is measured at the end; `{}` is as by default.
@@ -218,7 +219,7 @@ class Recipe:
     student: StudentSection | None = None
     objectives: list[Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
-    pruning: dict[str, Any] | None = None
+    pruning: dict[str, Any] | list[dict[str, Any]] | None = None
     quantization: dict[str, Any] | None = None
     export: ExportSection | None = None
     report: ReportSection | None = None

@@ -243,8 +243,9 @@ def parity_cells(report: ReportData) -> tuple[list[str], list[list[str]]] | None
 
 
 def _zeroed(report: ReportData) -> bool:
-    spec = report.facts.get("pruning", {}).get("spec", {})
-    return spec.get("structure") in ("weight", "n:m", "block") or spec.get("cut") == "mask"
+    last = report.facts.get("pruning", {})
+    specs = [fact.get("spec", {}) for fact in (*last.get("earlier", ()), last)]
+    return any(spec.get("structure") in ("weight", "n:m", "block") or spec.get("cut") == "mask" for spec in specs)
 
 
 def _printed(report: ReportData, runner: str) -> Markdown:

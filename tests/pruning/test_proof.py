@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import transformers as tf
+from safetensors import SafetensorError
 
 from benchmarks.models.entries import ENTRIES
 from hfkdq import PruningSpec, load_pruned, make_student, prune
@@ -262,3 +263,17 @@ def test_a_refusal_advises_what_works(family):
     assert any(advised)
     for each in filter(None, advised):
         assert set(re.findall(r"structure='(\w+)'", each)) == fits
+
+
+def test_a_disk_that_is_full_is_no_fault_of_a_model(monkeypatch):
+    def fails(self, folder, **_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    model = FAMILIES["bert"].make().eval()
+    monkeypatch.setattr(tf.BertForSequenceClassification, "save_pretrained", fails)
+    for attempt in (
+        lambda: make_student(model, num_layers=1),
+        lambda: prune(model, PruningSpec(structure="neuron", sparsity=0.5)),
+    ):
+        with pytest.raises(OSError, match=r"cannot be written to .*No space left.*\. Make room there, or .* TMPDIR"):
+            attempt()

@@ -66,13 +66,17 @@ def test_every_public_objective_can_be_written():
 
 def test_specs_and_callbacks_share_a_section():
     found = parts("pruning={sparsity: 0.5, structure: neuron, rounds: 3, at_least: 0.9, metric: accuracy}", "quantization={weight_bits: 4, begin: 0.2, lower_bits: {0.0: 8, 0.5: 4}, overrides: {classifier: null}}")  # fmt: skip
-    assert found.pruning == (
-        PruningSpec(sparsity=0.5, structure="neuron", rounds=3),
-        {"at_least": 0.9, "metric": "accuracy"},
-    )
+    pruning = (PruningSpec(sparsity=0.5, structure="neuron", rounds=3), {"at_least": 0.9, "metric": "accuracy"})
+    assert found.pruning == [pruning]
     spec = QuantizationSpec(weight_bits=4, overrides={"classifier": None})
     assert found.quantization == (spec, {"begin": 0.2, "lower_bits": {0.0: 8, 0.5: 4}})
     assert parts("quantization={}").quantization == (QuantizationSpec(), {})
+    several = (
+        "pruning=[{structure: vocab}, {sparsity: 0.5, structure: neuron, rounds: 3, at_least: 0.9, metric: accuracy}]"
+    )
+    assert parts(several).pruning == [(PruningSpec(structure="vocab"), {}), pruning]
+    jsonschema.validate(data(several), SCHEMA)
+    assert parts(several, "pruning.1.sparsity=0.25").pruning[1][0].sparsity == 0.25
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,10 @@ def test_specs_and_callbacks_share_a_section():
         ("objectives=[{TaskLoss: {weight: -1}}]", "weight must not be negative"),
         ("pruning={sparsity: 2}", "pruning: sparsity must be in [0, 1)"),
         ("pruning={sparcity: 0.5}", "pruning has no 'sparcity'; did you mean sparsity"),
+        ("pruning=[{sparsity: 0.5}, {sparcity: 0.5}]", "pruning[1] has no 'sparcity'; did you mean sparsity"),
+        ("pruning=[{sparsity: 0.5}, {sparsity: 0.5}]", "pruning is a list that is empty or says the same twice"),
+        ("pruning=[{structure: vocab}, {structure: vocab, sparsity: 0.5}]", "says the same twice"),
+        ("pruning=[]", "pruning is a list that is empty"),
         ("pruning={structure: 3}", "pruning.structure is 3, expected a text"),
         ("quantization={weight_bits: 7}", "weight_bits=7 does not exist"),
         ("quantization={strict_resume: false}", "quantization has no 'strict_resume'"),
