@@ -148,7 +148,7 @@ class AdversarialKD(ExtraForwardPasses):
     embeddings of width 256 is `5 / sqrt(240 * 256) = 0.02` here. Costs `steps + 1` passes of the student and 2 of the
     teacher more.
 
-    In the project's own comparison it helped nowhere, at an absolute bound of 1.0: docs/results/objectives.md.
+    In the project's own comparison it helped nowhere (0.35 points less with the defaults): docs/results/objectives.md.
 
     Args:
         objective (`Objective`, defaults to `LogitKD()`): what is driven apart, and then learned.
