@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from datasets import load_dataset
-from example_utils import parse, to_file, tokenize
+from example_utils import parse, to_file, tokenize, train_and_save
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from hfkdq import (
@@ -59,10 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), teacher_model=teacher,
         objectives=[HiddenStateKD(layers=last), SimilarityPreservingKD()], callbacks=[QATCallback(QuantizationSpec())],
     )  # fmt: skip
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
+    if train_and_save(trainer, evaluated=False) is not None:
         to_file(trainer, teacher, data["test"], timed=not args.tiny)
 
 

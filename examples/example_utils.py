@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import DatasetDict, load_dataset
 from rich.console import Console
 from transformers import (
@@ -41,10 +43,11 @@ class ClassifierArguments:
 
 
 def parse(
-    kind: type[T], argv: list[str] | None, needs: str = "teacher_model_name_or_path", **defaults: Any
-) -> tuple[T, TrainingArguments]:
+    kind: type[T], argv: list[str] | None, needs: str = "teacher_model_name_or_path",
+    arguments: type[TrainingArguments] = TrainingArguments, **defaults: Any,
+) -> tuple[T, Any]:  # fmt: skip
     """The arguments of an example and of the training, with the seed set; `needs` is what must be named beside the data."""
-    parser = HfArgumentParser((kind, TrainingArguments))
+    parser = HfArgumentParser((kind, arguments))
     parser.set_defaults(**{"logging_steps": 5, "save_strategy": "no", "report_to": "none", **defaults})
     args, training_args = parser.parse_args_into_dataclasses(argv)
     if not args.tiny and not (args.dataset and getattr(args, needs)):
@@ -109,24 +112,34 @@ def collate_pictures(rows: list[Any]) -> dict[str, Any]:
     }
 
 
-def train_and_save(trainer: Trainer) -> dict[str, float] | None:
-    """Trains, evaluates and saves; the metrics, in the main process alone."""
+def train_and_save(trainer: Trainer, evaluated: bool = True) -> dict[str, float] | None:
+    """Trains, evaluates and saves; the metrics, in the main process alone, which no other is joined to any more."""
     trainer.train()
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() if evaluated else {}
     trainer.save_model()
     trainer.save_state()
-    return metrics if trainer.is_world_process_zero() else None
+    is_main = trainer.is_world_process_zero()
+    if trainer.args.world_size > 1:  # times and metrics want a process that others leave alone
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return metrics if is_main else None
 
 
-def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool = True, metrics: Any = None) -> None:
+def to_file(
+    trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool = True, metrics: Any = None,
+    student: PreTrainedModel | None = None, **export: Any,
+) -> None:  # fmt: skip
     """Exports what was trained, measures teacher, student and file, and saves report and card; without `metrics` by the usual
-    ones of the task, which a model of one's own does not have."""
-    folder = Path(trainer.args.output_dir)
+    ones of the task, which a model of one's own does not have. `student` is the trained model where the trainer has shards of it."""
+    folder, student = Path(trainer.args.output_dir), trainer.model if student is None else student
     how = dict(eval_dataset=data, processing_class=trainer.processing_class, data_collator=trainer.data_collator)
     how["compute_metrics"] = metrics
-    file = export_onnx(trainer.model, folder / "onnx", latency_rounds=0, **how)
+    file = export_onnx(student, folder / "onnx", latency_rounds=0, **how, **export)
     report = CompressionReport.measure(
-        teacher=teacher, student=trainer.model, onnx=file, latency_rounds=3 if timed else 0, **how
+        teacher=teacher, student=student, onnx=file, latency_rounds=3 if timed else 0, **how
     )
     report.save_all(folder)
     Console().print(report.table())
@@ -138,5 +151,5 @@ def to_file(trainer: Trainer, teacher: PreTrainedModel, data: Any, timed: bool =
 def steps_and_terms(trainer: Trainer) -> str:
     """How many steps were taken, and the terms of the loss as they were last logged."""
     last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
-    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd")))
+    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd", "uld")))
     return f"{trainer.state.global_step} steps: {terms}"

@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Distil a language model: on given answers, on answers that the student writes, or from another vocabulary.
+"""Distil a language model: on given answers, on answers that the student writes, or from another vocabulary; to a file of 8-bit weights.
 
     accelerate launch examples/language_model.py --objective on_policy --output_dir out/on-policy --bf16 \
         --teacher_model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --student_model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset databricks/databricks-dolly-15k
 
     python examples/language_model.py --objective other_vocabulary --tiny --learning_rate 1e-3 --output_dir out/uld
+
+A column `text` in the place of `instruction` and `response` is learned whole. Where there is a split `test`, accuracy and perplexity are
+measured on it: of the teacher, the student and the file.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import load_dataset
-from example_utils import parse
+from example_utils import parse, steps_and_terms, to_file, train_and_save
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,7 +40,8 @@ class Arguments:
         default=None, metadata={"help": "The same of the student; by default half of the teacher's layers."}
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "Hub id, or a folder of train.parquet, with instruction and response."}
+        default=None,
+        metadata={"help": "Hub id, or a folder of parquet files, with instruction and response, or text."},
     )
     max_seq_length: int = field(default=512, metadata={"help": "Tokens beyond this are cut off."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of the answers that the student writes."})
@@ -45,7 +49,10 @@ class Arguments:
 
 
 def encode(row: Any, tokenizer: Any, max_length: int = 64) -> dict[str, list[int]]:
-    """Instruction and response as tokens, of which the response alone has labels."""
+    """Instruction and response as tokens, of which the response alone has labels; or a text, all of which has."""
+    if "text" in row:
+        ids = tokenizer(row["text"].strip(), truncation=True, max_length=max_length).input_ids
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
     prompt = tokenizer(row["instruction"] + "\n").input_ids
     answer = [*tokenizer(row["response"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ids, labels = prompt + answer, [-100] * len(prompt) + answer
@@ -82,9 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         theirs = encode(row, teacher_tokenizer, args.max_seq_length)
         return own | {f"teacher_{name}": ids for name, ids in theirs.items()}
 
-    train = raw["train"].map(columns, remove_columns=raw["train"].column_names)
+    data = raw.map(columns, remove_columns=raw["train"].column_names)
     # A prompt that fills the length leaves no answer to learn.
-    train = train.filter(lambda row: any(label != -100 for label in row["labels"]))
+    data = data.filter(lambda row: any(label != -100 for label in row["labels"][1:]))
     collator = DataCollatorForSeq2Seq(tokenizer)
     objectives = {
         "logits": [TaskLoss(weight=0.5), LogitKD(divergence="reverse_kl", temperature=1.0)],
@@ -93,21 +100,23 @@ def main(argv: list[str] | None = None) -> None:
         "other_vocabulary": [TaskLoss(), ULD(weight=1.5)],
     }
     trainer = DistillationTrainer(
-        student, training_args, train_dataset=train, processing_class=tokenizer, teacher_model=teacher,
+        student, training_args, train_dataset=data["train"], processing_class=tokenizer, teacher_model=teacher,
         data_collator=TeacherCollator(collator, DataCollatorForSeq2Seq(teacher_tokenizer)) if foreign else collator,
         objectives=objectives[args.objective],
     )  # fmt: skip
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
+    if train_and_save(trainer, evaluated=False) is None:
         return
-    last = next(row for row in reversed(trainer.state.log_history) if "loss" in row)
-    terms = ", ".join(f"{name} {last[name]:.3f}" for name in last if name.endswith(("_loss", "_kd", "uld")))
-    prompt = tokenizer(raw["train"][0]["instruction"] + "\n", return_tensors="pt").to(student.device)
-    answer = student.eval().generate(**prompt, do_sample=False, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :]
-    print(f"{raw['train'][0]['instruction']!r} is answered by {tokenizer.decode(answer, skip_special_tokens=True)!r}.")
-    print(f"{trainer.state.global_step} steps: {terms}. Saved in {training_args.output_dir}.")
+    if "instruction" in raw["train"].column_names:
+        prompt = tokenizer(raw["train"][0]["instruction"] + "\n", return_tensors="pt").to(student.device)
+        answer = student.eval().generate(**prompt, do_sample=False, max_new_tokens=16)[
+            0, prompt["input_ids"].shape[1] :
+        ]
+        said = tokenizer.decode(answer, skip_special_tokens=True)
+        print(f"{raw['train'][0]['instruction']!r} is answered by {said!r}.")
+    if "test" in data:
+        to_file(trainer, teacher, data["test"], timed=not args.tiny, quantization="int8_weights")
+    else:
+        print(f"{steps_and_terms(trainer)}. Saved in {training_args.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -32,21 +32,35 @@ from transformers import (
     BertForTokenClassification,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    SeamlessM4TFeatureExtractor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2BertProcessor,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     Wav2Vec2Processor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizerFast,
     YolosConfig,
     YolosForObjectDetection,
     YolosImageProcessor,
@@ -114,6 +128,35 @@ def _bert(kind: Any, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Pre
             max_position_embeddings=64, initializer_range=0.1, **settings,
         )
     )  # fmt: skip
+
+
+def text_pairs(regression: bool) -> tuple[DatasetDict, PreTrainedTokenizerFast, PreTrainedModel]:
+    """Pairs of three nouns each: whether they share more than one, or which part of them; and a BERT of random weights."""
+    rng, rows = random.Random(0), {"sentence1": list[str](), "sentence2": list[str](), "label": list[Any]()}
+    for number in range(160):
+        first, shared = rng.sample(NOUNS, 3), number % 4
+        rest = [noun.upper() for noun in rng.sample(NOUNS, 3 - shared)]
+        rows["sentence1"].append(" ".join(first))
+        rows["sentence2"].append(" ".join(rng.sample(first[:shared] + rest, 3)))
+        rows["label"].append(shared / 3 if regression else int(shared > 1))
+    raw = Dataset.from_dict(rows)
+    if not regression:
+        raw = raw.cast_column("label", ClassLabel(names=["different", "alike"]))
+    parts = raw.train_test_split(32, seed=0)
+    tokenizer = text_tokenizer([*NOUNS, *(noun.upper() for noun in NOUNS)], pair="[CLS] $A [SEP] $B:1 [SEP]:1")
+    labels: dict[str, Any] = {"num_labels": 1} if regression else {"id2label": {0: "different", 1: "alike"}}
+    model = _bert(BertForSequenceClassification, tokenizer, **labels)
+    return DatasetDict(train=parts["train"], validation=parts["test"]), tokenizer, model
+
+
+def small_gpt(classes: Any) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """A GPT-2 of random weights that reads letter by letter, for the classes of a configuration."""
+    tokenizer = text_tokenizer([*string.ascii_lowercase, " "], template="$A [SEP]", letters=True)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1, bos_token_id=2,
+        eos_token_id=3, id2label=classes.id2label, label2id=classes.label2id,
+    )  # fmt: skip
+    return tokenizer, GPT2ForSequenceClassification(config)
 
 
 def masked_language_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -195,7 +238,7 @@ def language_model(
         for again in range(3)
         for noun in NOUNS
     ]
-    raw = DatasetDict(train=Dataset.from_list(rows * 8))
+    raw = DatasetDict(train=Dataset.from_list(rows * 8), test=Dataset.from_list(rows))
     own = text_tokenizer(["say", "again", *NOUNS], template="$A")
     theirs = (
         text_tokenizer(sorted(set("say again\n" + "".join(NOUNS))), template="$A", letters=True) if letters else own
@@ -234,8 +277,8 @@ def images(convolutional: bool) -> tuple[DatasetDict, PreTrainedModel, PreTraine
     return data, student, fit(teacher, data["train"], None, steps=60)
 
 
-def speech(folder: Path) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedModel]:
-    """A tone for every letter of a "text"; `folder` gets the vocabulary that the tokenizer is read from."""
+def speech(folder: Path, most: int = 5) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedModel]:
+    """A tone for every letter of a "text" of two or `most`; `folder` gets the vocabulary that the tokenizer is read from."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "|", *string.ascii_lowercase])}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
@@ -244,7 +287,7 @@ def speech(folder: Path) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedMode
         tokenizer=Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), pad_token="<pad>", unk_token="<unk>"),
     )
     rng = random.Random(0)
-    texts = ["".join(rng.choices("abc", k=rng.randint(2, 5))) for _ in range(64)]
+    texts = ["".join(rng.choices("abc", k=rng.randint(2, most))) for _ in range(64)]
     rows = {"audio": [{"bytes": _tones(text), "path": None} for text in texts], "text": texts}
     raw = Dataset.from_dict(rows).cast_column("audio", Audio(decode=False)).train_test_split(16, seed=0)
     config = Wav2Vec2Config(
@@ -254,6 +297,44 @@ def speech(folder: Path) -> tuple[DatasetDict, Wav2Vec2Processor, PreTrainedMode
         do_stable_layer_norm=True, pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True, initializer_range=0.1,
     )  # fmt: skip
     return raw, processor, Wav2Vec2ForCTC(config)
+
+
+def spelled_sounds(folder: Path) -> tuple[DatasetDict, WhisperProcessor, PreTrainedModel]:
+    """The tones of `speech`, in `folder` too, and a Whisper of random weights that writes letter by letter."""
+    marks = ["<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
+    raw, _, _ = speech(folder, most=2)
+    symbols = {symbol: i for i, symbol in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *marks])}
+    for name, content in {
+        "vocab.json": symbols, "merges.txt": "#version: 0.2\n", "normalizer.json": {},
+        "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer", "pad_token": marks[0], "additional_special_tokens": marks},
+    }.items():  # fmt: skip
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    tokenizer = WhisperTokenizerFast.from_pretrained(folder)
+    tokenizer.set_prefix_tokens(predict_timestamps=False)
+    extractor = WhisperFeatureExtractor(feature_size=16, sampling_rate=2000, chunk_length=1, hop_length=20, n_fft=200)
+    end, start = tokenizer.convert_tokens_to_ids(marks[:2])
+    config = WhisperConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16, max_source_positions=50,
+        max_target_positions=16, pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=start,
+        suppress_tokens=None, begin_suppress_tokens=None, init_std=0.1,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config.max_new_tokens = 8
+    return raw, WhisperProcessor(extractor, tokenizer), model
+
+
+def spectrograms(folder: Path) -> tuple[DatasetDict, Wav2Vec2BertProcessor, PreTrainedModel]:
+    """The tones of `speech`, and a Wav2Vec2-BERT of random weights that reads their log-mel spectrograms."""
+    raw, spelled, _ = speech(folder)
+    extractor = SeamlessM4TFeatureExtractor(feature_size=16, num_mel_bins=16, sampling_rate=8000)
+    config = Wav2Vec2BertConfig(
+        vocab_size=len(spelled.tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        feature_projection_input_dim=32, conv_depthwise_kernel_size=3, pad_token_id=0, ctc_loss_reduction="mean",
+        ctc_zero_infinity=True, apply_spec_augment=False, layerdrop=0.0, initializer_range=0.1,
+        left_max_position_embeddings=8, right_max_position_embeddings=4,
+    )  # fmt: skip
+    return raw, Wav2Vec2BertProcessor(extractor, spelled.tokenizer), Wav2Vec2BertForCTC(config)
 
 
 def _tones(text: str, rate: int = 2000) -> bytes:
@@ -313,3 +394,16 @@ def detection() -> tuple[DatasetDict, YolosImageProcessor, PreTrainedModel]:
     model = YolosForObjectDetection(config)
     torch.nn.init.normal_(model.vit.embeddings.detection_tokens)  # zeros would make all queries alike
     return raw, YolosImageProcessor(size={"height": 32, "width": 32}), model
+
+
+def segmentation() -> tuple[DatasetDict, SegformerImageProcessor, PreTrainedModel]:
+    """The pictures of `detection`, and a SegFormer of random weights."""
+    raw, _, _ = detection()
+    names = ["background", *raw["train"].features["objects"]["category"].feature.names]
+    config = SegformerConfig(
+        hidden_sizes=[16, 32], depths=[1, 1], num_encoder_blocks=2, num_attention_heads=[2, 4], sr_ratios=[2, 1],
+        patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=32, initializer_range=0.1,
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+    )  # fmt: skip
+    processor = SegformerImageProcessor(size={"height": 32, "width": 32}, do_reduce_labels=False)
+    return raw, processor, SegformerForSemanticSegmentation(config)

@@ -130,9 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=collate_pictures, compute_metrics=metrics, teacher_model=teacher, callbacks=callbacks,
         objectives=[TaskLoss(), LogitKD(temperature=1.0), BoxKD()],
     )  # fmt: skip
-    if train_and_save(trainer) is None or training_args.world_size > 1:
-        return  # times want a process that others leave alone
-    to_file(trainer, teacher, data["test"], timed=not args.tiny)
+    if train_and_save(trainer) is not None:
+        to_file(trainer, teacher, data["test"], timed=not args.tiny)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling.forwards import forward_columns
 from ..modeling.masks import Batch
@@ -108,6 +110,18 @@ def brought_names(model: nn.Module, processing_class: Any) -> list[str]:
         names = [name for name in names if name != "attention_mask"]
     accepted = forward_columns(model)
     return [name for name in names if name in accepted]
+
+
+def with_inputs(processing_class: Any, names: Iterable[str]) -> Any:
+    """The same, or a copy of a tokenizer that makes `token_type_ids` too, where they are among the named inputs of a file."""
+    made = getattr(processing_class, "model_input_names", None)
+    missing = isinstance(processing_class, PreTrainedTokenizerBase) and "token_type_ids" in {*names} - {*(made or ())}
+    if not missing:
+        return processing_class
+    copied = copy.copy(processing_class)
+    copied.model_input_names = [*(made or ()), "token_type_ids"]
+    copied.init_kwargs = {**processing_class.init_kwargs, "model_input_names": copied.model_input_names}
+    return copied
 
 
 def usual_names(model: nn.Module) -> list[str]:

@@ -34,7 +34,7 @@ from .checks import require_ranges
 from .choices import OPENVINO, WITHOUT_FILE
 from .embeddings import Pooling
 from .images import images_together
-from .inputs import Tensors, generates, model_inputs
+from .inputs import Tensors, generates, model_inputs, with_inputs
 from .lowering import check_lowerable, leave_read_weights_, lower_quantizers_
 from .precisions import Precision
 from .protocol import PAST, Backend
@@ -118,7 +118,7 @@ class ExportJob:
         scores = None if self.quality is None else self.quality.of_torch(precision.name, reference)
         reference.save_pretrained(folder)
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+            with_inputs(self.processing_class, self.batches[0]).save_pretrained(folder)
         if self.pooling is not None:
             self.pooling.write(folder, reference, self.processing_class)
         written = self.write_files(precision, folder, reference)

@@ -28,14 +28,24 @@ LOADERS = {
 }  # fmt: skip
 """The argument of a pipeline that takes what an Auto class loads."""
 CALLS = {
-    **dict.fromkeys(("text-classification", "token-classification", "text-generation"), json.dumps(TEXT)),
+    **dict.fromkeys(
+        ("text-classification", "token-classification", "text-generation", "text2text-generation", "feature-extraction"),
+        json.dumps(TEXT),
+    ),
     "fill-mask": f'f"{_MASKED.format("{tokenizer.mask_token}")}"',
     "question-answering": ", ".join(f"{name}={json.dumps(text)}" for name, text in _QUESTION.items()),
-    "image-classification": '"image.png"', "audio-classification": '"sound.wav"',
+    **dict.fromkeys(("image-classification", "object-detection"), '"image.png"'),
+    **dict.fromkeys(("audio-classification", "automatic-speech-recognition"), '"sound.wav"'),
 }  # fmt: skip
 """What a pipeline of a task is called with, as a program has it: text, or a file of one's own."""
 
 logger = logging.get_logger(__name__)
+
+
+def optimum_class(auto: str) -> str:
+    """The class of Optimum that loads files of the models of an `AutoModelFor...`; empty where there is none."""
+    auto = auto.replace("ForTextEncoding", "ForFeatureExtraction")
+    return "" if auto == "AutoModelForObjectDetection" else auto.replace("AutoModel", "ORTModel")
 
 
 def file_name(suffix: str) -> str:
@@ -83,7 +93,7 @@ def _by_optimum(
 
     suffix = facts.get("suffix", "")
     how = {"file_name": file_name(suffix)} if suffix else {}
-    model = getattr(optimum.onnxruntime, auto.replace("AutoModel", "ORTModel")).from_pretrained(folder, **how)
+    model = getattr(optimum.onnxruntime, optimum_class(auto)).from_pretrained(folder, **how)
     make: Any = transformers.pipeline  # whose annotations are of models in PyTorch
     pipe = make(task, model=model, **processor)
     if given is _MASKED:

@@ -40,23 +40,28 @@ class Task:
 
 # A class that two tables list is for the first of them.
 TASKS = (
-    Task("text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM", generates=True),
-    Task("automatic-speech-recognition", "SPEECH_SEQ_2_SEQ", generates=True),
+    Task("text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM", generates=True),
+    Task("automatic-speech-recognition", "SPEECH_SEQ_2_SEQ", "AutoModelForSpeechSeq2Seq", generates=True),
     Task("fill-mask", "MASKED_LM", "AutoModelForMaskedLM"),
     Task("text-classification", "SEQUENCE_CLASSIFICATION", "AutoModelForSequenceClassification"),
     Task("token-classification", "TOKEN_CLASSIFICATION", "AutoModelForTokenClassification"),
     Task("question-answering", "QUESTION_ANSWERING", "AutoModelForQuestionAnswering", ("start_logits", "end_logits")),
     Task("multiple-choice", "MULTIPLE_CHOICE"),
     Task("image-classification", "IMAGE_CLASSIFICATION", "AutoModelForImageClassification"),
-    Task("object-detection", "OBJECT_DETECTION", outputs=("logits", "pred_boxes")),
+    Task("object-detection", "OBJECT_DETECTION", "AutoModelForObjectDetection", outputs=("logits", "pred_boxes")),
     Task("audio-classification", "AUDIO_CLASSIFICATION", "AutoModelForAudioClassification"),
-    Task("automatic-speech-recognition", "CTC"),
+    Task("automatic-speech-recognition", "CTC", "AutoModelForCTC"),
     Task("text-generation", "CAUSAL_LM", "AutoModelForCausalLM", generates=True),
     Task("audio-frame-classification", "AUDIO_FRAME_CLASSIFICATION"),
     Task("audio-xvector", "AUDIO_XVECTOR", outputs=("logits", "embeddings")),
     Task("image-segmentation", "IMAGE_SEGMENTATION", outputs=("logits", "pred_masks")),
     Task("masked-im", "MASKED_IMAGE_MODELING", outputs=("reconstruction",)),
-    Task("feature-extraction", "TEXT_ENCODING", outputs=("last_hidden_state", "pooler_output", "sentence_embedding")),
+    Task(
+        "feature-extraction",
+        "TEXT_ENCODING",
+        "AutoModelForTextEncoding",
+        outputs=("last_hidden_state", "pooler_output", "sentence_embedding"),
+    ),
 )
 _WRITING = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "VISION_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"

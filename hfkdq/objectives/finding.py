@@ -15,7 +15,7 @@ from .model_signature import ModelSignature, signature_of
 
 CAUSAL, DECODED = "next tokens", "the tokens of a decoder"
 _TOKENS, _SPAN, DETECTED = "a class per token", "the span of an answer", "yes or no per token"
-SYMBOLS, _OBJECTS, PIXELS = "a symbol per frame", "objects", "a class per pixel"
+_EXAMPLE, SYMBOLS, _OBJECTS, PIXELS = "a class per example", "a symbol per frame", "objects", "a class per pixel"
 _KINDS: dict[str, tuple[str, ...]] = {
     _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"), _SPAN: ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING"),
     SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"), _OBJECTS: ("OBJECT_DETECTION",),
@@ -28,6 +28,15 @@ def find_head(student: Any, teacher: Any, common_ids: bool = False) -> heads.Hea
     count. Raises `ValueError`: heads that differ, or none that is known."""
     signatures = {"student": signature_of(student), "teacher": signature_of(teacher)}
     kinds = {role: kind_of(signature) for role, signature in signatures.items()}
+    for role, other in (("student", "teacher"), ("teacher", "student")):
+        axes = [len(signatures[one].shape("logits") or ()) for one in (role, other)]
+        if (
+            kinds[role] == _EXAMPLE
+            and _is_own(signatures[role])
+            and axes[0] == axes[1]
+            and kinds[other] in (CAUSAL, _TOKENS, SYMBOLS, PIXELS)
+        ):
+            kinds[role] = kinds[other]  # nothing else says what a class of the user's own predicts
     if kinds["student"] != kinds["teacher"]:
         raise ValueError(
             "Student and teacher predict different things: "
@@ -76,7 +85,14 @@ def kind_of(signature: ModelSignature) -> str:
     if problem == "multi_label_classification":
         return "several labels at once"
     single = signature.model_class.endswith("Classification") and getattr(config, "num_labels", None) == 1
-    return "numbers" if problem == "regression" or single else "a class per example"
+    return "numbers" if problem == "regression" or single else _EXAMPLE
+
+
+def _is_own(signature: ModelSignature) -> bool:
+    """Whether the class is one of the user's own, which Transformers lists for no task."""
+    return not any(task.does(name) for task in TASKS for name in signature.names) and not signature.is_listed(
+        "SEMANTIC_SEGMENTATION"
+    )
 
 
 def _make(kind: str, student: Any, signature: ModelSignature) -> heads.Head:
@@ -95,8 +111,7 @@ def _make(kind: str, student: Any, signature: ModelSignature) -> heads.Head:
     logits = signature.shape("logits")
     if kind in kinds or (logits is not None and len(logits) == 2):
         return kinds.get(kind, heads.Head)()
-    if logits is not None and len(logits) == 3 and not any(task.does(n) for task in TASKS for n in signature.names):
-        # A class of the user's own.
+    if logits is not None and len(logits) == 3 and _is_own(signature):
         return heads.TokenHead() if student.main_input_name == "input_ids" else heads.FrameHead(None)
     if logits is None and signature.shape("logits_per_image") is not None:
         return heads.PairHead(exclusive=not hasattr(student, "logit_bias"))  # SigLIP has one sigmoid for each pair

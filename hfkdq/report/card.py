@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported there, without __all__
 
 from ..export.choices import OPENVINO
 from ..export.precisions import DYNAMIC, recorded_precision
 from ..export.record import MADE_UP
-from ..export.sample import CALLS, EXPORTERS, LOADERS, OPTIMUM, TEXT, file_name
+from ..export.sample import CALLS, EXPORTERS, LOADERS, OPTIMUM, TEXT, file_name, optimum_class
 from ..facts import describe_facts
 from ..modeling.tasks import task_of
 from ..schema import shortened
@@ -259,13 +260,14 @@ def _loader(kind: str, auto: str, suffix: str) -> dict[str, Any]:
     """The names in the code that loads the exported file; no class where there is none."""
     if kind == OPENVINO:
         loader, package, module = "Optimum Intel", "optimum-intel[openvino]", "optimum.intel"
-        prefix, more = "OVModel" * (auto in _IN_OPTIMUM_INTEL), ', ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}'
+        name = auto.replace("AutoModel", "OVModel") * (auto in _IN_OPTIMUM_INTEL)
+        more = ', ov_config={"EXECUTION_MODE_HINT": "ACCURACY"}'
     else:
         loader, package, module = "Optimum", "optimum-onnx[onnxruntime]", "optimum.onnxruntime"
-        prefix, more = "ORTModel" * (kind == "onnx"), f', file_name="{file_name(suffix)}"' if suffix else ""
+        name, more = optimum_class(auto) * (kind == "onnx"), f', file_name="{file_name(suffix)}"' if suffix else ""
     return {
         "loader": loader, "package": Markdown(json.dumps(package)), "module": module, "file": Markdown(more),
-        "file_class": prefix and auto.replace("AutoModel", prefix),
+        "file_class": name,
     }  # fmt: skip
 
 
@@ -273,6 +275,8 @@ def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any
     """The names that the code in the card is made of."""
     task = task_of(report.architecture)
     auto = task.auto if task is not None and task.name == report.task else None
+    argument = LOADERS.get(report.processor or "", "")
+    files = [name for name in report.engines[-1].files or () if name.endswith(".onnx")]
     suffix = (report.engines[-1].parity or {}).get("suffix", "")
     # Files made with Transformers 5 load by its own exporters.
     made_with = re.fullmatch(r"[5-9]\.\d+(\.\d+)?", str(report.environment.get("transformers", "")))
@@ -280,14 +284,20 @@ def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any
         "source": Markdown(json.dumps(repo_id or place)),  # Python takes it for the same text
         "comment": Markdown("" if repo_id else f"  # {'the folder of' if place == '.' else 'beside'} this file"),
         "auto": auto or report.architecture,
+        "own": auto is None and not hasattr(transformers, report.architecture),
+        "session": Markdown(json.dumps(f"/{files[0]}")) if len(files) == 1 else "",
+        "hub": repo_id is not None,
         **_loader(report.engines[-1].kind, auto or "", suffix),
         "runner": Markdown(made_with[0]) if made_with and report.engines[-1].kind == "onnx" else "",
         "processor": report.processor or "",
         "shaped": "shapes" in report.facts,
         "task": Markdown(json.dumps(one_line(report.task))),
-        "argument": LOADERS.get(report.processor or "", ""),
+        "argument": argument,
+        "given": "tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor"
+        if argument == "processor"
+        else f"{argument}={argument}",
         "called_with": Markdown(CALLS.get(report.task or "", "")),
-        "text": Markdown(json.dumps(TEXT)) if report.processor == "AutoTokenizer" else "",
+        "text": Markdown(json.dumps(TEXT)) if argument == "tokenizer" and task and not task.generates else "",
         "printed": {runner: _printed(report, runner) for runner in (OPTIMUM, EXPORTERS)},
         "shown": report.sample is not None and report.task == "image-classification",
     }

@@ -46,6 +46,40 @@ def bernoulli_kl(p, q):
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
+class Recurrent(transformers.PreTrainedModel):
+    """A class of one's own, which Transformers lists for no task: a symbol for each frame of a spectrogram."""
+
+    config_class = transformers.Wav2Vec2BertConfig
+    main_input_name = "input_features"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gru = torch.nn.GRU(config.feature_projection_input_dim, config.vocab_size, batch_first=True)
+        self.post_init()
+
+    def forward(self, input_features, attention_mask=None, labels=None):
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.gru(input_features)[0])
+
+
+def test_a_class_of_ones_own_predicts_what_its_teacher_does():
+    set_seed(0)
+    config = transformers.Wav2Vec2BertConfig(
+        vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        feature_projection_input_dim=8, conv_depthwise_kernel_size=3,
+    )  # fmt: skip
+    student, teacher = Recurrent(config).eval(), transformers.Wav2Vec2BertForCTC(config).eval()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    batch = {"input_features": torch.randn(2, 5, 8), "attention_mask": mask}
+    with tried_on(batch, student):
+        objectives = [attached(LogitKD(temperature=1.0), *pair) for pair in ((student, teacher), (teacher, student))]
+    mean, count = value(objectives[0], student, teacher, batch)
+    own, theirs = (model(**batch).logits[mask.bool()] for model in (student, teacher))
+    torch.testing.assert_close(
+        mean, F.kl_div(own.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+    )
+    assert count == value(objectives[1], teacher, student, batch)[1] == 8
+
+
 def test_several_labels_at_once_are_as_many_sigmoids():
     student, teacher = (tiny.bert(s, problem_type="multi_label_classification") for s in (0, 1))
     batch = tiny.batch(student)
