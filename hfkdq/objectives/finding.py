@@ -16,9 +16,10 @@ from .model_signature import ModelSignature, signature_of
 CAUSAL, DECODED = "next tokens", "the tokens of a decoder"
 _TOKENS, _SPAN, DETECTED = "a class per token", "the span of an answer", "yes or no per token"
 _EXAMPLE, SYMBOLS, _OBJECTS, PIXELS = "a class per example", "a symbol per frame", "objects", "a class per pixel"
+_SEARCHED = "ZERO_SHOT_OBJECT_DETECTION"
 _KINDS: dict[str, tuple[str, ...]] = {
     _TOKENS: ("MASKED_LM", "TOKEN_CLASSIFICATION"), _SPAN: ("QUESTION_ANSWERING", "DOCUMENT_QUESTION_ANSWERING"),
-    SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"), _OBJECTS: ("OBJECT_DETECTION",),
+    SYMBOLS: ("CTC", "AUDIO_FRAME_CLASSIFICATION"), _OBJECTS: ("OBJECT_DETECTION", _SEARCHED),
     PIXELS: ("SEMANTIC_SEGMENTATION",), "a choice": ("MULTIPLE_CHOICE",),
 }  # fmt: skip
 
@@ -101,8 +102,9 @@ def _make(kind: str, student: Any, signature: ModelSignature) -> heads.Head:
     if kind == PIXELS:
         return heads.PixelHead(getattr(student.config, "semantic_loss_ignore_index", 255))
     if kind == _OBJECTS:
-        # Detectors trained with a focal loss have no class for the background.
-        return heads.DetectionHead(signature.shape("logits")[-1] == student.config.num_labels + 1)  # type: ignore[index]
+        # Detectors trained with a focal loss have no class for the background, nor have those that look for texts.
+        classes: Any = signature.shape("logits")
+        return heads.DetectionHead(classes[-1] == student.config.num_labels + 1 and not signature.is_listed(_SEARCHED))
     kinds: dict[str, Callable[[], heads.Head]] = {
         CAUSAL: partial(heads.TokenHead, shifts_labels=True), _TOKENS: heads.TokenHead, DECODED: heads.DecoderHead,
         _SPAN: heads.SpanHead, DETECTED: heads.DetectedTokenHead, "several labels at once": heads.MultiLabelHead,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LogitKD on every head: what is compared, what counts, what is refused."""
 
+import copy
 import itertools
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq.losses import DKD, forward_kl
 from hfkdq.modeling.examples import tried_on
 from hfkdq.objectives import EnsembleKD, LogitKD, TrainingStep
@@ -208,6 +210,25 @@ def test_the_order_of_the_teachers_queries_does_not_matter_and_their_numbers_may
     order = torch.randperm(7)
     outs[1].logits, outs[1].pred_boxes = outs[1].logits[:, order], outs[1].pred_boxes[:, order]
     torch.testing.assert_close(objective(*outs, batch), mean)
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_boxes_in_which_texts_are_looked_for_are_matched_too(texts):
+    """OWL-ViT has a number for each text that it is given, and none for no object."""
+    model = ENTRIES["owlvit"].make()
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "input_ids": torch.randint(4, 60, (4 * texts, 12))}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    teacher = copy.deepcopy(model)
+    with tried_on(batch, model):
+        objective = attached(LogitKD(), model, teacher)
+    outs = [model(**batch) for _ in range(2)]
+    assert outs[0].logits.shape == (4, 16, texts)
+    for name, value in (("logits", torch.randn(4, 16, texts)), ("pred_boxes", torch.rand(4, 16, 4))):
+        outs[0][name], outs[1][name] = value, value.roll(5, dims=1)
+    same = objective(*outs, batch)
+    torch.testing.assert_close(same, torch.zeros(()), rtol=0, atol=1e-5)  # logarithms up to 10, times 4
+    outs[1].logits = -outs[1].logits
+    assert objective(*outs, batch) > 1e-3
 
 
 def labelled(model, batch):
