@@ -7,7 +7,7 @@ from .attention import AttentionQuantizer
 from .batch_norm import fold_batch_norm_
 from .callback import QATCallback
 from .convert import prepare_qat_, strip_quantizers_
-from .layers import QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
+from .layers import QuantizedConv1D, QuantizedConv1d, QuantizedConv2d, QuantizedEmbedding, QuantizedLinear, layer_class
 from .merging import merge_adapters
 from .naming import means_the_same, quantized_modules
 from .post_training import load_quantized, quantize
@@ -27,7 +27,7 @@ __all__ = [
     "ActivationQuantizer", "AttentionQuantizer", "BitAllocation", "QATCallback", "QuantizedConv1D", "QuantizedConv1d",
     "QuantizedConv2d", "QuantizedEmbedding", "QuantizedExperts", "QuantizedGRU", "QuantizedLSTM", "QuantizedLinear",
     "QuantizedModule", "WeightQuantizer", "activation_quantizers", "activation_ranges", "fold_batch_norm_",
-    "load_quantized", "means_the_same", "merge_adapters", "prepare_qat_", "quantize",
+    "layer_class", "load_quantized", "means_the_same", "merge_adapters", "prepare_qat_", "quantize",
     "quantized_modules", "quantized_spec", "set_activation_ranges_", "strip_quantizers_", "suggest_bits",
     "weight_quantizers",
 ]  # fmt: skip
