@@ -124,7 +124,7 @@ def _continuing(model: PreTrainedModel) -> Callable[..., Any]:
 def _encoded(states: Tensor, mask: Tensor | None) -> dict[str, Any]:
     """What a decoder is given of its encoder; some models look for the mask in the one place, some in the other."""
     encoded = BaseModelOutput(last_hidden_state=states)  # type: ignore[arg-type]
-    encoded.attention_mask = mask  # type: ignore[attr-defined]
+    encoded.attention_mask = mask
     return {"encoder_outputs": encoded, **({} if mask is None else {"attention_mask": mask})}
 
 
