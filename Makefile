@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino docs-models constraints clean bench-teacher bench-tasks
+.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino docs-models constraints clean bench-teacher bench-tasks model-cards
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -129,6 +129,10 @@ bench-teacher: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashio
 bench-tasks: .venv/.bench ## DATA=folder of data sets: every task from a teacher to a measured file, over three seeds
 	@test -d "$(DATA)" || { echo "Name the data: make bench-tasks DATA=path/to/folder (with banking77, wnut17, fashion_mnist and fsdd)"; exit 1; }
 	$(O)/python benchmarks/tasks.py --data "$(DATA)"
+
+model-cards: .venv/.bench ## DATA=folder of data sets: cards and reports of every task, of short trainings, into model_cards
+	@test -d "$(DATA)" || { echo "Name the data: make model-cards DATA=path/to/folder (with the data sets that benchmarks/model_cards.py names)"; exit 1; }
+	$(O)/python benchmarks/model_cards.py --data "$(DATA)"
 
 bench-caching: .venv/.bench ## DATA=folder of banking77: an epoch with the teacher and one with its cached outputs
 	@test -d "$(DATA)" || { echo "Name the data: make bench-caching DATA=path/to/banking77 (train and test parquet)"; exit 1; }
