@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hfkdq import load_pruned, load_quantized
 from hfkdq.schedules import Linear
 from tests import tiny
+from tests.launch import accelerate_launch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -152,6 +153,40 @@ def test_what_an_example_is_about_is_learned_and_saved(run, script, options, ter
     assert "20 steps" in printed[-2] + printed[-1]
     assert str(tmp_path) in printed[-1]
     assert (tmp_path / "model.safetensors").is_file()
+
+
+# accelerate shards on GPUs only, unless it takes the CPU for one; where no rank is set there is one process.
+GATHERED = """
+import os, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+alone = PartialState._prepare_backend
+PartialState._prepare_backend = lambda self, *given, **named: (
+    ("gloo", DistributedType.MULTI_GPU) if "RANK" in os.environ else alone(self, *given, **named)
+)
+sys.path.insert(0, sys.argv.pop(1))
+import sharded
+sharded.main()
+"""
+
+
+@pytest.mark.one_line
+def test_shards_of_a_pruned_student_are_trained_for_integers_and_exported(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(GATHERED)
+    accelerate_launch(
+        script, EXAMPLES, "--tiny", "--max_steps", "6", "--learning_rate", "5e-3", "--report_to", "none",
+        "--output_dir", tmp_path / "out", device="cpu",
+        options=("--config_file", str(EXAMPLES / "accelerate_configs" / "fsdp2.yaml")),
+    )  # fmt: skip
+    student = load_quantized(tmp_path / "out")
+    assert student.config.intermediate_size == 32  # of 64
+    assert student.config.hfkdq["quantization"]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())["engines"]}
+    facts = json.loads((tmp_path / "out" / "onnx" / "export_facts.json").read_text())
+    assert list(rows) == ["teacher", "student", "ONNX int8"]
+    assert rows["ONNX int8"]["metrics"] == facts["metrics"]["onnx"]
+    assert facts["quantized_linears"] > 0
 
 
 @pytest.mark.parametrize("kind", ["average", "peer"])
