@@ -63,7 +63,7 @@ class Task:
 def texts(features: Any) -> tuple[PreTrainedModel, Any]:
     tokenizer = AutoTokenizer.from_pretrained(pretrained())
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
         max_position_embeddings=64, **names_of(features["label"]),
     )  # fmt: skip
     return BertForSequenceClassification(config), tokenizer
@@ -92,10 +92,10 @@ def write_digits(folder: Path) -> None:
 
 TASKS = {
     "digits": Task(
-        base=images, teaching=steps(500, 1e-3), training=steps(200, 1e-3), goals=("--keep=0.98", "--max-size=250kB"), trials=8,
+        base=images, teaching=steps(500, 1e-3), training=steps(48, 2e-3, 128), goals=("--keep=0.98", "--max-size=250kB"), trials=8,
     ),
     "rotten_tomatoes": Task(
-        base=texts, teaching=steps(400, 5e-4), training=steps(100, 5e-4), goals=("--keep=0.97", "--max-size=1.5MB"), trials=8,
+        base=texts, teaching=steps(400, 1e-3), training=steps(80, 1e-3, 64), goals=("--keep=0.97", "--max-size=900kB"), trials=8,
         rows=("data.max_length=64",),
     ),
 }  # fmt: skip

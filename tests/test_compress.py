@@ -33,6 +33,7 @@ from hfkdq import CompressionReport
 from hfkdq.cli import compress, main
 from hfkdq.cli.compress_run import _begun, _digest, _text, send
 from hfkdq.cli.compress_search import (
+    Halving,
     Watch,
     _check_same,
     _choose,
@@ -40,7 +41,6 @@ from hfkdq.cli.compress_search import (
     _structures,
     outcome_of,
     outcomes_of,
-    pruner,
 )
 from hfkdq.cli.compress_setup import Setup, check_means, set_up
 from hfkdq.cli.data import load_split
@@ -346,7 +346,8 @@ def test_what_a_training_can_be_told_passes_the_trial(tmp_path, training):
         (("export.integer_convolutions=true", "quantization=null"), "export.integer_convolutions needs 8-bit inputs"),
         (("data.calibration={numbers}",), "data.calibration: BertForSequenceClassification reads one or two columns"),
         (("push.repo_id=me/it",), "HF_HUB_OFFLINE=1 forbids it"),
-        (("export={target: openvino, weight_type: uint8}",), 'weight_type="uint8" is for products of ONNX Runtime'),
+        (("training.load_best_model_at_end=true", "training.eval_strategy=epoch"), "training: --load_best_model_at_end requires"),
+        (("export.target=openvino", "export.weight_type=uint8"), 'weight_type="uint8" is for products of ONNX Runtime'),
     ],
 )  # fmt: skip
 def test_what_would_fail_after_the_training_is_told_before(
@@ -784,7 +785,7 @@ def test_the_runtime_that_meets_a_time_is_chosen(given, tmp_path, monkeypatch):
     ("metric", "values"), [("accuracy", (0.9, 0.5, 0.95)), ("wer", (0.1, 0.5, 0.05)), ("f1", None)]
 )
 def test_a_training_that_is_behind_the_others_is_ended(metric, values):
-    study = optuna.create_study(direction="maximize", pruner=pruner())
+    study = optuna.create_study(direction="maximize", pruner=Halving())
     ended = []
     for value in values or (0.1, 0.5, 0.05):  # without the metric the loss counts
         watch = Watch(study.ask(), metric, optuna.TrialPruned)
@@ -794,6 +795,18 @@ def test_a_training_that_is_behind_the_others_is_ended(metric, values):
         except optuna.TrialPruned:
             ended.append(True)
     assert ended == [False, True, False]
+
+
+def test_a_small_model_is_held_against_others_that_are_no_larger():
+    study = optuna.create_study(direction="maximize", pruner=Halving())
+    ended = []
+    for size, value in ((9, 0.9), (3, 0.5), (9, 0.6), (3, 0.4), (3, 0.55), (9, float("nan"))):
+        trial = study.ask()
+        trial.set_user_attr("bytes of its weights at least", size)
+        trial.report(value, 1)
+        ended.append(trial.should_prune())
+    # The third is behind 0.7, the median of 0.9 and 0.5; the fourth behind 0.5, and the fifth before that of 0.5 and 0.4.
+    assert ended == [False, False, True, True, False, True]
 
 
 def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):

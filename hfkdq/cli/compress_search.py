@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import statistics
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ _STUDY = "hfkdq compress"
 _BITS = {"8 bits": (8, 8), "4-bit weights": (4, 8)}
 _SPARSITIES = (0.25, 0.5, 0.75)
 _VOCAB = "vocab"
+_LEAST = "bytes of its weights at least"
 # Four looks at every training: the pruner ends those that are behind at one of them.
 _WATCHED = ("training.eval_strategy=steps", "training.eval_steps=0.25", "training.save_strategy=no")
 
@@ -109,7 +111,7 @@ def search(
 def _study(optuna: Any, storage: str) -> Any:
     try:
         return optuna.create_study(
-            study_name=_STUDY, storage=storage, direction="maximize", pruner=pruner(), load_if_exists=True
+            study_name=_STUDY, storage=storage, direction="maximize", pruner=Halving(), load_if_exists=True
         )
     except Exception as error:  # of a database anything
         raise ValueError(
@@ -122,9 +124,20 @@ def outcomes_of(study: Any) -> dict[int, Outcome]:
     return {t.number: Outcome(**t.user_attrs["outcome"]) for t in study.trials if "outcome" in t.user_attrs}
 
 
-def pruner() -> Any:
-    """Ends a training that is in the worse half of those that came as far."""
-    return _optuna().pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+class Halving:
+    """Ends a training that is in the worse half of those that came as far, of models that are no larger: a small one is behind
+    most large ones, and may be the only one that meets a bound."""
+
+    def prune(self, study: Any, trial: Any) -> bool:
+        """Whether to end a trial at its last look."""
+        look, size = trial.last_step, trial.user_attrs.get(_LEAST, 0)
+        others = [
+            other.intermediate_values[look]
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and look in other.intermediate_values
+            if other.user_attrs.get(_LEAST, 0) <= size
+        ]
+        return bool(others) and not trial.intermediate_values[look] >= statistics.median(others)
 
 
 class Watch(TrainerCallback):
@@ -247,6 +260,7 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
         table: Any = setup.student.get_input_embeddings()
         numbers -= table.weight.numel()
     least = numbers * bits / 8 * share**2  # of hidden width both axes go
+    trial.set_user_attr(_LEAST, least)
     if goals.max_size is not None and least > goals.max_size:
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 

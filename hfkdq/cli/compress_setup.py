@@ -193,6 +193,7 @@ def set_up(recipe: Recipe, changes: list[str] | None, source: str) -> Setup:
             chosen["objectives"] = default_objectives(student, teacher, batch, labelled)
         recipe = Recipe(**{**vars(recipe), **override(chosen, of_objectives)})
     parts = parts_of(recipe, source)
+    training_arguments(parts, tempfile.gettempdir(), metrics.generates)  # the recipe's own with those that were chosen
     if recipe.teacher is not None and not parts.uses_teacher:
         raise ValueError(
             f"{source}: nothing is learned from teacher {recipe.teacher}. Add an objective such as LogitKD."
