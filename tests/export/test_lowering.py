@@ -102,6 +102,25 @@ def test_codes_are_those_of_training_bit_for_bit():
     assert linear.weight.packed.int().abs().amax(1).eq(127).all()
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dict(),
+        dict(weight_bits=4),
+        dict(weight_bits=4, activation_bits=None),
+        dict(weight_bits=2, group_size=32, activation_bits=None),
+        dict(weight_bits=16, storage_dtype="float16", activation_bits=None),
+    ],
+    ids=str,
+)
+def test_a_model_may_ask_a_layer_for_the_type_of_its_weight(spec):
+    """Mamba 2 gives its head what it reads in that type, others on that device."""
+    model = calibrated(tiny.bert, **spec)
+    lower_quantizers_(model)
+    layers = [module for name, module in model.named_modules() if name.endswith((".query", ".dense"))]
+    assert {(layer.weight.dtype, layer.weight.device.type) for layer in layers} == {(torch.float32, "cpu")}
+
+
 def test_ranges_are_taken_over():
     model = calibrated(tiny.vit)
     ranges = activation_ranges(model)

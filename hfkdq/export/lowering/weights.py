@@ -15,7 +15,17 @@ from ...quantization.grids import Grid, expand
 BLOCKS = (128, 64, 32, 16)
 
 
-class StoredWeight(nn.Module):
+class _Stored(nn.Module):
+    """Base of stored weights: what model code asks a weight for, the type of its values and where they are."""
+
+    dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+
+class StoredWeight(_Stored):
     """Codes of a weight, several to a byte where they are narrow, with scales, zero points and codebook.
 
     `packed` is (channels, bytes): int8 codes as they are, narrower or unsigned ones in uint8; `scale` and `zero_point` are
@@ -95,7 +105,7 @@ class StoredWeight(nn.Module):
         return size, packed, cast(Tensor, scale).flatten(), zeros
 
 
-class WideWeight(nn.Module):
+class WideWeight(_Stored):
     """A weight of 16 bits, (channels, inputs)."""
 
     stored: Tensor
