@@ -27,11 +27,11 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, Shape] | None = None) -> in
     vary strings, the same for the same size; by default what ONNX Runtime can tell.
     """
     shapes, fixed = _symbolic_shapes(model) if shapes is None else shapes, 0
-    for node in list(model.graph):
-        data, result = (shapes.get(value.name or "") for value in (*node.inputs[:1], *node.outputs[:1]) if value)
+    for node in [node for node in model.graph if node.op_type in ("Reshape", "Slice")]:  # others may have no input
+        data, result = (shapes.get(str(value and value.name)) for value in (node.inputs[0], node.outputs[0]))
         if node.op_type == "Reshape":
             fixed += _fix_reshape(model.graph, node, _constant_target(data, result))
-        elif node.op_type == "Slice" and data is not None and None not in data and data == result and _is_plain(node):
+        elif data is not None and None not in data and data == result and _is_plain(node):
             node.outputs[0].replace_all_uses_with(node.inputs[0])
             fixed += 1
     ir.passes.common.RemoveUnusedNodesPass()(model)
