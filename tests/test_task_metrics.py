@@ -14,10 +14,11 @@ from datasets import Dataset
 from hfkdq import CompressionReport, QuantizationSpec, export_onnx
 from hfkdq.collators import TeacherCollator
 from hfkdq.export.runner import open_files
-from hfkdq.measuring.evaluation import Evaluation
+from hfkdq.measuring.evaluation import Evaluation, with_decoder_inputs
 from hfkdq.metrics import answer_features, answer_metrics, metrics_for
 
 from . import tiny
+from .families import FAMILIES
 
 RNG = np.random.default_rng(0)
 
@@ -271,6 +272,18 @@ def test_a_file_generates_what_its_model_does(tmp_path):
             expected = model.generate(**batch, **settings)
         assert torch.equal(files.generate(model, batch, **settings), expected)
     assert "forward" not in vars(model)
+
+
+def test_whisper_is_given_what_it_makes_of_labels_itself():
+    model = FAMILIES["whisper"].make().eval()
+    labels = torch.tensor([[5, 6, 2], [7, 2, -100]])
+    batch = {"input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)), "labels": labels}
+    made = with_decoder_inputs(model, batch)
+    assert made["decoder_input_ids"].tolist() == [[1, 5, 6], [1, 7, 2]]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        del made["labels"]
+        torch.testing.assert_close(model(**made).logits, expected, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------- without labels

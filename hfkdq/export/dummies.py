@@ -47,6 +47,11 @@ def _dummy_batch(
         return {main: torch.randn(size, model.config.max_length, model.config.num_mel_bins, generator=generator)}
     if main == "input_values":
         return {main: torch.randn(size, int(16000 * share), generator=generator)}
+    if main == "input_features" and hasattr(
+        model.config, "feature_projection_input_dim"
+    ):  # frames one after the other
+        frames = max(8, int(64 * share)) if length is None else length
+        return {main: torch.randn(size, frames, model.config.feature_projection_input_dim, generator=generator)}
     length = max(2, int(sequence_length(model) * share)) if length is None else length
     if main == "input_features":
         config = model.config

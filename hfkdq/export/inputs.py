@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling.forwards import forward_columns
+from ..modeling.forwards import decoder_inputs, forward_columns
 from ..modeling.masks import Batch
 from ..modeling.tasks import TASKS, class_names, written
 from .defaults import neutral
@@ -55,7 +55,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensors:
         found[name] = tensor.detach().cpu().float() if tensor.is_floating_point() else tensor.cpu()
     labels = batch.get("labels")
     if "decoder_input_ids" in accepted and isinstance(labels, (Tensor, np.ndarray)) and _lacks_decoder(model, found):
-        found["decoder_input_ids"] = _shifted(model, torch.as_tensor(labels).cpu())
+        found["decoder_input_ids"] = decoder_inputs(model, torch.as_tensor(labels).cpu())
     return found
 
 
@@ -63,16 +63,6 @@ def _lacks_decoder(model: Any, found: Tensors) -> bool:
     """Whether a model that writes a text after another input is not told what its decoder reads."""
     given = found.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
     return not given and written(class_names(model), model.config) == "the tokens of a decoder"
-
-
-def _shifted(model: Any, labels: Tensor) -> Tensor:
-    """What a decoder reads that is to write `labels`, `(batch, seq)`: a start, and all of them but the last."""
-    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if own is not None:
-        return own(labels=labels)
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
-    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, start if pad is None else pad)
 
 
 def is_label(name: str) -> bool:

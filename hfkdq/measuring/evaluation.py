@@ -18,12 +18,12 @@ from transformers.utils import logging
 
 from ..bars import bars_are_seen
 from ..metrics.tasks import TaskMetrics
-from ..modeling.forwards import TEACHER_PREFIX, forward_columns, return_dict_kwargs
+from ..modeling.forwards import SHIFT, TEACHER_PREFIX, decoder_inputs, forward_columns, return_dict_kwargs
+from ..modeling.tasks import class_names, written
 
 logger = logging.get_logger(__name__)
 # Outputs whose last axis are classes, or the tokens where an answer begins and ends.
 _CLASSES = ("logits", "start_logits", "end_logits")
-_SHIFT = "prepare_decoder_input_ids_from_labels"
 Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Runs a batch, on the CPU and without labels, in place of a model: outputs by name. Where texts are generated, `runner.generate(model,
 batch, **settings)` writes them in place of `model.generate`."""
@@ -229,12 +229,13 @@ class RunnerTrainer(Trainer):
 def with_decoder_inputs(
     model: nn.Module, batch: dict[str, Any], label_names: Sequence[str] = ("labels",)
 ) -> dict[str, Any]:
-    """A batch with the decoder's inputs that the model itself makes of the labels."""
+    """A batch with the decoder's inputs, made of the labels, for a model that writes a text after another input."""
     labels = [batch[name] for name in label_names if name in batch]
     is_text = len(labels) == 1 and isinstance(labels[0], Tensor)
-    if not is_text or "decoder_input_ids" in batch or not hasattr(model, _SHIFT):
+    decodes = written(class_names(model), getattr(model, "config", None)) == "the tokens of a decoder"
+    if not is_text or "decoder_input_ids" in batch or not (decodes or hasattr(model, SHIFT)):
         return batch
-    return {**batch, "decoder_input_ids": getattr(model, _SHIFT)(labels[0])}
+    return {**batch, "decoder_input_ids": decoder_inputs(model, labels[0])}
 
 
 def _top_classes(logits: Tensor, labels: tuple[Any, ...]) -> Tensor:

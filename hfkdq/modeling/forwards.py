@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..protocols import FakeQuantized
 
 EMBEDDINGS = ("image_embeds", "text_embeds", "embeddings")
 """Outputs of models that give a vector for each example, in the place of logits."""
+SHIFT = "prepare_decoder_input_ids_from_labels"
+"""The method with which most classes make what their decoder reads; Whisper has none."""
 TEACHER_PREFIX = "teacher_"
 """Columns that start with it are the teacher's alone: `teacher_input_ids` is fed to it as `input_ids`."""
 
@@ -158,3 +160,13 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.fake_quantize_enabled = True
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads that is to write `labels`, `(batch, seq)`: a start, and all of them but the last."""
+    own = getattr(model, SHIFT, None)
+    if own is not None:
+        return own(labels=labels)
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, start if pad is None else pad)
