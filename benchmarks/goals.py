@@ -92,10 +92,10 @@ def write_digits(folder: Path) -> None:
 
 TASKS = {
     "digits": Task(
-        base=images, teaching=steps(500, 1e-3), training=steps(48, 2e-3, 128), goals=("--keep=0.98", "--max-size=250kB"), trials=8,
+        base=images, teaching=steps(500, 1e-3), training=steps(40, 2e-3, 64), goals=("--keep=0.97", "--max-size=320kB"), trials=6,
     ),
     "rotten_tomatoes": Task(
-        base=texts, teaching=steps(400, 1e-3), training=steps(80, 1e-3, 64), goals=("--keep=0.97", "--max-size=900kB"), trials=8,
+        base=texts, teaching=steps(400, 1e-3), training=steps(80, 1e-3, 64), goals=("--keep=0.97", "--max-size=900kB"), trials=6,
         rows=("data.max_length=64",),
     ),
 }  # fmt: skip

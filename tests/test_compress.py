@@ -802,7 +802,7 @@ def test_a_small_model_is_held_against_others_that_are_no_larger():
     ended = []
     for size, value in ((9, 0.9), (3, 0.5), (9, 0.6), (3, 0.4), (3, 0.55), (9, float("nan"))):
         trial = study.ask()
-        trial.set_user_attr("bytes of its weights at least", size)
+        trial.set_user_attr("parameters that are left", size)
         trial.report(value, 1)
         ended.append(trial.should_prune())
     # The third is behind 0.7, the median of 0.9 and 0.5; the fourth behind 0.5, and the fifth before that of 0.5 and 0.4.

@@ -36,7 +36,7 @@ _STUDY = "hfkdq compress"
 _BITS = {"8 bits": (8, 8), "4-bit weights": (4, 8)}
 _SPARSITIES = (0.25, 0.5, 0.75)
 _VOCAB = "vocab"
-_LEAST = "bytes of its weights at least"
+_LEFT = "parameters that are left"
 # Four looks at every training: the pruner ends those that are behind at one of them.
 _WATCHED = ("training.eval_strategy=steps", "training.eval_steps=0.25", "training.save_strategy=no")
 
@@ -130,12 +130,12 @@ class Halving:
 
     def prune(self, study: Any, trial: Any) -> bool:
         """Whether to end a trial at its last look."""
-        look, size = trial.last_step, trial.user_attrs.get(_LEAST, 0)
+        look, size = trial.last_step, trial.user_attrs.get(_LEFT, 0)
         others = [
             other.intermediate_values[look]
             for other in study.get_trials(deepcopy=False)
             if other.number != trial.number and look in other.intermediate_values
-            if other.user_attrs.get(_LEAST, 0) <= size
+            if other.user_attrs.get(_LEFT, 0) <= size
         ]
         return bool(others) and not trial.intermediate_values[look] >= statistics.median(others)
 
@@ -260,7 +260,7 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
         table: Any = setup.student.get_input_embeddings()
         numbers -= table.weight.numel()
     least = numbers * bits / 8 * share**2  # of hidden width both axes go
-    trial.set_user_attr(_LEAST, least)
+    trial.set_user_attr(_LEFT, numbers * share)
     if goals.max_size is not None and least > goals.max_size:
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 
