@@ -109,6 +109,7 @@ def test_a_shape_that_names_a_size_it_keeps_keeps_the_axis():
 
 
 def test_an_operator_without_inputs_stays_beside_a_shape_that_is_fixed():
+    """BEiT has one."""
     model = graph(
         """
         <ir_version: 10, opset_import: ["" : 18]>
@@ -147,17 +148,6 @@ def test_a_slice_that_keeps_everything_is_dropped(start, end, step, is_dropped):
     fix_shapes(model)
     assert (kinds(model)["Slice"] == 0) == is_dropped
     np.testing.assert_array_equal(run(model, x=x), before)
-
-
-def test_an_operator_without_inputs_stays():
-    """BEiT has one."""
-    text = """
-    <ir_version: 10, opset_import: ["" : 18]>
-    one (float[batch, 5] x) => (float[batch, 5] y) { c = Constant <value_float = 1.0> ()  y = Add(x, c) }
-    """
-    model = graph(text)
-    assert fix_shapes(model) == 0
-    assert run(model, x=np.zeros((2, 5), np.float32)).tolist() == [[1.0] * 5] * 2
 
 
 def test_a_slice_that_is_an_output_stays():
