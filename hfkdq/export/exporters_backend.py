@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION
 
+from .choices import WITHOUT_FILE
 from .dummies import dummy_batches
 from .exporters_generation import Part, generation_parts, part_axes
 from .exporters_tasks import resolve_task
 from .exporters_tracing import METADATA, OPSET, trace_file
-from .inputs import axes_of, file_outputs, generates, takes_any_size, to_trace
+from .inputs import FUTURE, axes_of, file_outputs, generates, takes_any_size, to_trace
 from .lowering import lower_recurrent_
 from .runner import SINGLE
 
@@ -42,6 +43,11 @@ def trace(
     if hasattr(getattr(model, "config", None), "use_cache"):
         model.config.use_cache = False
     samples = [dict(batch) for batch in batches or dummy_batches(model, task)]
+    if FUTURE in samples[0]:
+        raise RuntimeError(
+            f"The decoder of {type(model).__name__} reads {FUTURE}, which the exporter of Transformers 5 takes for labels. The one "
+            f"that goes with Transformers 4 may write it. {WITHOUT_FILE}"
+        )
     axes = partial(axes_of, batches=samples, task=task, any_size=takes_any_size(model, task))
     files = []
     for part in _parts(model, to_trace(samples), task):

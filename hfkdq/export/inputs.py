@@ -25,6 +25,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "input
 # What classes of one's own take after the custom of Transformers, and can do without.
 _USUAL = (*_TEXT, "inputs_embeds", "head_mask", "past_key_values", "cache_position", "encoder_outputs", "pixel_values",
           "pixel_mask", "input_features", "self", "interpolate_pos_encoding")  # fmt: skip
+FUTURE = "future_values"
 # Enough to trace with, and more than one, which is taken for a constant.
 _TRACED_ROWS = 3
 _IMAGE = {0: "batch_size", 2: "height", 3: "width"}
@@ -40,6 +41,8 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensors:
     parameters = inspect.signature(model.forward).parameters.values()
     any_name = all(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     accepted = set(batch) if any_name else forward_columns(model)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        accepted = accepted - {FUTURE}  # a label, where no decoder reads it
     found = {}
     for name, value in batch.items():
         if name not in accepted or is_label(name) or not isinstance(value, (Tensor, np.ndarray, list, tuple)):
@@ -67,8 +70,7 @@ def _lacks_decoder(model: Any, found: Tensors) -> bool:
 
 def is_label(name: str) -> bool:
     """Whether an argument of a forward pass is what a loss is computed with."""
-    targets = ("start_positions", "end_positions", "future_values")
-    return name.endswith(("label", "labels", "label_ids")) or name in targets
+    return name.endswith(("label", "labels", "label_ids")) or name in ("start_positions", "end_positions")
 
 
 def is_own(model: nn.Module) -> bool:

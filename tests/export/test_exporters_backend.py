@@ -383,3 +383,10 @@ def test_the_mask_of_a_sound_that_its_encoder_shortens(tmp_path):
     )
     assert torch.equal(found[0], whole[0])
     assert not torch.allclose(found[1], whole[1], atol=1e-3)
+
+
+def test_a_decoder_that_reads_what_is_to_come_is_refused(tmp_path):
+    entry = ENTRIES["informer"]
+    with pytest.raises(RuntimeError, match="reads future_values, which the exporter of Transformers 5"):
+        export_onnx(entry.make(), tmp_path / "onnx", calibration=[entry.batch()], latency_rounds=0)
+    assert not list(tmp_path.iterdir())
