@@ -302,10 +302,10 @@ CARDS = {
         recipe={"student": {"num_layers": 3}, "objectives": [{"HiddenStateKD": {"layers": {"2": 5}}}, "SimilarityPreservingKD"]},
     ),
     "fill-mask": Card(
-        data="wikitext2", rows=filled, base=masked_words, teaching=steps(100, 2e-3), training=steps(60, 2e-3), recipe=HALF,
+        data="wikitext2", rows=filled, base=masked_words, teaching=steps(600, 2e-3), training=steps(200, 2e-3), recipe=HALF,
     ),
     "text-generation": Card(
-        data="wikitext2", rows=filled, base=next_words, teaching=steps(100, 2e-3), training=steps(60, 2e-3), recipe=HALF,
+        data="wikitext2", rows=filled, base=next_words, teaching=steps(600, 2e-3), training=steps(200, 2e-3), recipe=HALF,
         sizes=(4000, 100),
     ),
     "translation": Card(

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
     data = raw.with_transform(encode)
     if args.tiny:
-        fit(teacher, data["train"], None, steps=60)
+        fit(teacher, data["train"], None, steps=30)
     metrics = metrics_for(teacher, processor)
     pruning = PruningSpec(structure="neuron", sparsity=args.neuron_sparsity, plain_checkpoint=False)
     trainer = DistillationTrainer(

@@ -82,7 +82,11 @@ FAMILIES = [
     ("text_pairs", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
     ("text_pairs", "--regression --learning_rate 5e-3", {"task_loss", "logit_kd"}),
     ("other_family", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
-    ("masked_lm", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
+    (
+        "masked_lm",
+        "--learning_rate 3e-3 --num_student_layers 2 --per_device_train_batch_size 32",
+        {"task_loss", "logit_kd"},
+    ),
     ("sharded", "--learning_rate 5e-3", {"task_loss", "logit_kd"}),
     ("segmentation", "", {"task_loss", "logit_kd"}),
     ("speech_ctc", "", {"task_loss", "logit_kd"}),

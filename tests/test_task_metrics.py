@@ -60,6 +60,13 @@ def test_a_regression(tmp_path):
     assert metrics["mse"] == pytest.approx(np.square(found - values).mean(), rel=1e-4)
 
 
+def test_the_metric_that_counts_stands_first():
+    metrics = metrics_for(tiny.bert(labels=1))
+    found = metrics(tf.EvalPrediction(np.array([[0.1], [0.2], [0.4]]), np.array([0.1, 0.3, 0.2])))
+    assert list(found) == ["spearman", "pearson", "mse"]
+    assert found["spearman"] == pytest.approx(0.5)
+
+
 def test_several_labels(tmp_path):
     model, rows = tiny.bert(layers=1), tiny.text_dataset(11)
     labels = RNG.integers(0, 2, size=(11, 3)).astype(float).tolist()
