@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""What a search for goals finds, beside one long training by the recipe as it is by default: docs/results/goals.md.
+"""What a search for goals finds, beside one long training by the recipe as it is by default.
 
     make bench-goals TEXT=path/to/rotten_tomatoes
 

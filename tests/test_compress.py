@@ -683,6 +683,11 @@ def test_a_search_tries_vocabularies_and_runtimes_where_there_are_some(given, mo
         "pruning={structure: vocab}", "quantization={weight_bits: 8, activation_bits: 8}", "export.target=openvino",
     ]  # fmt: skip
     assert len(_choose(trial, {"num_layers": 3}, ["vocab"], [])) == 3
+    trial = optuna.trial.FixedTrial({"bits": "4-bit weights"})
+    (floats,) = _choose(trial, {}, [], [])
+    assert read(override({}, [f"model={given}", "data.train=rows.csv", floats])).quantization == {
+        "weight_bits": 4, "activation_bits": None,
+    }  # fmt: skip
     trial = optuna.trial.FixedTrial({"pruning": "head and vocab", "sparsity": 0.25})
     assert _choose(trial, {}, ["head", "vocab"], [], []) == [
         "pruning=[{structure: head, sparsity: 0.25}, {structure: vocab}]"

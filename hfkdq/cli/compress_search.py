@@ -33,7 +33,7 @@ from .compress_setup import Setup, set_up
 
 SEARCH = "search"
 _STUDY = "hfkdq compress"
-_BITS = {"8 bits": (8, 8), "4-bit weights": (4, 8)}
+_BITS = {"8 bits": (8, "8"), "4-bit weights": (4, "null")}  # codes of 4 bits are stored as such beside floats alone
 _SPARSITIES = (0.25, 0.5, 0.75)
 _VOCAB = "vocab"
 _LEFT = "parameters that are left"
@@ -69,7 +69,8 @@ def search(
         if not _is_said(changes, f"student.{name}", f"student.{name.removeprefix('num_')}")
     }  # fmt: skip
     structures = [] if _is_said(changes, "pruning") else _structures(first)
-    bits = [] if _is_said(changes, "quantization.weight_bits", "quantization.activation_bits") else [*_BITS]
+    bits = [*_BITS][:1] if first.recipe.export is None or first.recipe.export.integer_convolutions else [*_BITS]
+    bits = [] if _is_said(changes, "quantization.weight_bits", "quantization.activation_bits") else bits
     runtimes = [] if goals.max_latency is None else _runtimes(first, changes)
     if storage is None:
         (folder / SEARCH).mkdir(parents=True, exist_ok=True)
