@@ -188,7 +188,7 @@ ENTRIES: dict[str, Entry] = {
     "roformer": _text("RoFormer", "RoFormer", {**T, "embedding_size": 32}),
     "perceiver": _text("Perceiver", "Perceiver", dict(
         vocab_size=VOCABULARY, num_latents=8, d_latents=32, d_model=16, num_blocks=1, num_self_attends_per_block=2,
-        num_self_attention_heads=4, num_cross_attention_heads=4, max_position_embeddings=64, num_labels=3,
+        num_self_attention_heads=4, num_cross_attention_heads=4, max_position_embeddings=12, num_labels=3,
         initializer_range=0.2)),
     "gpt2": _decoder("GPT-2", "GPT2", _gpt2(n_inner=48), "GPT2LMHeadModel"),
     "gpt-neo": _decoder("GPT-Neo", "GPTNeo", dict(
