@@ -25,7 +25,7 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as Pictures
 from PIL import ImageDraw
-from tasks import images, names_of, sounds, steps, texts, words
+from tasks import names_of, sounds, steps, texts, words
 from text_classification import pretrained
 from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, processors
 from transformers import (
@@ -312,10 +312,6 @@ CARDS = {
         data="tatoeba_en_de", base=translator, teaching=steps(300, 2e-3), training=steps(100, 1e-3), recipe=BOTH,
         read={"max_length": 24, "text_columns": ["en", "de"]}, sizes=(20000, 200),
     ),
-    "image-classification": Card(
-        data="fashion_mnist", base=of_features(images([24, 48, 96], 1)), teaching=steps(100, 3e-3, 64),
-        training=steps(80, 3e-3, 64), recipe={"objectives": LOGITS, "export": {"integer_convolutions": True}}, sizes=(8000, 1000),
-    ),
     "image-segmentation": Card(
         data="bccd", rows=masks, base=pixels, teaching=steps(200, 1e-3, 8), training=steps(100, 5e-4, 8),
         recipe={"objectives": LOGITS, "pruning": {"structure": "neuron", "sparsity": 0.25, "plain_checkpoint": False}}, sizes=(205, 72),
@@ -331,7 +327,7 @@ CARDS = {
         data="fsdd", base=letters, teaching=steps(400, 1e-3, 16), training=steps(60, 1e-3, 16), recipe=HALF, sizes=(2700, 300),
     ),
     "speech-whisper": Card(
-        data="fsdd", base=transcriber, teaching=steps(160, 2e-3, 16), training=steps(80, 1e-3, 16), recipe=BOTH, sizes=(2700, 300),
+        data="fsdd", base=transcriber, teaching=steps(600, 1e-3, 16), training=steps(200, 1e-3, 16), recipe=BOTH, sizes=(2700, 300),
     ),
 }  # fmt: skip
 

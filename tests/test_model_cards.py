@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import BertModel, ViTImageProcessor
+from transformers import BertModel
 
 from hfkdq import CompressionReport, PruningSpec, export_onnx, prune
 from tests import tiny
@@ -19,7 +19,7 @@ CARDS = sorted((ROOT / "model_cards").glob("*.json"))
 SMALL = {
     "BertForSequenceClassification": tiny.bert, "BertForTokenClassification": tiny.bert_tokens, "BertForMaskedLM": tiny.bert_mlm,
     "BertForQuestionAnswering": tiny.bert_qa, "LlamaForCausalLM": tiny.llama, "T5ForConditionalGeneration": tiny.t5,
-    "BertModel": lambda: BertModel(tiny.bert_config(), add_pooling_layer=False).eval(), "ResNetForImageClassification": tiny.resnet,
+    "BertModel": lambda: BertModel(tiny.bert_config(), add_pooling_layer=False).eval(),
 }  # fmt: skip
 IN_EXAMPLES = {
     "ASTForAudioClassification": "sounds", "WhisperForConditionalGeneration": "spelled_sounds", "Wav2Vec2BertForCTC": "spectrograms",
@@ -34,8 +34,7 @@ def made(tmp_path):
 
     def make(name):
         if name in SMALL:
-            is_image = name.startswith("ResNet")
-            return SMALL[name](), ViTImageProcessor(size={"height": 32, "width": 32}) if is_image else tiny.tokenizer()
+            return SMALL[name](), tiny.tokenizer()
         function = getattr(importlib.import_module("made_up"), IN_EXAMPLES[name])
         _, processor, model = function(*[tmp_path / "made"] * (name[:3] in ("Whi", "Wav")))
         return model.eval(), processor

@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 def optimum_class(auto: str) -> str:
     """The class of Optimum that loads files of the models of an `AutoModelFor...`; empty where there is none."""
     auto = auto.replace("ForTextEncoding", "ForFeatureExtraction")
-    return "" if auto == "AutoModelForObjectDetection" else auto.replace("AutoModel", "ORTModel")
+    return "" if auto in ("AutoModelForObjectDetection", "AutoModelForCTC") else auto.replace("AutoModel", "ORTModel")
 
 
 def file_name(suffix: str) -> str:
