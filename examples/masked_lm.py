@@ -14,6 +14,7 @@ al., 2019). The classifier, of the same tokenizer as the language model, teaches
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def learned_language(args: Arguments, tokenizer: Any, raw: Any, training_args: T
     )
     last = {args.num_student_layers - 1: teacher.config.num_hidden_layers - 1}
     if args.text_steps:
+        first = copy.copy(training_args)
+        first.output_dir, first.max_steps = str(folder), args.text_steps
         trainer = DistillationTrainer(
-            student, TrainingArguments(**{**training_args.to_dict(), "output_dir": str(folder), "max_steps": args.text_steps}),
-            train_dataset=encoded, processing_class=tokenizer, data_collator=mask, teacher_model=teacher,
+            student, first, train_dataset=encoded, processing_class=tokenizer, data_collator=mask, teacher_model=teacher,
             objectives=[TaskLoss(), LogitKD(temperature=2.0), HiddenStateKD(layers=last, distance="cosine")],
         )  # fmt: skip
         trainer.train()

@@ -30,13 +30,8 @@ def find_head(student: Any, teacher: Any, common_ids: bool = False) -> heads.Hea
     signatures = {"student": signature_of(student), "teacher": signature_of(teacher)}
     kinds = {role: kind_of(signature) for role, signature in signatures.items()}
     for role, other in (("student", "teacher"), ("teacher", "student")):
-        axes = [len(signatures[one].shape("logits") or ()) for one in (role, other)]
-        if (
-            kinds[role] == _EXAMPLE
-            and _is_own(signatures[role])
-            and axes[0] == axes[1]
-            and kinds[other] in (CAUSAL, _TOKENS, SYMBOLS, PIXELS)
-        ):
+        may_be = kinds[role] == _EXAMPLE and kinds[other] in (CAUSAL, _TOKENS, SYMBOLS, PIXELS)
+        if may_be and _is_own(signatures[role]) and _axes(signatures[role]) == _axes(signatures[other]):
             kinds[role] = kinds[other]  # nothing else says what a class of the user's own predicts
     if kinds["student"] != kinds["teacher"]:
         raise ValueError(
@@ -87,6 +82,10 @@ def kind_of(signature: ModelSignature) -> str:
         return "several labels at once"
     single = signature.model_class.endswith("Classification") and getattr(config, "num_labels", None) == 1
     return "numbers" if problem == "regression" or single else _EXAMPLE
+
+
+def _axes(signature: ModelSignature) -> int:
+    return len(signature.shape("logits") or ())
 
 
 def _is_own(signature: ModelSignature) -> bool:
