@@ -485,6 +485,7 @@ def test_inspect_refuses_what_is_none(tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.one_line
 def test_bench_times_files_and_checkpoints_at_every_size(small, exported, capsys):
     given = ["bench", str(exported), f"file={exported / 'model.onnx'}"]
     assert main([*given, "--batch-size", "1", "2", "--length", "8", "--rounds", "2", "--json"]) == 0
@@ -507,6 +508,7 @@ def test_bench_times_files_and_checkpoints_at_every_size(small, exported, capsys
     assert json.loads(capsys.readouterr().out)[0]["length"] == 64  # it takes no more
 
 
+@pytest.mark.one_line
 def test_bench_tells_what_cannot_be_timed_in_one_line(small, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     shutil.copy(small / "config.json", tmp_path / "empty")

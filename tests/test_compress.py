@@ -637,6 +637,7 @@ def searching(given, out, *options):
     return ["compress", str(given / "model"), "--data", str(given / "rows.csv"), "--output-dir", str(out), *options]
 
 
+@pytest.mark.one_line
 def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_path, capsys, monkeypatch):
     pushed = []
     monkeypatch.setattr(
@@ -694,6 +695,7 @@ def test_a_search_tries_vocabularies_and_runtimes_where_there_are_some(given, mo
     ]
 
 
+@pytest.mark.one_line
 def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_path):
     """In the end, with a tokenizer and rows of its own; the teacher keeps its own."""
     texts = [" ".join(f"w{(i * j) % 30}" for j in range(1, 9)) for i in range(40)]
@@ -720,6 +722,7 @@ def test_a_student_loses_the_tokens_that_its_training_does_not_use(given, tmp_pa
     assert "of the vocabulary" in (out / "README.md").read_text()
 
 
+@pytest.mark.one_line
 def test_a_vocabulary_goes_beside_what_else_is_pruned(given, tmp_path):
     texts = [" ".join(f"w{(i * j) % 30}" for j in range(1, 9)) for i in range(40)]
     Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(40)]}).to_parquet(tmp_path / "rows.parquet")
@@ -742,6 +745,7 @@ def test_a_vocabulary_goes_beside_what_else_is_pruned(given, tmp_path):
     )
 
 
+@pytest.mark.one_line
 def test_what_is_said_of_a_recipe_holds_in_every_trial(given, tmp_path, monkeypatch, capsys):
     tried = []
 
@@ -766,6 +770,7 @@ def test_what_is_said_of_a_recipe_holds_in_every_trial(given, tmp_path, monkeypa
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+@pytest.mark.one_line
 def test_the_runtime_that_meets_a_time_is_chosen(given, tmp_path, monkeypatch):
     """The times are made up: which of two runtimes is faster depends on the machine."""
 
@@ -814,6 +819,7 @@ def test_a_small_model_is_held_against_others_that_are_no_larger():
     assert ended == [False, False, True, True, False, True]
 
 
+@pytest.mark.one_line
 def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "1", "--max-latency", "1us")
     command = searching(given, out, *settings)
@@ -825,6 +831,7 @@ def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path
     assert "The study that is there has another changes" in capsys.readouterr().err
 
 
+@pytest.mark.one_line
 def test_in_several_processes_the_first_one_writes(given, tmp_path):
     script = tmp_path / "run.py"
     script.write_text("import sys\nfrom hfkdq.cli import main\nassert main(sys.argv[1:]) == 0\n")

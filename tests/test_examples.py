@@ -262,6 +262,7 @@ def test_small_files_hold_no_token_of_the_words_that_no_text_has(run, tmp_path):
     assert sizes[1] < 0.3 * sizes[0]
 
 
+@pytest.mark.one_line
 def test_speech_is_read_from_files(run, tmp_path, data_folder):
     made_up = importlib.import_module("made_up")
     _, processor, teacher = made_up.speech(tmp_path / "teacher")
