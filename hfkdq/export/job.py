@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -254,10 +255,10 @@ class ExportJob:
             with rope_by_length(model), images_together(model):
                 return self.backend.trace(model, folder, self.task, self.batches, fold_constants=fold_constants)
         except Exception as error:
-            if not type(error).__module__.startswith("torch."):  # as those of the exporter, and of the tracer below it
+            if isinstance(error, (OSError, MemoryError)) or _is_own(error):
                 raise
             raise RuntimeError(
-                f"PyTorch's exporter cannot write {type(model).__name__} ({type(error).__name__}: {brief(error)}). Nothing was "
+                f"The exporter cannot write {type(model).__name__} ({type(error).__name__}: {brief(error)}). Nothing was "
                 f"written; this is so of the float model too. The exporter that goes with Transformers 4 or 5, whichever this is not, "
                 f"may write it. {WITHOUT_FILE}"
             ) from error
@@ -273,6 +274,15 @@ class ExportJob:
         data: Iterable[Batch] = chain(self.batches, (model_inputs(self.model, batch) for batch in self.rest))
         spec = _fitted(spec, self.float_model) if precision.is_fitted else spec
         return quantize(copy.deepcopy(self.float_model), spec, data).eval()
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether an error comes out of this package: neither of the exporter, nor of the tracer below it, nor of the model's code."""
+    frames = [
+        frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name != "__torch_function__"
+    ]
+    inside = str(frames[-1].f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
+    return inside and not type(error).__module__.startswith("torch.")
 
 
 def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:

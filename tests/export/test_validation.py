@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from transformers import DataCollatorForTokenClassification
+from transformers import BertForSequenceClassification, DataCollatorForTokenClassification
 
 from hfkdq import QuantizationSpec, export_onnx, quantize
 from hfkdq.export.job import ExportJob
@@ -361,3 +361,20 @@ def test_no_ratio_is_recorded_where_the_machine_was_too_busy():
     found = Timing(1, 2).facts("int8", {"int8": fast, "float32": plain}, inputs)
     assert found["speedup"] == pytest.approx(24.0)
     assert found["speedup_interval"] == pytest.approx([24.0, 24.0])
+
+
+def test_what_the_code_of_a_model_raises_while_it_is_traced_is_told_as_that(tmp_path):
+    """OWL-ViT divides the rows of its texts by the number of images, SpeechT5 asks for a vocoder."""
+
+    class Watchful(BertForSequenceClassification):
+        def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
+            if torch.jit.is_tracing() or torch.compiler.is_compiling():
+                raise LookupError("not while somebody looks")
+            return super().forward(input_ids, attention_mask, token_type_ids, labels=labels, **kwargs)
+
+    model = Watchful(tiny.bert().config).eval()
+    with pytest.raises(
+        RuntimeError, match=r"The exporter cannot write Watchful \(.*not while somebody looks.*without a file"
+    ):
+        export_onnx(model, tmp_path / "onnx", quantization="float32")
+    assert not (tmp_path / "onnx").exists()
