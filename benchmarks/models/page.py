@@ -70,7 +70,7 @@ def _first_sentences(text: str, most: int = 260) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([<>|*_`\[\]])", r"\\\1", text)
+    return re.sub(r"([<>|*_`\[\]])", r"\\\1", text.replace("](", "] ("))  # no link
 
 
 def _cell(entry: Entry, name: str, cell: str, found: dict[str, Any], notes: _Notes) -> str:
