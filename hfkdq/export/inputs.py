@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling.forwards import decoder_inputs, forward_columns
 from ..modeling.masks import Batch
-from ..modeling.tasks import TASKS, class_names, written
+from ..modeling.tasks import TASKS, decodes
 from .defaults import neutral
 from .dummies import tokenizer_outputs
 from .protocol import PAST
@@ -65,7 +65,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> Tensors:
 def _lacks_decoder(model: Any, found: Tensors) -> bool:
     """Whether a model that writes a text after another input is not told what its decoder reads."""
     given = found.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
-    return not given and written(class_names(model), model.config) == "the tokens of a decoder"
+    return not given and decodes(model)
 
 
 def is_label(name: str) -> bool:

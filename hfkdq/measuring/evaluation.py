@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..bars import bars_are_seen
 from ..metrics.tasks import TaskMetrics
 from ..modeling.forwards import SHIFT, TEACHER_PREFIX, decoder_inputs, forward_columns, return_dict_kwargs
-from ..modeling.tasks import class_names, written
+from ..modeling.tasks import decodes
 
 logger = logging.get_logger(__name__)
 # Outputs whose last axis are classes, or the tokens where an answer begins and ends.
@@ -232,8 +232,7 @@ def with_decoder_inputs(
     """A batch with the decoder's inputs, made of the labels, for a model that writes a text after another input."""
     labels = [batch[name] for name in label_names if name in batch]
     is_text = len(labels) == 1 and isinstance(labels[0], Tensor)
-    decodes = written(class_names(model), getattr(model, "config", None)) == "the tokens of a decoder"
-    if not is_text or "decoder_input_ids" in batch or not (decodes or hasattr(model, SHIFT)):
+    if not is_text or "decoder_input_ids" in batch or not (decodes(model) or hasattr(model, SHIFT)):
         return batch
     return {**batch, "decoder_input_ids": decoder_inputs(model, labels[0])}
 

@@ -18,7 +18,7 @@ from transformers.utils import find_labels
 
 from .forwards import TEACHER_PREFIX, as_output, base_of, evaluating, forward_columns, return_dict_kwargs
 from .masks import Batch
-from .tasks import class_names, written
+from .tasks import decodes
 
 _ALONG = {
     "input_ids": ("attention_mask", "token_type_ids", "position_ids"),
@@ -117,7 +117,7 @@ def model_inputs(model: Any, batch: Batch, labels: Collection[str], *, as_teache
     if (
         read.get("labels") is not None
         and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
-        and written(class_names(model), model.config) == "the tokens of a decoder"
+        and decodes(model)
     ):
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         labelled = read["labels"]

@@ -89,6 +89,11 @@ def class_names(model: Any) -> list[str]:
     return [cls.__name__ for cls in type(model).__mro__]
 
 
+def decodes(model: Any) -> bool:
+    """Whether a model writes a text with a decoder, after what an encoder reads."""
+    return written(class_names(model), getattr(model, "config", None)) == "the tokens of a decoder"
+
+
 def tasks_of(model: Any) -> list[Task]:
     """The tasks that a model's class, or one that it inherits from, is listed for."""
     names = class_names(model)

@@ -30,7 +30,7 @@ from ..measuring.latency import TimedEngine, check_counts, time_engines, total_l
 from ..measuring.torch_engine import torch_call
 from ..metrics.tasks import metrics_for
 from ..modeling.own_modules import as_pretrained_
-from ..modeling.tasks import CLASSIFICATION, class_names, is_listed, task_of, written
+from ..modeling.tasks import CLASSIFICATION, decodes, is_listed, task_of
 from ..provenance import RUN, describe_files, weight_files
 from .data import Engine, named_precisions, row_name
 from .environment import describe_environment
@@ -302,9 +302,7 @@ def _describe_torch(row: _Row, metrics: dict[str, float], folder: Path) -> tuple
         logger.warning(f"The {name} is not timed: its class, {type(model).__name__}, is not known to another process.")
         return engine, []
     example = row.evaluation.first_example(model)
-    if (
-        written(class_names(model), model.config) == "the tokens of a decoder"
-    ):  # the first token, as the files are timed on
+    if decodes(model):  # the first token, as the files are timed on
         example.setdefault("decoder_input_ids", np.zeros((1, 1), np.int64))
     return engine, [TimedEngine(name, torch_call, folder, example)]
 
