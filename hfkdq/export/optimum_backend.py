@@ -24,7 +24,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES, DummyPastKeyValuesGenerator, Nor
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..modeling.forwards import forward_columns
+from ..modeling.forwards import EMBEDDINGS, forward_columns
 from ..modeling.tasks import is_bare, tasks_of
 from . import runner
 from .choices import WITHOUT_FILE
@@ -97,8 +97,10 @@ def _inferred_task(model: PreTrainedModel, supported: list[str]) -> str:
     listed = next((entry.name for entry in tasks_of(model) if entry.name in supported), None)
     # PatchTST has one for heads.
     headed = [task for task in supported if task != "feature-extraction" or is_bare(model)]
-    if listed is not None or len(headed) == 1:
-        return listed or headed[0]
+    # A tower with a projection (CLIP's) has no task in Transformers.
+    possible = headed or ([] if tasks_of(model) else supported)
+    if listed is not None or len(possible) == 1:
+        return listed or possible[0]
     raise ValueError(
         f"Optimum cannot tell the task of {type(model).__name__}. Pass one as task=: {', '.join(supported)}."
     )
@@ -222,12 +224,12 @@ def _follow_(config: OnnxConfig, model: PreTrainedModel, task: str, batches: Seq
     with torch.no_grad():
         output = model(**batch)
     names = list(file_outputs(model, output, task))
-    if not is_own(model):
-        names = [name for name in output if name in (*config.outputs, SENTENCE_EMBEDDING)] or names
+    known_axes = {**config.outputs, SENTENCE_EMBEDDING: {0: "batch_size"}}
+    if not is_own(model) and not known_axes.keys().isdisjoint(output):
+        names = [name for name in output if name in {*known_axes, *EMBEDDINGS}]
     order = [*(name for name in inspect.signature(model.forward).parameters if name in batch), *batch]
     inputs = {name: config.inputs.get(name) or axes_of(name, batches, task, any_size) for name in dict.fromkeys(order)}
     lengths = {batch[name].shape[axis]: known for name, axes in inputs.items() for axis, known in axes.items() if axis}
-    known_axes = {**config.outputs, SENTENCE_EMBEDDING: {0: "batch_size"}}
     outputs = {
         name: known_axes.get(name)
         or {0: "batch_size"} | {axis: lengths[n] for axis, n in enumerate(output[name].shape) if axis and n in lengths}

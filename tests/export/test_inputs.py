@@ -333,3 +333,20 @@ def test_a_file_takes_as_many_images_as_come(tmp_path):
     for count in (1, len(batch["input_ids"])):
         less = {name: value[:count] for name, value in batch.items()}
         assert difference(folder, model, less) <= FLOAT_TOLERANCE * largest
+
+
+@pytest.mark.parametrize("task", [None, "feature-extraction"])
+@pytest.mark.parametrize("kind", ["Text", "Vision"])
+def test_a_tower_with_a_projection_keeps_its_embeddings(tmp_path, kind, task):
+    torch.manual_seed(0)
+    own = {"vocab_size": 99, "eos_token_id": 2} if kind == "Text" else {"image_size": 16, "patch_size": 8}
+    sizes = {
+        name: value for name, value in SIZES.items() if name not in ("vocab_size", "num_labels", "initializer_range")
+    }
+    config = getattr(tf, f"CLIP{kind}Config")(**sizes, **own, projection_dim=8)
+    model = getattr(tf, f"CLIP{kind}ModelWithProjection")(config).eval()
+    folder, _ = written(model, tmp_path, task=task)
+    text = {"input_ids": torch.randint(3, 99, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    batch = text if kind == "Text" else {"pixel_values": torch.randn(3, 3, 16, 16)}
+    for name in (f"{kind.lower().replace('vision', 'image')}_embeds", "last_hidden_state"):
+        assert difference(folder, model, batch, name) < 1e-5
