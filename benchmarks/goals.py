@@ -92,10 +92,10 @@ def write_digits(folder: Path) -> None:
 
 TASKS = {
     "digits": Task(
-        base=images, teaching=steps(500, 1e-3), training=steps(40, 2e-3, 64), goals=("--keep=0.97", "--max-size=320kB"), trials=6,
+        base=images, teaching=steps(500, 1e-3), training=steps(40, 2e-3, 64), goals=("--keep=0.97", "--max-size=320kB"), trials=8,
     ),
     "rotten_tomatoes": Task(
-        base=texts, teaching=steps(400, 1e-3), training=steps(80, 1e-3, 64), goals=("--keep=0.97", "--max-size=900kB"), trials=6,
+        base=texts, teaching=steps(400, 1e-3), training=steps(80, 1e-3, 64), goals=("--keep=0.97", "--max-size=1MB"), trials=8,
         rows=("data.max_length=64",),
     ),
 }  # fmt: skip

@@ -819,6 +819,26 @@ def test_a_small_model_is_held_against_others_that_are_no_larger():
     assert ended == [False, False, True, True, False, True]
 
 
+def test_trials_that_are_too_large_are_none_of_those_that_were_asked_for(given, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def carry_out(setup, *_):
+        tried.append(setup.recipe.student.num_layers)
+        raise ValueError("that was it")
+
+    monkeypatch.setattr("hfkdq.cli.compress_search.carry_out", carry_out)
+    monkeypatch.setattr("hfkdq.cli.compress_search._structures", lambda setup: [])
+    monkeypatch.setattr("hfkdq.cli.compress_search.layer_counts", lambda model: {"num_layers": 4})
+    goals = ("--use_cpu", "--keep", "0.5", "quantization={weight_bits: 8, activation_bits: 8}")
+    number = [sum(p.numel() for p in tiny.bert(layers=n).parameters()) for n in (2, 3)]
+    for folder, bound in (("some", sum(number) / 2), ("none", 1)):
+        assert main([*searching(given, tmp_path / folder, *goals, "--trials", "2", "--max-size", f"{bound}B")]) == 1
+    assert len(tried) == 2
+    assert set(tried) <= {1, 2}
+    assert "2 failed, the last with" in (told := capsys.readouterr().err)
+    assert "No trial came to its end" in told.splitlines()[-1]
+
+
 @pytest.mark.one_line
 def test_a_bound_that_cannot_be_met_is_told_with_what_is_missing(given, tmp_path, capsys):
     out, settings = tmp_path / "out", (*SHORT[:2], "--use_cpu", "--trials", "1", "--max-latency", "1us")

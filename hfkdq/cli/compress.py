@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trials",
         type=int,
         metavar="N",
-        help=f"recipes that are tried, in all processes together (default: {_TRIALS})",
+        help=f"recipes that are trained, in all processes together (default: {_TRIALS})",
     )
     goals.add_argument(
         "--storage", metavar="URL", help="Optuna's storage of the study (default: a file in the output folder)"

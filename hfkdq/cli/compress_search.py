@@ -36,7 +36,7 @@ _STUDY = "hfkdq compress"
 _BITS = {"8 bits": (8, "8"), "4-bit weights": (4, "null")}  # codes of 4 bits are stored as such beside floats alone
 _SPARSITIES = (0.25, 0.5, 0.75)
 _VOCAB = "vocab"
-_LEFT = "parameters that are left"
+_LEFT, _LARGE = "parameters that are left", "too large to be trained"
 # Four looks at every training: the pruner ends those that are behind at one of them.
 _WATCHED = ("training.eval_strategy=steps", "training.eval_steps=0.25", "training.save_strategy=no")
 
@@ -51,7 +51,7 @@ def search(
         changes (list of `str`): `key=value` for all recipes.
         goals ([`Goals`]): what is to be met.
         folder (`Path`): where to write; trials and study are in `search/` below it.
-        trials (`int`): in all processes that share the study.
+        trials (`int`): that are trained, in all processes that share the study.
         storage (`str`, *optional*): Optuna's URL of it; a file of SQLite in `search/` by default.
         source (`str`): what errors call the recipes.
 
@@ -94,12 +94,12 @@ def search(
         if found := outcomes_of(study):
             Console().print(frontier(found, study, goals))
 
-    enough = optuna.study.MaxTrialsCallback(
-        trials, states=[getattr(optuna.trial.TrialState, name) for name in ("COMPLETE", "PRUNED", "FAIL")]
-    )
-    left = trials - sum(trial.state.is_finished() for trial in study.trials)
-    if left > 0:
-        study.optimize(attempt, n_trials=left, callbacks=[show, enough], catch=(ValueError, RuntimeError))
+    def end(study: Any, _: Any) -> None:
+        if are_enough(study, trials):
+            study.stop()
+
+    if not are_enough(study, trials):
+        study.optimize(attempt, callbacks=[show, end], catch=(ValueError, RuntimeError))
     found = outcomes_of(study)
     best = goals.best(found)
     if best is None:
@@ -118,6 +118,12 @@ def _study(optuna: Any, storage: str) -> Any:
         raise ValueError(
             f"The study cannot be kept in {storage.rpartition('@')[2]}: {brief(error)}. Name another --storage, a URL such as sqlite:///study.db."
         ) from None
+
+
+def are_enough(study: Any, trials: int) -> bool:
+    """Whether a study has its trials. One that is too large to be trained takes a second and counts a tenth."""
+    finished = [_LARGE in trial.user_attrs for trial in study.trials if trial.state.is_finished()]
+    return 10 * finished.count(False) + finished.count(True) >= 10 * trials
 
 
 def outcomes_of(study: Any) -> dict[int, Outcome]:
@@ -263,6 +269,7 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
     least = numbers * bits / 8 * share**2  # of hidden width both axes go
     trial.set_user_attr(_LEFT, numbers * share)
     if goals.max_size is not None and least > goals.max_size:
+        trial.set_user_attr(_LARGE, True)
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 
 

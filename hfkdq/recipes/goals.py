@@ -101,7 +101,7 @@ class Goals:
             missed = self.missed(outcomes[nearest])
             told = ["every bound is met by some trial, and never all together"]
             told += [f"trial {nearest} misses {name} by {share:.1%}" for name, share in missed.items()]
-        return f"After {len(outcomes)} trials no model meets all bounds; {'; '.join(told)}."
+        return f"Of {len(outcomes)} trials that came to their end none meets all bounds; {'; '.join(told)}."
 
 
 def parse_size(text: str) -> float:
