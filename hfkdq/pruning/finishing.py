@@ -75,7 +75,7 @@ def rehearse(model: PreTrainedModel, spec: PruningSpec) -> None:
     except Exception as error:  # whatever a class raises that cannot run so
         wrong = f"{_NOT_RUN[step]} ({type(error).__name__}: {brief(error)})"
     if wrong is not None:
-        mask = "" if step == "masked" else "cut='mask', or "
+        mask = "" if step == "masked" or spec.structure in ("layer", "hidden") else "cut='mask', or "
         raise ValueError(
             f"structure={spec.structure!r} does not fit {type(model).__name__}: tried on a copy, with units {step} it {wrong}. "
             f"Nothing is changed. Use {mask}another structure: 'weight' fits any model."

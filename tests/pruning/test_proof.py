@@ -265,6 +265,18 @@ def test_a_refusal_advises_what_works(family):
         assert set(re.findall(r"structure='(\w+)'", each)) == fits
 
 
+@pytest.mark.parametrize(
+    ("family", "structure"),
+    [("depth-anything", "layer"), ("longformer", "head"), ("funnel", "hidden")],
+)
+def test_what_is_left_of_a_structure_that_does_not_fit_works(family, structure):
+    model = ENTRIES[family].make()
+    if not (message := refusal(model, structure)):
+        pytest.skip("it fits")
+    for cut in [{"cut": "mask", "structure": structure}] * ("cut='mask'" in message) + [{"structure": "weight"}]:
+        prune(copy.deepcopy(model), PruningSpec(sparsity=0.5, plain_checkpoint=False, **cut))
+
+
 def test_a_disk_that_is_full_is_no_fault_of_a_model(monkeypatch):
     def fails(self, folder, **_):
         raise SafetensorError("No space left on device (os error 28)")
