@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as Pictures
 from PIL import ImageDraw
-from tasks import names_of, sounds, steps, texts, words
+from tasks import Made, boxes, letters, names_of, sounds, steps, texts, vocabulary_file, words
 from text_classification import pretrained
 from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, processors
 from transformers import (
@@ -37,33 +36,23 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
-    SeamlessM4TFeatureExtractor,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
     T5Config,
     T5ForConditionalGeneration,
-    Wav2Vec2BertConfig,
-    Wav2Vec2BertForCTC,
-    Wav2Vec2BertProcessor,
-    Wav2Vec2CTCTokenizer,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperProcessor,
     WhisperTokenizerFast,
-    YolosConfig,
-    YolosForObjectDetection,
-    YolosImageProcessor,
     set_seed,
 )
 
 from hfkdq import CompressionReport
 from hfkdq.cli.main import main as hfkdq
 
-Made = tuple[PreTrainedModel, Any]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MINILM = {"base_model": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0", "language": "en"}
 
@@ -74,7 +63,7 @@ class Card:
 
     Args:
         data (`str`): folder of the data set; `rows` makes of it what the task reads, by default its first rows at random.
-        base (`Callable`): from the data to the model before its training, and its processor.
+        base (`Callable`): from the rows that are trained on to the model before its training, and its processor.
         teaching, training (`dict`): training arguments of teacher and student; without `teaching` the base is the teacher.
         recipe (`dict`): other sections of the student's recipe.
         read (`dict`): how the rows are read.
@@ -83,7 +72,7 @@ class Card:
     """
 
     data: str
-    base: Callable[[DatasetDict], Made]
+    base: Callable[[Dataset], Made]
     training: dict[str, Any]
     teaching: dict[str, Any] | None = None
     rows: Callable[[Any], Any] = lambda rows: rows
@@ -152,16 +141,16 @@ def tokenizer_of(lines: Iterable[str], size: int, template: str | None) -> PreTr
     )  # fmt: skip
 
 
-def sentence_pairs(data: DatasetDict) -> Made:
-    names = names_of(data["train"].features["label"])
+def sentence_pairs(rows: Dataset) -> Made:
+    names = names_of(rows.features["label"])
     return AutoModelForSequenceClassification.from_pretrained(pretrained(), **names), _tokenizer()
 
 
-def answers(data: DatasetDict) -> Made:
+def answers(rows: Dataset) -> Made:
     return AutoModelForQuestionAnswering.from_pretrained(pretrained()), _tokenizer()
 
 
-def embeddings(data: DatasetDict) -> Made:
+def embeddings(rows: Dataset) -> Made:
     return AutoModel.from_pretrained(pretrained(), add_pooling_layer=False), _tokenizer()
 
 
@@ -169,8 +158,8 @@ def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(pretrained())
 
 
-def masked_words(data: DatasetDict) -> Made:
-    tokenizer = tokenizer_of(data["train"]["text"], 3000, "[CLS] $A [SEP]")
+def masked_words(rows: Dataset) -> Made:
+    tokenizer = tokenizer_of(rows["text"], 3000, "[CLS] $A [SEP]")
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
         max_position_embeddings=64, pad_token_id=0, type_vocab_size=1,
@@ -178,8 +167,8 @@ def masked_words(data: DatasetDict) -> Made:
     return BertForMaskedLM(config), tokenizer
 
 
-def next_words(data: DatasetDict) -> Made:
-    tokenizer = tokenizer_of(data["train"]["text"], 3000, None)
+def next_words(rows: Dataset) -> Made:
+    tokenizer = tokenizer_of(rows["text"], 3000, None)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
@@ -187,8 +176,8 @@ def next_words(data: DatasetDict) -> Made:
     return LlamaForCausalLM(config), tokenizer
 
 
-def translator(data: DatasetDict) -> Made:
-    lines = [text for language in ("en", "de") for text in data["train"][language]]
+def translator(rows: Dataset) -> Made:
+    lines = [text for language in ("en", "de") for text in rows[language]]
     tokenizer = tokenizer_of(lines, 3000, "$A [SEP]")
     config = T5Config(
         vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=512, num_layers=4, num_heads=4, decoder_start_token_id=0,
@@ -199,36 +188,14 @@ def translator(data: DatasetDict) -> Made:
     return model, tokenizer
 
 
-def letters(data: DatasetDict) -> Made:
-    """A frame every 20 ms."""
-    symbols = ["<pad>", "<unk>", "|", *sorted(set("".join(data["train"]["text"])))]
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = Wav2Vec2CTCTokenizer(_vocabulary(folder, symbols), pad_token="<pad>", unk_token="<unk>")
-    extractor = SeamlessM4TFeatureExtractor(feature_size=40, num_mel_bins=40)
-    config = Wav2Vec2BertConfig(
-        vocab_size=len(symbols), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        feature_projection_input_dim=80, conv_depthwise_kernel_size=7, pad_token_id=0, ctc_loss_reduction="mean",
-        ctc_zero_infinity=True, apply_spec_augment=False, layerdrop=0.0, position_embeddings_type="relative_key",
-        left_max_position_embeddings=16, right_max_position_embeddings=8,
-    )  # fmt: skip
-    return Wav2Vec2BertForCTC(config), Wav2Vec2BertProcessor(extractor, tokenizer)
-
-
-def _vocabulary(folder: str, symbols: list[str]) -> str:
-    """A file with the numbers of the symbols."""
-    file = Path(folder, "vocab.json")
-    file.write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
-    return str(file)
-
-
-def transcriber(data: DatasetDict) -> Made:
+def transcriber(rows: Dataset) -> Made:
     """A Whisper for a second of sound, which spells letter by letter."""
     marks = ["<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *marks]
     with tempfile.TemporaryDirectory() as folder:
         merges = Path(folder, "merges.txt")
         merges.write_text("#version: 0.2\n")
-        tokenizer = WhisperTokenizerFast(_vocabulary(folder, symbols), str(merges))
+        tokenizer = WhisperTokenizerFast(vocabulary_file(folder, symbols), str(merges))
     tokenizer.add_special_tokens({"pad_token": marks[0], "additional_special_tokens": marks})
     tokenizer.set_prefix_tokens(predict_timestamps=False)
     extractor = WhisperFeatureExtractor(feature_size=40, sampling_rate=8000, chunk_length=1, hop_length=160, n_fft=400)
@@ -244,23 +211,7 @@ def transcriber(data: DatasetDict) -> Made:
     return model, WhisperProcessor(extractor, tokenizer)
 
 
-def boxes(data: DatasetDict) -> Made:
-    size = [96, 128]
-    config = YolosConfig(
-        image_size=size, patch_size=16, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        num_detection_tokens=30, initializer_range=0.05, **names_of(_categories(data)),
-    )  # fmt: skip
-    model = YolosForObjectDetection(config)
-    model.vit.embeddings.detection_tokens.data.normal_()  # zeros would make all queries alike
-    return model, YolosImageProcessor(size=dict(zip(("height", "width"), size, strict=True)), do_pad=False)
-
-
-def _categories(data: DatasetDict) -> Any:
-    feature = data["train"].features["objects"]
-    return getattr(feature, "feature", feature)["category"]
-
-
-def pixels(data: DatasetDict) -> Made:
+def pixels(rows: Dataset) -> Made:
     names = ["background", "RBC", "WBC", "platelets"]
     config = SegformerConfig(
         hidden_sizes=[16, 32, 64, 128], decoder_hidden_size=64, depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 8],
@@ -268,10 +219,6 @@ def pixels(data: DatasetDict) -> Made:
     )  # fmt: skip
     size = {"height": 96, "width": 128}
     return SegformerForSemanticSegmentation(config), SegformerImageProcessor(size=size, do_reduce_labels=False)
-
-
-def of_features(make: Callable[[Any], Made]) -> Callable[[DatasetDict], Made]:
-    return lambda data: make(data["train"].features)
 
 
 LOGITS: list[Any] = [{"TaskLoss": {"weight": 0.5}}, {"LogitKD": {"temperature": 2.0}}]
@@ -282,7 +229,7 @@ EIGHT = {"weight_bits": 8, "activation_bits": 8}
 
 CARDS = {
     "text-classification": Card(
-        data="rotten_tomatoes", base=of_features(texts), teaching=steps(80, 3e-4, 16), training=steps(50, 3e-4, 16),
+        data="rotten_tomatoes", base=texts, teaching=steps(80, 3e-4, 16), training=steps(50, 3e-4, 16),
         recipe=THIRD, read={"max_length": 32}, told=MINILM,
     ),
     "text-pairs": Card(
@@ -290,7 +237,7 @@ CARDS = {
         recipe=THIRD, read={"max_length": 64}, told=MINILM,
     ),
     "token-classification": Card(
-        data="wnut17", base=of_features(words), teaching=steps(80, 3e-4, 16), training=steps(50, 3e-4, 16), recipe=THIRD,
+        data="wnut17", base=words, teaching=steps(80, 3e-4, 16), training=steps(50, 3e-4, 16), recipe=THIRD,
         read={"max_length": 48}, told=MINILM,
     ),
     "question-answering": Card(
@@ -321,7 +268,7 @@ CARDS = {
         recipe={"student": {"num_layers": 2}, "objectives": ["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"]},
     ),
     "audio-classification": Card(
-        data="fsdd", base=of_features(sounds), teaching=steps(120, 1e-3, 16), training=steps(60, 1e-3, 16), recipe=THIRD, sizes=(2700, 300),
+        data="fsdd", base=sounds, teaching=steps(120, 1e-3, 16), training=steps(60, 1e-3, 16), recipe=THIRD, sizes=(2700, 300),
     ),
     "speech-ctc": Card(
         data="fsdd", base=letters, teaching=steps(400, 1e-3, 16), training=steps(60, 1e-3, 16), recipe=HALF, sizes=(2700, 300),
@@ -363,7 +310,7 @@ def make(name: str, card: Card, options: argparse.Namespace) -> bool:
     rows = prepare(card, options.data, folder / "data")
     if not (folder / "base").exists():
         set_seed(0)
-        for part in card.base(rows):
+        for part in card.base(rows["train"]):
             part.save_pretrained(folder / "base")
     common = {"data": {"train": f"{folder / 'data'}:train", "eval": f"{folder / 'data'}:test", **card.read}}
     recipe = {

@@ -13,16 +13,18 @@ the command goes on where it was. `--tasks text --seeds 0` runs less.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from quantization import residual_network, spread
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +37,15 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
+    SeamlessM4TFeatureExtractor,
     ViTImageProcessor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2BertProcessor,
+    Wav2Vec2CTCTokenizer,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
     set_seed,
 )
 
@@ -45,6 +55,7 @@ from hfkdq.report.data import Engine
 ALONE, TAUGHT, PRUNED, INT8 = "labels alone", "with the teacher", "half the neurons", "8-bit integers"
 LOGITS = [{"TaskLoss": {"weight": 0.5}}, {"LogitKD": {"temperature": 2.0}}]
 TEACHER = "teacher"
+Made = tuple[PreTrainedModel, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +67,11 @@ class Task:
     """
 
     data: str
-    base: Callable[[Any], tuple[PreTrainedModel, Any]]
+    base: Callable[[Dataset], Made]
     teaching: dict[str, Any]
     training: dict[str, Any]
     layers: int | None = None
-    small: Callable[[Any], tuple[PreTrainedModel, Any]] | None = None
+    small: Callable[[Dataset], Made] | None = None
     objectives: list[Any] = field(default_factory=lambda: LOGITS)
     pruning: dict[str, Any] = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
     export: dict[str, Any] = field(default_factory=dict)
@@ -72,33 +83,71 @@ def names_of(feature: Any) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
-def texts(features: Any) -> tuple[PreTrainedModel, Any]:
-    model = AutoModelForSequenceClassification.from_pretrained(pretrained(), **names_of(features["label"]))
+def texts(rows: Dataset) -> Made:
+    model = AutoModelForSequenceClassification.from_pretrained(pretrained(), **names_of(rows.features["label"]))
     return model, AutoTokenizer.from_pretrained(pretrained())
 
 
-def words(features: Any) -> tuple[PreTrainedModel, Any]:
-    model = AutoModelForTokenClassification.from_pretrained(pretrained(), **names_of(features["ner_tags"]))
+def words(rows: Dataset) -> Made:
+    model = AutoModelForTokenClassification.from_pretrained(pretrained(), **names_of(rows.features["ner_tags"]))
     return model, AutoTokenizer.from_pretrained(pretrained())
 
 
-def images(widths: list[int], depth: int) -> Callable[[Any], tuple[PreTrainedModel, Any]]:
-    def make(features: Any) -> tuple[PreTrainedModel, Any]:
+def images(widths: list[int], depth: int) -> Callable[[Dataset], Made]:
+    def make(rows: Dataset) -> Made:
         model = residual_network(widths, depth)
-        model.config.update(names_of(features["label"]))
+        model.config.update(names_of(rows.features["label"]))
         size = {"height": 28, "width": 28}
         return model, ViTImageProcessor(size=size, do_resize=False, image_mean=[0.286], image_std=[0.353])
 
     return make
 
 
-def sounds(features: Any) -> tuple[PreTrainedModel, Any]:
+def sounds(rows: Dataset) -> Made:
     extractor = ASTFeatureExtractor(sampling_rate=8000, num_mel_bins=64, max_length=64, mean=-6.0, std=4.0)
     config = ASTConfig(
         hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, patch_size=16, frequency_stride=16,
-        time_stride=8, max_length=64, num_mel_bins=64, hidden_dropout_prob=0.1, **names_of(features["label"]),
+        time_stride=8, max_length=64, num_mel_bins=64, hidden_dropout_prob=0.1, **names_of(rows.features["label"]),
     )  # fmt: skip
     return ASTForAudioClassification(config), extractor
+
+
+def letters(rows: Dataset) -> Made:
+    """A frame every 20 ms."""
+    symbols = ["<pad>", "<unk>", "|", *sorted(set("".join(rows["text"])))]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Wav2Vec2CTCTokenizer(vocabulary_file(folder, symbols), pad_token="<pad>", unk_token="<unk>")
+    extractor = SeamlessM4TFeatureExtractor(feature_size=40, num_mel_bins=40)
+    config = Wav2Vec2BertConfig(
+        vocab_size=len(symbols), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        feature_projection_input_dim=80, conv_depthwise_kernel_size=7, pad_token_id=0, ctc_loss_reduction="mean",
+        ctc_zero_infinity=True, apply_spec_augment=False, layerdrop=0.0, position_embeddings_type="relative_key",
+        left_max_position_embeddings=16, right_max_position_embeddings=8,
+    )  # fmt: skip
+    return Wav2Vec2BertForCTC(config), Wav2Vec2BertProcessor(extractor, tokenizer)
+
+
+def vocabulary_file(folder: str, symbols: list[str]) -> str:
+    """A file with the numbers of the symbols."""
+    file = Path(folder, "vocab.json")
+    file.write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
+    return str(file)
+
+
+def boxes(rows: Dataset) -> Made:
+    size = [96, 128]
+    config = YolosConfig(
+        image_size=size, patch_size=16, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        num_detection_tokens=30, initializer_range=0.05, **names_of(_categories(rows)),
+    )  # fmt: skip
+    model = YolosForObjectDetection(config)
+    model.vit.embeddings.detection_tokens.data.normal_()  # zeros would make all queries alike
+    return model, YolosImageProcessor(size=dict(zip(("height", "width"), size, strict=True)), do_pad=False)
+
+
+def _categories(rows: Dataset) -> Any:
+    feature = rows.features["objects"]
+    return getattr(feature, "feature", feature)["category"]
 
 
 def steps(count: int, rate: float, batch: int = 32) -> dict[str, Any]:
@@ -122,6 +171,7 @@ TASKS: dict[str, Task] = {
         training=steps(800, 3e-3, 64), pruning={"structure": "channel", "sparsity": 0.3}, export={"integer_convolutions": True},
     ),
     "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), layers=2),
+    "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), layers=2),
 }  # fmt: skip
 
 
@@ -184,8 +234,7 @@ def bases(task: Task, data: Path, folder: Path) -> None:
     for name, make in (("base", task.base), ("small", task.small)):
         if make is not None and not (folder / name).exists():
             set_seed(0)
-            rows = load_dataset(str(data / task.data), split="train[:1]")
-            for part in make(rows.features):
+            for part in make(load_dataset(str(data / task.data), split="train")):
                 part.save_pretrained(folder / name)
 
 
