@@ -19,6 +19,7 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
+from benchmarks.models.entries import ENTRIES
 from hfkdq.cli.audio import samples_of
 from hfkdq.cli.data import CALIBRATION, EVALUATION, load_rows, load_split
 from hfkdq.cli.inputs import Reader
@@ -337,3 +338,17 @@ def test_a_classifier_is_evaluated(tmp_path):
     batch = given["data_collator"](list(given["eval_dataset"]))
     assert batch["labels"].tolist() == [0, 1, 2]
     assert batch["input_ids"].shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("family", "longest"),
+    [("bert", 64), ("roberta", 63), ("opt", 64), ("gpt2", 64), ("whisper", 16), ("clip", 64), ("llama", None)],
+)
+def test_no_text_is_longer_than_the_positions_that_there_are(family, longest):
+    model = ENTRIES[family].make()
+    if longest is None:  # positions that are computed end nowhere
+        assert Reader(model, None, None, 100).longest == 100
+        return
+    assert Reader(model, None, None, longest).longest == longest
+    with pytest.raises(ValueError, match=f"more than the {longest} positions .* name {longest} at most"):
+        Reader(model, None, None, longest + 1)

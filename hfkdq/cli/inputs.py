@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from .labelled import labelled, reads_whole_rows
 from .names import LABELS
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Any]]
+_POSITIONS = re.compile(r"(^|\.)(embed_positions|position_embeddings?|wpe)$")
 _AUDIO_INPUTS = ("input_values", "input_features")
 
 
@@ -37,7 +39,7 @@ class Reader:
         self.model, self.processor = model, processor
         self.text_columns = text_columns
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.longest = max_length or _longest(self.tokenizer, model)
+        self.longest = _longest(self.tokenizer, model, max_length)
         self.cut = {"truncation": self.longest is not None, "max_length": self.longest}  # for a tokenizer
         self.rows: Dataset | None = None  # what `evaluation` read
 
@@ -149,17 +151,25 @@ class Reader:
         return decodable(rows, column, rate), encode, DataCollatorWithPadding(extractor), column
 
 
-def _longest(tokenizer: Any, model: PreTrainedModel) -> int | None:
-    """How many tokens the model takes; `None` if nothing says so."""
-    limits = [getattr(tokenizer, "model_max_length", None), getattr(model.config, "max_position_embeddings", None)]
-    # Positions of RoBERTa's kind begin after that of padding.
-    limits += [
-        table.num_embeddings - table.padding_idx - 1
+def _longest(tokenizer: Any, model: PreTrainedModel, wanted: int | None) -> int | None:
+    """How many tokens a text keeps: `wanted`, else as many as the model takes; `None` if nothing says so. Raises
+    `ValueError`: its table of positions has fewer."""
+    of_tokens = getattr(model, "main_input_name", "") == "input_ids"
+    tables = [
+        # Positions of RoBERTa's kind begin after that of padding, those of BART's at 2.
+        table.num_embeddings - getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
         for name, table in model.named_modules()
-        if isinstance(table, nn.Embedding) and table.padding_idx is not None and "position" in name.rpartition(".")[2]
+        if isinstance(table, nn.Embedding) and _POSITIONS.search(name)
+        if "vision" not in name and (of_tokens or ".encoder." not in name)
     ]
-    known = [limit for limit in limits if limit is not None and 0 < limit < 10**6]
-    return min(known, default=None)
+    if wanted and tables and wanted > min(tables):
+        raise ValueError(
+            f"max_length={wanted} is more than the {min(tables)} positions that {type(model).__name__} has. Leave it out, or name "
+            f"{min(tables)} at most."
+        )
+    limits = [getattr(tokenizer, "model_max_length", None), getattr(model.config, "max_position_embeddings", None)]
+    known = [limit for limit in [*limits, *tables] if limit is not None and 0 < limit < 10**6]
+    return wanted or min(known, default=None)
 
 
 def _say(text: str) -> None:
