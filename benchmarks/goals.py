@@ -12,6 +12,7 @@ together. Every run keeps its folder, so that the command goes on where it was.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from transformers import (
 )
 
 from hfkdq import CompressionReport
-from hfkdq.cli.compress_search import frontier, outcomes_of
+from hfkdq.cli.compress_search import frontier, outcomes_of, settings_of
 from hfkdq.recipes.goals import Goals, parse_size
 from hfkdq.report.table import megabytes
 
@@ -183,8 +184,9 @@ def show(name: str, task: Task, folder: Path) -> None:
         outcome = found.get(trial.number)
         beaten = outcome is None or any(outcome.is_beaten_by(other) for other in found.values())
         told = ("", "") if outcome is None else (f"{100 * outcome.kept:.2f}", megabytes(int(outcome.size)))
-        settings = ", ".join(f"{key} {value}" for key, value in trial.params.items())
-        trials.add_row(f"{trial.number}{'' if beaten else ' *'}", settings, str(steps_of(trial, task)), *told)
+        trials.add_row(
+            f"{trial.number}{'' if beaten else ' *'}", settings_of(trial), str(steps_of(trial, task)), *told
+        )
     console.print(trials, "* none is better in quality and size both")
     console.print(CompressionReport.load(folder / "report" / "report.json").table())
 
@@ -198,7 +200,8 @@ def draw(task: Task, folder: Path, picture: Path) -> None:
     )
     console.print(frontier(outcomes_of(study), study, Goals(keep=float(keep), max_size=parse_size(size))))
     console.print(CompressionReport.load(folder / FOUND / "report.json").table())
-    console.save_svg(str(picture), title="hfkdq compress")
+    fonts = r"@font-face \{.*?\}"  # of another server
+    picture.write_text(re.sub(fonts, "", console.export_svg(title="hfkdq compress"), flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -273,20 +273,26 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
 
 
+def settings_of(trial: Any) -> str:
+    """What was chosen for a trial, in one line."""
+    return ", ".join(str(value) if name == "bits" else f"{name} {value}" for name, value in trial.params.items())
+
+
 def frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
     """The trials that none beats in all of quality, size and time."""
-    table = Table(title=f"{len(study.trials)} trials, the best of them", box=None)
+    large = sum(_LARGE in trial.user_attrs for trial in study.trials)
+    more = f"; {large} more too large to be trained" if large else ""
+    table = Table(title=f"{len(study.trials) - large} trials, the best of them{more}", box=None)
     for name in ("trial", "settings", "kept", "MB", "ms", "bounds"):
         table.add_column(name, justify="left" if name in ("settings", "bounds") else "right")
     trials = {trial.number: trial for trial in study.trials}
     for number, outcome in sorted(found.items(), key=lambda item: -item[1].kept):
         if any(outcome.is_beaten_by(other) for other in found.values()):
             continue
-        settings = ", ".join(f"{name} {value}" for name, value in trials[number].params.items())
         latency = "-" if outcome.latency is None else f"{outcome.latency:.3g}"
         verdict = ", ".join(f"{name} by {share:.0%}" for name, share in goals.missed(outcome).items())
         table.add_row(
-            str(number), settings, f"{outcome.kept:.4f}", megabytes(int(outcome.size)), latency,
+            str(number), settings_of(trials[number]), f"{outcome.kept:.4f}", megabytes(int(outcome.size)), latency,
             f"misses {verdict}" if verdict else "met",
         )  # fmt: skip
     return table
