@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino bench-goals docs-models constraints clean bench-teacher bench-tasks bench-order model-cards
+.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino bench-goals docs-models constraints clean bench-teacher bench-tasks bench-order model-cards newcomer
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -137,6 +137,9 @@ bench-order: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashion_
 bench-goals: .venv/.bench ## TEXT=folder of rotten_tomatoes: what a search for goals finds on digits and reviews, beside one long training
 	@test -d "$(TEXT)" || { echo "Name the data: make bench-goals TEXT=path/to/rotten_tomatoes (train, validation and test parquet)"; exit 1; }
 	$(O)/python benchmarks/goals.py --text "$(TEXT)"
+
+newcomer: .venv/.dev ## FOLDER=an empty folder: the README's commands from a clone to a card on the tests' Hub, each timed
+	$(O)/python benchmarks/newcomer.py "$(FOLDER)"
 
 model-cards: .venv/.bench ## DATA=folder of data sets: cards and reports of every task, of short trainings, into model_cards
 	@test -d "$(DATA)" || { echo "Name the data: make model-cards DATA=path/to/folder (with the data sets that benchmarks/model_cards.py names)"; exit 1; }

@@ -201,7 +201,9 @@ def draw(task: Task, folder: Path, picture: Path) -> None:
     console.print(frontier(outcomes_of(study), study, Goals(keep=float(keep), max_size=parse_size(size))))
     console.print(CompressionReport.load(folder / FOUND / "report.json").table())
     fonts = r"@font-face \{.*?\}"  # of another server
-    picture.write_text(re.sub(fonts, "", console.export_svg(title="hfkdq compress"), flags=re.DOTALL), encoding="utf-8")
+    picture.write_text(
+        re.sub(fonts, "", console.export_svg(title="hfkdq compress"), flags=re.DOTALL), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The path of a newcomer, by the commands of the README, from an empty folder to a card on a Hub, each step timed.
 
-    make newcomer
+    make newcomer FOLDER=path/to/an/empty/folder
 
 The Hub is the small one that the tests have on the loopback interface. The own data are the demo's digits, as folders of PNG files; the
 own model is the demo's teacher. Packages come from pip's cache where it has them. What the steps print is in `log/` below the folder.
