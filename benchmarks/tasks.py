@@ -168,7 +168,7 @@ TASKS: dict[str, Task] = {
     ),
     "images": Task(
         data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
-        training=steps(800, 3e-3, 64), pruning={"structure": "channel", "sparsity": 0.3}, export={"integer_convolutions": True},
+        training=steps(800, 3e-3, 64), pruning={"structure": "channel", "sparsity": 0.3, "plain_checkpoint": False}, export={"integer_convolutions": True},
     ),
     "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), layers=2),
     "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), layers=2),
