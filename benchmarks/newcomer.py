@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.hub_server import HubServer  # noqa: E402
 
+COMPRESSED, CARD = "teacher-compressed", "run the program of the card"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -41,6 +42,29 @@ def of_readme(start: str, **words: str) -> str:
     for word, other in words.items():
         command = re.sub(rf"(?<![\w/.-]){word}(?![\w.-])", other, command)
     return command
+
+
+def path(source: str, here: Path) -> dict[str, str]:
+    """The commands, by what they are for; `here` is the clone that they run in."""
+    own = {"model": "out/demo/teacher", "data": "digits"}
+    files = {
+        "checkpoint": "out/demo/onnx-int8",
+        "checkpoint-onnx": f"{COMPRESSED}/onnx",
+        "teacher": own["model"],
+        "data": "digits:test",
+    }
+    compress = of_readme("hfkdq compress model --data data --dry-run", **own)
+    return {
+        "clone": f"git clone -q {source} {here}",
+        "an environment": f"{sys.executable} -m venv own",
+        "install": of_readme("pip install"),
+        "demo, with an environment of its own": of_readme("make demo"),
+        "the plan for a model and data of one's own": compress,
+        "compress it": compress.replace("--dry-run", f"--output-dir {COMPRESSED}"),
+        "compare it with the demo's": of_readme("hfkdq report", **files),
+        "publish it": of_readme("hfkdq push", **files),
+        CARD: "python card.py",
+    }  # fmt: skip
 
 
 def write_digits(folder: Path) -> None:
@@ -63,20 +87,7 @@ def main() -> None:
     if any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty. Name an empty folder.")
     here = options.folder.resolve() / "hfkdq"
-    compressed, report = "teacher-compressed", "--report teacher-compressed/report.json"
-    steps = {
-        "clone": f"git clone -q {options.source} {here}",
-        "an environment": f"{sys.executable} -m venv own",
-        "install": of_readme("pip install"),
-        "demo, with an environment of its own": of_readme("make demo"),
-        "the plan for a model and data of one's own": of_readme("hfkdq compress model --data data --dry-run", model="out/demo/teacher", data="digits"),
-        "compress it": of_readme("hfkdq compress model --data data", model="out/demo/teacher", data="digits").replace("--dry-run", f"--output-dir {compressed}"),
-        "compare it with the demo's": of_readme(
-            "hfkdq report", **{"checkpoint": "out/demo/onnx-int8", "checkpoint-onnx": f"{compressed}/onnx"}
-        ).replace("--teacher teacher", "--teacher out/demo/teacher").replace("--eval-data data", "--eval-data digits:test"),
-        "publish it": of_readme("hfkdq push", **{"checkpoint-onnx": f"{compressed}/onnx"}).replace("--report report/report.json", report),
-        "run the program of the card": "python card.py",
-    }  # fmt: skip
+    steps = path(options.source, here)
     hub = HubServer()
     place = {**hub.environment(options.folder.resolve() / "home"), "VIRTUAL_ENV": str(here / "own")}
     place["PATH"] = f"{here / 'own' / 'bin'}{os.pathsep}{place['PATH']}"
@@ -84,7 +95,7 @@ def main() -> None:
     table = Table("step", "command", "seconds")
     (options.folder / "log").mkdir()
     for number, (name, command) in enumerate(steps.items()):
-        if name == "run the program of the card":
+        if name == CARD:
             card = hub.repositories["me/name"].files()["README.md"].decode()
             picture = next((here / "digits" / "test" / "7").iterdir())
             program = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]

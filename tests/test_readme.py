@@ -8,6 +8,8 @@ import pytest
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict
 
+from benchmarks.newcomer import of_readme, path
+
 from . import tiny
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -16,6 +18,17 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_the_program_is_short():
     assert len([line for line in PROGRAMS[0].splitlines() if line.strip()]) <= 15
+
+
+def test_the_path_of_a_newcomer_is_made_of_its_commands():
+    steps = path("hfkdq", Path("clone"))
+    ours = [command for command in steps.values() if command.startswith(("pip", "make", "hfkdq"))]
+    assert len(ours) == 6
+    for command in ours:
+        assert f"\n{' '.join(command.split()[:2])}" in README
+        assert not {"model", "data", "checkpoint", "checkpoint-onnx", "teacher"} & set(command.split())
+    with pytest.raises(ValueError, match="no command that starts with 'hfkdq dance'"):
+        of_readme("hfkdq dance")
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("5"), reason="export needs the optimum line in this release")
