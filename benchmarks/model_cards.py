@@ -264,8 +264,8 @@ CARDS = {
         recipe={"objectives": LOGITS, "pruning": {"structure": "neuron", "sparsity": 0.25, "plain_checkpoint": False}}, sizes=(205, 72),
     ),
     "object-detection": Card(
-        data="bccd", base=boxes, teaching=steps(250, 5e-4, 8), training=steps(100, 5e-4, 8), sizes=(205, 72),
-        recipe={"student": {"num_layers": 2}, "objectives": ["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"]},
+        data="bccd", base=boxes, teaching=steps(1200, 1e-3, 8), training=steps(200, 5e-4, 8), sizes=(205, 72),
+        recipe={"student": {"num_decoder_layers": 1}, "objectives": ["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"]},
     ),
     "audio-classification": Card(
         data="fsdd", base=sounds, teaching=steps(120, 1e-3, 16), training=steps(60, 1e-3, 16), recipe=THIRD, sizes=(2700, 300),

@@ -37,15 +37,16 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
     SeamlessM4TFeatureExtractor,
     ViTImageProcessor,
     Wav2Vec2BertConfig,
     Wav2Vec2BertForCTC,
     Wav2Vec2BertProcessor,
     Wav2Vec2CTCTokenizer,
-    YolosConfig,
-    YolosForObjectDetection,
-    YolosImageProcessor,
     set_seed,
 )
 
@@ -62,15 +63,15 @@ Made = tuple[PreTrainedModel, Any]
 class Task:
     """What is trained on what.
 
-    `base` makes the teacher before its training and its processor; `small` the student, which otherwise keeps the `layers` of the
-    teacher. `teaching` and `training` are training arguments of both.
+    `base` makes the teacher before its training and its processor; `small` the student, which otherwise keeps as many layers of the
+    teacher as `student` says. `teaching` and `training` are training arguments of both.
     """
 
     data: str
     base: Callable[[Dataset], Made]
     teaching: dict[str, Any]
     training: dict[str, Any]
-    layers: int | None = None
+    student: dict[str, int] | None = None
     small: Callable[[Dataset], Made] | None = None
     objectives: list[Any] = field(default_factory=lambda: LOGITS)
     pruning: dict[str, Any] = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
@@ -135,14 +136,17 @@ def vocabulary_file(folder: str, symbols: list[str]) -> str:
 
 
 def boxes(rows: Dataset) -> Made:
-    size = [96, 128]
-    config = YolosConfig(
-        image_size=size, patch_size=16, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        num_detection_tokens=30, initializer_range=0.05, **names_of(_categories(rows)),
+    """An RT-DETR of 2.2M parameters, for images of 128 x 160 pixels."""
+    widths = [24, 48, 96, 192]
+    backbone = RTDetrResNetConfig(
+        embedding_size=24, hidden_sizes=widths, depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage2", "stage3", "stage4"],
     )  # fmt: skip
-    model = YolosForObjectDetection(config)
-    model.vit.embeddings.detection_tokens.data.normal_()  # zeros would make all queries alike
-    return model, YolosImageProcessor(size=dict(zip(("height", "width"), size, strict=True)), do_pad=False)
+    config = RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=widths[1:], d_model=64, encoder_hidden_dim=64, encoder_ffn_dim=128,
+        decoder_ffn_dim=128, decoder_in_channels=[64] * 3, encoder_attention_heads=4, decoder_attention_heads=4, decoder_layers=3,
+        num_queries=60, num_denoising=20, freeze_backbone_batch_norms=False, anchor_image_size=None, **names_of(_categories(rows)),
+    )  # fmt: skip
+    return RTDetrForObjectDetection(config), RTDetrImageProcessor(size={"height": 128, "width": 160})
 
 
 def _categories(rows: Dataset) -> Any:
@@ -160,18 +164,23 @@ def steps(count: int, rate: float, batch: int = 32) -> dict[str, Any]:
 
 TASKS: dict[str, Task] = {
     "text": Task(
-        data="banking77", base=texts, teaching=steps(1000, 3e-4), training=steps(500, 5e-4), layers=2,
+        data="banking77", base=texts, teaching=steps(1000, 3e-4), training=steps(500, 5e-4), student={"num_layers": 2},
         rows={"max_length": 32},
     ),
     "words": Task(
-        data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), layers=3, rows={"max_length": 64},
+        data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), student={"num_layers": 3}, rows={"max_length": 64},
     ),
     "images": Task(
         data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
         training=steps(800, 3e-3, 64), pruning={"structure": "channel", "sparsity": 0.3, "plain_checkpoint": False}, export={"integer_convolutions": True},
     ),
-    "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), layers=2),
-    "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), layers=2),
+    "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), student={"num_layers": 2}),
+    "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), student={"num_layers": 2}),
+    "boxes": Task(
+        data="bccd", base=boxes, teaching=steps(2400, 1e-3, 8), training=steps(600, 5e-4, 8), student={"num_decoder_layers": 1},
+        objectives=["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"],
+        pruning={"structure": "channel", "sparsity": 0.4, "plain_checkpoint": False}, export={"integer_convolutions": True},
+    ),
 }  # fmt: skip
 
 
@@ -187,7 +196,7 @@ def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[s
             TEACHER: {**common, "model": str(folder / "base"), "training": {**task.teaching, "seed": 0}, "export": {}}
         }
     training = {"training": {**task.training, "seed": seed}}
-    start: dict[str, Any] = {"model": str(teacher), "student": {"num_layers": task.layers}}
+    start: dict[str, Any] = {"model": str(teacher), "student": task.student}
     if task.small is not None:
         start = {"model": str(small)}
     # Where the student is a model of its own, the model that the recipe names is no teacher.
