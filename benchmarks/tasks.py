@@ -189,7 +189,7 @@ def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[s
     teacher, small = folder / TEACHER / "student", folder / "small"
     common = {
         "data": {"train": f"{data / task.data}:train", "eval": f"{data / task.data}:test", **task.rows},
-        "report": {"latency_rounds": 0},
+        "report": {"latency_rounds": 0, "resamples": 0},
     }
     if seed < 0:
         return {

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
+from ..bars import progress_bar
 from ..metrics.tasks import TaskMetrics
 
 Array = np.ndarray[Any, Any]
@@ -67,14 +68,16 @@ def sample(
     random, rows = np.random.default_rng(0), max(2, count // 2)
     found: list[Mapping[str, float]] = []
     start, number = time.perf_counter(), resamples
-    while len(found) < number:
-        drawn = random.integers(count, size=count) if task.needs_labels else random.permutation(count)[:rows]
-        try:
-            found.append(compute(drawn))
-        except ValueError:  # such as of a resample without a label that counts
-            found.append({})
-        if len(found) == 1 and (time.perf_counter() - start) * resamples > _SECONDS:
-            number = min(resamples, _FEWER)
+    with progress_bar(total=number, desc="Intervals", leave=False) as bar:
+        while len(found) < number:
+            drawn = random.integers(count, size=count) if task.needs_labels else random.permutation(count)[:rows]
+            try:
+                found.append(compute(drawn))
+            except ValueError:  # such as of a resample without a label that counts
+                found.append({})
+            if len(found) == 1 and (time.perf_counter() - start) * resamples > _SECONDS:
+                bar.total = number = min(resamples, _FEWER)
+            bar.update()
     draws = {name: np.array([values.get(name, np.nan) for values in found], np.float64) for name in metrics}
     draws = {name: values for name, values in draws.items() if np.isfinite(values).mean() > CONFIDENCE}
     return Sampled({name: _middle(values) for name, values in draws.items()} | intervals, draws)

@@ -139,6 +139,7 @@ class ReportSection:
         batch_size (`int`, defaults to 32): examples in a batch for the metrics.
         latency_rounds (`int`, defaults to 3): how often each engine has its turn of half a second; 0 leaves latency out.
         threads (`int`, *optional*): threads of each engine while it is timed.
+        resamples (`int`, *optional*): how often rows are drawn anew for the intervals of the metrics; 0 leaves out all but Wilson's.
         dataset (`str`, *optional*): what the data of evaluation are called.
         base_model (`str`, *optional*): Hub id of the model that the student comes from.
         license (`str`, *optional*): license of the student, such as `apache-2.0`.
@@ -148,13 +149,14 @@ class ReportSection:
     batch_size: int = 32
     latency_rounds: int = 3
     threads: int | None = None
+    resamples: int | None = None
     dataset: str | None = None
     base_model: str | None = None
     license: str | None = None
     language: str | list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("latency_rounds", 0), ("threads", 1)):
+        for name, least in (("batch_size", 1), ("latency_rounds", 0), ("threads", 1), ("resamples", 0)):
             _at_least(f"report.{name}", getattr(self, name), least)
         if self.license is not None and not re.fullmatch(r"[a-z0-9._-]+", self.license):
             raise ValueError(

@@ -78,6 +78,7 @@ def test_changes_reach_into_lists_and_leave_sections_out():
         ("export.tolerance=0", "export.tolerance must be larger than 0"),
         ("export.max_drop=-1", "export.max_drop must be 0 or more"),
         ("report.latency_rounds=-1", "report.latency_rounds must be 0 or more"),
+        ("report.resamples=-1", "report.resamples must be 0 or more"),
         ("export.threads=0", "export.threads must be 1 or more"),
         ("export.threads=10000", "export.threads must be 1024 or less, got 10000"),
         ("export.allow_drop=true", "export.allow_drop needs export.max_drop"),
