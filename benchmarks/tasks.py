@@ -4,9 +4,9 @@
 
     make bench-tasks DATA=path/to/data
 
-DATA has a folder for each data set: banking77, wnut17, fashion_mnist, fsdd. A task is a base model, whose training makes the
-teacher, and one recipe for each arm: the student with the labels alone, with the teacher, with half of its neurons besides, and
-trained for 8-bit integers. All students of a task start alike and take the same steps. Every run keeps its folder, so that
+DATA has a folder for each data set: banking77, wnut17, fashion_mnist, fsdd, bccd. A task is a base model, whose training makes the
+teacher, and one recipe for each arm: the student with the labels alone, with the teacher, pruned besides (half of the neurons, or some
+of the channels), and trained for 8-bit integers. All students of a task start alike and take the same steps. Every run keeps its folder, so that
 the command goes on where it was. `--tasks text --seeds 0` runs less.
 """
 
@@ -53,7 +53,7 @@ from transformers import (
 from hfkdq import CompressionReport
 from hfkdq.report.data import Engine
 
-ALONE, TAUGHT, PRUNED, INT8 = "labels alone", "with the teacher", "half the neurons", "8-bit integers"
+ALONE, TAUGHT, PRUNED, INT8 = "labels alone", "with the teacher", "pruned", "8-bit integers"
 LOGITS = [{"TaskLoss": {"weight": 0.5}}, {"LogitKD": {"temperature": 2.0}}]
 TEACHER = "teacher"
 Made = tuple[PreTrainedModel, Any]
