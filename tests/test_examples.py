@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from safetensors.torch import load_file
 
 from hfkdq import load_pruned, load_quantized
@@ -159,7 +162,6 @@ def read(monkeypatch, tmp_path, example):
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("made_up", "example_utils"))
 
 
-@pytest.mark.one_line
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_preset_of_an_example_fits_its_arguments(script, read, example, capsys):
     preset, plain = example(script).GPU, read(script, "--tiny")
@@ -170,12 +172,11 @@ def test_the_preset_of_an_example_fits_its_arguments(script, read, example, caps
     assert "The preset gpu was not run yet" in capsys.readouterr().out
     assert found["bf16"]
     assert {name: found[name] for name in preset} == preset
-    typed = read(script, "--preset", "gpu", "--learning_rate", "0.125", "--bf16", "False", "--output_dir", "out/mine")
-    assert {name for name in found if typed[name] != found[name]} >= {"learning_rate", "bf16", "output_dir"}
-    assert (typed["learning_rate"], typed["bf16"], typed["output_dir"]) == (0.125, False, "out/mine")
-    assert {name: typed[name] for name in preset if name not in ("learning_rate", "output_dir")} == {
-        name: value for name, value in preset.items() if name not in ("learning_rate", "output_dir")
-    }
+    mine = {"learning_rate": 0.125, "bf16": False, "output_dir": "out/mine"}
+    typed = read(
+        script, "--preset", "gpu", *(word for name, value in mine.items() for word in (f"--{name}", str(value)))
+    )
+    assert {name: typed[name] for name in {*preset, *mine}} == {**preset, **mine}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,6 @@ def test_a_preset_that_cannot_be_is_refused(options, said, example, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.one_line
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_commands_of_an_example_are_understood(script, read, example):
     """Each command of its docstring names options that exist, and what must be named."""
@@ -258,6 +258,24 @@ def test_a_sound_has_the_class_that_its_teacher_has_for_the_name(made, example, 
     found = trainer.eval_dataset[:]["labels"].tolist()
     assert found == [number["abc"[n]] for i, n in enumerate(raw["test"]["label"]) if i % 4]
     assert trainer.model.config.label2id == number
+
+
+@pytest.mark.one_line
+def test_a_mask_of_colours_is_read_as_its_numbers(made, example, tmp_path):
+    raw, processor, teacher = example("made_up").segmentation()
+    classes = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32) % 3
+    mask = Image.fromarray(classes).convert("P")
+    mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    mask.putdata(classes.flatten().tolist())
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"image": raw[split][:2]["image"], "mask": [mask] * 2})
+        rows.cast_column("mask", ImageFeature()).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    for part in (processor, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    options = ("--dataset", str(tmp_path / "data"), "--teacher_model_name_or_path", str(tmp_path / "teacher"))
+    trainer = made("segmentation", *options, "--output_dir", str(tmp_path / "out"))
+    assert trainer.eval_dataset[:]["labels"][0].tolist() == classes.tolist()
 
 
 def test_language_models_that_were_saved_with_half_of_the_bits_learn_in_all_of_them(made, example, tmp_path):
