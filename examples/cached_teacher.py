@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/cached_teacher.py --tiny --learning_rate 1e-3 --output_dir out/cached
+    accelerate launch examples/cached_teacher.py --preset gpu
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from example_utils import ClassifierArguments, load_classifier, parse, steps_and_terms, tokenize, train_and_save
+from example_utils import (
+    CLASSIFIER,
+    REVIEWS,
+    ClassifierArguments,
+    load_classifier,
+    parse,
+    steps_and_terms,
+    tokenize,
+    train_and_save,
+)
 
 from hfkdq import DistillationTrainer, HiddenStateKD, LogitKD, TaskLoss, cache_teacher_outputs, make_student
 from hfkdq.metrics import classification_metrics
 
+GPU = {**CLASSIFIER, **REVIEWS, "output_dir": "out/cached"}
+
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(ClassifierArguments, argv)
+    args, training_args = parse(ClassifierArguments, argv, GPU)
     raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
     data = tokenize(raw, tokenizer, args.max_seq_length)
 

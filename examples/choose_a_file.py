@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/choose_a_file.py --tiny --learning_rate 1e-3 --output_dir out/choose
+    accelerate launch examples/choose_a_file.py --preset gpu
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from example_utils import ClassifierArguments, load_classifier, parse, tokenize
+from example_utils import CLASSIFIER, ClassifierArguments, load_classifier, parse, tokenize
 
 from hfkdq import DistillationTrainer, LogitKD, TaskLoss, export_onnx, make_student
 from hfkdq.metrics import classification_metrics
+
+GPU = {**CLASSIFIER, "output_dir": "out/choose"}
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Arguments(ClassifierArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
     data = tokenize(raw, tokenizer, args.max_seq_length)
     student = make_student(teacher, num_layers=args.num_student_layers)

@@ -15,6 +15,7 @@ With local files, and a pretrained encoder that is fine-tuned as the teacher fir
         --teacher_model_name_or_path path/to/encoder --teacher_epochs 2 \
         --train_file train.parquet --validation_file validation.parquet --test_file test.parquet \
         --num_student_layers 3 --output_dir out/rotten
+    accelerate launch examples/distill_text_classifier.py --preset gpu
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from example_utils import CLASSIFIER, read_arguments
 from rich.console import Console
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -57,6 +58,10 @@ from hfkdq import (
 )
 from hfkdq.metrics import classification_metrics
 from hfkdq.report import DatasetInfo
+
+GPU = {name: value for name, value in CLASSIFIER.items() if name != "dataset"} | {
+    "dataset_name": CLASSIFIER["dataset"], "output_dir": "out/news",
+}  # fmt: skip
 
 
 @dataclass
@@ -99,9 +104,9 @@ class CompressionArguments:
     tiny: bool = field(default=False, metadata={"help": "A made-up teacher and texts, to try the script in seconds."})
 
 
-def main() -> None:
-    parser = HfArgumentParser((DataArguments, CompressionArguments, TrainingArguments))
-    data_args, args, training_args = parser.parse_args_into_dataclasses()
+def main(argv: list[str] | None = None) -> None:
+    kinds = (DataArguments, CompressionArguments, TrainingArguments)
+    _, (data_args, args, training_args) = read_arguments(kinds, argv, GPU)
     set_seed(training_args.seed)
     # The push at the end is one commit of everything; the Trainer's own pushes would publish half of it.
     push, training_args.push_to_hub = training_args.push_to_hub, False

@@ -6,6 +6,7 @@
         --teacher_model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --dataset path/to/folder
 
     python examples/embeddings.py --tiny --learning_rate 1e-3 --output_dir out/embeddings
+    accelerate launch examples/embeddings.py --preset gpu
 
 Any texts will do, in a column `text`. The student learns the states of the teacher's last layer and the similarities of the texts of a
 batch; the report has the correlation of all similarities, and how often the nearest neighbour is the same.
@@ -15,8 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from datasets import load_dataset
-from example_utils import parse, to_file, tokenize, train_and_save
+from example_utils import NEWS, load_splits, parse, to_file, tokenize, train_and_save
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding
 
 from hfkdq import (
@@ -27,6 +27,12 @@ from hfkdq import (
     SimilarityPreservingKD,
     make_student,
 )
+
+# Learning rate, warmup and batch of model_distillation.py of Sentence Transformers.
+GPU = {
+    **NEWS, "teacher_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2", "num_student_layers": 3,
+    "learning_rate": 1e-4, "warmup_steps": 1000, "per_device_train_batch_size": 64, "output_dir": "out/embeddings",
+}  # fmt: skip
 
 
 @dataclass
@@ -41,14 +47,14 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     if args.tiny:
         from made_up import text_classification
 
         raw, tokenizer, (classifier,) = text_classification()
         teacher = classifier.bert
     else:
-        raw = load_dataset(args.dataset)
+        raw = load_splits(args.dataset)
         tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
         teacher = AutoModel.from_pretrained(args.teacher_model_name_or_path)
     raw = raw.select_columns("text")

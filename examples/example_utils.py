@@ -28,6 +28,20 @@ from hfkdq import CompressionReport, export_onnx
 
 T = TypeVar("T")
 
+# What the presets share: the settings of one GPU of 80 GB, and the data of those examples that are about no data of their own.
+ONE_GPU = {"bf16": True, "dataloader_num_workers": 8, "logging_steps": 50}
+# 120,000 titles and beginnings of news in four classes; batch, learning rate and epochs of the fine-tuning of BERT (Devlin et al., 2019).
+NEWS: dict[str, Any] = {
+    "dataset": "fancyzhx/ag_news", "max_seq_length": 128, "num_train_epochs": 3, "learning_rate": 5e-5, "warmup_steps": 500,
+    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 128,
+}  # fmt: skip
+NEWS_TEACHER = "textattack/bert-base-uncased-ag-news"
+CLASSIFIER = {**NEWS, "teacher_model_name_or_path": NEWS_TEACHER, "num_student_layers": 6}
+REVIEWS = {
+    "dataset": "cornell-movie-review-data/rotten_tomatoes",
+    "teacher_model_name_or_path": "textattack/bert-base-uncased-rotten-tomatoes",
+}
+
 
 @dataclass
 class ClassifierArguments:
@@ -42,22 +56,64 @@ class ClassifierArguments:
     tiny: bool = field(default=False, metadata={"help": "Made-up sentences and model, to try the script in seconds."})
 
 
+def read_arguments(
+    kinds: tuple[type, ...], argv: list[str] | None, preset: dict[str, Any], **defaults: Any
+) -> tuple[HfArgumentParser, tuple[Any, ...]]:
+    """What is typed, over what the preset says where it is asked for, over the defaults; one object of each of these kinds."""
+    parser = HfArgumentParser(kinds)
+    parser.add_argument(
+        "--preset", choices=["gpu"],
+        help="gpu: a model and data of the Hub, and settings for one GPU of 80 GB. Not run yet. What is typed beside it wins.",
+    )  # fmt: skip
+    parser.set_defaults(**defaults)
+    typed, _ = parser.parse_known_args(argv)
+    if typed.preset and typed.tiny:
+        parser.error("--preset names a model and data of the Hub, --tiny makes both up. Give one of the two.")
+    if typed.preset:
+        parser.set_defaults(**(ONE_GPU | preset))
+    *found, _ = parser.parse_args_into_dataclasses(argv)
+    if typed.preset and found[-1].process_index == 0:
+        print(
+            f"The preset {typed.preset} was not run yet. Where a comment in the example names a source, numbers are its."
+        )
+    return parser, tuple(found)
+
+
 def parse(
-    kind: type[T], argv: list[str] | None, needs: str = "teacher_model_name_or_path",
+    kind: type[T], argv: list[str] | None, preset: dict[str, Any], needs: str = "teacher_model_name_or_path",
     arguments: type[TrainingArguments] = TrainingArguments, **defaults: Any,
 ) -> tuple[T, Any]:  # fmt: skip
     """The arguments of an example and of the training, with the seed set; `needs` is what must be named beside the data."""
-    parser = HfArgumentParser((kind, arguments))
-    parser.set_defaults(**{"logging_steps": 5, "save_strategy": "no", "report_to": "none", **defaults})
-    args, training_args = parser.parse_args_into_dataclasses(argv)
+    defaults = {"logging_steps": 5, "save_strategy": "no", "report_to": "none", **defaults}
+    parser, (args, training_args) = read_arguments((kind, arguments), argv, preset, **defaults)
     if not args.tiny and not (args.dataset and getattr(args, needs)):
-        parser.error(f"Give --dataset and --{needs}, or --tiny.")
+        parser.error(f"Give --dataset and --{needs}, or --tiny, or --preset gpu.")
     if (Path(training_args.output_dir) / "onnx").exists():
         parser.error(
             f"{training_args.output_dir}/onnx holds an earlier file. Name another --output_dir, or remove it."
         )
     set_seed(training_args.seed)
     return args, training_args
+
+
+def load_splits(dataset: str) -> DatasetDict:
+    """The splits of a data set of the Hub, whose configuration may follow after a colon, or of a folder.
+
+    Where there is no `test`, validation is that, and where there is none either, a tenth of the training.
+    """
+    raw = load_dataset(*([dataset] if Path(dataset).exists() else dataset.split(":")))
+    if "test" in raw:
+        return raw
+    if "validation" in raw:
+        return DatasetDict({**raw, "test": raw["validation"]})
+    return raw["train"].train_test_split(0.1, seed=0)
+
+
+def first_rows(raw: DatasetDict, count: int | None) -> DatasetDict:
+    """The first rows of each split, or all."""
+    if count is None:
+        return raw
+    return DatasetDict({name: rows.select(range(min(count, len(rows)))) for name, rows in raw.items()})
 
 
 def load_classifier(
@@ -69,7 +125,7 @@ def load_classifier(
 
         raw, tokenizer, (model,) = text_classification(**made_up)
         return raw, tokenizer, model
-    raw = load_dataset(args.dataset)
+    raw = load_splits(args.dataset)
     classes = raw["train"].features["label"].num_classes
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=classes)
     return raw, AutoTokenizer.from_pretrained(name), model

@@ -10,6 +10,7 @@
         --dataset zalando-datasets/fashion_mnist
 
     python examples/image_features.py --objective noise --tiny --learning_rate 1e-3 --output_dir out/noise
+    accelerate launch examples/image_features.py --preset gpu
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import load_dataset
-from example_utils import parse, train_and_save
+from example_utils import load_splits, parse, train_and_save
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -40,6 +40,11 @@ from hfkdq import (
 )
 from hfkdq.metrics import classification_metrics
 
+GPU = {
+    "teacher_model_name_or_path": "nateraw/food", "dataset": "ethz/food101", "num_train_epochs": 10, "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine", "warmup_steps": 500, "per_device_train_batch_size": 128,
+    "per_device_eval_batch_size": 256, "dataloader_num_workers": 16, "output_dir": "out/relations",
+}  # fmt: skip
 OBJECTIVES = {
     "relations": [RelationKD()],  # between the patches of an image, for transformers
     "samples": [RKD(weight=0.02), SimilarityPreservingKD(weight=10.0)],  # between the images of a batch
@@ -70,14 +75,14 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> None:
     # Images are read when they are needed, from a column that no model knows.
-    args, training_args = parse(Arguments, argv, remove_unused_columns=False)
+    args, training_args = parse(Arguments, argv, GPU, remove_unused_columns=False)
     processor = None
     if args.tiny:
         from made_up import images
 
         data, student, teacher = images(convolutional=args.objective == "feature_maps")
     else:
-        raw = load_dataset(args.dataset)
+        raw = load_splits(args.dataset)
         labels = raw["train"].features["label"].names
         settings = dict(id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)})
         processor = AutoImageProcessor.from_pretrained(args.teacher_model_name_or_path)

@@ -7,6 +7,7 @@
         --dataset databricks/databricks-dolly-15k
 
     python examples/language_model.py --objective other_vocabulary --tiny --learning_rate 1e-3 --output_dir out/uld
+    accelerate launch examples/language_model.py --preset gpu
 
 A column `text` in the place of `instruction` and `response` is learned whole. Where there is a split `test`, accuracy and perplexity are
 measured on it: of the teacher, the student and the file.
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from datasets import load_dataset
 from example_utils import parse, steps_and_terms, to_file, train_and_save
 from transformers import (
@@ -28,6 +30,14 @@ from transformers import (
 from hfkdq import ULD, DistillationTrainer, LogitKD, OnPolicyKD, TaskLoss, make_student
 from hfkdq.collators import TeacherCollator
 from hfkdq.schedules import Linear
+
+# A teacher that corrects what the student writes: GKD (Agarwal et al., 2024).
+GPU = {
+    "objective": "on_policy", "teacher_model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
+    "student_model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "dataset": "databricks/databricks-dolly-15k",
+    "max_new_tokens": 128, "num_train_epochs": 3, "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "warmup_steps": 50,
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "output_dir": "out/on-policy",
+}  # fmt: skip
 
 
 @dataclass
@@ -64,7 +74,7 @@ def encode(row: Any, tokenizer: Any, max_length: int = 64) -> dict[str, list[int
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     foreign = args.objective == "other_vocabulary"
     if args.tiny:
         from made_up import language_model
@@ -76,9 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.student_model_name_or_path or args.teacher_model_name_or_path)
         for one in (tokenizer, teacher_tokenizer):
             one.pad_token = one.pad_token or one.eos_token
-        teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model_name_or_path)
+        # Weights in float32 on both lines of Transformers: half as many bits lose small steps.
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher_model_name_or_path, dtype=torch.float32)
         if args.student_model_name_or_path:
-            student = AutoModelForCausalLM.from_pretrained(args.student_model_name_or_path)
+            student = AutoModelForCausalLM.from_pretrained(args.student_model_name_or_path, dtype=torch.float32)
         else:
             student = make_student(teacher, num_layers=teacher.config.num_hidden_layers // 2)
 

@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/low_bits.py --tiny --weight_bits 2 --learning_rate 1e-3 --output_dir out/low-bits
+    accelerate launch examples/low_bits.py --preset gpu
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from example_utils import ClassifierArguments, load_classifier, parse, tokenize
+from example_utils import CLASSIFIER, ClassifierArguments, load_classifier, parse, tokenize
 from transformers import (
     Trainer,
 )
@@ -32,6 +33,8 @@ from hfkdq import (
 )
 from hfkdq.metrics import classification_metrics
 
+GPU = {**CLASSIFIER, "output_dir": "out/low-bits"}
+
 
 @dataclass
 class Arguments(ClassifierArguments):
@@ -41,7 +44,7 @@ class Arguments(ClassifierArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     spec = QuantizationSpec(
         weight_bits=args.weight_bits, activation_bits=args.activation_bits or None, group_size=args.group_size
     )

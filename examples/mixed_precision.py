@@ -6,6 +6,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes --budget 0.13 --output_dir out/mixed
 
     python examples/mixed_precision.py --tiny --learning_rate 1e-3 --output_dir out/mixed
+    accelerate launch examples/mixed_precision.py --preset gpu
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import rich
-from example_utils import load_classifier, parse, tokenize
+from example_utils import NEWS, NEWS_TEACHER, load_classifier, parse, tokenize
 
 from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss, suggest_bits
 from hfkdq.metrics import classification_metrics
+
+GPU = {**NEWS, "model_name_or_path": NEWS_TEACHER, "max_batches": 32, "output_dir": "out/mixed"}
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv, needs="model_name_or_path")
+    args, training_args = parse(Arguments, argv, GPU, needs="model_name_or_path")
     raw, tokenizer, model = load_classifier(args, args.model_name_or_path)
     data = tokenize(raw, tokenizer, args.max_seq_length)
 

@@ -6,6 +6,7 @@
         --teacher_model_name_or_path path/to/a/finetuned/detector --dataset path/to/folder
 
     python examples/object_detection.py --tiny --learning_rate 1e-3 --output_dir out/object-detection
+    accelerate launch examples/object_detection.py --preset gpu
 
 The student learns classes (LogitKD) and boxes (BoxKD) from the queries of the teacher that see the same, trains with the
 rounding of its integers, and loses the neurons that matter least if `--neuron_sparsity` says so. Parts of the model that
@@ -21,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import load_dataset
-from example_utils import annotated, collate_pictures, parse, to_file, train_and_save
+import detector
+from example_utils import annotated, collate_pictures, load_splits, parse, to_file, train_and_save
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel, Trainer
 
 from hfkdq import (
@@ -38,6 +39,8 @@ from hfkdq import (
     quantize,
 )
 from hfkdq.metrics.detection import detection_metrics
+
+GPU = {**detector.GPU, "neuron_sparsity": 0.25, "max_drop": 0.01, "output_dir": "out/object-detection"}
 
 
 @dataclass
@@ -95,14 +98,14 @@ def main(argv: list[str] | None = None) -> None:
     # Images are read when they are needed, from a column that no model knows. They have different numbers of objects, which
     # Accelerate cuts in a last batch that is smaller than the others: one image at a time, and each by itself.
     args, training_args = parse(
-        Arguments, argv, remove_unused_columns=False, eval_do_concat_batches=False, per_device_eval_batch_size=1
+        Arguments, argv, GPU, remove_unused_columns=False, eval_do_concat_batches=False, per_device_eval_batch_size=1
     )
     if args.tiny:
         from made_up import detection, fit
 
         raw, processor, teacher = detection()
     else:
-        raw = load_dataset(args.dataset)
+        raw = load_splits(args.dataset)
         size = {"height": args.image_size, "width": args.image_size}
         processor = AutoImageProcessor.from_pretrained(args.teacher_model_name_or_path, size=size)
         teacher = AutoModelForObjectDetection.from_pretrained(args.teacher_model_name_or_path)

@@ -6,6 +6,7 @@
         --teacher_model_name_or_path path/to/a/finetuned/bert --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/other_family.py --tiny --learning_rate 5e-3 --output_dir out/gpt2
+    accelerate launch examples/other_family.py --preset gpu
 
 Rows have the tokens of both models, those of the teacher in columns that begin with `teacher_`; classes are the same, so logits are what
 they share. Teacher, student and file are each measured on their own columns.
@@ -16,12 +17,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from example_utils import ClassifierArguments, load_classifier, parse, to_file, train_and_save
+from example_utils import CLASSIFIER, ClassifierArguments, load_classifier, parse, to_file, train_and_save
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss
 from hfkdq.collators import TeacherCollator
 from hfkdq.metrics import classification_metrics
+
+GPU = {**CLASSIFIER, "student_model_name_or_path": "openai-community/gpt2", "output_dir": "out/gpt2"}
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Arguments(ClassifierArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     raw, theirs, teacher = load_classifier(args, args.teacher_model_name_or_path)
     if args.tiny:
         from made_up import small_gpt

@@ -7,11 +7,12 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/progressive_quantization.py --tiny --learning_rate 1e-3 --output_dir out/progressive
+    accelerate launch examples/progressive_quantization.py --preset gpu
 """
 
 from __future__ import annotations
 
-from example_utils import ClassifierArguments, load_classifier, parse, tokenize, train_and_save
+from example_utils import CLASSIFIER, ClassifierArguments, load_classifier, parse, tokenize, train_and_save
 
 from hfkdq import (
     DistillationTrainer,
@@ -26,11 +27,12 @@ from hfkdq import (
 from hfkdq.metrics import classification_metrics
 from hfkdq.schedules import Linear
 
+GPU = {**CLASSIFIER, "output_dir": "out/progressive"}
 WEIGHTS = {"task_loss": Linear(1, 0), "logit_kd": Linear(0, 1), "quantization_loss": Linear(0, 1, begin=0.5)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(ClassifierArguments, argv)
+    args, training_args = parse(ClassifierArguments, argv, GPU)
     raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
     data = tokenize(raw, tokenizer, args.max_seq_length)
 

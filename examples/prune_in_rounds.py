@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/prune_in_rounds.py --tiny --learning_rate 1e-3 --output_dir out/rounds
+    accelerate launch examples/prune_in_rounds.py --preset gpu
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from example_utils import load_classifier, parse, tokenize
+from example_utils import NEWS, NEWS_TEACHER, load_classifier, parse, tokenize
 from transformers import (
     Trainer,
 )
 
 from hfkdq import DistillationTrainer, LogitKD, PruningCallback, PruningSpec, TaskLoss
 from hfkdq.metrics import classification_metrics
+
+GPU = {
+    **NEWS, "teacher_model_name_or_path": NEWS_TEACHER, "rounds": 6, "keep": 0.99, "num_train_epochs": 6, "output_dir": "out/rounds",
+}  # fmt: skip
 
 
 @dataclass
@@ -40,7 +45,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     # Until the last step, so that every round has the same time to recover.
     spec = PruningSpec(
         sparsity=args.sparsity, structure=args.structure, criterion="taylor", rounds=args.rounds, end=1.0

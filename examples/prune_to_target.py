@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/prune_to_target.py --tiny --structure head --learning_rate 1e-3 --output_dir out/pruned
+    accelerate launch examples/prune_to_target.py --preset gpu
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from example_utils import load_classifier, parse, tokenize
+from example_utils import NEWS, NEWS_TEACHER, load_classifier, parse, tokenize
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -32,6 +33,8 @@ from hfkdq import (
     load_pruned,
 )
 from hfkdq.metrics import classification_metrics
+
+GPU = {**NEWS, "teacher_model_name_or_path": NEWS_TEACHER, "target": 0.6, "output_dir": "out/pruned"}
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
     data = tokenize(raw, tokenizer, args.max_seq_length)
     common = dict(

@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/several_teachers.py --kind peer --tiny --learning_rate 1e-3 --output_dir out/peer
+    accelerate launch examples/several_teachers.py --preset gpu
 
 All models must read the tokens of the first one's tokenizer: for teachers with others, see `language_model.py`.
 """
@@ -17,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from datasets import load_dataset
-from example_utils import parse, steps_and_terms, tokenize, train_and_save
+from example_utils import NEWS, NEWS_TEACHER, load_splits, parse, steps_and_terms, tokenize, train_and_save
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,6 +26,11 @@ from transformers import (
 
 from hfkdq import CoTrainedTeacher, DistillationTrainer, EMATeacher, EnsembleKD, LogitKD, TaskLoss, make_student
 from hfkdq.metrics import classification_metrics
+
+GPU = {
+    **NEWS, "model_names_or_paths": [NEWS_TEACHER, "textattack/distilbert-base-uncased-ag-news"], "num_student_layers": 6,
+    "output_dir": "out/ensemble",
+}  # fmt: skip
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv, needs="model_names_or_paths")
+    args, training_args = parse(Arguments, argv, GPU, needs="model_names_or_paths")
     wanted = 1 if args.kind == "average" else 2
     if args.tiny:
         from made_up import text_classification
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if len(args.model_names_or_paths) < wanted:
             raise SystemExit(f"Give {wanted} --model_names_or_paths.")
-        raw = load_dataset(args.dataset)
+        raw = load_splits(args.dataset)
         names = args.model_names_or_paths
         tokenizer = AutoTokenizer.from_pretrained(names[0])
         labels = raw["train"].features["label"].names

@@ -6,6 +6,7 @@
         --teacher_model_name_or_path path/to/a/finetuned/bert --dataset cornell-movie-review-data/rotten_tomatoes --output_dir out/sharded
 
     python examples/sharded.py --tiny --learning_rate 5e-3 --output_dir out/sharded
+    accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/sharded.py --preset gpu
 
 Neurons cannot leave a model that is spread over processes, so they leave before: each process takes the same ones out of a whole student.
 Training then shards student and teacher alike, with fake quantizers in the shards. Once the whole checkpoint is saved, the first process
@@ -17,7 +18,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
-from example_utils import ClassifierArguments, load_classifier, parse, to_file, tokenize, train_and_save
+from example_utils import CLASSIFIER, ClassifierArguments, load_classifier, parse, to_file, tokenize, train_and_save
 from transformers import DataCollatorWithPadding
 
 from hfkdq import (
@@ -33,6 +34,8 @@ from hfkdq import (
 )
 from hfkdq.metrics import classification_metrics
 
+GPU = {**CLASSIFIER, "output_dir": "out/sharded"}
+
 
 @dataclass
 class Arguments(ClassifierArguments):
@@ -40,7 +43,7 @@ class Arguments(ClassifierArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path)
     data = tokenize(raw, tokenizer, args.max_seq_length).rename_column("label", "labels")
     student = make_student(teacher, num_layers=args.num_student_layers)

@@ -7,6 +7,7 @@
         --dataset cornell-movie-review-data/rotten_tomatoes
 
     python examples/small_files.py --tiny --num_student_layers 1 --learning_rate 1e-3 --output_dir out/small
+    accelerate launch examples/small_files.py --preset gpu
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from example_utils import ClassifierArguments, load_classifier, parse, tokenize
+from example_utils import CLASSIFIER, ClassifierArguments, load_classifier, parse, tokenize
 
 from hfkdq import (
     DistillationTrainer,
@@ -29,6 +30,8 @@ from hfkdq import (
 )
 from hfkdq.metrics import classification_metrics
 
+GPU = {**CLASSIFIER, "output_dir": "out/small"}
+
 
 @dataclass
 class Arguments(ClassifierArguments):
@@ -39,7 +42,7 @@ class Arguments(ClassifierArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     raw, tokenizer, teacher = load_classifier(args, args.teacher_model_name_or_path, unused_words=200)
     out = Path(training_args.output_dir)
     teacher.save_pretrained(out / "teacher")

@@ -7,6 +7,7 @@
 
     python examples/speech_ctc.py --tiny --learning_rate 1e-3 --output_dir out/ctc
     python examples/speech_ctc.py --tiny --gru_width 64 --learning_rate 5e-3 --output_dir out/gru
+    accelerate launch examples/speech_ctc.py --preset gpu
 
 The data are WAV files in 16 bits and mono as bytes in a column `audio`, with what is said in a column `text`. `--clips 3` joins as many of
 them at random, as digits to numbers. `--gru_width` makes the student a GRU of one's own, which hears nothing of what comes later; its teacher
@@ -23,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Audio, load_dataset
-from example_utils import parse, steps_and_terms, to_file, train_and_save
+from datasets import Audio
+from example_utils import load_splits, parse, steps_and_terms, to_file, train_and_save
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 from transformers import AutoModelForCTC, AutoProcessor, PretrainedConfig, PreTrainedModel
@@ -32,6 +33,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss, make_student
 from hfkdq.metrics import metrics_for
+
+GPU = {
+    "teacher_model_name_or_path": "facebook/wav2vec2-large-robust-ft-libri-960h", "dataset": "edinburghcstr/ami:ihm",
+    "num_student_layers": 12, "num_train_epochs": 5, "learning_rate": 1e-4, "warmup_steps": 1000,
+    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16, "output_dir": "out/ctc",
+}  # fmt: skip
 
 
 @dataclass
@@ -93,14 +100,14 @@ def samples_of(wav: bytes, rate: int) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     if args.tiny:
         from made_up import fit, spectrograms, speech
 
         made = speech if args.gru_width is None else spectrograms
         raw, processor, teacher = made(Path(training_args.output_dir))
     else:
-        raw = load_dataset(args.dataset).cast_column("audio", Audio(decode=False))
+        raw = load_splits(args.dataset).cast_column("audio", Audio(decode=False))
         processor = AutoProcessor.from_pretrained(args.teacher_model_name_or_path)
         teacher = AutoModelForCTC.from_pretrained(args.teacher_model_name_or_path, ctc_zero_infinity=True)
     extractor, tokenizer = processor.feature_extractor, processor.tokenizer

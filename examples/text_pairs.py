@@ -6,6 +6,7 @@
         --teacher_model_name_or_path path/to/a/finetuned/bert --dataset nyu-mll/glue:qnli
 
     python examples/text_pairs.py --tiny --regression --learning_rate 5e-3 --output_dir out/stsb
+    accelerate launch examples/text_pairs.py --preset gpu
 
 With `--regression` the column `label` has numbers: the student learns the teacher's by their squared distance, and the
 metric is the correlation of ranks (`--dataset nyu-mll/glue:stsb --first sentence1 --second sentence2`).
@@ -16,12 +17,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import load_dataset
-from example_utils import parse, to_file, train_and_save
+from example_utils import first_rows, load_splits, parse, to_file, train_and_save
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hfkdq import DistillationTrainer, LogitKD, QATCallback, QuantizationSpec, TaskLoss, make_student
 from hfkdq.metrics import metrics_for
+
+# Length, epochs, batch and learning rate of TinyBERT on GLUE (Jiao et al., 2020).
+GPU = {
+    "teacher_model_name_or_path": "textattack/bert-base-uncased-QNLI", "dataset": "nyu-mll/glue:qnli", "first": "question",
+    "second": "sentence", "num_student_layers": 6, "num_train_epochs": 3, "learning_rate": 3e-5, "warmup_steps": 500,
+    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "output_dir": "out/qnli",
+}  # fmt: skip
 
 
 @dataclass
@@ -42,20 +49,19 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     if args.tiny:
         from made_up import text_pairs
 
         raw, tokenizer, teacher = text_pairs(args.regression)
     else:
-        raw = load_dataset(*args.dataset.split(":"))
+        raw = load_splits(args.dataset)
         tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
         classes = 1 if args.regression else raw["train"].features["label"].num_classes
         teacher = AutoModelForSequenceClassification.from_pretrained(
             args.teacher_model_name_or_path, num_labels=classes
         )
-    if args.max_samples is not None:
-        raw = raw.__class__({name: rows.select(range(min(args.max_samples, len(rows)))) for name, rows in raw.items()})
+    raw = first_rows(raw, args.max_samples)
 
     def encode(rows: Any) -> Any:
         return tokenizer(rows[args.first], rows[args.second], truncation=True, max_length=args.max_seq_length)

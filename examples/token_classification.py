@@ -6,6 +6,7 @@
         --teacher_model_name_or_path path/to/a/finetuned/model --dataset path/to/folder
 
     python examples/token_classification.py --tiny --learning_rate 1e-3 --output_dir out/ner
+    accelerate launch examples/token_classification.py --preset gpu
 
 The data are lists of words in a column `tokens`, with a tag for each in `ner_tags`, as in WNUT 17 and CoNLL 2003.
 """
@@ -15,8 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import load_dataset
-from example_utils import parse, to_file, train_and_save
+from example_utils import load_splits, parse, to_file, train_and_save
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
 
 from hfkdq import (
@@ -29,6 +29,12 @@ from hfkdq import (
     make_student,
 )
 from hfkdq.metrics import metrics_for
+
+GPU = {
+    "teacher_model_name_or_path": "elastic/distilbert-base-cased-finetuned-conll03-english", "dataset": "lhoestq/conll2003",
+    "num_student_layers": 3, "num_train_epochs": 5, "learning_rate": 5e-5, "warmup_steps": 200,
+    "per_device_train_batch_size": 32, "per_device_eval_batch_size": 128, "output_dir": "out/ner",
+}  # fmt: skip
 
 
 @dataclass
@@ -44,13 +50,13 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, training_args = parse(Arguments, argv)
+    args, training_args = parse(Arguments, argv, GPU)
     if args.tiny:
         from made_up import fit, named_entities
 
         raw, tokenizer, teacher = named_entities()
     else:
-        raw = load_dataset(args.dataset)
+        raw = load_splits(args.dataset)
         names = raw["train"].features["ner_tags"].feature.names
         ids = {name: number for number, name in enumerate(names)}
         tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)

@@ -5,13 +5,18 @@ import importlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from safetensors.torch import load_file
 
 from hfkdq import load_pruned, load_quantized
@@ -102,21 +107,187 @@ FAMILIES = [
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs an example in this process; returns the rows of its log with a loss, and what it printed last."""
+def example():
+    """Imports an example anew."""
     # Not by monkeypatch, which would take away what ONNX Runtime's tools add to the path for themselves.
     sys.path.insert(0, str(EXAMPLES))
-
-    def main(script, out, *options):
-        quiet = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "1e-3"]
-        importlib.import_module(script).main([*quiet, "--output_dir", str(out), *options])
-        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-        return [row for row in history if "loss" in row], capsys.readouterr().out.splitlines()
-
-    yield main
+    yield importlib.import_module
     sys.path.remove(str(EXAMPLES))
     for path in EXAMPLES.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def run(capsys, example):
+    """Runs an example in this process; returns the rows of its log with a loss, and what it printed last."""
+
+    def main(script, out, *options):
+        quiet = ["--use_cpu", "--disable_tqdm", "True", "--learning_rate", "1e-3"]
+        example(script).main([*quiet, "--output_dir", str(out), *options])
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        return [row for row in history if "loss" in row], capsys.readouterr().out.splitlines()
+
+    return main
+
+
+class Begun(Exception):
+    """An example has read its arguments."""
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path, example):
+    """What an example makes of its arguments: it is stopped where its work begins, at the seed."""
+    found, parse = [], transformers.HfArgumentParser.parse_args_into_dataclasses
+
+    def kept(self, argv):
+        found[:] = parse(self, argv)
+        return tuple(found)
+
+    def begin(seed):
+        raise Begun
+
+    monkeypatch.setattr(transformers.HfArgumentParser, "parse_args_into_dataclasses", kept)
+    monkeypatch.chdir(tmp_path)
+
+    def main(script, *options):
+        for module in (example(script), example("example_utils")):
+            monkeypatch.setattr(module, "set_seed", begin, raising=False)
+        with pytest.raises(Begun):
+            example(script).main(["--use_cpu", *options])
+        return {name: value for part in found for name, value in vars(part).items()}
+
+    return main
+
+
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("made_up", "example_utils"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_preset_of_an_example_fits_its_arguments(script, read, example, capsys):
+    preset, plain = example(script).GPU, read(script, "--tiny")
+    assert "not run" not in capsys.readouterr().out
+    assert preset.keys() <= plain.keys()
+    assert {"output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size"} <= preset.keys()
+    found = read(script, "--preset", "gpu")
+    assert "The preset gpu was not run yet" in capsys.readouterr().out
+    assert found["bf16"]
+    assert {name: found[name] for name in preset} == preset
+    mine = {"learning_rate": 0.125, "bf16": False, "output_dir": "out/mine"}
+    typed = read(
+        script, "--preset", "gpu", *(word for name, value in mine.items() for word in (f"--{name}", str(value)))
+    )
+    assert {name: typed[name] for name in {*preset, *mine}} == {**preset, **mine}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--preset", "gpu", "--tiny"), "Give one of the two"),
+        (("--preset", "tpu"), "invalid choice: 'tpu'"),
+        ((), "or --preset gpu"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused(options, said, example, capsys):
+    with pytest.raises(SystemExit):
+        example("detector").main(["--use_cpu", *options])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_of_an_example_are_understood(script, read, example):
+    """Each command of its docstring names options that exist, and what must be named."""
+    lines = [shlex.split(line) for line in example(script).__doc__.splitlines() if f"examples/{script}.py" in line]
+    commands = [words[words.index(f"examples/{script}.py") + 1 :] for words in lines if words[0] in ("accelerate", "python")]  # fmt: skip
+    assert ["--preset", "gpu"] in commands
+    assert len(commands) > 1
+    for options in commands:
+        read(script, *options)
+
+
+def test_splits_that_a_data_set_lacks_are_made(example, tmp_path):
+    rows = Dataset.from_dict({"text": [str(i) for i in range(40)]})
+    load_splits = example("example_utils").load_splits
+    for folder, splits in {
+        "one": ["train"],
+        "two": ["train", "validation"],
+        "all": ["train", "validation", "test"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for number, split in enumerate(splits):
+            rows.select(range(20 * number, 20 * number + 20) if number < 2 else range(3)).to_parquet(
+                tmp_path / folder / f"{split}.parquet"
+            )
+    one, two, three = (load_splits(str(tmp_path / folder)) for folder in ("one", "two", "all"))
+    assert (len(one["train"]), len(one["test"])) == (18, 2)
+    assert sorted([*one["train"]["text"], *one["test"]["text"]]) == sorted(rows["text"][:20])
+    assert two["test"]["text"] == two["validation"]["text"] == rows["text"][20:]
+    assert three["test"]["text"] == rows["text"][:3]
+
+
+@pytest.fixture
+def made(monkeypatch, example):
+    """The trainer that an example makes, which does not train."""
+
+    def main(script, *options):
+        trainers = []
+        monkeypatch.setattr(example(script), "train_and_save", lambda trainer, **_: trainers.append(trainer))
+        example(script).main(["--use_cpu", *options])
+        return trainers[0]
+
+    return main
+
+
+@pytest.mark.one_line
+def test_a_sound_has_the_class_that_its_teacher_has_for_the_name(made, example, tmp_path):
+    raw, extractor, teacher = example("made_up").sounds()
+    (tmp_path / "data").mkdir()
+    order, number = ["unknown", "c", "a", "b"], teacher.config.label2id
+    for (
+        split,
+        rows,
+    ) in raw.items():  # as numbers of another order, with sounds of a class that the teacher does not have
+        labels = [0 if i % 4 == 0 else order.index("abc"[label]) for i, label in enumerate(rows["label"])]
+        renamed = (
+            rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=order))
+        )
+        renamed.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    for part in (extractor, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    options = ("--dataset", str(tmp_path / "data"), "--teacher_model_name_or_path", str(tmp_path / "teacher"))
+    trainer = made("audio_classification", *options, "--output_dir", str(tmp_path / "out"))
+    found = trainer.eval_dataset[:]["labels"].tolist()
+    assert found == [number["abc"[n]] for i, n in enumerate(raw["test"]["label"]) if i % 4]
+    assert trainer.model.config.label2id == number
+
+
+@pytest.mark.one_line
+def test_a_mask_of_colours_is_read_as_its_numbers(made, example, tmp_path):
+    raw, processor, teacher = example("made_up").segmentation()
+    classes = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32) % 3
+    mask = Image.fromarray(classes).convert("P")
+    mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    mask.putdata(classes.flatten().tolist())
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"image": raw[split][:2]["image"], "mask": [mask] * 2})
+        rows.cast_column("mask", ImageFeature()).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    for part in (processor, teacher):
+        part.save_pretrained(tmp_path / "teacher")
+    options = ("--dataset", str(tmp_path / "data"), "--teacher_model_name_or_path", str(tmp_path / "teacher"))
+    trainer = made("segmentation", *options, "--output_dir", str(tmp_path / "out"))
+    assert trainer.eval_dataset[:]["labels"][0].tolist() == classes.tolist()
+
+
+def test_language_models_that_were_saved_with_half_of_the_bits_learn_in_all_of_them(made, example, tmp_path):
+    made_up = example("made_up")
+    tokenizer = made_up.text_tokenizer(["say", "plot"], template="$A")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    made_up._llama(tokenizer, width=32, layers=2).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"text": ["say plot"] * 8}).to_parquet(tmp_path / "data" / "train.parquet")
+    options = ("--dataset", str(tmp_path / "data"), "--teacher_model_name_or_path", str(tmp_path / "teacher"))
+    trainer = made("language_model", *options, "--output_dir", str(tmp_path / "out"))
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
 
 
 @pytest.mark.one_line
@@ -304,10 +475,8 @@ def test_the_precision_of_a_detector_is_that_of_its_file(run, tmp_path):
     assert "ONNX int8" in printed[-2]
 
 
-def test_parts_that_integers_ruin_are_found_by_measuring(monkeypatch, tmp_path):
-    # Not by monkeypatch, which would take away what ONNX Runtime's tools add to the path for themselves.
-    sys.path.insert(0, str(EXAMPLES))
-    example = importlib.import_module("object_detection")
+def test_parts_that_integers_ruin_are_found_by_measuring(example):
+    parts_left_in_float = example("object_detection").parts_left_in_float
     model, pixels = tiny.yolos(), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = model(pixel_values=pixels).pred_boxes
@@ -322,8 +491,6 @@ def test_parts_that_integers_ruin_are_found_by_measuring(monkeypatch, tmp_path):
         before = model(pixel_values=pixels).pred_boxes
     assert not torch.equal(before, wanted)
     batches = [{"pixel_values": pixels}]
-    assert example.parts_left_in_float(model, batches, score, max_drop=1.0) == []
-    left = example.parts_left_in_float(model, batches, score, max_drop=0.02)
+    assert parts_left_in_float(model, batches, score, max_drop=1.0) == []
+    left = parts_left_in_float(model, batches, score, max_drop=0.02)
     assert left[0] == "bbox_predictor.layers"
-    sys.modules.pop("object_detection")
-    sys.modules.pop("example_utils")
