@@ -36,14 +36,15 @@ def column_of(rows: Dataset, names: tuple[str, ...], description: str) -> str:
     for name in names:
         if name in rows.column_names:
             return name
-    told = ", ".join(rows.column_names)
+    told = ", ".join(name if name == name.strip() else repr(name) for name in rows.column_names)
     raise ValueError(f"{description} have no column {' or '.join(names)}; their columns are {told}.")
 
 
 def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
     """The number in the model of every label that occurs; `feature` is that of one label. Raises `ValueError`: the
     model does not know one."""
-    known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    named = sorted((int(number), str(name)) for name, number in (config.label2id or {}).items())
+    known = {name: number for number, name in named}
     if any(isinstance(label, str) for label in found):
         unknown = sorted({str(label) for label in found} - set(known))
         if unknown:
