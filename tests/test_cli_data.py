@@ -289,6 +289,7 @@ def test_names_of_labels_are_those_of_the_model(capsys):
     assert labels(["blue", "red"]) == [2, 0]
     assert labels([0, 2]) == labels([0.0, 2.0]) == [0, 2]
     assert labels([0, 1], feature=ClassLabel(names=["blue", "red"])) == [2, 0]
+    assert labels([3, 0], feature=ClassLabel(names=["blue", "green", "purple", "red"])) == [0, 2]
     assert not capsys.readouterr().err
     assert labels([0, 1], feature=ClassLabel(names=["rouge", "vert", "bleu"])) == [0, 1]
     assert "rouge = red, vert = green" in capsys.readouterr().err
@@ -297,6 +298,8 @@ def test_names_of_labels_are_those_of_the_model(capsys):
 def test_labels_that_the_model_does_not_know_are_refused():
     with pytest.raises(ValueError, match="label 'pink', which the model does not know; its label2id has red, green"):
         labels(["blue", "pink"])
+    with pytest.raises(ValueError, match="label 'pink', which the model does not know"):  # not green, nor blue red
+        labels([0, 1], feature=ClassLabel(names=["blue", "pink"]))
     with pytest.raises(ValueError, match=r"label -1; the model has the classes 0 to 2.*DATA:validation"):
         labels([-1, 0])
     with pytest.raises(ValueError, match=r"label 0\.5"):
@@ -307,6 +310,9 @@ def test_labels_that_the_model_does_not_know_are_refused():
         labels(["blue", None, "red"])
     with pytest.raises(ValueError, match=r"labels of several kinds or parts in label: label \(List\)"):
         labels([[0], [1]])
+    sorted_by_name = tiny.bert_config(label2id={"blue": 2, "green": 1, "red": 0}, id2label=dict(enumerate(NAMES)))
+    with pytest.raises(ValueError, match=r"classes 0 to 2 \(red, green, blue\)"):  # as configurations are saved
+        label_reader(Dataset.from_dict({"label": [7]}), sorted_by_name, "the rows")
     with pytest.raises(ValueError, match="no column label or labels; their columns are text"):
         label_reader(Dataset.from_dict({"text": TEXTS}), tiny.bert_config(), "the rows")
 
