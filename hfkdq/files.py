@@ -164,7 +164,7 @@ def workspace(folder: Path) -> Iterator[Path]:
     `FileExistsError`: another process is at work on the same `folder`. Raises `OSError`: the folder cannot be made."""
     place = folder.absolute().parent / f".{folder.name}.hfkdq"
     missing = [parent for parent in place.parents if not parent.exists()]
-    with _ended_by_signals():
+    with ended_by_signals():
         lock = _locked(place, folder)
         files = place / "files"
         try:
@@ -200,7 +200,7 @@ def _locked(place: Path, folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """Makes the signals that end a process raise `SystemExit` instead, so that what is to be cleaned up is."""
 
     def leave(number: int, frame: Any) -> None:

@@ -2,9 +2,13 @@
 """The commands end to end: what they write, print and refuse."""
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -303,6 +307,25 @@ def test_errors_of_libraries_are_told_in_one_line_and_bugs_with_their_place(monk
         assert capsys.readouterr().err == f"hfkdq inspect: {told}\n"
     with pytest.raises(KeyError):
         run_command("inspect", argparse.Namespace(error=KeyError("a bug")))
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "interrupted."), (signal.SIGTERM, "ended by a signal.")])
+def test_a_signal_at_any_time_is_told_in_one_line(monkeypatch, capsys, number, told):
+    def ask(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(9)
+
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    try:
+        monkeypatch.setattr("hfkdq.cli.compress.parse", ask)  # which imports Transformers for its options
+        monkeypatch.setattr("hfkdq.cli.inspect.run", ask)
+        for words in (["compress"], ["inspect", "model"]):
+            with contextlib.suppress(SystemExit):
+                assert main(words) == 128 + number
+            assert capsys.readouterr().err.startswith(f"\nhfkdq {words[0]}: {told}")
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def test_a_checkpoint_of_the_hub_is_written_to_the_current_folder(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 """What the command line makes of files, folders and their columns."""
 
 import io
+import struct
 import wave
+from importlib.util import find_spec
 
 import datasets
 import numpy as np
@@ -20,10 +22,11 @@ from transformers import (
 )
 
 from benchmarks.models.entries import ENTRIES
-from hfkdq.cli.audio import samples_of
+from hfkdq.cli.audio import decodable, samples_of
 from hfkdq.cli.data import CALIBRATION, EVALUATION, load_rows, load_split
 from hfkdq.cli.inputs import Reader
 from hfkdq.cli.labels import label_reader
+from hfkdq.cli.media import to_mode
 
 from . import tiny
 
@@ -189,6 +192,25 @@ def test_sounds_are_brought_to_the_rate_of_the_model_and_mixed_down():
         samples_of({"bytes": b"OggS", "path": None}, 8000)
 
 
+@pytest.mark.skipif(find_spec("torchcodec") is not None, reason="torchcodec reads sounds of all kinds")
+def test_sounds_that_nothing_reads_are_named_before_one_is_read():
+    deep = bytearray(wav(TONE, 16000))
+    deep[32:36] = struct.pack("<HH", 3, 24)  # bytes of a frame, bits of a sample
+    for content, words in ((b"OggS", "no plain WAV file"), (bytes(deep), "WAV files of 24 bits")):
+        rows = Dataset.from_dict({"sound": [{"bytes": one, "path": None} for one in (wav(TONE, 16000), content)]})
+        with pytest.raises(ValueError, match=f"^Row 1: .*{words}"):
+            decodable(rows.cast_column("sound", Audio(decode=False)), "sound", 16000)
+
+
+def test_deep_images_are_scaled_to_eight_bits():
+    deep = np.array([[0, 257 * 7], [257 * 128, 65535]], np.uint16)
+    for picture in (Picture.fromarray(deep), Picture.fromarray(deep.astype(np.int32))):
+        assert np.asarray(to_mode(picture, "RGB"))[..., 1].tolist() == [[0, 7], [128, 255]]
+    assert np.asarray(to_mode(Picture.fromarray(deep.clip(0, 255)), "L")).tolist() == [[0, 255], [255, 255]]
+    with pytest.raises(ValueError, match="floats, of which nothing says the range"):
+        to_mode(Picture.fromarray(deep.astype(np.float32)), "L")
+
+
 def noise(kind):
     file = io.BytesIO()
     Picture.effect_noise((64, 64), 90).save(file, kind)
@@ -267,6 +289,7 @@ def test_names_of_labels_are_those_of_the_model(capsys):
     assert labels(["blue", "red"]) == [2, 0]
     assert labels([0, 2]) == labels([0.0, 2.0]) == [0, 2]
     assert labels([0, 1], feature=ClassLabel(names=["blue", "red"])) == [2, 0]
+    assert labels([3, 0], feature=ClassLabel(names=["blue", "green", "purple", "red"])) == [0, 2]
     assert not capsys.readouterr().err
     assert labels([0, 1], feature=ClassLabel(names=["rouge", "vert", "bleu"])) == [0, 1]
     assert "rouge = red, vert = green" in capsys.readouterr().err
@@ -275,6 +298,8 @@ def test_names_of_labels_are_those_of_the_model(capsys):
 def test_labels_that_the_model_does_not_know_are_refused():
     with pytest.raises(ValueError, match="label 'pink', which the model does not know; its label2id has red, green"):
         labels(["blue", "pink"])
+    with pytest.raises(ValueError, match="label 'pink', which the model does not know"):  # not green, nor blue red
+        labels([0, 1], feature=ClassLabel(names=["blue", "pink"]))
     with pytest.raises(ValueError, match=r"label -1; the model has the classes 0 to 2.*DATA:validation"):
         labels([-1, 0])
     with pytest.raises(ValueError, match=r"label 0\.5"):
@@ -285,6 +310,9 @@ def test_labels_that_the_model_does_not_know_are_refused():
         labels(["blue", None, "red"])
     with pytest.raises(ValueError, match=r"labels of several kinds or parts in label: label \(List\)"):
         labels([[0], [1]])
+    sorted_by_name = tiny.bert_config(label2id={"blue": 2, "green": 1, "red": 0}, id2label=dict(enumerate(NAMES)))
+    with pytest.raises(ValueError, match=r"classes 0 to 2 \(red, green, blue\)"):  # as configurations are saved
+        label_reader(Dataset.from_dict({"label": [7]}), sorted_by_name, "the rows")
     with pytest.raises(ValueError, match="no column label or labels; their columns are text"):
         label_reader(Dataset.from_dict({"text": TEXTS}), tiny.bert_config(), "the rows")
 
@@ -298,6 +326,9 @@ def test_labels_that_the_model_does_not_know_are_refused():
         ("rows.csv", "text\né\n".encode("latin-1"), r"rows.csv could not be read as data \(UnicodeDecodeError: .*\. Save it in UTF-8"),
         ("rows.csv", b"text,text,label\nw1,w2,0\n", r"two columns text, of which the second is read as text.1"),
         ("rows.csv", b"text,label,label\nw1,0,1\n", r"two columns label, of which the second is read as label.1"),
+        ("rows.csv", b"text;label\nw1;0\n", r"rows.csv has one column, 'text;label'. Columns are separated by commas, in a .tsv file by tabs"),
+        ("rows.csv", b"text, label\nw1,0\n", r"their columns are text, ' label'\."),
+        ("rows.csv", b"text,label\nw1,0\nNA,1\n", r"lack a value of text in row 1 .* Of CSV files NA, None and null are read as no value"),
         ("rows.jsonl", b'{"text": "w1", "label": 0}\n{"text": "w2", "label": "a"}\n', r"labels of several kinds or parts in label"),
     ],
 )  # fmt: skip

@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -504,6 +506,14 @@ def test_a_search_leaves_the_recipes_of_others_alone(given, tmp_path, capsys):
     assert not (tmp_path / "search").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "kept", "share"), [(0.5, 0.25, 0.5), (0.0, 0.1, 1.0), (-0.2, -0.4, 0.0), (-0.2, 0.1, 1.0)]
+)
+def test_a_model_without_merit_is_kept_by_what_is_no_worse(before, kept, share):
+    rows = [SimpleNamespace(metrics={"spearman": value}, size=1, latency=None) for value in (before, kept)]
+    assert outcome_of(SimpleNamespace(engines=rows), "spearman").kept == share
+
+
 def test_layers_that_are_named_take_the_place_of_their_number(given):
     recipe = read(override({}, [f"model={given / 'model'}", f"data.train={given / 'rows.csv'}"]))
     setup = set_up(recipe, ["student.layers=[1, 4]", "training.use_cpu=true"], "r")
@@ -661,6 +671,12 @@ def test_goals_are_searched_until_the_best_that_meets_them_is_found(given, tmp_p
     assert load(out / "recipe.yaml")["student"]["num_layers"] == study.trials[best].params["num_layers"]
     assert outcome_of(CompressionReport.load(out / "report.json"), "accuracy") == found[best]
     assert not list(out.glob("search/*/checkpoints"))
+    shared = ["push.repo_id=me/it", "--storage", f"sqlite:///{out / 'search' / 'study.db'}"]
+    assert main([*searching(given, tmp_path / "other", *settings), *shared]) == 0
+    assert hashes(tmp_path / "other") == hashes(out)
+    shutil.move(out / "search" / f"trial-{best}", tmp_path / "away")
+    assert main([*searching(given, tmp_path / "third", *settings), *shared]) == 1
+    assert f"is not in {out / 'search' / f'trial-{best}'} on this machine" in capsys.readouterr().err
 
 
 def test_a_search_tries_vocabularies_and_runtimes_where_there_are_some(given, monkeypatch):
@@ -838,6 +854,27 @@ def test_trials_that_are_too_large_are_none_of_those_that_were_asked_for(given, 
     assert set(tried) <= {1, 2}
     assert "2 failed, the last with" in (told := capsys.readouterr().err)
     assert "No trial came to its end" in told.splitlines()[-1]
+    assert "the weights alone of the smallest model of this search are 0.0" in told.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_search_goes_on_with_the_trial_that_was_interrupted(given, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def carry_out(*_):
+        tried.append(1)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        raise ValueError("that was it")
+
+    monkeypatch.setattr("hfkdq.cli.compress_search.carry_out", carry_out)
+    monkeypatch.setattr("hfkdq.cli.compress_search._structures", lambda setup: [])
+    command = searching(given, tmp_path / "out", "--use_cpu", "--keep", "0.5", "--trials", "3")
+    assert main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(command) == 1
+    assert len(tried) == 4
+    assert "3 failed, the last with: that was it" in capsys.readouterr().err
 
 
 @pytest.mark.one_line

@@ -12,13 +12,24 @@ from typing import Any
 import numpy as np
 from datasets import Audio, Dataset
 
+from .columns import row_of
+
 _Array = np.ndarray[Any, Any]
 _INSTALL = "Install torchcodec, with which datasets reads audio of all kinds and brings them to any rate"
 
 
 def decodable(rows: Dataset, column: str, rate: int) -> Dataset:
-    """The rows with audio that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes."""
-    return rows.cast_column(column, Audio(sampling_rate=rate) if find_spec("torchcodec") else Audio(decode=False))
+    """The rows with audio that [`samples_of`] reads: decoded by `datasets` if it can, else as bytes. Raises `ValueError`:
+    a row has audio of a kind that cannot be read so."""
+    if find_spec("torchcodec"):
+        return rows.cast_column(column, Audio(sampling_rate=rate))
+    rows = rows.cast_column(column, Audio(decode=False))
+    for number, sound in enumerate(rows[column]):
+        try:
+            _plain(sound)
+        except ValueError as error:
+            raise ValueError(f"Row {row_of(rows, number)}: {error}") from error
+    return rows
 
 
 def samples_of(sound: Any, rate: int) -> _Array:
@@ -27,10 +38,17 @@ def samples_of(sound: Any, rate: int) -> _Array:
     if not isinstance(sound, dict) or "array" in sound:
         samples = np.asarray(sound["array"], dtype=np.float32)
         return samples if samples.ndim == 1 else samples.mean(0)
+    channels, own, frames = _plain(sound)
+    samples = np.frombuffer(frames, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 32768
+    return samples if own == rate else _resampled(samples, own, rate)
+
+
+def _plain(sound: Any) -> tuple[int, int, bytes]:
+    """Channels, samples a second and samples of a WAV file of 16 bits."""
     data = Path(sound["path"]).read_bytes() if sound["bytes"] is None else sound["bytes"]
     try:
         with wave.open(io.BytesIO(data)) as file:
-            width, channels, own = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             frames = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
         raise ValueError(f"The audio is no plain WAV file ({error}). {_INSTALL}.") from error
@@ -38,8 +56,7 @@ def samples_of(sound: Any, rate: int) -> _Array:
         raise ValueError(
             f"The audio files are WAV files of {8 * width} bits; 16 can be read without help. {_INSTALL}."
         )
-    samples = np.frombuffer(frames, "<i2").reshape(-1, channels).mean(1, dtype=np.float32) / 32768
-    return samples if own == rate else _resampled(samples, own, rate)
+    return channels, rate, frames
 
 
 def _resampled(samples: _Array, own: int, rate: int) -> _Array:

@@ -37,7 +37,7 @@ def refuse_gaps(rows: Dataset, columns: Iterable[str], description: str) -> None
         if any(gaps):
             raise ValueError(
                 f"{description} lack a value of {name} in row {row_of(rows, gaps.index(True))} ({sum(gaps)} of {len(gaps)} rows). Leave "
-                "such rows out."
+                "such rows out. Of CSV files NA, None and null are read as no value; JSON lines have them as words."
             )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import shutil
@@ -36,7 +37,7 @@ _STUDY = "hfkdq compress"
 _BITS = {"8 bits": (8, "8"), "4-bit weights": (4, "null")}  # codes of 4 bits are stored as such beside floats alone
 _SPARSITIES = (0.25, 0.5, 0.75)
 _VOCAB = "vocab"
-_LEFT, _LARGE = "parameters that are left", "too large to be trained"
+_LEFT, _LARGE, _PLACE = "parameters that are left", "too large to be trained", "folder"
 # Four looks at every training: the pruner ends those that are behind at one of them.
 _WATCHED = ("training.eval_strategy=steps", "training.eval_steps=0.25", "training.save_strategy=no")
 
@@ -72,6 +73,16 @@ def search(
     bits = [*_BITS][:1] if first.recipe.export is None or first.recipe.export.integer_convolutions else [*_BITS]
     bits = [] if _is_said(changes, "quantization.weight_bits", "quantization.activation_bits") else bits
     runtimes = [] if goals.max_latency is None else _runtimes(first, changes)
+    if goals.max_size is not None:
+        least = 0.0
+        with contextlib.suppress(ValueError, RuntimeError):  # a trial would tell
+            smallest = _choose(_Smallest(), layers, structures, runtimes, bits)
+            _, least = _least_size(set_up(recipe, [*smallest, *changes, "push=null"], source))
+        if least > goals.max_size:
+            raise RuntimeError(
+                f"No trial came to its end, nor could one: the weights alone of the smallest model of this search are "
+                f"{megabytes(math.ceil(least))} MB, and --max-size is {megabytes(math.ceil(goals.max_size))} MB."
+            )
     if storage is None:
         (folder / SEARCH).mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -104,7 +115,7 @@ def search(
     best = goals.best(found)
     if best is None:
         raise RuntimeError(f"{goals.explain(found)} All trials are in {folder / SEARCH}.{_reason(study)}")
-    report = _put_in_place(folder, best)
+    report = _put_in_place(folder, Path(study.trials[best].user_attrs[_PLACE]))
     send(recipe, folder, report)  # of all trials the best alone
     return report
 
@@ -121,8 +132,10 @@ def _study(optuna: Any, storage: str) -> Any:
 
 
 def are_enough(study: Any, trials: int) -> bool:
-    """Whether a study has its trials. One that is too large to be trained takes a second and counts a tenth."""
-    finished = [_LARGE in trial.user_attrs for trial in study.trials if trial.state.is_finished()]
+    """Whether a study has its trials. One that is too large to be trained takes a second and counts a tenth, and one that
+    was interrupted, which Optuna takes for a failed one, is still missing."""
+    ended = [t for t in study.trials if t.state.is_finished() and (t.state.name != "FAIL" or "error" in t.user_attrs)]
+    finished = [_LARGE in trial.user_attrs for trial in ended]
     return 10 * finished.count(False) + finished.count(True) >= 10 * trials
 
 
@@ -243,6 +256,7 @@ def _carried_out(
             shutil.rmtree(place, ignore_errors=True)
     outcome = outcome_of(report, metric)
     trial.set_user_attr("outcome", vars(outcome))
+    trial.set_user_attr(_PLACE, str(place.resolve()))
     return goals.score(outcome)
 
 
@@ -253,13 +267,23 @@ def outcome_of(report: CompressionReport, metric: str) -> Outcome:
     if metric in LOWER_IS_BETTER:
         kept, before = before, kept
     return Outcome(
-        kept=kept / before if before else float(kept >= before), size=file.size,
+        kept=kept / before if before > 0 else float(kept >= before), size=file.size,
         latency=None if file.latency is None else file.latency.median_ms,
     )  # fmt: skip
 
 
-def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> None:
-    """Ends a trial whose weights alone are larger than the bound, before anything is trained."""
+class _Smallest:
+    """Chooses, in the place of a trial, what makes a model smallest: the options are in the order of their sizes."""
+
+    def suggest_int(self, name: str, least: int, most: int) -> int:
+        return least
+
+    def suggest_categorical(self, name: str, options: Sequence[Any]) -> Any:
+        return options[-1]
+
+
+def _least_size(setup: Setup) -> tuple[float, float]:
+    """The parameters that are left of a student, and the bytes that its weights have at least."""
     bits = setup.parts.quantization[0].weight_bits if setup.parts.quantization else 32
     share = math.prod(1.0 - (spec.sparsity or 0.0) for spec, _ in setup.parts.pruning if spec.structure != _VOCAB)
     numbers = sum(p.numel() for p in setup.student.parameters())
@@ -267,7 +291,13 @@ def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> No
         table: Any = setup.student.get_input_embeddings()
         numbers -= table.weight.numel()
     least = numbers * bits / 8 * share**2  # of hidden width both axes go
-    trial.set_user_attr(_LEFT, numbers * share)
+    return numbers * share, least
+
+
+def _refuse_too_large(optuna: Any, trial: Any, setup: Setup, goals: Goals) -> None:
+    """Ends a trial whose weights alone are larger than the bound, before anything is trained."""
+    left, least = _least_size(setup)
+    trial.set_user_attr(_LEFT, left)
     if goals.max_size is not None and least > goals.max_size:
         trial.set_user_attr(_LARGE, True)
         raise optuna.TrialPruned(f"at least {megabytes(int(least))} MB")
@@ -298,9 +328,12 @@ def frontier(found: dict[int, Outcome], study: Any, goals: Goals) -> Table:
     return table
 
 
-def _put_in_place(folder: Path, best: int) -> CompressionReport:
-    """Copies what the best trial wrote into the folder of the search."""
-    place = folder / SEARCH / f"trial-{best}"
+def _put_in_place(folder: Path, place: Path) -> CompressionReport:
+    """Copies what the best trial wrote, which may be one of another process, into the folder of the search."""
+    if not COMPRESSED.is_finished(place):
+        raise FileNotFoundError(
+            f"What the best trial wrote is not in {place} on this machine. Bring it there, or start the command where it is."
+        )
     with workspace(folder / "result") as made:
         new = made / "new"
         new.mkdir()

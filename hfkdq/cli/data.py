@@ -14,6 +14,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow import ArrowException
 
 from ..schema import brief
+from .columns import names_of
 from .media import refuse_damaged
 from .names import SUFFIXES, check_data, split_name
 
@@ -33,6 +34,10 @@ def load_rows(where: str, preferred: tuple[str, ...], samples: int | None) -> tu
 def _drawn(rows: Dataset, name: str, path: str, samples: int | None, is_whole: bool = False) -> tuple[Dataset, str]:
     if not len(rows):
         raise ValueError(f"The split {name} of {path} is empty.")
+    if len(names := rows.column_names) == 1 and set(names[0]) & set(";\t|"):
+        raise ValueError(
+            f"{path} has one column, {names[0]!r}. Columns are separated by commas, in a .tsv file by tabs."
+        )
     if samples is not None and samples < len(rows):
         # Files are often sorted by label.
         rows = rows.shuffle(seed=0).select(range(samples))
@@ -119,7 +124,8 @@ def load_split(
         return _drawn(splits[name], name, path, samples), _drawn(splits[other], other, path, held_out)
     if len(splits[name]) < 2:
         raise ValueError(
-            f"The split {name} of {path} has too few rows to keep some back. Name other rows as data.eval."
+            f"The split {name} of {path} has too few rows to keep some back: {len(splits[name])}, of {names_of(splits[name])}. "
+            "Name other rows as data.eval."
         )
     parts = splits[name].train_test_split(test_size=max(1, len(splits[name]) // 10), seed=0)
     kept = _drawn(parts["test"], "kept back", path, held_out)

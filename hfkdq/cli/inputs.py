@@ -22,6 +22,7 @@ from .audio import decodable, samples_of
 from .columns import is_string, names_of, only, refuse_gaps, refuse_twins, strings_of
 from .data import load_rows
 from .labelled import labelled, reads_whole_rows
+from .media import to_mode
 from .names import LABELS
 
 Encode = Callable[[dict[str, list[Any]]], dict[str, Any]]
@@ -133,7 +134,7 @@ class Reader:
         mode = "L" if getattr(self.model.config, "num_channels", 3) == 1 else "RGB"
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            arrays = [np.atleast_3d(np.asarray(image.convert(mode))) for image in batch[column]]
+            arrays = [np.atleast_3d(np.asarray(to_mode(image, mode))) for image in batch[column]]
             encoded = processor(arrays, input_data_format="channels_last")
             return {name: list(values) for name, values in encoded.items() if name in accepted}
 

@@ -23,6 +23,7 @@ from ..modeling.forwards import forward_columns
 from ..modeling.tasks import CLASSIFICATION, class_names, is_bare, is_listed
 from .columns import MASKS, is_string, lists_of, names_of, only, refuse_gaps, row_of, strings_of
 from .labels import column_of, label_reader, label_table
+from .media import to_mode
 from .names import LABELS
 
 _BLOCK = 512  # tokens of a text that a language model is measured on, where it takes more
@@ -267,7 +268,7 @@ def _pixels(reader: Any, rows: Dataset, description: str) -> Labelled:
     (image,) = set(images) - set(masks)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in batch[image]]
+        pictures = [to_mode(picture, "RGB") for picture in batch[image]]
         encoded = processor(pictures, segmentation_maps=[np.asarray(mask.convert("L")) for mask in batch[masks[0]]])
         classes = [np.asarray(mask) for mask in encoded["labels"]]
         return {"pixel_values": list(encoded["pixel_values"]), "labels": classes}
@@ -299,7 +300,7 @@ def _boxes(reader: Any, rows: Dataset, description: str) -> Labelled:
     table = label_table(names, lists_of(fields[category]) or fields[category], reader.model.config, description)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in batch[image]]
+        pictures = [to_mode(picture, "RGB") for picture in batch[image]]
         annotations = []
         for number, row in enumerate(map(_by_field, batch[column])):
             boxes = [
@@ -326,7 +327,7 @@ def _images_and_texts(reader: Any, rows: Dataset, description: str) -> Labelled:
         )
 
     def collate(examples: list[Any]) -> dict[str, Any]:
-        pictures, said = [one[image].convert("RGB") for one in examples], [one[texts[0]] for one in examples]
+        pictures, said = [to_mode(one[image], "RGB") for one in examples], [one[texts[0]] for one in examples]
         encoded = reader.processor(images=pictures, text=said, padding=True, truncation=True, return_tensors="pt")
         return reader.taken(encoded)
 

@@ -36,22 +36,30 @@ def column_of(rows: Dataset, names: tuple[str, ...], description: str) -> str:
     for name in names:
         if name in rows.column_names:
             return name
-    told = ", ".join(rows.column_names)
+    told = ", ".join(name if name == name.strip() else repr(name) for name in rows.column_names)
     raise ValueError(f"{description} have no column {' or '.join(names)}; their columns are {told}.")
 
 
 def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, description: str) -> dict[Any, int]:
     """The number in the model of every label that occurs; `feature` is that of one label. Raises `ValueError`: the
     model does not know one."""
-    known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
-    if any(isinstance(label, str) for label in found):
-        unknown = sorted({str(label) for label in found} - set(known))
-        if unknown:
-            raise ValueError(
-                f"{description} have the label {unknown[0]!r}, which the model does not know; its label2id has "
-                f"{_few(list(known))}."
-            )
-        return {label: known[label] for label in found}
+    named = sorted((int(number), str(name)) for name, number in (config.label2id or {}).items())
+    known = {name: number for number, name in named}
+    has_texts, classes = any(isinstance(label, str) for label in found), getattr(feature, "names", [])
+    names = {
+        label: str(label) if has_texts else classes[label]
+        for label in found
+        if has_texts or label in range(len(classes))
+    }
+    unknown = sorted(set(names.values()) - set(known))
+    # Of names that the model knows in part, numbers would make others.
+    if unknown and (has_texts or any(known.get(name, label) != label for label, name in names.items())):
+        raise ValueError(
+            f"{description} have the label {unknown[0]!r}, which the model does not know; its label2id has "
+            f"{_few(list(known))}."
+        )
+    if not unknown and names and len(names) == len(found):
+        return {label: known[name] for label, name in names.items()}
     # A table with numbers and gaps is often saved with 1.0 in the place of 1.
     numbers = {label: int(label) for label in found if isinstance(label, (int, float)) and label % 1 == 0}
     wrong = [label for label in found if label not in numbers or not 0 <= numbers[label] < config.num_labels]
@@ -63,10 +71,8 @@ def label_table(found: Collection[Any], feature: Any, config: PretrainedConfig, 
         )
     if not isinstance(feature, ClassLabel):
         return numbers
-    if set(feature.names) <= set(known):
-        return {label: known[feature.names[label]] for label in numbers}
-    classes = {number: name for name, number in known.items()}
-    pairs = [f"{name} = {classes.get(number, number)}" for number, name in enumerate(feature.names)]
+    named_by = {number: name for name, number in known.items()}
+    pairs = [f"{name} = {named_by.get(number, number)}" for number, name in enumerate(feature.names)]
     sys.stderr.write(f"Labels are taken by their numbers, as the model has other names for them: {_few(pairs)}\n")
     return numbers
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..files import ended_by_signals
 from ..schema import brief
 from ..version import __version__
 from . import bench, card, compress, demo, export, inspect, push, report
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status, 1 after an error that the user can do something about."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compress"]:  # its options are those of TrainingArguments too, which are known to few
-        return run_command("compress", compress.parse(arguments[1:]))
+        return _status("compress", lambda: compress.run(compress.parse(arguments[1:])))
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if len(rest) == 1 and not rest[0].startswith("-") and getattr(options, "folder", "") is None:
@@ -39,10 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(name: str, options: argparse.Namespace) -> int:
     """Runs the command of a name with the options that it has added to a parser; returns the exit status."""
+    return _status(name, lambda: COMMANDS[name].run(options))
+
+
+def _status(name: str, run: Callable[[], None]) -> int:
     # bitsandbytes warns at every import on some processors that a kernel is missing, which no command would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        COMMANDS[name].run(options)
+        with ended_by_signals():
+            run()
     except KeyboardInterrupt:
         sys.stderr.write(f"\nhfkdq {name}: interrupted. {COMMANDS[name].LEFT}\n")
         return 130

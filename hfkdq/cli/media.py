@@ -7,6 +7,7 @@ import io
 import wave
 from pathlib import Path
 
+import numpy as np
 from datasets import Audio, Dataset, Image
 from PIL import Image as Pictures
 
@@ -39,6 +40,18 @@ def refuse_damaged(rows: Dataset, description: str) -> None:
                     f"The {name} in row {row_of(rows, number)} of {description}{where} cannot be read ({type(error).__name__}: {brief(error)}). "
                     "Mend it or leave the row out."
                 ) from error
+
+
+def to_mode(image: Pictures.Image, mode: str) -> Pictures.Image:
+    """An image with 8 bits a channel. One with values above 255, of which Pillow would make white, is taken for one of 16
+    bits and scaled. Raises `ValueError`: its pixels are floats, of which nothing says the range."""
+    if image.mode == "F":
+        raise ValueError(
+            "An image has pixels that are floats, of which nothing says the range. Save it with 8 or 16 bits."
+        )
+    if image.mode.startswith("I") and (pixels := np.asarray(image)).max() > 255:
+        image = Pictures.fromarray((pixels.clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert(mode)
 
 
 def _open_image(content: bytes, decoded: bool) -> None:

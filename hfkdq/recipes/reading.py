@@ -214,6 +214,7 @@ def _parsed(text: str) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         told = error.problem or error.context or ""
         told = f"{error.context}, {told}" if told.startswith("but ") else told  # the second half of a sentence
+        told += ". Indent with spaces" if "'\\t'" in told else ""
         raise ValueError(f"{place}{told}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError("it is nested without end" if isinstance(error, RecursionError) else brief(error)) from None

@@ -116,6 +116,10 @@ def test_what_is_wrong_is_told_in_one_line_with_its_place(change, words):
     [
         ("model: a\nmodel: b", "line 2, column 1: the key 'model' is there twice"),
         ("model: [", "line 1"),
+        (
+            "data:\n\ttrain: x",
+            "line 2, column 1: found character '\\t' that cannot start any token. Indent with spaces.",
+        ),
         ("a: &x 1\nb: *x", "line 2, column 4: aliases are not read"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("model: a\n---\nmodel: b", "expected a single document in the stream, but found another document"),
