@@ -258,7 +258,7 @@ def compress(recipe: dict[str, Any], folder: Path) -> None:
 
 
 def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
-    """Times the files of the first seed in turn, one call of one row."""
+    """Times the files of the first seed in turn, one call of one row on one thread."""
     target = folder / "report"
     if (target / "report.json").exists():
         return
@@ -267,7 +267,7 @@ def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
     files = [f"{arm}={place(folder, arm, seed)}/onnx" for arm in (TEACHER, TAUGHT, PRUNED, INT8)]
     rows = [f"--{name.replace('_', '-')}={value}" for name, value in task.rows.items()]
     command = ["report", *files, "--eval-data", f"{options.data / task.data}:test", *rows, "--output-dir", str(target)]
-    rounds = ["--latency-rounds", str(options.latency_rounds), "--resamples", "0", "--examples", "0"]
+    rounds = ["--latency-rounds", str(options.latency_rounds), "--threads", "1", "--resamples", "0", "--examples", "0"]
     subprocess.run([sys.executable, "-m", "hfkdq", *command, *rounds], check=True)
 
 
