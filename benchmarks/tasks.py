@@ -136,7 +136,7 @@ def vocabulary_file(folder: str, symbols: list[str]) -> str:
 
 
 def boxes(rows: Dataset) -> Made:
-    """An RT-DETR of 2.2M parameters, for images of 128 x 160 pixels."""
+    """An RT-DETR of 1.6M parameters, for images of 128 x 160 pixels."""
     widths = [24, 48, 96, 192]
     backbone = RTDetrResNetConfig(
         embedding_size=24, hidden_sizes=widths, depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage2", "stage3", "stage4"],
