@@ -206,7 +206,12 @@ def test_deep_images_are_scaled_to_eight_bits():
     deep = np.array([[0, 257 * 7], [257 * 128, 65535]], np.uint16)
     for picture in (Picture.fromarray(deep), Picture.fromarray(deep.astype(np.int32))):
         assert np.asarray(to_mode(picture, "RGB"))[..., 1].tolist() == [[0, 7], [128, 255]]
-    assert np.asarray(to_mode(Picture.fromarray(deep.clip(0, 255)), "L")).tolist() == [[0, 255], [255, 255]]
+    dark = deep.clip(0, 3 * 257 - 1)  # is dark among others, whatever its largest value
+    assert np.asarray(to_mode(Picture.fromarray(dark), "L")).tolist() == [[0, 2], [2, 2]]
+    assert np.asarray(to_mode(Picture.fromarray(deep.clip(0, 255).astype(np.int32)), "L")).tolist() == [
+        [0, 255],
+        [255, 255],
+    ]
     with pytest.raises(ValueError, match="floats, of which nothing says the range"):
         to_mode(Picture.fromarray(deep.astype(np.float32)), "L")
 

@@ -43,14 +43,14 @@ def refuse_damaged(rows: Dataset, description: str) -> None:
 
 
 def to_mode(image: Pictures.Image, mode: str) -> Pictures.Image:
-    """An image with 8 bits a channel. One with values above 255, of which Pillow would make white, is taken for one of 16
-    bits and scaled. Raises `ValueError`: its pixels are floats, of which nothing says the range."""
+    """An image with 8 bits a channel. One of 16 bits, or of 32 with values above 255, is scaled: Pillow would make white of what is
+    above 255. Raises `ValueError`: its pixels are floats, of which nothing says the range."""
     if image.mode == "F":
         raise ValueError(
             "An image has pixels that are floats, of which nothing says the range. Save it with 8 or 16 bits."
         )
-    if image.mode.startswith("I") and (pixels := np.asarray(image)).max() > 255:
-        image = Pictures.fromarray((pixels.clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
+        image = Pictures.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert(mode)
 
 
