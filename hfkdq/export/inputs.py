@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling.forwards import decoder_inputs, forward_columns
+from ..modeling.forwards import EMBEDDINGS, decoder_inputs, forward_columns
 from ..modeling.masks import Batch
 from ..modeling.tasks import TASKS, decodes
 from .defaults import neutral
@@ -251,4 +251,6 @@ def file_outputs(model: nn.Module, output: Any, task: str) -> Tensors:
     tensors = {name: value for name, value in output.items() if isinstance(value, Tensor) and name != "loss"}
     wanted = next((known.outputs for known in TASKS if known.name == task.removesuffix(PAST)), ())
     chosen = {name: value for name, value in tensors.items() if name in wanted}
+    if "last_hidden_state" in chosen:  # beside which a tower with a projection (CLIP's) gives what it is for
+        chosen |= {name: tensors[name] for name in EMBEDDINGS if name in tensors}
     return tensors if is_own(model) or not chosen else chosen

@@ -60,7 +60,7 @@ TASKS = (
         "feature-extraction",
         "TEXT_ENCODING",
         "AutoModelForTextEncoding",
-        outputs=("last_hidden_state", "pooler_output", "sentence_embedding", "text_embeds", "image_embeds"),
+        outputs=("last_hidden_state", "pooler_output", "sentence_embedding"),
     ),
 )
 _WRITING = (
