@@ -249,8 +249,8 @@ def file_outputs(model: nn.Module, output: Any, task: str) -> Tensors:
             'a dictionary such as {"logits": logits} does.'
         )
     tensors = {name: value for name, value in output.items() if isinstance(value, Tensor) and name != "loss"}
-    wanted = next((known.outputs for known in TASKS if known.name == task.removesuffix(PAST)), ())
+    wanted: tuple[str, ...] = next((known.outputs for known in TASKS if known.name == task.removesuffix(PAST)), ())
+    if "last_hidden_state" in wanted and "last_hidden_state" in tensors:
+        wanted += EMBEDDINGS  # which a tower with a projection (CLIP's) is for
     chosen = {name: value for name, value in tensors.items() if name in wanted}
-    if "last_hidden_state" in chosen:  # beside which a tower with a projection (CLIP's) gives what it is for
-        chosen |= {name: tensors[name] for name in EMBEDDINGS if name in tensors}
     return tensors if is_own(model) or not chosen else chosen
