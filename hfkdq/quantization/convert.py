@@ -143,8 +143,9 @@ def _check_patterns(model: PreTrainedModel, spec: QuantizationSpec) -> None:
     lost += [f"overrides: {p!r}" for p in spec.overrides if not any(override_matches(p, *entry) for entry in modules)]
     if lost:
         raise ValueError(
-            f"Nothing in {type(model).__name__} that can be quantized matches {'; '.join(lost)}. A pattern is a name or "
-            f"its last parts, a class name, or a regular expression for the whole name; names are, for example: "
+            f"Nothing in {type(model).__name__} that can be quantized matches {'; '.join(lost)}. In a list a "
+            f"pattern is a name or its last parts, and a string by itself is a regular expression for the whole name; overrides take "
+            f"both, and the name of a class. Names are, for example: "
             f"{', '.join(name for name, _ in modules[:4])}."
         )
 
