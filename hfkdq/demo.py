@@ -150,7 +150,8 @@ def _publish(
 ) -> CompressionReport:
     _say("3/4 Exporting to ONNX and comparing every file with PyTorch")
     folder.mkdir()
-    teacher.save_pretrained(folder / "teacher")
+    for part in (teacher, processor):
+        part.save_pretrained(folder / "teacher")
     student: Any = trainer.model
     images = test.remove_columns("labels")
     folders = {

@@ -38,7 +38,8 @@ def test_it_writes_what_it_names(demo):
         "report.png",
         "onnx-int8/model.onnx",
         "onnx-float/model.onnx",
-        "teacher",
+        "teacher/model.safetensors",
+        "teacher/preprocessor_config.json",  # so that `hfkdq compress` takes it
     ):
         assert (folder / name).exists(), name
     config = json.loads((folder / "onnx-int8" / "config.json").read_text())
