@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import fromarray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sklearn.datasets import load_digits
 
@@ -110,7 +111,8 @@ def main() -> None:
         seconds = time.monotonic() - start
         if done.returncode:
             sys.exit(f"{name} failed after {seconds:.0f} s: {log}")
-        table.add_row(name, command.replace(f"{here.parent}/", "").replace(sys.executable, "python"), f"{seconds:.0f}")
+        told = command.replace(f"{here.parent}/", "").replace(sys.executable, "python")
+        table.add_row(name, escape(told), f"{seconds:.0f}")
         if name == "clone":
             write_digits(here / "digits")
     Console(width=180).print(table)
