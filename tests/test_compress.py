@@ -41,6 +41,7 @@ from hfkdq.cli.compress_search import (
     _choose,
     _runtimes,
     _structures,
+    are_enough,
     outcome_of,
     outcomes_of,
 )
@@ -834,6 +835,28 @@ def test_a_small_model_is_held_against_others_that_are_no_larger():
         ended.append(trial.should_prune())
     # The third is behind 0.7, the median of 0.9 and 0.5; the fourth behind 0.5, and the fifth before that of 0.5 and 0.4.
     assert ended == [False, False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("told", "value", "counts"),
+    [
+        ({}, None, 0),
+        ({"error": "e"}, None, 10),
+        ({"outcome": {}}, None, 10),
+        ({"too large to be trained": True}, 0.5, 1),
+        ({}, 0.5, 10),
+    ],
+)
+def test_what_counts_as_one_of_the_trials(told, value, counts):
+    """A trial that failed without a word was interrupted; one whose metric is no number failed too, and would come for ever."""
+    study = optuna.create_study(direction="maximize")
+    for _ in range(10):
+        trial = study.ask()
+        for name, said in told.items():
+            trial.set_user_attr(name, said)
+        study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
+    assert are_enough(study, counts)
+    assert not are_enough(study, counts + 1)
 
 
 def test_trials_that_are_too_large_are_none_of_those_that_were_asked_for(given, tmp_path, monkeypatch, capsys):

@@ -115,7 +115,8 @@ def search(
     best = goals.best(found)
     if best is None:
         raise RuntimeError(f"{goals.explain(found)} All trials are in {folder / SEARCH}.{_reason(study)}")
-    report = _put_in_place(folder, Path(study.trials[best].user_attrs[_PLACE]))
+    place = study.trials[best].user_attrs.get(_PLACE, folder / SEARCH / f"trial-{best}")  # studies of before have none
+    report = _put_in_place(folder, Path(place))
     send(recipe, folder, report)  # of all trials the best alone
     return report
 
@@ -134,7 +135,10 @@ def _study(optuna: Any, storage: str) -> Any:
 def are_enough(study: Any, trials: int) -> bool:
     """Whether a study has its trials. One that is too large to be trained takes a second and counts a tenth, and one that
     was interrupted, which Optuna takes for a failed one, is still missing."""
-    ended = [t for t in study.trials if t.state.is_finished() and (t.state.name != "FAIL" or "error" in t.user_attrs)]
+    told = {"error", "outcome"}  # which a failed one has, such as one without a number for its metric
+    ended = [
+        t for t in study.trials if t.state.is_finished() and (t.state.name != "FAIL" or told & t.user_attrs.keys())
+    ]
     finished = [_LARGE in trial.user_attrs for trial in ended]
     return 10 * finished.count(False) + finished.count(True) >= 10 * trials
 
