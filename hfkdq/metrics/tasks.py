@@ -248,7 +248,7 @@ def _similarity(prediction: EvalPrediction) -> dict[str, float]:
 
 def _embedding(model: Any, inputs: Mapping[str, Any], outputs: Outputs) -> Outputs:
     """One vector an example: the model's own, else the mean of the states that are no padding."""
-    for name in ("sentence_embedding", "text_embeds", "image_embeds"):
+    for name in ("sentence_embedding", "text_embeds", "image_embeds", "audio_embeds"):
         if name in outputs:
             return {"embedding": outputs[name]}
     states = outputs["last_hidden_state"].flatten(2).float()

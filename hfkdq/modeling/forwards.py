@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..protocols import FakeQuantized
 
-EMBEDDINGS = ("image_embeds", "text_embeds", "embeddings")
+EMBEDDINGS = ("image_embeds", "text_embeds", "audio_embeds", "embeddings")
 """Outputs of models that give a vector for each example, in the place of logits."""
 SHIFT = "prepare_decoder_input_ids_from_labels"
 """The method with which most classes make what their decoder reads; Whisper has none."""

@@ -350,3 +350,16 @@ def test_a_tower_with_a_projection_keeps_its_embeddings(tmp_path, kind, task):
     batch = text if kind == "Text" else {"pixel_values": torch.randn(3, 3, 16, 16)}
     for name in (f"{kind.lower().replace('vision', 'image')}_embeds", "last_hidden_state"):
         assert difference(folder, model, batch, name) < 1e-5
+
+
+@pytest.mark.parametrize("task", [None, "feature-extraction"])
+def test_so_does_one_that_hears(tmp_path, task):
+    torch.manual_seed(0)
+    config = tf.ClapAudioConfig(
+        spec_size=32, num_mel_bins=8, patch_size=4, patch_stride=[4, 4], hidden_size=32, depths=[1, 1], window_size=4,
+        num_attention_heads=[2, 4], patch_embeds_hidden_size=16, projection_dim=8, enable_fusion=False, num_hidden_layers=2,
+    )  # fmt: skip
+    batch = {"input_features": torch.randn(2, 1, 128, 8)}
+    folder, _ = written(tf.ClapAudioModelWithProjection(config).eval(), tmp_path, task=task, calibration=[batch])
+    outputs = {value.name for value in ort.InferenceSession(str(folder / "model.onnx")).get_outputs()}
+    assert outputs == {"audio_embeds", "last_hidden_state"}
