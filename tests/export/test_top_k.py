@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, RTDetrImageProcessor
 
 from hfkdq import QuantizationSpec, export_onnx
 from hfkdq.export.job import _check_parity
@@ -110,3 +110,10 @@ def test_a_detector_of_two_stages_is_exported(quantization, tmp_path):
     assert facts["top_k"]["rows"] >= 4 * 6
     assert facts["top_k"]["not_followed"] == 0
     assert set(facts["by_output"]) == {"logits", "pred_boxes"}
+
+
+def test_a_detector_is_exported_without_data_by_its_processor(tmp_path):
+    """With masks of images, which not every file takes; a model of random weights has many equal scores, of which its file keeps others."""
+    processor = RTDetrImageProcessor(size={"height": 64, "width": 64})
+    folder = export_onnx(tiny.rt_detr(), tmp_path / "onnx", processing_class=processor, latency_rounds=0)
+    assert json.loads((folder / "export_facts.json").read_text())["inputs"][0] == "pixel_values"
