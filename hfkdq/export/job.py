@@ -21,11 +21,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..facts import read_facts
 from ..modeling.masks import Batch
 from ..provenance import describe_files, describe_model
-from ..quantization import means_the_same, quantize, quantized_spec, strip_quantizers_
+from ..quantization import means_the_same, quantize, quantized_modules, quantized_spec, strip_quantizers_
+from ..quantization.convert import leave_in_float_
 from ..quantization.records import warn_of_other_weights
 from ..schema import brief
 from ..specs import QuantizationSpec
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from .axes import Trial
     from .top_k import Choices
 
+logger = logging.get_logger(__name__)
+# How many modules are taken out of integers for the sake of a choice.
+_MOST_LEFT = 8
 # Outputs smaller than this differ by the rounding of what they are differences of.
 _ROUNDING = 1e-6
 
@@ -104,12 +109,37 @@ class ExportJob:
     def write(self, precision: Precision, folder: Path) -> dict[str, Any]:
         """Writes checkpoint, processor and ONNX files into an existing folder, compares them, and returns the facts.
 
+        Where the rounding of integers decides which of many a model keeps as the best, the modules that compute the scores stay in
+        floating point: first those right before the choice, then those before them.
+
         `ValueError` if the model cannot be written so; `RuntimeError` if the files differ by more than the tolerance.
         """
+        from .top_k import OtherChoice, scored_by
+
+        reference, left = self._reference(precision), list[str]()
+        while True:
+            try:
+                return self._written(precision, folder, reference, left)
+            except OtherChoice as error:
+                names = scored_by(reference, self.batches[0]) if len(left) < _MOST_LEFT else []
+                if not names or not quantized_modules(reference).keys() - {*names}:
+                    more = " With floats in convolutions, without integer_convolutions, scores are closer."
+                    raise RuntimeError(f"{error}{more * self.integer_convolutions}") from error
+                logger.warning(
+                    f"{str(error).partition(' Nothing was written')[0]} Left in floating point: {', '.join(names)}."
+                )
+            left += names
+            reference = leave_in_float_(copy.deepcopy(reference), names)
+            shutil.rmtree(folder)
+            folder.mkdir()
+
+    def _written(
+        self, precision: Precision, folder: Path, reference: PreTrainedModel, left: list[str]
+    ) -> dict[str, Any]:
+        """What `write` writes, of a model that computes what the files are to compute; `left` are modules that it leaves in floating point."""
         from .axes import open_axes, prove_sizes, trials
         from .runner import GeneratingFiles, open_files
 
-        reference = self._reference(precision)
         check_lowerable(reference)
         start = beginning(self.batches[0])
         # Before there is a session: its waiting threads slow torch down many times over.
@@ -130,7 +160,7 @@ class ExportJob:
         if not generates(reference, self.task):
             expected, tried, choices = self._followed(folder, reference, expected, tried, tolerance)
         if choices is not None:
-            written["top_k"] = asdict(choices)
+            written["top_k"] = {**asdict(choices), "left_in_float": left}
         runner = open_files(folder, self.task)
         self._check_inputs(reference, runner.input_names)
         kind = "OpenVINO" if self.target == OPENVINO else "ONNX"
@@ -312,8 +342,11 @@ def _fitted(spec: QuantizationSpec, model: nn.Module) -> QuantizationSpec:
 def _check_parity(
     parity: Parity, tolerance: float, name: str, where: str = "", choices: Choices | None = None, kind: str = "ONNX"
 ) -> None:
-    told = ""
+    from .top_k import OtherChoice
+
+    told, kind_of_error = "", RuntimeError
     if choices is not None and choices.not_followed:
+        kind_of_error = OtherChoice
         told = (
             f" It keeps others among its top k than torch does, with scores that differ by up to "
             f"{choices.score_difference:.4g} of the largest: more than a tie. Leave what computes the scores in floating "
@@ -322,7 +355,7 @@ def _check_parity(
     for output, found in parity.by_output.items():
         bound = max(tolerance * found["max_abs"], _ROUNDING)
         if not found["max_abs_diff"] <= bound:
-            raise RuntimeError(
+            raise kind_of_error(
                 f"The {name} {kind} file differs from the torch model{where} by up to {found['max_abs_diff']:.4g} in {output} "
                 f"({parity.samples} samples, largest {'logit' if output == 'logits' else 'value'} {found['max_abs']:.4g}); "
                 f"allowed is {bound:.4g} ({tolerance:g} of that). Nothing was written. Pass calibration= with real data if "

@@ -17,10 +17,15 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from .inputs import Tensors
+from ..modeling.forwards import hooked, return_dict_kwargs
+from ..quantization import quantized_modules
+from .inputs import Tensors, model_inputs
+from .rope import rope_by_length
 from .runner import SINGLE
 from .runtime import OnnxSession
 from .session import Session
@@ -39,6 +44,10 @@ class Choices:
     other_rows: int = 0  # in whose place torch has another
     score_difference: float = 0.0
     not_followed: int = 0  # batches in which the difference was more, so that torch kept its own
+
+
+class OtherChoice(RuntimeError):
+    """A file differs from torch and keeps others, by scores that are no tie."""
 
 
 def follow_choices(
@@ -76,6 +85,58 @@ def follow_choices(
         if close and following.other_rows:
             own[index] = outputs
     return own, found
+
+
+def scored_by(model: PreTrainedModel, batch: Tensors) -> list[str]:
+    """The quantized modules that a model computes scores with, to keep the best, with none between them and the scores; by name."""
+    found: dict[Any, str] = {}
+
+    def leaf(value: Any, name: str) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        cut = value.detach().requires_grad_()
+        found[cut] = name
+        return cut
+
+    hooks = [
+        module.register_forward_hook(lambda _, given, out, name=name: tree_map(lambda value: leaf(value, name), out))
+        for name, module in quantized_modules(model).items()
+    ]
+    names: dict[str, None] = {}
+    with hooked(hooks), torch.enable_grad(), rope_by_length(model), _Scores() as seen:
+        model(**model_inputs(model, batch), **return_dict_kwargs(model))
+    for scores in seen.scores:
+        names.update(dict.fromkeys(found[value] for value in _leaves(scores) if value in found))
+    return list(names)
+
+
+class _Scores(TorchFunctionMode):
+    """Keeps what torch chooses the best of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.topk, Tensor.topk):
+            self.scores.append(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
+
+
+def _leaves(value: Tensor) -> Iterator[Tensor]:
+    """The tensors without a history that another was computed of, as far as gradients know."""
+    if value.grad_fn is None:
+        yield value
+    waiting: list[Any] = [value.grad_fn]
+    seen: set[Any] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                yield node.variable
 
 
 @contextmanager

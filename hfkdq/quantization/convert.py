@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -14,7 +17,7 @@ from ..specs.quantization import is_quantizable
 from . import adapters
 from .attention import computes_attention, find_attention, swap_attention_in_, swap_attention_out_
 from .layers import quantized_class, share_tables_, swap_in_, swap_out_, weight_of
-from .naming import head_modules, means_the_same, quantized_modules, tell_left_in_float
+from .naming import head_modules, means_the_same, named_spec, quantized_modules, tell_left_in_float
 from .quantized_module import QuantizedModule
 from .records import FACT, activation_quantizers, quantized_spec, record_ranges, weight_quantizers
 
@@ -172,4 +175,19 @@ def strip_quantizers_(model: PreTrainedModel) -> PreTrainedModel:
     swap_attention_out_(model)
     drop_fact(model, FACT)
     unmark_quantized(model.config)
+    return model
+
+
+def leave_in_float_(model: PreTrainedModel, names: Collection[str]) -> PreTrainedModel:
+    """Takes the fake quantizers out of some modules of a prepared model, in place, as if its spec had left them out; one of the
+    others has to keep its own."""
+    spec, modules = quantized_spec(model), quantized_modules(model)
+    if spec is None or not modules.keys() - {*names}:
+        raise ValueError(f"{type(model).__name__} would have no fake quantizer left. Export it as 'float32'.")
+    for name in names:
+        swap_out_(modules[name])
+    spec = named_spec(model, replace(spec, exclude_modules=[*names]))
+    for module in quantized_modules(model).values():
+        module.quantization_spec = spec
+    record_ranges(model)
     return model

@@ -2,16 +2,19 @@
 """Files of models that keep the best k of many: a tie that falls otherwise is no error, and an error is no tie."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, RTDetrImageProcessor
 
-from hfkdq import QuantizationSpec, export_onnx
+from hfkdq import QuantizationSpec, export_onnx, quantize
 from hfkdq.export.job import _check_parity
-from hfkdq.export.top_k import follow_choices
+from hfkdq.export.top_k import follow_choices, scored_by
 from hfkdq.export.verify import Parity, run_torch
+from hfkdq.quantization import quantized_modules
+from hfkdq.quantization.convert import leave_in_float_
 
 from .. import tiny
 
@@ -117,3 +120,60 @@ def test_a_detector_is_exported_without_data_by_its_processor(tmp_path):
     processor = RTDetrImageProcessor(size={"height": 64, "width": 64})
     folder = export_onnx(tiny.rt_detr(), tmp_path / "onnx", processing_class=processor, latency_rounds=0)
     assert json.loads((folder / "export_facts.json").read_text())["inputs"][0] == "pixel_values"
+
+
+@pytest.fixture
+def quantized():
+    """With fake quantizers, and scores of two layers."""
+    model = best(0.5)
+    model.score = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    return quantize(model, QuantizationSpec(), [examples()])
+
+
+def test_the_modules_that_compute_the_scores_are_found_by_running(quantized):
+    assert scored_by(quantized, examples()) == ["score.2"]
+    assert scored_by(leave_in_float_(quantized, ["score.2"]), examples()) == ["score.0"]
+    assert scored_by(leave_in_float_(quantized, ["score.0"]), examples()) == []
+    with pytest.raises(ValueError, match="no fake quantizer left"):
+        leave_in_float_(quantized, ["head"])
+
+
+@pytest.mark.one_line
+def test_those_of_a_detector_are_found():
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = quantize(tiny.rt_detr(), QuantizationSpec(), [{"pixel_values": pixels}])
+    assert scored_by(model, {"pixel_values": pixels}) == ["model.enc_score_head"]
+    assert scored_by(leave_in_float_(model, ["model.enc_score_head"]), {"pixel_values": pixels}) == [
+        "model.enc_output.0"
+    ]
+
+
+def test_what_computes_the_scores_stays_in_floats_where_integers_change_the_choice(
+    quantized, monkeypatch, tmp_path, caplog
+):
+    """As if rounding had decided, as long as the layer right before the choice computes with integers."""
+
+    def follow(folder, model, batches, expected, tolerance, load):
+        found, choices = follow_choices(folder, model, batches, expected, tolerance, load)
+        if "score.2" in quantized_modules(model):
+            return [{"logits": outputs["logits"] + 9} for outputs in found], replace(choices, not_followed=1)
+        return found, choices
+
+    monkeypatch.setattr("hfkdq.export.top_k.follow_choices", follow)
+    folder = export_onnx(quantized, tmp_path / "onnx", calibration=[examples()], latency_rounds=0)
+    assert "Left in floating point: score.2." in caplog.text
+    facts = json.loads((folder / "export_facts.json").read_text())
+    assert facts["top_k"]["left_in_float"] == facts["spec"]["exclude_modules"] == ["score.2"]
+    assert (facts["quantized_linears"], facts["float_linears"]) == (2, 1)
+    assert list(quantized_modules(quantized)) == ["score.0", "score.2", "head"]  # the user's own is as it was
+
+
+def test_a_choice_that_floats_do_not_mend_is_refused(quantized, monkeypatch, tmp_path):
+    def follow(folder, model, batches, expected, tolerance, load):
+        found, choices = follow_choices(folder, model, batches, expected, tolerance, load)
+        return [{"logits": outputs["logits"] + 9} for outputs in found], replace(choices, not_followed=1)
+
+    monkeypatch.setattr("hfkdq.export.top_k.follow_choices", follow)
+    with pytest.raises(RuntimeError, match="more than a tie"):
+        export_onnx(quantized, tmp_path / "onnx", calibration=[examples()], latency_rounds=0)
+    assert not (tmp_path / "onnx").exists()
