@@ -264,10 +264,7 @@ CARDS = {
     ),
     "object-detection": Card(
         data="bccd", base=boxes([24, 48, 96, 192], 64, 3), teaching=steps(2400, 1e-3, 8), training=steps(300, 5e-4, 8), sizes=(205, 72),
-        recipe={
-            "student": {"num_decoder_layers": 1}, "objectives": ["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"],
-            "quantization": {**EIGHT, "exclude_modules": ".*(enc_score_head|enc_output).*"},
-        },
+        recipe={"student": {"num_decoder_layers": 1}, "objectives": ["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"]},
         told={"resamples": 100},  # an interval of a mean precision takes minutes
     ),
     "audio-classification": Card(

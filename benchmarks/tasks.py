@@ -55,6 +55,7 @@ from hfkdq.report.data import Engine
 
 ALONE, TAUGHT, PRUNED, INT8 = "labels alone", "with the teacher", "pruned", "8-bit integers"
 LOGITS = [{"TaskLoss": {"weight": 0.5}}, {"LogitKD": {"temperature": 2.0}}]
+CHANNELS: dict[str, Any] = {"structure": "channel", "multiple_of": 8, "plain_checkpoint": False}
 TEACHER = "teacher"
 Made = tuple[PreTrainedModel, Any]
 
@@ -75,7 +76,6 @@ class Task:
     small: Callable[[Dataset], Made] | None = None
     objectives: list[Any] = field(default_factory=lambda: LOGITS)
     pruning: Any = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
-    quantization: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
 
@@ -178,7 +178,7 @@ TASKS: dict[str, Task] = {
     ),
     "images": Task(
         data="fashion_mnist", base=images([42, 84, 168], 2), small=images([28, 56, 112], 1), teaching=steps(2000, 3e-3, 64),
-        training=steps(3000, 3e-3, 64), pruning={"structure": "channel", "sparsity": 0.3, "plain_checkpoint": False}, export={"integer_convolutions": True},
+        training=steps(3000, 3e-3, 64), pruning={**CHANNELS, "sparsity": 0.3}, export={"integer_convolutions": True},
     ),
     "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), student={"num_layers": 2}),
     "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), student={"num_layers": 2}),
@@ -186,9 +186,7 @@ TASKS: dict[str, Task] = {
         data="bccd", base=boxes([24, 48, 96, 192], 64, 3), small=boxes([16, 32, 48, 96], 32, 1), teaching=steps(2400, 1e-3, 8),
         training=steps(2400, 1e-3, 8),
         objectives=["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"],
-        pruning={"structure": "channel", "sparsity": 0.4, "plain_checkpoint": False},
-        # Integers in what scores the queries, or in the convolutions before it, select others; the export refuses both.
-        quantization={"exclude_modules": ".*(enc_score_head|enc_output).*"},
+        pruning={**CHANNELS, "sparsity": 0.4},
     ),
 }  # fmt: skip
 
@@ -212,7 +210,7 @@ def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[s
     taught = {**common, **start, **training, "objectives": task.objectives, "export": {}}
     if task.small is not None:
         taught["teacher"] = str(teacher)
-    integers = {"quantization": {"weight_bits": 8, "activation_bits": 8, **task.quantization}, "export": task.export}
+    integers = {"quantization": {"weight_bits": 8, "activation_bits": 8}, "export": task.export}
     return {
         ALONE: {**common, **start, **training, "export": {}},
         TAUGHT: taught,

@@ -115,6 +115,18 @@ def test_specs_survive_json(spec):
         (lambda: PruningSpec(sparsity=0.5, begin=0.7, end=0.7), "begin"),
         (lambda: PruningSpec(sparsity=0.5, structure="layer", target_modules=["x"]), "goes through the whole model"),
         (lambda: PruningSpec(structure="neuron"), "needs a sparsity"),
+        (
+            lambda: PruningSpec(structure="neuron", sparsity=0.5, multiple_of=0),
+            "multiple_of must be a whole number from 1 on, got 0",
+        ),
+        (
+            lambda: PruningSpec(structure="head", sparsity=0.5, multiple_of=8),
+            "not for structure='head' with ranking='local'",
+        ),
+        (
+            lambda: PruningSpec(sparsity=0.5, structure="neuron", ranking="global", multiple_of=8),
+            "with ranking='global'. Leave it out",
+        ),
         (lambda: PruningSpec(sparsity=0.5, ranking="best"), "ranking='best'"),
         (lambda: PruningSpec(sparsity=0.5, cut="paste"), "cut='paste'"),
         (lambda: PruningSpec(sparsity=0.5, schedule="step"), "schedule='step'"),

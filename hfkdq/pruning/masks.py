@@ -15,17 +15,24 @@ from .masked_norms import mask_norm_
 from .targets import GroupTarget, LayerTarget, PruningTarget, WeightTarget
 
 
-def units_kept(units: int, sparsity: float) -> int:
-    """`round(units * (1 - sparsity))`."""
-    return round(units * (1.0 - sparsity))
+def units_kept(units: int, sparsity: float, multiple_of: int = 1) -> int:
+    """`round(units * (1 - sparsity))`, or the multiple of `multiple_of` that is nearest to that; of fewer units all."""
+    step = min(multiple_of, units)
+    stays = units * (1.0 - sparsity)
+    return round(stays) if step == 1 else min(units, max(1, round(stays / step)) * step)
 
 
 def check_counts(targets: Sequence[PruningTarget], spec: PruningSpec) -> None:
     """Refuses a sparsity that would leave a target empty, or break groups that a module says it has. Raises
     `ValueError`: the target, what would be left, and why that cannot be."""
-    sparsity = spec.sparsity or 0.0
+    sparsity, step = spec.sparsity or 0.0, spec.multiple_of
+    if step > 1 and sparsity and all(units_kept(target.units, sparsity, step) == target.units for target in targets):
+        raise ValueError(
+            f"sparsity={sparsity} removes nothing, as multiple_of={step} keeps all units of every module. Choose a larger sparsity, or a "
+            "smaller multiple."
+        )
     for target in targets:
-        kept = units_kept(target.units, sparsity)
+        kept = units_kept(target.units, sparsity, spec.multiple_of)
         protected = target.protected if isinstance(target, LayerTarget) else ()
         if spec.ranking == "local" and kept < max(1, len(protected)):
             raise ValueError(
@@ -83,7 +90,7 @@ class Masks:
                 self._grow_groups(i, sparsity / (self.spec.sparsity or 1.0), *self.spec.kept_of)
         else:
             for i, target in enumerate(self.targets):
-                count = target.units - units_kept(target.units, sparsity)
+                count = target.units - units_kept(target.units, sparsity, self.spec.multiple_of)
                 if count > int(self.pruned[i].sum()):
                     self.pruned[i][self._ranked(i).topk(count, largest=False, sorted=False).indices] = True
         for i, old in enumerate(before):

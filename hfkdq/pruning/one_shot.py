@@ -158,7 +158,9 @@ def check_prunable(model: PreTrainedModel, spec: PruningSpec, targets: list[Prun
             f"ranking='global' leaves layers with different numbers of units, which {config_name(model.config)} cannot say. "
             "Use ranking='local', or plain_checkpoint=False and load the result with hfkdq.load_pruned."
         )
-    _, problem = described_config(model, spec, targets, [units_kept(t.units, spec.sparsity) for t in targets])
+    _, problem = described_config(
+        model, spec, targets, [units_kept(t.units, spec.sparsity, spec.multiple_of) for t in targets]
+    )
     if problem is not None:
         raise ValueError(problem)
 

@@ -70,6 +70,9 @@ class PruningSpec(Serializable):
             default with every optimizer step (for `"teacher"`, which looks at data at every jump, 8).
         begin (`float`, defaults to 0.0): progress of training at which pruning starts, in [0, 1].
         end (`float`, defaults to 0.7): progress at which the full sparsity is reached; the rest is recovery.
+        multiple_of (`int`, defaults to 1): what the number of units that stay in each module is a multiple of, the nearest one that it
+            has; for `"neuron"`, `"channel"` and `"hidden"` with `ranking="local"`. Kernels of convolutions work in blocks of 8 or 16
+            channels, and can be slower with 20 than with 24.
         pattern (`str`, *optional*): for `"n:m"`, `"2:4"` by default; for `"block"` rows x columns, `"4x4"` by default.
         target_modules (`str` or list of `str`, *optional*): which modules, in the grammar of PEFT. By default all linear
             layers, convolutions and experts of the layer stacks, all feed-forward layers, all attentions; convolutions beside a
@@ -122,6 +125,7 @@ class PruningSpec(Serializable):
     rounds: int | None = None
     begin: float = 0.0
     end: float = 0.7
+    multiple_of: int = 1
     pattern: str | None = None
     target_modules: ModulePatterns = None
     exclude_modules: ModulePatterns = None
@@ -143,6 +147,8 @@ class PruningSpec(Serializable):
             raise ValueError(f"Need 0 <= begin < end <= 1, got begin={self.begin!r} and end={self.end!r}.")
         if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 1):
             raise ValueError(f"rounds must be a whole number from 1 on, or None, got {self.rounds!r}.")
+        if type(self.multiple_of) is not int or self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be a whole number from 1 on, got {self.multiple_of!r}.")
         self._check_together()
         freeze_patterns(self)
 
@@ -181,6 +187,11 @@ class PruningSpec(Serializable):
             raise ValueError(f"{where} goes through the whole model, without target_modules or exclude_modules.")
         if self.ranking == "global" and self.structure in ("n:m", "hidden"):
             raise ValueError(f"{where} has one ranking only: leave ranking='local'.")
+        if self.multiple_of > 1 and (self.structure not in ("neuron", "channel", "hidden") or self.ranking != "local"):
+            raise ValueError(
+                f"multiple_of is for structure='neuron', 'channel' and 'hidden' with ranking='local', not for {where} with "
+                f"ranking={self.ranking!r}. Leave it out."
+            )
         if self.structure == "vocab" and (self.criterion, self.cut) != ("magnitude", "remove"):
             raise ValueError(f"{where} removes the rarest tokens of a corpus; leave criterion and cut out.")
 

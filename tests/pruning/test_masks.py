@@ -438,3 +438,37 @@ def test_the_end_of_a_schedule_is_exact(schedule):
     for sparsity in (0.1, 1 / 3, 0.7, 0.999):
         spec = PruningSpec(sparsity=sparsity, schedule=schedule, begin=0.1, end=0.3)
         assert spec.sparsity_at(0.3) == sparsity
+
+
+@pytest.mark.parametrize(
+    ("units", "sparsity", "multiple", "kept"),
+    [(64, 0.3, 8, 48), (64, 0.3, 1, 45), (28, 0.3, 8, 16), (28, 0.1, 8, 24), (64, 0.99, 8, 8), (20, 0.05, 8, 16), (6, 0.5, 8, 6), (64, 0.0, 8, 64)],
+)  # fmt: skip
+def test_so_many_stay_that_kernels_take_whole_blocks(units, sparsity, multiple, kept):
+    assert units_kept(units, sparsity, multiple) == kept
+
+
+@pytest.mark.parametrize(
+    ("make", "structure"),
+    [(tiny.resnet, "channel"), (tiny.bert, "neuron"), (tiny.bert, "hidden")],
+    ids=["channel", "neuron", "hidden"],
+)
+def test_what_stays_is_a_multiple(make, structure):
+    model = make()
+    sizes = {name: value.shape for name, value in model.named_parameters()}
+    pruned = prune(model, _spec(structure, 0.3, multiple_of=4))
+    changed = [
+        (before, after)
+        for name, value in pruned.named_parameters()
+        for before, after in zip(sizes[name], value.shape, strict=True)
+        if before != after
+    ]
+    assert changed
+    assert all(after % 4 == 0 for _, after in changed)
+
+
+def test_a_multiple_that_keeps_all_is_refused():
+    with pytest.raises(
+        ValueError, match=r"sparsity=0\.1 removes nothing, as multiple_of=64 keeps all units of every module"
+    ):
+        prune(tiny.bert(), _spec("neuron", 0.1, multiple_of=64))
