@@ -18,6 +18,7 @@ from .choices import OPENVINO
 from .protocol import PAST
 
 TEXT = "A text that the model has not seen."
+_NAMES = "Ada Lovelace met Charles Babbage in London."
 _MASKED = "A text without one {}."
 _QUESTION = {"question": "Who lives here?", "context": "Anna lives here."}
 OPTIMUM, EXPORTERS = "optimum", "exporters"
@@ -29,9 +30,9 @@ LOADERS = {
 """The argument of a pipeline that takes what an Auto class loads."""
 CALLS = {
     **dict.fromkeys(
-        ("text-classification", "token-classification", "text-generation", "text2text-generation", "feature-extraction"),
-        json.dumps(TEXT),
+        ("text-classification", "text-generation", "text2text-generation", "feature-extraction"), json.dumps(TEXT)
     ),
+    "token-classification": json.dumps(_NAMES),
     "fill-mask": f'f"{_MASKED.format("{tokenizer.mask_token}")}"',
     "question-answering": ", ".join(f"{name}={json.dumps(text)}" for name, text in _QUESTION.items()),
     **dict.fromkeys(("image-classification", "object-detection"), '"image.png"'),
@@ -81,9 +82,10 @@ def run_sample(
 
 def _inputs(task: str, image: Any) -> Any:
     """What the pipeline is called with; `None` where there is nothing."""
-    if task in ("text-classification", "token-classification", "fill-mask", "question-answering"):
-        return _QUESTION if task == "question-answering" else _MASKED if task == "fill-mask" else TEXT
-    return image if task == "image-classification" else None
+    texts = {
+        "text-classification": TEXT, "token-classification": _NAMES, "fill-mask": _MASKED, "question-answering": _QUESTION,
+    }  # fmt: skip
+    return image if task == "image-classification" else texts.get(task)
 
 
 def _by_optimum(
