@@ -96,7 +96,7 @@ def scored_by(model: PreTrainedModel, batch: Tensors) -> list[str]:
             return value
         cut = value.detach().requires_grad_()
         found[cut] = name
-        return cut
+        return cut.clone()  # which may be changed in place
 
     hooks = [
         module.register_forward_hook(lambda _, given, out, name=name: tree_map(lambda value: leaf(value, name), out))

@@ -126,7 +126,7 @@ def test_a_detector_is_exported_without_data_by_its_processor(tmp_path):
 def quantized():
     """With fake quantizers, and scores of two layers."""
     model = best(0.5)
-    model.score = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    model.score = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 1))
     return quantize(model, QuantizationSpec(), [examples()])
 
 
