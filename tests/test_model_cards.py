@@ -58,7 +58,9 @@ def test_a_card_is_what_its_report_says(path):
 
 
 @pytest.mark.one_line
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the pipeline for answers, with NumPy 2
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # the pipeline for answers, with NumPy 2
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_the_programs_of_a_card_run(made, path, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optimum.onnxruntime", reason="the cards were made on the optimum line")

@@ -95,6 +95,12 @@ class SampleFacts(TypedDict):
     printed: FreeText
 
 
+class ChoiceFacts(TypedDict, total=False):
+    """What a file that keeps the best of many does not compute with integers for its sake."""
+
+    left_in_float: list[FreeText]
+
+
 class Export(TypedDict, total=False):
     """The fields of `export_facts.json` that are read."""
 
@@ -115,6 +121,7 @@ class Export(TypedDict, total=False):
     suffix: Annotated[str, _is_suffix]
     quantized_linears: int
     fused_linears: int
+    top_k: ChoiceFacts
     weight_type: FreeText
     spec: QuantizationSettings | None
     precisions: dict[FreeText, Export]

@@ -213,6 +213,9 @@ def _export(report: ReportData) -> str:
             f". Of its {parity['quantized_linears']} quantized layers that are matrix products, ONNX Runtime ran "
             f"{parity['fused_linears']} on integers where it was exported"
         )
+    if left := parity.get("top_k", {}).get("left_in_float"):
+        names = ", ".join(_as_code(name) for name in left)
+        line += f". Integers changed which of many it keeps as the best, so what scores them stays in floating point: {names}"
     if parity.get("compared_on") == MADE_UP:
         line += ". It was compared with the model on made-up inputs, as there were no data"
     return f"{line}."

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, RTDetrImageProcessor
 
-from hfkdq import QuantizationSpec, export_onnx, quantize
+from hfkdq import CompressionReport, QuantizationSpec, export_onnx, quantize
 from hfkdq.export.job import _check_parity
 from hfkdq.export.top_k import follow_choices, scored_by
 from hfkdq.export.verify import Parity, run_torch
@@ -165,6 +165,8 @@ def test_what_computes_the_scores_stays_in_floats_where_integers_change_the_choi
     facts = json.loads((folder / "export_facts.json").read_text())
     assert facts["top_k"]["left_in_float"] == facts["spec"]["exclude_modules"] == ["score.2"]
     assert (facts["quantized_linears"], facts["float_linears"]) == (2, 1)
+    card = CompressionReport.from_export(folder).to_card()
+    assert "what scores them stays in floating point: `score.2`" in card
     assert list(quantized_modules(quantized)) == ["score.0", "score.2", "head"]  # the user's own is as it was
 
 
