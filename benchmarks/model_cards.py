@@ -29,11 +29,10 @@ from text_classification import pretrained
 from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -159,12 +158,7 @@ def _tokenizer() -> Any:
 
 
 def masked_words(rows: Dataset) -> Made:
-    tokenizer = tokenizer_of(rows["text"], 3000, "[CLS] $A [SEP]")
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=64, pad_token_id=0, type_vocab_size=1,
-    )  # fmt: skip
-    return BertForMaskedLM(config), tokenizer
+    return AutoModelForMaskedLM.from_pretrained(pretrained()), _tokenizer()
 
 
 def next_words(rows: Dataset) -> Made:
@@ -245,10 +239,11 @@ CARDS = {
     ),
     "feature-extraction": Card(
         data="rotten_tomatoes", base=embeddings, training=steps(200, 3e-4, 16), read={"max_length": 32}, told=MINILM,
-        recipe={"student": {"num_layers": 3}, "objectives": [{"HiddenStateKD": {"layers": {"2": 5}}}, "SimilarityPreservingKD"]},
+        recipe={"student": {"num_layers": 3}, "objectives": [{"HiddenStateKD": {"layers": {2: 5}}}, "SimilarityPreservingKD"]},
     ),
     "fill-mask": Card(
-        data="wikitext2", rows=filled, base=masked_words, teaching=steps(600, 2e-3), training=steps(200, 2e-3), recipe=HALF,
+        data="wikitext2", rows=filled, base=masked_words, teaching=steps(250, 3e-4, 8), training=steps(150, 5e-4, 8), recipe=THIRD,
+        read={"max_length": 64}, told=MINILM, sizes=(4000, 100),
     ),
     "text-generation": Card(
         data="wikitext2", rows=filled, base=next_words, teaching=steps(600, 2e-3), training=steps(200, 2e-3), recipe=HALF,
