@@ -33,14 +33,14 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
-    T5Config,
-    T5ForConditionalGeneration,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -111,6 +111,11 @@ def filled(rows: Dataset) -> Dataset:
     return rows.filter(lambda text: len(text) > 200, input_columns="text")
 
 
+def brief(rows: Dataset) -> Dataset:
+    """Sentences of 30 letters at most."""
+    return rows.filter(lambda en, de: max(len(en), len(de)) <= 30, input_columns=["en", "de"])
+
+
 def masks(rows: Dataset) -> Dataset:
     """Images with the class of each pixel: the ellipse in each box, as blood cells are round."""
 
@@ -172,12 +177,13 @@ def next_words(rows: Dataset) -> Made:
 
 def translator(rows: Dataset) -> Made:
     lines = [text for language in ("en", "de") for text in rows[language]]
-    tokenizer = tokenizer_of(lines, 3000, "$A [SEP]")
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=512, num_layers=4, num_heads=4, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=3,
+    tokenizer = tokenizer_of(lines, 2000, "$A [SEP]")
+    config = BartConfig(
+        vocab_size=len(tokenizer), d_model=128, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512, max_position_embeddings=64, scale_embedding=True,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
     )  # fmt: skip
-    model = T5ForConditionalGeneration(config)
+    model = BartForConditionalGeneration(config)
     model.generation_config.max_new_tokens = 24
     return model, tokenizer
 
@@ -250,8 +256,8 @@ CARDS = {
         sizes=(4000, 100),
     ),
     "translation": Card(
-        data="tatoeba_en_de", base=translator, teaching=steps(1500, 2e-3), training=steps(500, 2e-3), recipe=BOTH,
-        read={"max_length": 24, "text_columns": ["en", "de"]}, sizes=(20000, 200),
+        data="tatoeba_en_de", rows=brief, base=translator, teaching=steps(2000, 1e-3, 64), training=steps(700, 1e-3, 64), recipe=BOTH,
+        read={"max_length": 24, "text_columns": ["en", "de"]}, sizes=(60000, 200),
     ),
     "image-segmentation": Card(
         data="bccd", rows=masks, base=pixels, teaching=steps(200, 1e-3, 8), training=steps(100, 5e-4, 8),
