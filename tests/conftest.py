@@ -36,6 +36,8 @@ IS_5 = not transformers.__version__.startswith("4.")
 SAMPLE = 4 if IS_5 else 6
 """Of a test with more cases these many always run, spread evenly, on each line others; the rest runs in `make test-slow`. A file takes
 five times as long to write on the v5 line."""
+SHARED = {"caching", "losses", "objectives", "pruning", "quantization"}
+"""Folders whose tests are shared between the lines, as those marked `one_line` are: most of what they test is alike on both."""
 DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -79,7 +81,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker("numbers")
         if os.environ.get("HFKDQ_TEST_CASES") == "all":
             continue
-        if item.get_closest_marker("one_line") and zlib.crc32(item.nodeid.encode()) % 2 != IS_5:
+        is_shared = item.get_closest_marker("one_line") or item.path.parent.name in SHARED
+        if is_shared and zlib.crc32(item.nodeid.encode()) % 2 != IS_5:
             item.add_marker("slow")
         elif not (item.get_closest_marker("every_case") or item.get_closest_marker("slow")):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
