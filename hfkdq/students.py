@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .facts import record_fact
 from .modeling.bypass import bypass_
+from .modeling.checkpoints import without_pooler
 from .modeling.examples import tried_on
 from .modeling.layers import CountedStack, evenly_spaced_layers, find_layer_stacks
 from .modeling.masks import Batch
@@ -140,7 +141,9 @@ def _copied(teacher: PreTrainedModel, stacks: Sequence[CountedStack], kept: Sequ
     # Built on the CPU, so that its generator is the only one to put back.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
-            student = type(teacher)._from_config(config_with(teacher.config, **fields), dtype=teacher.dtype)
+            student = type(teacher)._from_config(
+                config_with(teacher.config, **fields), dtype=teacher.dtype, **without_pooler(teacher)
+            )
         except Exception as error:  # whatever a class raises for a number of layers that it does not take
             raise ValueError(
                 f"Transformers makes no {type(teacher).__name__} of {' and '.join(str(len(own)) for own in kept)} layers "

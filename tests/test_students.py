@@ -5,18 +5,22 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
+    ViTModel,
     set_seed,
 )
 
 from benchmarks.models.entries import ENTRIES
+from hfkdq import PruningSpec, prune
 from hfkdq.facts import read_facts, record_fact
-from hfkdq.modeling import bypass_, find_layer_stack, find_layer_stacks
+from hfkdq.modeling import bypass_, find_layer_stack, find_layer_stacks, load_checkpoint
 from hfkdq.students import make_student
 
 from . import tiny
@@ -299,3 +303,34 @@ def test_a_decoder_that_the_cache_cannot_hold_generates_without(caplog):
     with torch.no_grad():
         cached, plain = (both.generate(ids, max_new_tokens=4, use_cache=use) for use in (True, False))
     assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("model_class", [BertModel, RobertaModel, ViTModel])
+def test_an_encoder_without_a_pooler_stays_without(model_class, tmp_path):
+    """Such as encoders of embeddings: the weights of a pooler would be random, and nothing reads them."""
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+    more = dict(image_size=8, patch_size=4) if model_class is ViTModel else dict(vocab_size=len(tiny.VOCABULARY))
+    model_class(model_class.config_class(**sizes, **more), add_pooling_layer=False).save_pretrained(tmp_path / "saved")
+    model = load_checkpoint(str(tmp_path / "saved"))
+    batch = (
+        {"pixel_values": torch.randn(2, 3, 8, 8)}
+        if model_class is ViTModel
+        else {"input_ids": torch.arange(12).view(2, 6) + 3}
+    )
+    student = make_student(model, 2)
+    pruned = prune(copy.deepcopy(student), PruningSpec(sparsity=0.5, structure="neuron"))
+    for made in (model, student, pruned):
+        assert made.pooler is None
+        made.save_pretrained(tmp_path / "made")
+        again = load_checkpoint(str(tmp_path / "made"))
+        assert again.pooler is None
+        assert torch.equal(again(**batch).last_hidden_state, made.eval()(**batch).last_hidden_state)
+
+
+def test_other_weights_that_lack_are_refused(tmp_path):
+    model = BertModel(tiny.bert_config(), add_pooling_layer=False)
+    model.save_pretrained(
+        tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "layer.0.output" not in k}
+    )
+    with pytest.raises(ValueError, match="they would be random"):
+        load_checkpoint(str(tmp_path))

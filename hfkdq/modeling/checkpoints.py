@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from fnmatch import fnmatch
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def load_config(path: str, config_class: type[PretrainedConfig] | None = None, *
 
 
 def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -> PreTrainedModel:
-    """What `model_class.from_pretrained` gives, of safetensors alone and with every weight.
+    """What `model_class.from_pretrained` gives, of safetensors alone and with every weight; without a pooler that was not saved.
 
     Raises:
         ValueError: weights are missing, of other shapes or damaged.
@@ -105,6 +106,9 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
         raise
     except Exception as error:
         raise _damaged(f"{path}, loaded as {model_class.__name__},", error) from error
+    lacks_pooler = bool(told["missing_keys"]) and all(str(name).startswith("pooler.") for name in told["missing_keys"])
+    if lacks_pooler and "add_pooling_layer" not in kwargs and _may_have_pooler(model_class):
+        return load_weights(model_class, path, **kwargs, add_pooling_layer=False)
     wrong = {"lacks": told["missing_keys"], "has other shapes for": told["mismatched_keys"]}
     for what, names in wrong.items():
         if names:
@@ -114,6 +118,16 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
                 "Save it again where it was made, or download it again."
             )
     return model
+
+
+def without_pooler(model: object) -> dict[str, Any]:
+    """What its class is to be called with to have no pooler either, where a model has none."""
+    has_none = isinstance(model, PreTrainedModel) and getattr(model, "pooler", model) is None
+    return {"add_pooling_layer": False} if has_none and _may_have_pooler(type(model)) else {}
+
+
+def _may_have_pooler(model_class: type) -> bool:
+    return "add_pooling_layer" in signature(model_class).parameters
 
 
 def check_json(folder: Path, names: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..facts import unmark_quantized
+from .checkpoints import without_pooler
 
 try:
     from transformers.initialization import no_init_weights  # type: ignore[import-not-found,unused-ignore]
@@ -73,7 +74,7 @@ def build_empty(model: PreTrainedModel | type[PreTrainedModel], config: Pretrain
         Exception: whatever the class raises for a configuration that it cannot be made from.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"), undrawn():
-        return (model if isinstance(model, type) else type(model))._from_config(config)
+        return (model if isinstance(model, type) else type(model))._from_config(config, **without_pooler(model))
 
 
 def build_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Shapes:

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..schema import brief
-from .checkpoints import completed_by, plain_weights
+from .checkpoints import completed_by, plain_weights, without_pooler
 from .examples import NoExample, given_to
 from .forwards import as_output, forward_columns, full_precision, return_dict_kwargs
 from .probing import nested_configs
@@ -173,7 +173,8 @@ class Probe:
                 ) from error
             eager = getattr(model.config, "_attn_implementation", None) == "eager"  # others are not for every backbone
             with completed_by(type(model)), plain_weights():
-                loaded = load(folder, dtype=model.dtype, **({"attn_implementation": "eager"} if eager else {}))
+                kwargs = {**({"attn_implementation": "eager"} if eager else {}), **without_pooler(model)}
+                loaded = load(folder, dtype=model.dtype, **kwargs)
             return self.outputs(
                 loaded.to(model.dtype).eval()
             )  # XLNet makes parameters in float32 whatever is asked for
