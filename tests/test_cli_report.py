@@ -95,6 +95,7 @@ def report(out, data, *candidates, options=("--latency-rounds", "0")):
     return CompressionReport.load(out / "report.json") if status == 0 else status
 
 
+@pytest.mark.one_line
 def test_candidates_of_all_kinds_are_measured_against_the_teacher(teacher, small, exported, data, tmp_path, capsys):
     state = {"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
     (small / "trainer_state.json").write_text(json.dumps(state))

@@ -859,6 +859,7 @@ def test_what_counts_as_one_of_the_trials(told, value, counts):
     assert not are_enough(study, counts + 1)
 
 
+@pytest.mark.one_line
 def test_trials_that_are_too_large_are_none_of_those_that_were_asked_for(given, tmp_path, monkeypatch, capsys):
     tried = []
 
@@ -881,6 +882,7 @@ def test_trials_that_are_too_large_are_none_of_those_that_were_asked_for(given, 
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.one_line
 def test_a_search_goes_on_with_the_trial_that_was_interrupted(given, tmp_path, monkeypatch, capsys):
     tried = []
 

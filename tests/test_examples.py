@@ -40,6 +40,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.one_line
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", sorted(OPTIONS))
 def test_example_runs(script, processes, tmp_path):

@@ -152,6 +152,7 @@ def test_import_is_light():
     assert not {"onnx", "onnxruntime", "optimum", "bitsandbytes", "matplotlib", "torch", "transformers"} & set(loaded)
 
 
+@pytest.mark.one_line
 def test_the_trainer_needs_no_extra():
     # Transformers itself imports what it finds, such as PEFT; that is not hfkdq's doing.
     code = (

@@ -51,6 +51,7 @@ def onnx(model, tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.one_line
 def test_a_report_measures_both_runtimes_side_by_side(model, folder, onnx, tmp_path):
     report = CompressionReport.measure(
         student=model, onnx={"ONNX Runtime": onnx, "OpenVINO": folder}, eval_dataset=tiny.text_dataset(),
@@ -100,6 +101,7 @@ def test_bits_of_a_file_are_those_on_disk(precision, bits, tmp_path):
     assert [layer.bits for layer in large] == [bits, bits]
 
 
+@pytest.mark.one_line
 def test_the_best_is_chosen_in_openvino(tmp_path):
     written = export_onnx(
         tiny.bert(layers=1), tmp_path / "best", quantization="auto", target="openvino", max_drop=1.0, latency_rounds=1,
@@ -113,6 +115,7 @@ def test_the_best_is_chosen_in_openvino(tmp_path):
     assert not list(written.glob("*.onnx*"))
 
 
+@pytest.mark.one_line
 def test_commands_write_time_and_measure_a_folder(tmp_path, capsys):
     checkpoint, out = tmp_path / "small", tmp_path / "small-openvino"
     tiny.bert(layers=1).save_pretrained(checkpoint)

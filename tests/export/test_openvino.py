@@ -128,6 +128,7 @@ def test_an_axis_of_one_size_is_fixed_in_the_file(tmp_path):
     assert OpenVinoSession(folder / "openvino_model.xml").input_shapes["pixel_values"] == ["?", 1, 8, 8]
 
 
+@pytest.mark.one_line
 @needs_openvino
 @needs_vnni
 def test_it_is_timed_beside_its_float_file_in_openvino(tmp_path):

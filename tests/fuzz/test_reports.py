@@ -64,6 +64,7 @@ def render(text: str) -> None:
     assert CompressionReport.from_json(report.to_json()) == report
 
 
+@pytest.mark.one_line
 @bounded
 @given(steps=mutations)
 def test_mutated_reports(steps):
