@@ -207,7 +207,7 @@ def transcriber(rows: Dataset) -> Made:
         suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    model.generation_config.max_new_tokens = 12
+    model.generation_config.max_length = 16
     return model, WhisperProcessor(extractor, tokenizer)
 
 

@@ -320,7 +320,7 @@ def spelled_sounds(folder: Path) -> tuple[DatasetDict, WhisperProcessor, PreTrai
         suppress_tokens=None, begin_suppress_tokens=None, init_std=0.1,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    model.generation_config.max_new_tokens = 8
+    model.generation_config.max_length = 16
     return raw, WhisperProcessor(extractor, tokenizer), model
 
 
