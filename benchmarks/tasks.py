@@ -177,8 +177,8 @@ TASKS: dict[str, Task] = {
         data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), student={"num_layers": 3}, rows={"max_length": 64},
     ),
     "images": Task(
-        data="fashion_mnist", base=images([42, 84, 168], 2), small=images([28, 56, 112], 1), teaching=steps(2000, 3e-3, 64),
-        training=steps(3000, 3e-3, 64), pruning={**CHANNELS, "sparsity": 0.3}, export={"integer_convolutions": True},
+        data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
+        training=steps(800, 3e-3, 64), pruning={**CHANNELS, "sparsity": 0.3}, export={"integer_convolutions": True},
     ),
     "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), student={"num_layers": 2}),
     "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), student={"num_layers": 2}),
