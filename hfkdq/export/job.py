@@ -130,8 +130,8 @@ class ExportJob:
                 )
             left += names
             reference = leave_in_float_(copy.deepcopy(reference), names)
-            shutil.rmtree(folder)
-            folder.mkdir()
+            for path in {*folder.iterdir()} - {self.scratch}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _written(
         self, precision: Precision, folder: Path, reference: PreTrainedModel, left: list[str]

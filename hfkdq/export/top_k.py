@@ -9,7 +9,7 @@ are found in the graph and by running; nothing is known of architectures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,10 @@ def follow_choices(
 
 
 def scored_by(model: PreTrainedModel, batch: Tensors) -> list[str]:
-    """The quantized modules that a model computes scores with, to keep the best, with none between them and the scores; by name."""
+    """The quantized modules that a model computes scores with, to keep the best, with none between them and the scores; by name.
+
+    None are found where the model cannot be run with gradients.
+    """
     found: dict[Any, str] = {}
 
     def leaf(value: Any, name: str) -> Any:
@@ -103,7 +106,7 @@ def scored_by(model: PreTrainedModel, batch: Tensors) -> list[str]:
         for name, module in quantized_modules(model).items()
     ]
     names: dict[str, None] = {}
-    with hooked(hooks), torch.enable_grad(), rope_by_length(model), _Scores() as seen:
+    with hooked(hooks), torch.enable_grad(), rope_by_length(model), _Scores() as seen, suppress(RuntimeError):
         model(**model_inputs(model, batch), **return_dict_kwargs(model))
     for scores in seen.scores:
         names.update(dict.fromkeys(found[value] for value in _leaves(scores) if value in found))

@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from huggingface_hub import list_repo_files
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -106,8 +107,14 @@ def load_weights(model_class: type[PreTrainedModel], path: str, **kwargs: Any) -
         raise
     except Exception as error:
         raise _damaged(f"{path}, loaded as {model_class.__name__},", error) from error
-    lacks_pooler = bool(told["missing_keys"]) and all(str(name).startswith("pooler.") for name in told["missing_keys"])
-    if lacks_pooler and "add_pooling_layer" not in kwargs and _may_have_pooler(model_class):
+    pooler = getattr(model, "pooler", None)
+    whole = {f"pooler.{name}" for name in pooler.state_dict()} if isinstance(pooler, nn.Module) else set()
+    if (
+        whole
+        and whole == {*told["missing_keys"]}
+        and "add_pooling_layer" not in kwargs
+        and _may_have_pooler(model_class)
+    ):
         return load_weights(model_class, path, **kwargs, add_pooling_layer=False)
     wrong = {"lacks": told["missing_keys"], "has other shapes for": told["mismatched_keys"]}
     for what, names in wrong.items():
