@@ -268,13 +268,18 @@ def _describe_student(fact: Mapping[str, Any], code: Callable[..., str]) -> str:
     if not fact.get("layers") or "teacher_layers" not in fact:
         return ""
 
-    def copied(layers: list[int], total: int, name: str) -> str:
-        return f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {', '.join(map(str, layers))}, counted from 1)"
-
-    text = f"Layers: {copied(fact['layers'], fact['teacher_layers'], 'layers')}"
-    if "decoder_layers" not in fact or "teacher_decoder_layers" not in fact:
-        return text
-    return f"{text}; {copied(fact['decoder_layers'], fact['teacher_decoder_layers'], 'decoder layers')}"
+    names = {"layers": "layers", "decoder_layers": "decoder layers"}
+    stacks = [
+        (fact[key], fact[f"teacher_{key}"], name)
+        for key, name in names.items()
+        if {key, f"teacher_{key}"} <= fact.keys()
+    ]
+    cut = [
+        f"{len(layers)} of the teacher's {total} {name}, copied from it (numbers {', '.join(map(str, layers))}, counted from 1)"
+        for layers, total, name in stacks
+        if len(layers) < total
+    ]
+    return f"Layers: {'; '.join(cut) or 'all of the teacher, copied from it'}"
 
 
 def _describe_distillation(fact: Mapping[str, Any], code: Callable[..., str]) -> str:

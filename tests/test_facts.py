@@ -50,6 +50,15 @@ def test_facts_survive_saving_and_loading(tmp_path):
 
 # ------------------------------------------------------------------ descriptions
 
+
+def test_of_a_student_the_stacks_that_lost_layers_are_told():
+    whole = {"teacher_layers": 1, "layers": [1], "teacher_decoder_layers": 3, "decoder_layers": [1, 2, 3]}
+    assert describe_facts({"student": whole}) == ["Layers: all of the teacher, copied from it."]
+    assert describe_facts({"student": {**whole, "decoder_layers": [3]}}) == [
+        "Layers: 1 of the teacher's 3 decoder layers, copied from it (numbers 3, counted from 1)."
+    ]
+
+
 SENTENCES = {
     "student": (
         {"teacher_layers": 6, "layers": [2, 4], "teacher_decoder_layers": 4, "decoder_layers": [4]},
