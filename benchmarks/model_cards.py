@@ -5,7 +5,7 @@
     make model-cards DATA=path/to/data
 
 DATA has a folder for each data set. A task is a base model, whose training makes the teacher, and a student of its own or of some of the
-teacher's layers that is trained with it and for 8-bit integers. Trainings take a minute or two on a core, so the models are small and
+teacher's layers that is trained with it and for 8-bit integers. Trainings take a minute to ten on a core, so the models are small and
 none is as good as it could be. Every run keeps its folder, so that the command goes on where it was; `--tasks pairs` makes less.
 """
 
