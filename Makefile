@@ -127,7 +127,7 @@ bench-teacher: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashio
 	$(O)/python benchmarks/teacher_gain.py --text "$(TEXT)" --images "$(IMAGES)"
 
 bench-tasks: .venv/.bench ## DATA=folder of data sets: every task from a teacher to a measured file, over three seeds
-	@test -d "$(DATA)" || { echo "Name the data: make bench-tasks DATA=path/to/folder (with banking77, wnut17, fashion_mnist, fsdd and bccd)"; exit 1; }
+	@test -d "$(DATA)" || { echo "Name the data: make bench-tasks DATA=path/to/folder (with banking77, wnut17, squad, fashion_mnist, fsdd and bccd)"; exit 1; }
 	$(O)/python benchmarks/tasks.py --data "$(DATA)"
 
 bench-order: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashion_mnist: the order of distilling, pruning and quantizing, over three seeds

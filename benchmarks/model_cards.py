@@ -21,16 +21,15 @@ from typing import Any
 
 import numpy as np
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, Image
 from PIL import Image as Pictures
 from PIL import ImageDraw
-from tasks import Made, boxes, letters, names_of, sounds, steps, texts, vocabulary_file, words
+from tasks import Made, answers, boxes, letters, names_of, prepare, short, sounds, steps, texts, vocabulary_file, words
 from text_classification import pretrained
 from tokenizers import ByteLevelBPETokenizer, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
@@ -86,8 +85,8 @@ def pairs(rows: Dataset) -> Dataset:
 
     def split(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {"question": [], "sentence": [], "label": []}
-        for question, context, answers in zip(row["question"], row["context"], row["answers"], strict=True):
-            sentences, start = context.split(". "), answers["answer_start"][0]
+        for question, context, answer in zip(row["question"], row["context"], row["answers"], strict=True):
+            sentences, start = context.split(". "), answer["answer_start"][0]
             ends = np.cumsum([len(sentence) + 2 for sentence in sentences])
             right = int(np.searchsorted(ends, start, side="right"))
             wrong = (right + 1) % len(sentences)
@@ -99,11 +98,6 @@ def pairs(rows: Dataset) -> Dataset:
 
     made = rows.map(split, batched=True, remove_columns=rows.column_names)
     return made.cast_column("label", ClassLabel(names=["answered", "not answered"]))
-
-
-def short(rows: Dataset) -> Dataset:
-    """Questions with contexts of 400 letters at most."""
-    return rows.filter(lambda context: len(context) <= 400, input_columns="context")
 
 
 def filled(rows: Dataset) -> Dataset:
@@ -148,10 +142,6 @@ def tokenizer_of(lines: Iterable[str], size: int, template: str | None) -> PreTr
 def sentence_pairs(rows: Dataset) -> Made:
     names = names_of(rows.features["label"])
     return AutoModelForSequenceClassification.from_pretrained(pretrained(), **names), _tokenizer()
-
-
-def answers(rows: Dataset) -> Made:
-    return AutoModelForQuestionAnswering.from_pretrained(pretrained()), _tokenizer()
 
 
 def embeddings(rows: Dataset) -> Made:
@@ -308,7 +298,7 @@ def main() -> None:
 def make(name: str, card: Card, options: argparse.Namespace) -> bool:
     """Trains teacher and student of a task, unless that was done before, and writes its card and report."""
     folder = options.output_dir / name
-    rows = prepare(card, options.data, folder / "data")
+    rows = prepare(options.data / card.data, folder / "data", card.rows, card.sizes)
     if not (folder / "base").exists():
         set_seed(0)
         for part in card.base(rows["train"]):
@@ -336,19 +326,6 @@ def write(report: CompressionReport, path: Path) -> None:
     """Saves a report, and its card beside it."""
     report.save(path)
     path.with_suffix(".md").write_text(report.to_card(), encoding="utf-8")
-
-
-def prepare(card: Card, data: Path, folder: Path) -> DatasetDict:
-    """The rows that a task reads, as parquet."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        raw = load_dataset(str(data / card.data))
-        test = "test" if "test" in raw else "validation"
-        for split, own, count in zip(("train", "test"), ("train", test), card.sizes, strict=True):
-            rows = raw[own].shuffle(seed=0)
-            made = card.rows(rows.select(range(min(10 * count, len(rows)))))
-            made.select(range(min(count, len(made)))).to_parquet(folder / f"{split}.parquet")
-    return load_dataset(str(folder))
 
 
 def compress(recipe: dict[str, Any], folder: Path, count: int | None) -> bool:

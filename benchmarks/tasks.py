@@ -4,7 +4,7 @@
 
     make bench-tasks DATA=path/to/data
 
-DATA has a folder for each data set: banking77, wnut17, fashion_mnist, fsdd, bccd. A task is a base model, whose training makes the
+DATA has a folder for each data set: banking77, wnut17, squad, fashion_mnist, fsdd, bccd. A task is a base model, whose training makes the
 teacher, and one recipe for each arm: the student with the labels alone, with the teacher, pruned besides (half of the neurons, of texts
 the tokens that do not occur too, or some of the channels), and trained for 8-bit integers. All students of a task start alike and take the
 same steps. Every run keeps its folder, so that the command goes on where it was. `--tasks text --seeds 0` runs less.
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from quantization import residual_network, spread
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +33,7 @@ from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
     ASTForAudioClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -65,7 +66,8 @@ class Task:
     """What is trained on what.
 
     `base` makes the teacher before its training and its processor; `small` the student, which otherwise keeps as many layers of the
-    teacher as `student` says. `teaching` and `training` are training arguments of both.
+    teacher as `student` says. `teaching` and `training` are training arguments of both. `read` is how rows are read; with `rows` the data
+    are what it makes of the first `sizes` rows at random, and as they are without.
     """
 
     data: str
@@ -77,7 +79,9 @@ class Task:
     objectives: list[Any] = field(default_factory=lambda: LOGITS)
     pruning: Any = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
     export: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, Any] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
+    rows: Callable[[Any], Any] | None = None
+    sizes: tuple[int, int] = (0, 0)
 
 
 def names_of(feature: Any) -> dict[str, Any]:
@@ -93,6 +97,10 @@ def texts(rows: Dataset) -> Made:
 def words(rows: Dataset) -> Made:
     model = AutoModelForTokenClassification.from_pretrained(pretrained(), **names_of(rows.features["ner_tags"]))
     return model, AutoTokenizer.from_pretrained(pretrained())
+
+
+def answers(rows: Dataset) -> Made:
+    return AutoModelForQuestionAnswering.from_pretrained(pretrained()), AutoTokenizer.from_pretrained(pretrained())
 
 
 def images(widths: list[int], depth: int) -> Callable[[Dataset], Made]:
@@ -160,6 +168,24 @@ def _categories(rows: Dataset) -> Any:
     return getattr(feature, "feature", feature)["category"]
 
 
+def short(rows: Dataset) -> Dataset:
+    """Questions with contexts of 400 letters at most."""
+    return rows.filter(lambda context: len(context) <= 400, input_columns="context")
+
+
+def prepare(source: Path, folder: Path, make: Callable[[Any], Any], sizes: tuple[int, int]) -> DatasetDict:
+    """What `make` makes of the first rows at random, as parquet: so many to train on, and so many to measure."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        raw = load_dataset(str(source))
+        test = "test" if "test" in raw else "validation"
+        for split, own, count in zip(("train", "test"), ("train", test), sizes, strict=True):
+            rows = raw[own].shuffle(seed=0)
+            made = make(rows.select(range(min(10 * count, len(rows)))))
+            made.select(range(min(count, len(made)))).to_parquet(folder / f"{split}.parquet")
+    return load_dataset(str(folder))
+
+
 def steps(count: int, rate: float, batch: int = 32) -> dict[str, Any]:
     return {
         "max_steps": count, "learning_rate": rate, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 128,
@@ -171,10 +197,14 @@ def steps(count: int, rate: float, batch: int = 32) -> dict[str, Any]:
 TASKS: dict[str, Task] = {
     "text": Task(
         data="banking77", base=texts, teaching=steps(1000, 3e-4), training=steps(500, 5e-4), student={"num_layers": 2},
-        rows={"max_length": 32}, pruning=[{"structure": "neuron", "sparsity": 0.5}, {"structure": "vocab"}],
+        read={"max_length": 32}, pruning=[{"structure": "neuron", "sparsity": 0.5}, {"structure": "vocab"}],
     ),
     "words": Task(
-        data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), student={"num_layers": 3}, rows={"max_length": 64},
+        data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), student={"num_layers": 3}, read={"max_length": 64},
+    ),
+    "answers": Task(
+        data="squad", base=answers, teaching=steps(1000, 2e-4, 16), training=steps(800, 3e-4, 16), student={"num_layers": 4},
+        read={"max_length": 128}, rows=short, sizes=(16000, 1000),
     ),
     "images": Task(
         data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
@@ -195,7 +225,7 @@ def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[s
     """The recipe of the teacher, or of each arm with a seed."""
     teacher, small = folder / TEACHER / "student", folder / "small"
     common = {
-        "data": {"train": f"{data / task.data}:train", "eval": f"{data / task.data}:test", **task.rows},
+        "data": {"train": f"{data}:train", "eval": f"{data}:test", **task.read},
         "report": {"latency_rounds": 0, "resamples": 0},
     }
     if seed < 0:
@@ -230,9 +260,10 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.tasks:
         task, folder = TASKS[name], options.output_dir / name
-        bases(task, options.data, folder)
+        data = data_of(task, options.data, folder)
+        bases(task, data, folder)
         for seed in (-1, *options.seeds):
-            for arm, recipe in recipes(task, options.data, folder, seed).items():
+            for arm, recipe in recipes(task, data, folder, seed).items():
                 if options.steps is not None:
                     recipe["training"]["max_steps"] = options.steps
                 compress(recipe, place(folder, arm, seed))
@@ -245,12 +276,20 @@ def place(folder: Path, arm: str, seed: int) -> Path:
     return folder / (arm if arm == TEACHER else f"{arm.replace(' ', '-')}-{seed}")
 
 
+def data_of(task: Task, data: Path, folder: Path) -> Path:
+    """The folder of the rows."""
+    if task.rows is None:
+        return data / task.data
+    prepare(data / task.data, folder / "data", task.rows, task.sizes)
+    return folder / "data"
+
+
 def bases(task: Task, data: Path, folder: Path) -> None:
     """Saves the models that training starts from."""
     for name, make in (("base", task.base), ("small", task.small)):
         if make is not None and not (folder / name).exists():
             set_seed(0)
-            for part in make(load_dataset(str(data / task.data), split="train")):
+            for part in make(load_dataset(str(data), split="train")):
                 part.save_pretrained(folder / name)
 
 
@@ -272,8 +311,16 @@ def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     seed = options.seeds[0]
     files = [f"{arm}={place(folder, arm, seed)}/onnx" for arm in (TEACHER, TAUGHT, PRUNED, INT8)]
-    rows = [f"--{name.replace('_', '-')}={value}" for name, value in task.rows.items()]
-    command = ["report", *files, "--eval-data", f"{options.data / task.data}:test", *rows, "--output-dir", str(target)]
+    read = [f"--{name.replace('_', '-')}={value}" for name, value in task.read.items()]
+    command = [
+        "report",
+        *files,
+        "--eval-data",
+        f"{data_of(task, options.data, folder)}:test",
+        *read,
+        "--output-dir",
+        str(target),
+    ]
     rounds = ["--latency-rounds", str(options.latency_rounds), "--threads", "1", "--resamples", "0", "--examples", "0"]
     subprocess.run([sys.executable, "-m", "hfkdq", *command, *rounds], check=True)
 
