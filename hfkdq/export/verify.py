@@ -138,8 +138,9 @@ def in_same_order(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
         from scipy.optimize import linear_sum_assignment
     except ImportError:  # without it detectors are not trained either
         return dict(got)
-    theirs, ours = (torch.cat([one[name].float() for name in names], -1) for one in (wanted, got))
-    distances = torch.cdist(theirs, ours).nan_to_num(nan=1e9)  # (batch, queries, queries)
+    theirs, ours = (torch.cat([one[name].double() for name in names], -1) for one in (wanted, got))
+    # The sum of squares that PyTorch takes for many queries is off by 3e-4, more than queries of a young detector differ by.
+    distances = torch.cdist(theirs, ours, compute_mode="donot_use_mm_for_euclid_dist").nan_to_num(nan=1e9)
     order = torch.stack([torch.as_tensor(linear_sum_assignment(one)[1]) for one in distances.numpy()])
     rows = torch.arange(len(order))[:, None]
     return {name: value[rows, order] if name in names else value for name, value in got.items()}
