@@ -143,21 +143,23 @@ def test_the_saved_recipe_does_the_same_again_bit_for_bit(done, tmp_path):
     assert load(tmp_path / "again" / "recipe.yaml") == load(done / "recipe.yaml")
 
 
-def test_what_failed_after_the_training_is_done_again_without_it(given, done, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("options", [(), ("--save_strategy", "no")], ids=["", "no checkpoints"])
+def test_what_failed_after_the_training_is_done_again_without_it(given, done, tmp_path, monkeypatch, capsys, options):
     def fails(*args, **kwargs):
         raise RuntimeError("no space\nleft")
 
     folder = tmp_path / "out"
     with monkeypatch.context() as changed:
         changed.setattr("hfkdq.cli.compress_run.export_onnx", fails)
-        assert run(given, folder) == 1
+        assert run(given, folder, *options) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1] == "hfkdq compress: no space left"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "recipe.yaml"]
     steps = []
     monkeypatch.setattr("hfkdq.cli.interruption.Interruption.on_step_end", lambda *args, **kwargs: steps.append(1))
-    assert run(given, folder) == 0
+    assert run(given, folder, *options) == 0
     assert not steps
     assert hashes(folder) == hashes(done)
+    assert (folder / "checkpoints").exists() == (not options)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,13 @@ from .names import check_data, split_name
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
 
 
+class _KeepTheLast(TrainerCallback):
+    """Saves a checkpoint of the last step where the recipe wants none, as files and report can fail; it goes once they are done."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= state.global_step >= state.max_steps
+
+
 def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> CompressionReport | None:
     """Trains the student and writes everything into `folder`. A run that was ended goes on from its last checkpoint.
 
@@ -58,6 +66,9 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
     text = _text(setup.recipe, _digest(setup.train, setup.evaluation)) if is_first else ""
     with _begun(setup.recipe, text, folder) if is_first else contextlib.nullcontext(checkpoints) as made:
         trainer = setup.trainer(checkpoints, interruption, *callbacks)
+        wants_none = trainer.args.save_strategy == "no"
+        if wants_none:
+            trainer.add_callback(_KeepTheLast())
         trainer.accelerator.wait_for_everyone()
         with interruption.watching():
             trainer.train(resume_from_checkpoint=newest_complete(str(checkpoints)))
@@ -70,6 +81,8 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         COMPRESSED.mark(made / "new", __version__)
         COMPRESSED.check(folder, overwrite=True)
         COMPRESSED.swap_in(made / "new", folder, made / "old")
+        if wants_none:
+            shutil.rmtree(checkpoints)
     send(setup.recipe, folder, report)
     return report
 
