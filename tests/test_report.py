@@ -660,6 +660,29 @@ def test_the_code_in_the_card_runs(tmp_path, monkeypatch):
     assert report.sample.printed == str(names["pipe"]("A text that the model has not seen."))
 
 
+def test_the_code_in_the_card_of_images_with_one_channel_runs(report, tmp_path, monkeypatch, capsys):
+    """A pipeline makes three channels of every image."""
+    pytest.importorskip("optimum.onnxruntime", reason="Transformers' own exporters load no image")
+    model = tiny.vit(channels=1)
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    folder = export_onnx(model, tmp_path / "onnx", processing_class=processor, latency_rounds=0)
+    facts, image = json.loads((folder / EXPORT_FACTS).read_text()), Image.new("L", (8, 8), 200)
+    image.save(folder / "image.png")
+    sample = Sample(**run_sample(folder, facts, type(model).__name__, "AutoImageProcessor", image))
+    told = dict(
+        architecture=type(model).__name__, task="image-classification", processor="AutoImageProcessor", facts={}
+    )
+    engines = (*report.engines[:-1], replace(report.engines[-1], parity=facts))
+    environment = {"transformers": transformers.__version__}
+    card = replace(report, engines=engines, environment=environment, sample=sample, **told).to_card()
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    for program in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(program, {})
+    assert capsys.readouterr().out.strip() == sample.printed
+    assert sample.printed in model.config.label2id
+
+
 CARDS = {
     "text-classification": tiny.bert, "token-classification": tiny.bert_tokens, "fill-mask": tiny.bert_mlm,
     "question-answering": tiny.bert_qa, "image-classification": functools.partial(tiny.vit, channels=3),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from packaging.version import Version
 from transformers.utils import logging
@@ -40,6 +41,9 @@ CALLS = {
 }  # fmt: skip
 """What a pipeline of a task is called with, as a program has it: text, or a file of one's own."""
 
+GREY = 'np.asarray(Image.open("image.png").convert("L"))[None]'
+"""The image for a model of images with one channel, of which a pipeline makes three."""
+
 logger = logging.get_logger(__name__)
 
 
@@ -47,6 +51,11 @@ def optimum_class(auto: str) -> str:
     """The class of Optimum that loads files of the models of an `AutoModelFor...`; empty where there is none."""
     auto = auto.replace("ForTextEncoding", "ForFeatureExtraction")
     return "" if auto in ("AutoModelForObjectDetection", "AutoModelForCTC") else auto.replace("AutoModel", "ORTModel")
+
+
+def is_grey(facts: Mapping[str, Any]) -> bool:
+    """Whether files classify images with one channel, by the record of their export."""
+    return facts.get("task") == "image-classification" and (facts.get("fixed_axes") or {}).get("num_channels") == 1
 
 
 def file_name(suffix: str) -> str:
@@ -96,6 +105,11 @@ def _by_optimum(
     suffix = facts.get("suffix", "")
     how = {"file_name": file_name(suffix)} if suffix else {}
     model = getattr(optimum.onnxruntime, optimum_class(auto)).from_pretrained(folder, **how)
+    if is_grey(facts):
+        scores = model(
+            **processor["image_processor"](np.asarray(given.convert("L"))[None], return_tensors="pt")
+        ).logits
+        return {"runner": OPTIMUM, "printed": str(model.config.id2label[int(scores.argmax())])}
     make: Any = transformers.pipeline  # whose annotations are of models in PyTorch
     pipe = make(task, model=model, **processor)
     if given is _MASKED:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ..export.choices import OPENVINO
 from ..export.precisions import DYNAMIC, recorded_precision
 from ..export.record import MADE_UP
-from ..export.sample import CALLS, EXPORTERS, LOADERS, OPTIMUM, TEXT, file_name, optimum_class
+from ..export.sample import CALLS, EXPORTERS, GREY, LOADERS, OPTIMUM, TEXT, file_name, is_grey, optimum_class
 from ..facts import describe_facts
 from ..modeling.tasks import task_of
 from ..schema import shortened
@@ -299,6 +299,7 @@ def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any
         "given": "tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor"
         if argument == "processor"
         else f"{argument}={argument}",
+        "grey": Markdown(GREY if is_grey(report.engines[-1].parity or {}) and argument == "image_processor" else ""),
         "called_with": Markdown(CALLS.get(report.task or "", "")),
         "text": Markdown(json.dumps(TEXT)) if argument == "tokenizer" and task and not task.generates else "",
         "printed": {runner: _printed(report, runner) for runner in (OPTIMUM, EXPORTERS)},
