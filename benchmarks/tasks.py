@@ -203,7 +203,7 @@ TASKS: dict[str, Task] = {
         data="wnut17", base=words, teaching=steps(400, 2e-4), training=steps(400, 3e-4), student={"num_layers": 3}, read={"max_length": 64},
     ),
     "answers": Task(
-        data="squad", base=answers, teaching=steps(1000, 2e-4, 16), training=steps(800, 3e-4, 16), student={"num_layers": 4},
+        data="squad", base=answers, teaching=steps(1000, 2e-4, 16), training=steps(500, 3e-4, 16), student={"num_layers": 4},
         read={"max_length": 128}, rows=short, sizes=(16000, 1000),
     ),
     "images": Task(
