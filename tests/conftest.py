@@ -38,6 +38,8 @@ SAMPLE = 4 if IS_5 else 6
 five times as long to write on the v5 line."""
 SHARED = {"caching", "losses", "objectives", "pruning", "quantization"}
 """Folders whose tests are shared between the lines, as those marked `one_line` are: most of what they test is alike on both."""
+HALVED = {"export", "test_cli", "test_cli_report", "test_compress", "test_examples", "test_report"}
+"""Folders and modules of which every other test runs on v5, as they write files; but for those of what this line alone has."""
 DATA = Path(os.environ.get("HFKDQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -82,7 +84,8 @@ def pytest_collection_modifyitems(items):
         if os.environ.get("HFKDQ_TEST_CASES") == "all":
             continue
         is_shared = item.get_closest_marker("one_line") or item.path.parent.name in SHARED
-        if is_shared and zlib.crc32(item.nodeid.encode()) % 2 != IS_5:
+        is_halved = IS_5 and HALVED & {item.path.parent.name, item.path.stem} and "exporters" not in item.path.stem
+        if (is_shared or is_halved) and zlib.crc32(item.nodeid.encode()) % 2 != IS_5:
             item.add_marker("slow")
         elif not (item.get_closest_marker("every_case") or item.get_closest_marker("slow")):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
