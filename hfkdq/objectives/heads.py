@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import interpolate, normalize
 from transformers.image_transforms import center_to_corners_format
-from transformers.loss.loss_for_object_detection import generalized_box_iou
+from transformers.loss.loss_for_object_detection import box_iou, generalized_box_iou
 
 from ..losses.divergences import binary_logits
 from ..modeling.masks import Batch, Positions, attended_mask, position_mask, refuse_two_texts, token_mask, valid_count
@@ -239,7 +239,10 @@ class DetectionHead(Head):
     """A class per object query. Queries of the student are matched with those of the teacher, one to one. The match
     has the smallest sum of costs, as for the labels in training (Carion et al., "End-to-End Object Detection with
     Transformers", 2020), with the teacher's predictions in their place (Chang et al., "DETRDistill", 2022). A query
-    counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that."""
+    counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that.
+
+    Where classes do not exclude one another, a score says how well the box fits too (Zhang et al., "VarifocalNet", 2021): the
+    student is taught the teacher's probability times the IoU of their boxes, not to be sure of a box that is elsewhere."""
 
     axes = 3
     refused = frozenset({"dkd", "dist"})
@@ -261,6 +264,10 @@ class DetectionHead(Head):
         if self.exclusive:
             return [Prediction(logits, teacher, position_weights=position_weights)]
         position_weights = (position_weights / logits.shape[-1]).unsqueeze(-1).expand_as(logits)
+        pairs = ((student_out.pred_boxes, own), (teacher_out.pred_boxes, theirs))
+        edges = [corners(boxes.detach().float().gather(1, at.unsqueeze(-1).expand(-1, -1, 4))) for boxes, at in pairs]
+        overlaps = torch.stack([box_iou(*pair)[0].diagonal() for pair in zip(*edges, strict=True)])
+        teacher = torch.logit(teacher.float().sigmoid() * overlaps.unsqueeze(-1), eps=1e-6).to(teacher.dtype)
         return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
 
 

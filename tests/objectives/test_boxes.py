@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hfkdq import BoxKD, CoTrainedTeacher, DistillationTrainer, LogitKD, TaskLoss
+from hfkdq.modeling.examples import tried_on
 from hfkdq.objectives.heads import matched_queries
 from tests import tiny
 
@@ -13,14 +14,15 @@ def images(rows=2):
     return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
 
 
-def giou(a, b):
+def overlaps(a, b):
+    """IoU and generalized IoU."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
         (x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b)
     )
     inter = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - inter
     hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
-    return inter / union - (hull - union) / hull
+    return inter / union, inter / union - (hull - union) / hull
 
 
 def test_boxes_of_matched_queries_count_as_far_as_the_teacher_sees_an_object():
@@ -36,7 +38,7 @@ def test_boxes_of_matched_queries_count_as_far_as_the_teacher_sees_an_object():
         for i, j in zip(own.tolist(), other.tolist(), strict=True):
             a, b = ours.pred_boxes[row, i].tolist(), theirs.pred_boxes[row, j].tolist()
             seen = 1 - theirs.logits[row, j].softmax(-1)[-1].item()
-            total += seen * (5 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) + 2 * (1 - giou(a, b)))
+            total += seen * (5 * sum(abs(x - y) for x, y in zip(a, b, strict=True)) + 2 * (1 - overlaps(a, b)[1]))
             weights += seen
         expected += total / weights / 2
     assert mean.item() == pytest.approx(expected, rel=1e-4)
@@ -45,11 +47,14 @@ def test_boxes_of_matched_queries_count_as_far_as_the_teacher_sees_an_object():
     assert student.bbox_predictor.layers[0].weight.grad.abs().sum() > 0
 
 
-def test_equal_detectors_are_at_0():
-    student, teacher = tiny.yolos(1), tiny.yolos(1)
-    objective = BoxKD()
-    objective.attach(student, teacher)
-    assert objective(student(**images()), teacher(**images()), images()).item() == pytest.approx(0.0, abs=1e-5)
+@pytest.mark.parametrize("objective", [BoxKD(), LogitKD()], ids=["boxes", "classes"])
+@pytest.mark.parametrize("make", [tiny.yolos, tiny.rt_detr])
+def test_equal_detectors_are_at_0(make, objective):
+    student, teacher, size = make(1), make(1), 16 if make is tiny.yolos else 64
+    batch = {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))}
+    with tried_on(batch, student):
+        objective.attach(student, teacher)
+    assert objective(student(**batch), teacher(**batch), batch).item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,34 @@ def test_equal_detectors_are_at_0():
 def test_models_that_detect_nothing_in_common_are_refused(student, teacher, message):
     with pytest.raises(ValueError, match=message):
         BoxKD().attach(student(), teacher())
+
+
+def test_scores_are_taught_as_far_as_the_boxes_overlap_where_classes_do_not_exclude_one_another():
+    student, teacher = tiny.rt_detr(0), tiny.rt_detr(1)
+    objective = LogitKD(temperature=1.0)
+    batch = {"pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
+    with tried_on(batch, student):
+        objective.attach(student, teacher)
+    ours, theirs = student(**batch), teacher(**batch)
+    for out in (ours, theirs):
+        out["pred_boxes"] = torch.rand(2, 6, 4).clamp(0.3, 0.7).requires_grad_()
+    mean = objective(ours, theirs, batch)
+    expected, found = 0.0, []
+    for row, pairs in enumerate(zip(*matched_queries(ours, theirs, False), strict=True)):
+        total = weights = 0.0
+        for i, j, seen in zip(*(one.tolist() for one in pairs), strict=True):
+            found.append(overlaps(ours.pred_boxes[row, i].tolist(), theirs.pred_boxes[row, j].tolist())[0])
+            p, q = theirs.logits[row, j].double().sigmoid() * found[-1], ours.logits[row, i].double().sigmoid()
+            p = p.clamp(1e-6, 1 - 1e-6)
+            divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            total += (0.1 + 0.9 * seen) * divergence.mean().item()
+            weights += 0.1 + 0.9 * seen
+        expected += total / weights / 2
+    assert mean.item() == pytest.approx(expected, rel=1e-4)
+    assert any(0 < overlap < 1 for overlap in found)
+    mean.backward()
+    assert ours.pred_boxes.grad is None  # boxes are BoxKD's
+    assert ours.logits.requires_grad
 
 
 @pytest.mark.parametrize("family", ["RTDetr", "RTDetrV2"])
