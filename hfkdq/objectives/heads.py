@@ -242,12 +242,14 @@ class DetectionHead(Head):
     counts by the probability with which the teacher sees an object there, and background by `BACKGROUND` of that.
 
     Where classes do not exclude one another, a score says how well the box fits too (Zhang et al., "VarifocalNet", 2021): the
-    student is taught the teacher's probability times the IoU of their boxes, not to be sure of a box that is elsewhere."""
+    student is taught the teacher's probability times the IoU of their boxes, not to be sure of a box that is elsewhere. No
+    probability falls below `NOTHING` by that, as the logit of 0 is far from all that models say."""
 
     axes = 3
     refused = frozenset({"dkd", "dist"})
     outputs = ("logits", "pred_boxes")
     BACKGROUND: ClassVar[float] = 0.1
+    NOTHING: ClassVar[float] = 0.01
 
     def __init__(self, exclusive: bool) -> None:
         if find_spec("scipy") is None:
@@ -267,7 +269,9 @@ class DetectionHead(Head):
         pairs = ((student_out.pred_boxes, own), (teacher_out.pred_boxes, theirs))
         edges = [corners(boxes.detach().float().gather(1, at.unsqueeze(-1).expand(-1, -1, 4))) for boxes, at in pairs]
         overlaps = torch.stack([box_iou(*pair)[0].diagonal() for pair in zip(*edges, strict=True)])
-        teacher = torch.logit(teacher.float().sigmoid() * overlaps.unsqueeze(-1), eps=1e-6).to(teacher.dtype)
+        scores = teacher.float().sigmoid()
+        scores = torch.maximum(scores * overlaps.unsqueeze(-1), scores.clamp(max=self.NOTHING))
+        teacher = torch.logit(scores, eps=1e-6).to(teacher.dtype)
         return [Prediction(binary_logits(logits), binary_logits(teacher), position_weights=position_weights)]
 
 

@@ -81,14 +81,15 @@ def test_scores_are_taught_as_far_as_the_boxes_overlap_where_classes_do_not_excl
         total = weights = 0.0
         for i, j, seen in zip(*(one.tolist() for one in pairs), strict=True):
             found.append(overlaps(ours.pred_boxes[row, i].tolist(), theirs.pred_boxes[row, j].tolist())[0])
-            p, q = theirs.logits[row, j].double().sigmoid() * found[-1], ours.logits[row, i].double().sigmoid()
-            p = p.clamp(1e-6, 1 - 1e-6)
+            p, q = theirs.logits[row, j].double().sigmoid(), ours.logits[row, i].double().sigmoid()
+            p = (p * found[-1]).maximum(p.clamp(max=0.01))
             divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
             total += (0.1 + 0.9 * seen) * divergence.mean().item()
             weights += 0.1 + 0.9 * seen
         expected += total / weights / 2
     assert mean.item() == pytest.approx(expected, rel=1e-4)
     assert any(0 < overlap < 1 for overlap in found)
+    assert 0 in found
     mean.backward()
     assert ours.pred_boxes.grad is None  # boxes are BoxKD's
     assert ours.logits.requires_grad
