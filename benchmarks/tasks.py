@@ -6,8 +6,9 @@
 
 DATA has a folder for each data set: banking77, wnut17, squad, fashion_mnist, fsdd, bccd. A task is a base model, whose training makes the
 teacher, and one recipe for each arm: the student with the labels alone, with the teacher, pruned besides (half of the neurons, of texts
-the tokens that do not occur too, or some of the channels), and trained for 8-bit integers. All students of a task start alike and take the
-same steps. Every run keeps its folder, so that the command goes on where it was. `--tasks text --seeds 0` runs less.
+the tokens that do not occur too, or some of the channels), and trained for 8-bit integers, or calibrated for them after the training. All
+students of a task start alike and take the same steps. Every run keeps its folder, so that the command goes on where it was.
+`--tasks text --seeds 0` runs less.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Task:
     """What is trained on what.
 
     `base` makes the teacher before its training and its processor; `small` the student, which otherwise keeps as many layers of the
-    teacher as `student` says. `teaching` and `training` are training arguments of both. `read` is how rows are read; with `rows` the data
+    teacher as `student` says. `teaching` and `training` are training arguments of both. Where it is `calibrated`, the 8-bit file is that
+    of the student with the teacher, by calibration instead of a training of its own. `read` is how rows are read; with `rows` the data
     are what it makes of the first `sizes` rows at random, and as they are without.
     """
 
@@ -79,6 +81,7 @@ class Task:
     objectives: list[Any] = field(default_factory=lambda: LOGITS)
     pruning: Any = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
     export: dict[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
     read: dict[str, Any] = field(default_factory=dict)
     rows: Callable[[Any], Any] | None = None
     sizes: tuple[int, int] = (0, 0)
@@ -204,7 +207,7 @@ TASKS: dict[str, Task] = {
     ),
     "answers": Task(
         data="squad", base=answers, teaching=steps(1000, 2e-4, 16), training=steps(500, 3e-4, 16), student={"num_layers": 4},
-        read={"max_length": 128}, rows=short, sizes=(16000, 1000),
+        read={"max_length": 128}, rows=short, sizes=(16000, 1000), calibrated=True,
     ),
     "images": Task(
         data="fashion_mnist", base=images([42, 84, 168], 2), small=images([28, 56, 112], 1), teaching=steps(1200, 3e-3, 64),
@@ -216,7 +219,7 @@ TASKS: dict[str, Task] = {
         data="bccd", base=boxes([24, 48, 96, 192], 64, 3), small=boxes([16, 32, 48, 96], 32, 1), teaching=steps(2400, 1e-3, 8),
         training=steps(2400, 1e-3, 8),
         objectives=["TaskLoss", {"LogitKD": {"temperature": 1.0}}, "BoxKD"],
-        pruning={**CHANNELS, "sparsity": 0.4},
+        pruning={**CHANNELS, "sparsity": 0.4}, calibrated=True,
     ),
 }  # fmt: skip
 
@@ -241,12 +244,12 @@ def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[s
     if task.small is not None:
         taught["teacher"] = str(teacher)
     integers = {"quantization": {"weight_bits": 8, "activation_bits": 8}, "export": task.export}
-    return {
+    arms = {
         ALONE: {**common, **start, **training, "export": {}},
         TAUGHT: taught,
         PRUNED: {**taught, "pruning": task.pruning},
-        INT8: {**taught, **integers},
     }
+    return arms if task.calibrated else {**arms, INT8: {**taught, **integers}}
 
 
 def main() -> None:
@@ -267,6 +270,8 @@ def main() -> None:
                 if options.steps is not None:
                     recipe["training"]["max_steps"] = options.steps
                 compress(recipe, place(folder, arm, seed))
+            if task.calibrated and seed >= 0:
+                calibrate(task, data, folder, seed)
         compare(task, options, folder)
         show(name, task, options, folder)
 
@@ -300,7 +305,19 @@ def compress(recipe: dict[str, Any], folder: Path) -> None:
     file = folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    subprocess.run([sys.executable, "-m", "hfkdq", "compress", str(file), "--output-dir", str(folder)], check=True)
+    hfkdq("compress", str(file), "--output-dir", str(folder))
+
+
+def calibrate(task: Task, data: Path, folder: Path, seed: int) -> None:
+    """The 8-bit file of the student with the teacher, and its report."""
+    student, target = place(folder, TAUGHT, seed) / "student", place(folder, INT8, seed)
+    if (target / "report.json").exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    calibration = ["--quantization", "int8", "--calibration-data", f"{data}:train", "--latency-rounds", "0"]
+    hfkdq("export", str(student), str(target / "onnx"), *calibration, *_read(task))
+    report([str(target / "onnx")], task, data, target / "report", 0)
+    (target / "report" / "report.json").rename(target / "report.json")
 
 
 def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
@@ -311,18 +328,21 @@ def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     seed = options.seeds[0]
     files = [f"{arm}={place(folder, arm, seed)}/onnx" for arm in (TEACHER, TAUGHT, PRUNED, INT8)]
-    read = [f"--{name.replace('_', '-')}={value}" for name, value in task.read.items()]
-    command = [
-        "report",
-        *files,
-        "--eval-data",
-        f"{data_of(task, options.data, folder)}:test",
-        *read,
-        "--output-dir",
-        str(target),
-    ]
-    rounds = ["--latency-rounds", str(options.latency_rounds), "--threads", "1", "--resamples", "0", "--examples", "0"]
-    subprocess.run([sys.executable, "-m", "hfkdq", *command, *rounds], check=True)
+    report(files, task, data_of(task, options.data, folder), target, options.latency_rounds)
+
+
+def report(files: list[str], task: Task, data: Path, target: Path, rounds: int) -> None:
+    """`hfkdq report` of files on the test split."""
+    rest = ["--latency-rounds", str(rounds), "--threads", "1", "--resamples", "0", "--examples", "0"]
+    hfkdq("report", *files, "--eval-data", f"{data}:test", "--output-dir", str(target), *_read(task), *rest)
+
+
+def _read(task: Task) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in task.read.items()]
+
+
+def hfkdq(*command: str) -> None:
+    subprocess.run([sys.executable, "-m", "hfkdq", *command], check=True)
 
 
 def show(name: str, task: Task, options: argparse.Namespace, folder: Path) -> None:
