@@ -210,8 +210,8 @@ TASKS: dict[str, Task] = {
         read={"max_length": 128}, rows=short, sizes=(16000, 1000), calibrated=True,
     ),
     "images": Task(
-        data="fashion_mnist", base=images([42, 84, 168], 2), small=images([28, 56, 112], 1), teaching=steps(1200, 3e-3, 64),
-        training=steps(3000, 3e-3, 64), pruning={**CHANNELS, "sparsity": 0.3}, export={"integer_convolutions": True},
+        data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
+        training=steps(800, 3e-3, 64), pruning={**CHANNELS, "sparsity": 0.3}, export={"integer_convolutions": True},
     ),
     "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), student={"num_layers": 2}),
     "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), student={"num_layers": 2}),
