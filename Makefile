@@ -130,7 +130,7 @@ bench-tasks: .venv/.bench ## DATA=folder of data sets: every task from a teacher
 	@test -d "$(DATA)" || { echo "Name the data: make bench-tasks DATA=path/to/folder (with banking77, wnut17, squad, fashion_mnist, fsdd and bccd)"; exit 1; }
 	$(O)/python benchmarks/tasks.py --data "$(DATA)"
 
-bench-detectors: .venv/.bench ## DATA=folder of data sets: int8 files of detectors of several families, by calibration alone
+bench-detectors: .venv/.bench ## DATA=folder of data sets: int8 files of detectors that select their queries, by calibration alone
 	@test -d "$(DATA)" || { echo "Name the data: make bench-detectors DATA=path/to/folder (with bccd)"; exit 1; }
 	$(O)/python benchmarks/detectors.py --data "$(DATA)"
 
