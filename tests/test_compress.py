@@ -159,7 +159,7 @@ def test_what_failed_after_the_training_is_done_again_without_it(given, done, tm
     assert run(given, folder, *options) == 0
     assert not steps
     assert hashes(folder) == hashes(done)
-    assert (folder / "checkpoints").exists() == (not options)
+    assert any((folder / "checkpoints").iterdir()) == (not options)
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def carry_out(setup: Setup, folder: Path, *callbacks: TrainerCallback) -> Compre
         COMPRESSED.check(folder, overwrite=True)
         COMPRESSED.swap_in(made / "new", folder, made / "old")
         if wants_none:
-            shutil.rmtree(checkpoints)
+            shutil.rmtree(checkpoints / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
     send(setup.recipe, folder, report)
     return report
 
