@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Every task from a teacher to a measured file, on real data, with `hfkdq compress` alone: the table of docs/results/tasks.md.
+"""Every task from a teacher to a measured file, on real data, with the command line alone: the table of docs/results/tasks.md.
 
     make bench-tasks DATA=path/to/data
 
