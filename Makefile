@@ -16,7 +16,7 @@ V := .venv-v5/bin
 L := .venv-lowest/bin
 PROJECT := pyproject.toml packages/optimum-hfkdq/pyproject.toml constraints/optimum.txt constraints/v5.txt
 
-.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino bench-goals docs-models constraints clean bench-teacher bench-tasks bench-order model-cards newcomer
+.PHONY: help docs demo coverage test test-slow test-gpu test-js test-kernels test-lowest fuzz check fix bench bench-objectives bench-caching bench-memory bench-overhead bench-quantization bench-qat-overhead bench-pruning bench-convolutions bench-sizes bench-export bench-equality bench-kernels bench-openvino bench-goals docs-models constraints clean bench-teacher bench-tasks bench-detectors bench-order model-cards newcomer
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -129,6 +129,10 @@ bench-teacher: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashio
 bench-tasks: .venv/.bench ## DATA=folder of data sets: every task from a teacher to a measured file, over three seeds
 	@test -d "$(DATA)" || { echo "Name the data: make bench-tasks DATA=path/to/folder (with banking77, wnut17, squad, fashion_mnist, fsdd and bccd)"; exit 1; }
 	$(O)/python benchmarks/tasks.py --data "$(DATA)"
+
+bench-detectors: .venv/.bench ## DATA=folder of data sets: int8 files of detectors that select their queries, by calibration alone
+	@test -d "$(DATA)" || { echo "Name the data: make bench-detectors DATA=path/to/folder (with bccd)"; exit 1; }
+	$(O)/python benchmarks/detectors.py --data "$(DATA)"
 
 bench-order: .venv/.bench ## TEXT=folder of banking77, IMAGES=folder of fashion_mnist: the order of distilling, pruning and quantizing, over three seeds
 	@test -d "$(TEXT)" && test -d "$(IMAGES)" || { echo "Name the data: make bench-order TEXT=path/to/banking77 IMAGES=path/to/fashion_mnist (parquet)"; exit 1; }

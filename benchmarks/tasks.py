@@ -159,14 +159,14 @@ def boxes(widths: list[int], hidden: int, layers: int) -> Callable[[Dataset], Ma
             backbone_config=backbone, encoder_in_channels=widths[1:], d_model=hidden, encoder_hidden_dim=hidden,
             encoder_ffn_dim=2 * hidden, decoder_ffn_dim=2 * hidden, decoder_in_channels=[hidden] * 3, encoder_attention_heads=4,
             decoder_attention_heads=4, decoder_layers=layers, num_queries=60, num_denoising=20, freeze_backbone_batch_norms=False,
-            anchor_image_size=None, **names_of(_categories(rows)),
+            anchor_image_size=None, **names_of(categories(rows)),
         )  # fmt: skip
         return RTDetrForObjectDetection(config), RTDetrImageProcessor(size={"height": 128, "width": 160})
 
     return make
 
 
-def _categories(rows: Dataset) -> Any:
+def categories(rows: Dataset) -> Any:
     feature = rows.features["objects"]
     return getattr(feature, "feature", feature)["category"]
 

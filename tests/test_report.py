@@ -907,7 +907,7 @@ MALFORMED = {
     "engines/0/latency": ["x", 1, {}, [], {"median_ms": -1, "min_ms": -1, "calls": 1}, {"median_ms": 0, "min_ms": 0, "calls": 1}],
     "engines/0/latency/median_ms": ["x", None, -1.0, 0.0],
     "engines/0/files": ["x", {"a": 1}, {"a": {"bytes": "x", "sha256": "x"}}, {"a": {}}],
-    "engines/3/parity": ["x", [1], {"max_abs_diff": "x"}, {"samples": "many"}, {"opset": [17]}],
+    "engines/3/parity": ["x", [1], {"max_abs_diff": "x"}, {"samples": "many"}, {"opset": [17]}, {"fixed_axes": [1]}],
     "architecture": ["a b", 1, None, "x\n# y"],
     "samples": ["x", -1, 1.5, None],
     "task": [1, ["x"]],

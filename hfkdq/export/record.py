@@ -122,6 +122,7 @@ class Export(TypedDict, total=False):
     quantized_linears: int
     fused_linears: int
     top_k: ChoiceFacts
+    fixed_axes: dict[FreeText, int]
     weight_type: FreeText
     spec: QuantizationSettings | None
     precisions: dict[FreeText, Export]

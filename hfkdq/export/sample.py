@@ -55,7 +55,7 @@ def optimum_class(auto: str) -> str:
 
 def is_grey(facts: Mapping[str, Any]) -> bool:
     """Whether files classify images with one channel, by the record of their export."""
-    return facts.get("task") == "image-classification" and (facts.get("fixed_axes") or {}).get("num_channels") == 1
+    return facts.get("task") == "image-classification" and facts.get("fixed_axes", {}).get("num_channels") == 1
 
 
 def file_name(suffix: str) -> str:
