@@ -82,6 +82,7 @@ class Task:
     pruning: Any = field(default_factory=lambda: {"structure": "neuron", "sparsity": 0.5})
     export: dict[str, Any] = field(default_factory=dict)
     calibrated: bool = False
+    arms: tuple[str, ...] = (ALONE, TAUGHT, PRUNED, INT8)
     read: dict[str, Any] = field(default_factory=dict)
     rows: Callable[[Any], Any] | None = None
     sizes: tuple[int, int] = (0, 0)
@@ -213,6 +214,10 @@ TASKS: dict[str, Task] = {
         data="fashion_mnist", base=images([42, 84, 168], 2), small=images([24, 48, 96], 1), teaching=steps(1200, 3e-3, 64),
         training=steps(800, 3e-3, 64), pruning={**CHANNELS, "sparsity": 0.3}, export={"integer_convolutions": True},
     ),
+    "small images": Task(
+        data="fashion_mnist", base=images([42, 84, 168], 2), small=images([28, 56, 112], 1), teaching=steps(3000, 3e-3, 64),
+        training=steps(3000, 3e-3, 64), arms=(ALONE, TAUGHT),
+    ),
     "sounds": Task(data="fsdd", base=sounds, teaching=steps(1000, 5e-4), training=steps(600, 5e-4), student={"num_layers": 2}),
     "letters": Task(data="fsdd", base=letters, teaching=steps(800, 1e-3, 16), training=steps(400, 1e-3, 16), student={"num_layers": 2}),
     "boxes": Task(
@@ -244,12 +249,14 @@ def recipes(task: Task, data: Path, folder: Path, seed: int) -> dict[str, dict[s
     if task.small is not None:
         taught["teacher"] = str(teacher)
     integers = {"quantization": {"weight_bits": 8, "activation_bits": 8}, "export": task.export}
-    arms = {
+    found = {
         ALONE: {**common, **start, **training, "export": {}},
         TAUGHT: taught,
         PRUNED: {**taught, "pruning": task.pruning},
     }
-    return arms if task.calibrated else {**arms, INT8: {**taught, **integers}}
+    if not task.calibrated:
+        found[INT8] = {**taught, **integers}
+    return {arm: found[arm] for arm in task.arms if arm in found}
 
 
 def main() -> None:
@@ -327,7 +334,7 @@ def compare(task: Task, options: argparse.Namespace, folder: Path) -> None:
         return
     shutil.rmtree(target, ignore_errors=True)
     seed = options.seeds[0]
-    files = [f"{arm}={place(folder, arm, seed)}/onnx" for arm in (TEACHER, TAUGHT, PRUNED, INT8)]
+    files = [f"{arm}={place(folder, arm, seed)}/onnx" for arm in (TEACHER, *task.arms[1:])]
     report(files, task, data_of(task, options.data, folder), target, options.latency_rounds)
 
 
@@ -354,7 +361,7 @@ def show(name: str, task: Task, options: argparse.Namespace, folder: Path) -> No
         "", metric, "against labels alone", "bytes (times smaller)", "ms (times faster)", title=f"{name}: {task.data}"
     )
     found: dict[str, list[float]] = {}
-    for arm in (ALONE, TAUGHT, PRUNED, INT8):
+    for arm in task.arms:
         reports = [CompressionReport.load(place(folder, arm, seed) / "report.json") for seed in options.seeds]
         found[arm] = [100 * report.engines[-1].metrics[metric] for report in reports]
     table.add_row(TEACHER, f"{100 * first.metrics[metric]:.2f}", "", *_costs(first, first))
