@@ -5,7 +5,8 @@
     make bench-detectors DATA=path/to/data
 
 DATA has a folder bccd. Each detector is small, starts from random weights and is trained by `hfkdq compress`; its int8 file is what
-`hfkdq export --quantization int8 --calibration-data` writes, with nothing named that stays in floats. Every run keeps its folder, so that the command goes on where it was.
+`hfkdq export --quantization int8 --calibration-data` writes, with nothing named that stays in floats. Every run keeps its folder, so that the
+command goes on where it was.
 """
 
 from __future__ import annotations

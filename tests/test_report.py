@@ -675,6 +675,10 @@ def test_the_code_in_the_card_of_images_with_one_channel_runs(report, tmp_path, 
     engines = (*report.engines[:-1], replace(report.engines[-1], parity=facts))
     environment = {"transformers": transformers.__version__}
     card = replace(report, engines=engines, environment=environment, sample=sample, **told).to_card()
+    for count, calls in ((3, True), (4, False)):
+        other = replace(engines[-1], parity={**facts, "fixed_axes": {"num_channels": count}})
+        found = replace(report, engines=(*engines[:-1], other), environment=environment, **told).to_card()
+        assert ('pipe("image.png")' in found) == calls
     monkeypatch.chdir(folder)
     capsys.readouterr()
     for program in re.findall(r"```python\n(.*?)```", card, re.DOTALL):

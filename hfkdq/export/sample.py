@@ -53,9 +53,15 @@ def optimum_class(auto: str) -> str:
     return "" if auto in ("AutoModelForObjectDetection", "AutoModelForCTC") else auto.replace("AutoModel", "ORTModel")
 
 
+def channels(facts: Mapping[str, Any]) -> int | None:
+    """How many channels the images of files have, by the record of their export; `None` where it does not say."""
+    found: int | None = facts.get("fixed_axes", {}).get("num_channels")
+    return found
+
+
 def is_grey(facts: Mapping[str, Any]) -> bool:
-    """Whether files classify images with one channel, by the record of their export."""
-    return facts.get("task") == "image-classification" and facts.get("fixed_axes", {}).get("num_channels") == 1
+    """Whether files classify images with one channel."""
+    return facts.get("task") == "image-classification" and channels(facts) == 1
 
 
 def file_name(suffix: str) -> str:

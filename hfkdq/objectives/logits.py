@@ -38,7 +38,7 @@ class LogitKD(Objective):
     | next tokens, encoder-decoders | the vocabulary; positions whose (next) token has a label |
     | span of an answer | the positions of the text, for start and end; examples |
     | CTC | symbols, the blank included; frames of audio |
-    | object queries (DETR, YOLOS, OWL-ViT, …) | classes, query by matched query; images |
+    | object queries (DETR, YOLOS, OWL-ViT, …) | classes, query by matched query, of sigmoids times the IoU of the boxes; images |
     | semantic segmentation | classes; pixels of an image that have a label; images |
     | image and text that belong together (CLIP, SigLIP) | the texts for an image and the images for a text; examples |
     | vector of an example | the other examples of the batch, by likeness; examples |

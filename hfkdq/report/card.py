@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ..export.choices import OPENVINO
 from ..export.precisions import DYNAMIC, recorded_precision
 from ..export.record import MADE_UP
-from ..export.sample import CALLS, EXPORTERS, GREY, LOADERS, OPTIMUM, TEXT, file_name, is_grey, optimum_class
+from ..export.sample import CALLS, EXPORTERS, GREY, LOADERS, OPTIMUM, TEXT, channels, file_name, is_grey, optimum_class
 from ..facts import describe_facts
 from ..modeling.tasks import task_of
 from ..schema import shortened
@@ -300,7 +300,10 @@ def _usage(report: ReportData, repo_id: str | None, place: str) -> dict[str, Any
         if argument == "processor"
         else f"{argument}={argument}",
         "grey": Markdown(GREY if is_grey(report.engines[-1].parity or {}) and argument == "image_processor" else ""),
-        "called_with": Markdown(CALLS.get(report.task or "", "")),
+        # A pipeline makes three channels of every image.
+        "called_with": Markdown(
+            CALLS.get(report.task or "", "") if channels(report.engines[-1].parity or {}) in (None, 3) else ""
+        ),
         "text": Markdown(json.dumps(TEXT)) if argument == "tokenizer" and task and not task.generates else "",
         "printed": {runner: _printed(report, runner) for runner in (OPTIMUM, EXPORTERS)},
         "shown": report.sample is not None and report.task == "image-classification",
